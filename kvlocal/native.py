@@ -1,0 +1,183 @@
+"""The C API of kvlocal.h on numpy arrays: scores, redundancy, removal and compaction of the KV cells of one context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvlocal.errors import KvlocalError
+from kvlocal.library import load
+
+
+class NativeError(KvlocalError):
+    """A call of the native layer was refused or failed.
+
+    code: the kvl_status of kvlocal.h, below zero
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the compressible cache of a context looks like; the fields of kvl_layout in kvlocal.h."""
+
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+    n_seq_max: int
+    n_cells_max: int
+    n_window: int
+    is_swa: bool
+    can_rotate: bool
+
+
+class NativeCache:
+    """The KV cache of one llama_context, seen cell by cell.
+
+    Layers L are the compressible ones, heads H the KV heads, cells C the used part of a sequence's stream, holes included. Every method raises
+    NativeError when the native layer refuses; nothing is changed then, unless its code is KVL_ERR_COMPUTE.
+
+    pointer: address of the llama_context, which must outlive this object
+    """
+
+    def __init__(self, pointer: int):
+        library = load()
+        self._ffi, self._lib = library.ffi, library.lib
+        self._context = self._ffi.cast("struct llama_context *", pointer)
+
+    def _check(self, code: int) -> int:
+        if code < 0:
+            raise NativeError(self._ffi.string(self._lib.kvl_last_error()).decode(errors="replace"), code)
+        return code
+
+    def _floats(self, array: np.ndarray):
+        return self._ffi.from_buffer("float[]", array, require_writable=True)
+
+    def _ints(self, array: np.ndarray):
+        return self._ffi.from_buffer("int32_t[]", array)
+
+    def enable_ring(self, n_window: int) -> None:
+        """Keeps the last n_window queries of every layer and sequence; 0 switches that off."""
+        self._check(self._lib.kvl_ring_enable(self._context, n_window))
+
+    def layout(self) -> Layout:
+        out = self._ffi.new("struct kvl_layout *")
+        self._check(self._lib.kvl_get_layout(self._context, out))
+        values = {name: getattr(out, name) for name in Layout.__dataclass_fields__}
+        return Layout(**values | {"is_swa": bool(out.is_swa), "can_rotate": bool(out.can_rotate)})
+
+    def layer_ids(self) -> np.ndarray:
+        """Indices of the compressible layers in the model, int32 [L]."""
+        ids = np.empty(self.layout().n_layer, np.int32)
+        self._check(self._lib.kvl_get_layers(self._context, self._ints(ids), len(ids)))
+        return ids
+
+    def positions(self, seq: int = 0) -> np.ndarray:
+        """Positions of the cells for the causal mask, -1 for holes, int32 [C]."""
+        pos = np.empty(self._check(self._lib.kvl_get_cells(self._context, seq, self._ffi.NULL, 0)), np.int32)
+        self._check(self._lib.kvl_get_cells(self._context, seq, self._ints(pos), len(pos)))
+        return pos
+
+    def n_cells(self, seq: int = 0) -> int:
+        """C: one more than the last used cell."""
+        return self._check(self._lib.kvl_get_cells(self._context, seq, self._ffi.NULL, 0))
+
+    def query_positions(self, seq: int = 0) -> np.ndarray:
+        """Positions of the recorded queries, ascending, int32 [at most n_window]."""
+        pos = np.empty(self._check(self._lib.kvl_get_queries(self._context, seq, self._ffi.NULL, 0)), np.int32)
+        self._check(self._lib.kvl_get_queries(self._context, seq, self._ints(pos), len(pos)))
+        return pos
+
+    def scores(self, seq: int = 0, n_query: int = 0) -> np.ndarray:
+        """Attention of the last n_query recorded queries (0: all) to each cell, float32 [L, H, C].
+
+        The mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes (methods: Scores).
+        """
+        layout, n_cells = self.layout(), self.n_cells(seq)
+        out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
+        self._check(self._lib.kvl_get_scores(self._context, seq, n_query, self._floats(out), *out.shape))
+        return out
+
+    def attention_map(self, layers: list[int], seq: int = 0, n_query: int = 0) -> np.ndarray:
+        """Softmax weights of the last n_query recorded queries (0: all), mean over the query heads, float32 [len(layers), n_query, C]."""
+        n_query = n_query or len(self.query_positions(seq))
+        out = np.empty((len(layers), n_query, self.n_cells(seq)), np.float32)
+        chosen = np.asarray(layers, np.int32)
+        self._check(
+            self._lib.kvl_get_attention_map(self._context, seq, n_query, self._ints(chosen), len(chosen), self._floats(out), out.shape[2])
+        )
+        return out
+
+    def redundancy(self, seq: int = 0, dense: bool = False) -> np.ndarray:
+        """How much each key repeats others of its head (R-KV), a softmax over cells, float32 [L, H, C]; 0 for holes.
+
+        dense: build the whole similarity matrix, as GPU backends do
+        """
+        layout, n_cells = self.layout(), self.n_cells(seq)
+        out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
+        flags = self._lib.KVL_REDUNDANCY_DENSE if dense else 0
+        self._check(self._lib.kvl_get_redundancy(self._context, seq, flags, self._floats(out), *out.shape))
+        return out
+
+    def remove(self, cells: np.ndarray, seq: int = 0) -> None:
+        """Frees these cells, int [n], for all heads, and leaves holes."""
+        cells = np.ascontiguousarray(cells, np.int32)
+        self._check(self._lib.kvl_remove_cells(self._context, seq, self._ints(cells), len(cells), self.n_cells(seq)))
+
+    def compact(self, gather: np.ndarray, positions: np.ndarray, delta: np.ndarray | None = None, seq: int = 0) -> None:
+        """Moves cell gather[l, h, j] of each layer and head to cell j and frees the cells behind.
+
+        gather: int [L, H, n_keep], used cells
+        positions: int [n_keep], strictly ascending, for the causal mask
+        delta: int [L, H, n_keep], by how many positions each kept key is rotated; None for none
+        """
+        gather = np.ascontiguousarray(gather, np.int32)
+        positions = np.ascontiguousarray(positions, np.int32)
+        if gather.ndim != 3 or positions.shape != gather.shape[2:]:
+            raise ValueError(f"gather must be [L, H, n_keep] and positions [n_keep], not {gather.shape} and {positions.shape}")
+        rotation = self._ffi.NULL
+        if delta is not None:
+            delta = np.ascontiguousarray(delta, np.int32)
+            if delta.shape != gather.shape:
+                raise ValueError(f"delta must have the shape of gather, {gather.shape}, not {delta.shape}")
+            rotation = self._ints(delta)
+        self._check(
+            self._lib.kvl_compact(
+                self._context, seq, self._ints(gather), self._ints(positions), rotation, *gather.shape, self.n_cells(seq)
+            )
+        )
+
+    def shift_window_cache(self, delta: int, seq: int = 0) -> None:
+        """Shifts the positions of the sliding-window cache beside the compacted one, if there is one."""
+        self._check(self._lib.kvl_shift_window_cache(self._context, seq, delta))
+
+    def read_keys(self, layer: int, seq: int = 0) -> np.ndarray:
+        """Stored keys of a compressible layer, float32 [H, C, head size]."""
+        layout = self.layout()
+        out = np.empty((layout.n_head_kv, self.n_cells(seq), layout.n_embd_head_k), np.float32)
+        self._check(self._lib.kvl_read_keys(self._context, seq, layer, self._floats(out), out.shape[1]))
+        return out
+
+    def read_values(self, layer: int, seq: int = 0) -> np.ndarray:
+        """Stored values of a compressible layer, float32 [H, C, head size]."""
+        layout = self.layout()
+        out = np.empty((layout.n_head_kv, self.n_cells(seq), layout.n_embd_head_v), np.float32)
+        self._check(self._lib.kvl_read_values(self._context, seq, layer, self._floats(out), out.shape[1]))
+        return out
+
+    def read_queries(self, layer: int, seq: int = 0) -> np.ndarray:
+        """Recorded queries of a compressible layer, float32 [n_query, query heads, head size], as query_positions() orders them."""
+        layout = self.layout()
+        out = np.empty((len(self.query_positions(seq)), layout.n_head, layout.n_embd_head_k), np.float32)
+        self._check(self._lib.kvl_read_queries(self._context, seq, layer, self._floats(out), out.shape[0]))
+        return out
+
+    def kq_scale(self, layer: int) -> float:
+        """The factor attention applies to q.k in a layer; known after the first decode with the ring on."""
+        return self._lib.kvl_get_kq_scale(self._context, layer)

@@ -1,0 +1,137 @@
+// kvlocal: attention scores, removal and compaction of KV cells in llama.cpp.
+//
+// The C API of the patched libllama and, between the two cffi marks, the cdef that the Python side reads.
+//
+// Terms: a *cell* is a slot of the KV cache; cells are numbered from 0 within the stream of their sequence, and the
+// used part of a stream is [0, n_cells), holes included. *Layer* counts the compressible layers only (all layers of a
+// plain model, the global layers of a sliding-window one). All arrays are dense, row-major, in host memory.
+//
+// Every call returns >= 0, or a kvl_status below zero and a message for kvl_last_error().
+// No call may run at the same time as another one, or as a decode, on the same context.
+
+#ifndef KVLOCAL_H
+#define KVLOCAL_H
+
+#include <stdint.h>
+
+struct llama_context;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#pragma GCC visibility push(default)
+
+/* cffi: begin */
+
+enum {
+    KVL_API_VERSION = 1
+};
+
+enum kvl_status {
+    KVL_OK              =  0,
+    KVL_ERR_ARGUMENT    = -1, // a null pointer, a sequence, layer, cell or size out of range
+    KVL_ERR_UNSUPPORTED = -2, // this model or cache can't be compressed
+    KVL_ERR_STATE       = -3, // not now: the ring is off, no query was recorded, the caller's cell count is stale
+    KVL_ERR_MEMORY      = -4, // out of memory
+    KVL_ERR_COMPUTE     = -5, // a backend failed
+    KVL_ERR_INTERNAL    = -6  // an exception inside llama.cpp
+};
+
+enum kvl_redundancy_flags {
+    KVL_REDUNDANCY_DENSE = 1  // build the whole similarity matrix, as GPU backends do, even on the CPU
+};
+
+struct kvl_layout {
+    int32_t n_layer;       // compressible layers
+    int32_t n_head;        // query heads of each
+    int32_t n_head_kv;     // KV heads of each
+    int32_t n_embd_head_k; // key size of one head
+    int32_t n_embd_head_v; // value size of one head
+    int32_t n_seq_max;     // sequences, each in a stream of its own
+    int32_t n_cells_max;   // capacity of a stream
+    int32_t n_window;      // queries the ring holds per sequence, 0 while it is off
+    int32_t is_swa;        // 1: a sliding-window model, the layers here are its global ones
+    int32_t can_rotate;    // 1: kept keys can be moved to new positions
+};
+
+// the version of this interface, to be compared with KVL_API_VERSION
+int32_t kvl_api_version(void);
+
+// the upstream release the patches were made for and the number of patches
+const char * kvl_patch_level(void);
+
+// why the last call on this thread failed, "" if none did
+const char * kvl_last_error(void);
+
+// keep the last n_window queries of every layer and sequence beside the KV cache; 0 switches the ring off
+// n_window <= n_ubatch; the next decode reserves its graphs again
+int32_t kvl_ring_enable(struct llama_context * ctx, int32_t n_window);
+
+int32_t kvl_get_layout(struct llama_context * ctx, struct kvl_layout * layout);
+
+// indices of the compressible layers in the model; layer_ids: [n_layer]
+int32_t kvl_get_layers(struct llama_context * ctx, int32_t * layer_ids, int32_t n_layer);
+
+// positions of the cells of a sequence, -1 for a hole; pos: [n_max] or NULL
+// returns n_cells, which may be larger than n_max: then nothing is written
+int32_t kvl_get_cells(struct llama_context * ctx, int32_t seq_id, int32_t * pos, int32_t n_max);
+
+// positions of the queries in the ring, ascending and without gaps, the last one at the sequence's end
+// returns their number, as kvl_get_cells does
+int32_t kvl_get_queries(struct llama_context * ctx, int32_t seq_id, int32_t * pos, int32_t n_max);
+
+// the attention that the last n_query recorded queries (0: all) pay to each cell:
+// the mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes
+// scores: [n_layer, n_head_kv, n_cells]
+int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query,
+        float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
+
+// the softmax weights of the last n_query recorded queries in the chosen layers, mean over the query heads
+// map: [n_chosen, n_query, n_cells], the queries by ascending position
+int32_t kvl_get_attention_map(struct llama_context * ctx, int32_t seq_id, int32_t n_query,
+        const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
+
+// how much each key repeats others of its head: the softmax over cells of the column means of the cosine similarities,
+// where each row leaves out itself and the most recent key more similar to it than 0.5; 0 for holes
+// redundancy: [n_layer, n_head_kv, n_cells]
+int32_t kvl_get_redundancy(struct llama_context * ctx, int32_t seq_id, int32_t flags,
+        float * redundancy, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
+
+// free these cells for all heads; leaves holes
+// cells: [n_remove], without repeats
+int32_t kvl_remove_cells(struct llama_context * ctx, int32_t seq_id,
+        const int32_t * cells, int32_t n_remove, int32_t n_cells);
+
+// cell j of a head becomes a copy of its cell gather[.., j], for all j < n_keep; the cells behind are freed
+// gather: [n_layer, n_head_kv, n_keep], used cells
+// pos:    [n_keep] positions of the new cells for the causal mask, strictly ascending
+// delta:  [n_layer, n_head_kv, n_keep] by how many positions each kept key is rotated, or NULL for none
+// a rotation empties the ring: the queries in it were made for the old positions
+int32_t kvl_compact(struct llama_context * ctx, int32_t seq_id,
+        const int32_t * gather, const int32_t * pos, const int32_t * delta,
+        int32_t n_layer, int32_t n_head_kv, int32_t n_keep, int32_t n_cells);
+
+// shift the positions that a sliding-window cache holds for a sequence, so that they follow a rotated base cache
+// cells whose position falls below zero are freed; without a sliding-window cache this does nothing
+int32_t kvl_shift_window_cache(struct llama_context * ctx, int32_t seq_id, int32_t delta);
+
+// what is stored, as float32: keys and values as attention reads them, i.e. rotated by the Hadamard matrix where
+// llama.cpp does that (quantised caches), queries likewise
+// k: [n_head_kv, n_cells, n_embd_head_k]; v: [n_head_kv, n_cells, n_embd_head_v]; q: [n_query, n_head, n_embd_head_k]
+int32_t kvl_read_keys   (struct llama_context * ctx, int32_t seq_id, int32_t layer, float * k, int32_t n_cells);
+int32_t kvl_read_values (struct llama_context * ctx, int32_t seq_id, int32_t layer, float * v, int32_t n_cells);
+int32_t kvl_read_queries(struct llama_context * ctx, int32_t seq_id, int32_t layer, float * q, int32_t n_query);
+
+// the factor attention applies to q.k in a layer, known after the first decode with the ring on
+float kvl_get_kq_scale(struct llama_context * ctx, int32_t layer);
+
+/* cffi: end */
+
+#pragma GCC visibility pop
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

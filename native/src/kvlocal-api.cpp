@@ -1,0 +1,478 @@
+// The C boundary: arguments are checked here, and every exception becomes a return code and a message.
+
+#include "kvlocal-impl.h"
+
+#include <algorithm>
+#include <map>
+#include <new>
+
+#ifndef KVL_PATCH_LEVEL
+#    define KVL_PATCH_LEVEL "unknown"
+#endif
+
+static thread_local std::string g_error;
+
+template <typename F>
+static int32_t guard(F && f) {
+    g_error.clear();
+
+    try {
+        return f();
+    } catch (const kvl_error & e) {
+        g_error = e.what();
+        return e.status;
+    } catch (const std::bad_alloc &) {
+        g_error = "out of memory";
+        return KVL_ERR_MEMORY;
+    } catch (const std::exception & e) {
+        g_error = e.what();
+        return KVL_ERR_INTERNAL;
+    } catch (...) {
+        g_error = "unknown exception";
+        return KVL_ERR_INTERNAL;
+    }
+}
+
+static void check_pointer(const void * p, const char * name) {
+    if (!p) {
+        throw kvl_error(KVL_ERR_ARGUMENT, std::string(name) + " is null");
+    }
+}
+
+static void check_layer(const kvl_cache & cache, int32_t layer) {
+    if (layer < 0 || layer >= cache.n_layer) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "layer " + std::to_string(layer) + " is not in [0, " + std::to_string(cache.n_layer) + ")");
+    }
+}
+
+static const kvl_ring & check_ring(const kvl_cache & cache) {
+    const auto & ring = kvl_access::ring(*cache.kv);
+
+    if (!ring) {
+        throw kvl_error(KVL_ERR_STATE, "the query ring is off: call kvl_ring_enable first");
+    }
+    for (const auto & layer : ring->layers) {
+        if (layer.has_bias) {
+            throw kvl_error(KVL_ERR_UNSUPPORTED, "models with an attention bias can't be scored");
+        }
+    }
+
+    return *ring;
+}
+
+static void check_scorable(const kvl_cache & cache, int32_t n_query) {
+    check_ring(cache);
+
+    if (n_query < 0) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the number of queries is negative");
+    }
+}
+
+static bool can_rotate(const kvl_cache & cache) {
+    return cache.kv->get_can_shift() && (!cache.swa || cache.swa->get_can_shift()) &&
+        kvl_access::hparams(*cache.kv).rope_type != LLAMA_ROPE_TYPE_NONE;
+}
+
+int32_t kvl_api_version(void) {
+    return KVL_API_VERSION;
+}
+
+const char * kvl_patch_level(void) {
+    return KVL_PATCH_LEVEL;
+}
+
+const char * kvl_last_error(void) {
+    return g_error.c_str();
+}
+
+int32_t kvl_ring_enable(llama_context * ctx, int32_t n_window) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        auto & ring = kvl_access::ring(*cache.kv);
+
+        if (n_window < 0 || n_window > (int32_t) ctx->n_ubatch()) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "a window of " + std::to_string(n_window) + " is not in [0, " + std::to_string(ctx->n_ubatch()) + "], the size of the micro-batch");
+        }
+
+        ctx->synchronize();
+
+        if (n_window == 0) {
+            // graphs that write to it must not run again
+            kvl_access::reserve_again(*ctx);
+            ring.reset();
+            return KVL_OK;
+        }
+
+        auto res = std::make_shared<kvl_ring>();
+
+        res->n_window = n_window;
+        res->n_seq    = cache.kv->get_n_seq_max();
+        res->pos.assign((size_t) res->n_seq*n_window, -1);
+
+        const int64_t n_rows = (int64_t) res->n_seq*n_window + 1;
+
+        std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
+
+        for (const auto & layer : kvl_access::layers(*cache.kv)) {
+            auto & ctx_buft = ctx_map[ggml_backend_buffer_get_type(layer.k->buffer)];
+
+            if (!ctx_buft) {
+                const ggml_init_params params = { cache.n_layer*ggml_tensor_overhead(), nullptr, true };
+                ctx_buft.reset(ggml_init(params));
+            }
+
+            kvl_ring::layer ring_layer = {};
+            ring_layer.il = layer.il;
+            ring_layer.q  = ggml_new_tensor_2d(ctx_buft.get(), GGML_TYPE_F32, (int64_t) cache.n_embd_head_k*cache.n_head, n_rows);
+            ggml_format_name(ring_layer.q, "kvl_ring_l%d", (int) layer.il);
+
+            res->layers.push_back(ring_layer);
+        }
+
+        for (auto & [buft, ctx_buft] : ctx_map) {
+            ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx_buft.get(), buft) };
+            if (!buf) {
+                throw kvl_error(KVL_ERR_MEMORY, "out of memory for the query ring");
+            }
+            ggml_backend_buffer_clear(buf.get(), 0);
+            res->ctxs_bufs.emplace_back(std::move(ctx_buft), std::move(buf));
+        }
+
+        kvl_access::reserve_again(*ctx);
+        ring = std::move(res);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_get_layout(llama_context * ctx, kvl_layout * layout) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(layout, "layout");
+
+        const auto & ring = kvl_access::ring(*cache.kv);
+
+        layout->n_layer       = cache.n_layer;
+        layout->n_head        = cache.n_head;
+        layout->n_head_kv     = cache.n_head_kv;
+        layout->n_embd_head_k = cache.n_embd_head_k;
+        layout->n_embd_head_v = cache.n_embd_head_v;
+        layout->n_seq_max     = cache.kv->get_n_seq_max();
+        layout->n_cells_max   = cache.kv->get_size();
+        layout->n_window      = ring ? ring->n_window : 0;
+        layout->is_swa        = cache.swa != nullptr;
+        layout->can_rotate    = can_rotate(cache);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_get_layers(llama_context * ctx, int32_t * layer_ids, int32_t n_layer) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(layer_ids, "layer_ids");
+
+        if (n_layer != cache.n_layer) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "room for " + std::to_string(n_layer) + " layers, the cache has " + std::to_string(cache.n_layer));
+        }
+
+        for (const auto & layer : kvl_access::layers(*cache.kv)) {
+            *layer_ids++ = (int32_t) layer.il;
+        }
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_get_cells(llama_context * ctx, int32_t seq_id, int32_t * pos, int32_t n_max) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        kvl_check_seq(cache, seq_id);
+
+        const auto & cells = kvl_access::cells(*cache.kv, seq_id);
+
+        const int32_t n_cells = cells.used_max_p1();
+
+        if (pos && n_cells <= n_max) {
+            for (int32_t i = 0; i < n_cells; ++i) {
+                pos[i] = cells.is_empty(i) ? -1 : cells.pos_get(i);
+            }
+        }
+
+        return n_cells;
+    });
+}
+
+int32_t kvl_get_queries(llama_context * ctx, int32_t seq_id, int32_t * pos, int32_t n_max) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        kvl_check_seq(cache, seq_id);
+        check_ring(cache);
+
+        const auto queries = kvl_valid_queries(cache, seq_id);
+
+        if (pos && (int32_t) queries.size() <= n_max) {
+            std::copy(queries.begin(), queries.end(), pos);
+        }
+
+        return queries.size();
+    });
+}
+
+int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(scores, "scores");
+        check_scorable(cache, n_query);
+        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
+
+        kvl_scores(cache, seq_id, n_query, scores, n_cells);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_get_attention_map(llama_context * ctx, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(layers, "layers");
+        check_pointer(map, "map");
+        check_scorable(cache, n_query);
+        kvl_check_shape(cache, seq_id, cache.n_layer, cache.n_head_kv, n_cells);
+
+        if (n_chosen < 1 || n_chosen > cache.n_layer) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the number of chosen layers is not in [1, " + std::to_string(cache.n_layer) + "]");
+        }
+        for (int32_t i = 0; i < n_chosen; ++i) {
+            check_layer(cache, layers[i]);
+        }
+        // the caller's array has the size it asked for, so the number of queries can't be left open here
+        if (n_query == 0) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "say how many queries the map is for");
+        }
+
+        kvl_attention_map(cache, seq_id, n_query, layers, n_chosen, map, n_cells);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_get_redundancy(llama_context * ctx, int32_t seq_id, int32_t flags, float * redundancy, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(redundancy, "redundancy");
+        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
+
+        if (flags & ~KVL_REDUNDANCY_DENSE) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "unknown flag");
+        }
+
+        kvl_redundancy(cache, seq_id, flags & KVL_REDUNDANCY_DENSE, redundancy, n_cells);
+
+        return KVL_OK;
+    });
+}
+
+// a used cell of this sequence
+static void check_cell(const llama_kv_cells & cells, int32_t cell, int32_t n_cells) {
+    if (cell < 0 || cell >= n_cells) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "cell " + std::to_string(cell) + " is not in [0, " + std::to_string(n_cells) + ")");
+    }
+    if (cells.is_empty(cell)) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "cell " + std::to_string(cell) + " is empty");
+    }
+}
+
+int32_t kvl_remove_cells(llama_context * ctx, int32_t seq_id, const int32_t * cells_rm, int32_t n_remove, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        kvl_check_shape(cache, seq_id, cache.n_layer, cache.n_head_kv, n_cells);
+
+        if (n_remove < 0) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the number of cells is negative");
+        }
+        if (n_remove == 0) {
+            return KVL_OK;
+        }
+
+        check_pointer(cells_rm, "cells");
+
+        auto & cells = kvl_access::cells(*cache.kv, seq_id);
+
+        std::vector<bool> seen(n_cells, false);
+        for (int32_t i = 0; i < n_remove; ++i) {
+            check_cell(cells, cells_rm[i], n_cells);
+            if (seen[cells_rm[i]]) {
+                throw kvl_error(KVL_ERR_ARGUMENT, "cell " + std::to_string(cells_rm[i]) + " is given twice");
+            }
+            seen[cells_rm[i]] = true;
+        }
+
+        auto & head = kvl_access::head(*cache.kv, seq_id);
+
+        for (int32_t i = 0; i < n_remove; ++i) {
+            cells.seq_rm(cells_rm[i], seq_id);
+            head = std::min(head, (uint32_t) cells_rm[i]);
+        }
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta,
+        int32_t n_layer, int32_t n_head_kv, int32_t n_keep, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(gather, "gather");
+        check_pointer(pos, "pos");
+        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
+
+        if (n_keep < 1 || n_keep > n_cells) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the number of kept cells " + std::to_string(n_keep) + " is not in [1, " + std::to_string(n_cells) + "]");
+        }
+        if (delta && !can_rotate(cache)) {
+            throw kvl_error(KVL_ERR_UNSUPPORTED, "the keys of this model can't be moved to other positions");
+        }
+
+        const auto & cells = kvl_access::cells(*cache.kv, seq_id);
+
+        const size_t n_idx = (size_t) n_layer*n_head_kv*n_keep;
+        for (size_t i = 0; i < n_idx; ++i) {
+            check_cell(cells, gather[i], n_cells);
+        }
+
+        for (int32_t j = 0; j < n_keep; ++j) {
+            if (pos[j] < 0 || (j > 0 && pos[j] <= pos[j - 1])) {
+                throw kvl_error(KVL_ERR_ARGUMENT, "the positions must be >= 0 and strictly ascending, they are not at cell " + std::to_string(j));
+            }
+        }
+
+        kvl_compact_cells(cache, seq_id, gather, pos, delta, n_keep);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_shift_window_cache(llama_context * ctx, int32_t seq_id, int32_t delta) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        kvl_check_seq(cache, seq_id);
+
+        if (cache.swa && delta != 0) {
+            if (!can_rotate(cache)) {
+                throw kvl_error(KVL_ERR_UNSUPPORTED, "the keys of this model can't be moved to other positions");
+            }
+            cache.swa->seq_add(seq_id, -1, -1, delta);
+        }
+
+        return KVL_OK;
+    });
+}
+
+// cells of one stream as float32, [n_head_kv, n_cells, n_embd_head]
+static void read_rows(const ggml_tensor * stream, int32_t n_embd_head, int32_t n_head_kv, int32_t n_cells, float * out) {
+    std::vector<uint8_t> data(stream->nb[1]*n_cells);
+    ggml_backend_tensor_get(stream, data.data(), 0, data.size());
+
+    const auto   to_float = ggml_get_type_traits(stream->type)->to_float;
+    const size_t size     = ggml_row_size(stream->type, n_embd_head);
+
+    for (int32_t h = 0; h < n_head_kv; ++h) {
+        for (int32_t i = 0; i < n_cells; ++i) {
+            const uint8_t * src = data.data() + i*stream->nb[1] + h*size;
+            float         * dst = out + ((size_t) h*n_cells + i)*n_embd_head;
+
+            if (stream->type == GGML_TYPE_F32) {
+                memcpy(dst, src, size);
+            } else {
+                to_float(src, dst, n_embd_head);
+            }
+        }
+    }
+}
+
+int32_t kvl_read_keys(llama_context * ctx, int32_t seq_id, int32_t layer, float * k, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(k, "k");
+        check_layer(cache, layer);
+        kvl_check_shape(cache, seq_id, cache.n_layer, cache.n_head_kv, n_cells);
+
+        ctx->synchronize();
+        read_rows(kvl_access::layers(*cache.kv)[layer].k_stream[cache.kv->get_stream(seq_id)], cache.n_embd_head_k, cache.n_head_kv, n_cells, k);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_read_values(llama_context * ctx, int32_t seq_id, int32_t layer, float * v, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(v, "v");
+        check_layer(cache, layer);
+        kvl_check_shape(cache, seq_id, cache.n_layer, cache.n_head_kv, n_cells);
+
+        ctx->synchronize();
+        read_rows(kvl_access::layers(*cache.kv)[layer].v_stream[cache.kv->get_stream(seq_id)], cache.n_embd_head_v, cache.n_head_kv, n_cells, v);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_read_queries(llama_context * ctx, int32_t seq_id, int32_t layer, float * q, int32_t n_query) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(q, "q");
+        check_layer(cache, layer);
+        kvl_check_seq(cache, seq_id);
+
+        const auto & ring = check_ring(cache);
+
+        auto pos = kvl_valid_queries(cache, seq_id);
+
+        if (n_query < 1 || n_query > (int32_t) pos.size()) {
+            throw kvl_error(KVL_ERR_STATE, std::to_string(n_query) + " queries were asked for, " + std::to_string(pos.size()) + " are recorded");
+        }
+        pos.erase(pos.begin(), pos.end() - n_query);
+
+        ctx->synchronize();
+
+        const ggml_tensor * rows = ring.layers[layer].q;
+
+        for (const llama_pos p : pos) {
+            ggml_backend_tensor_get(rows, q, ring.row(seq_id, p)*rows->nb[1], rows->nb[1]);
+            q += rows->ne[0];
+        }
+
+        return KVL_OK;
+    });
+}
+
+float kvl_get_kq_scale(llama_context * ctx, int32_t layer) {
+    float scale = 0.0f;
+
+    guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_layer(cache, layer);
+        scale = check_ring(cache).layers[layer].kq_scale;
+
+        return KVL_OK;
+    });
+
+    return scale;
+}

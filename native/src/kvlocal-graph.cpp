@@ -1,0 +1,216 @@
+// kvlocal's own graphs: a scheduler beside llama.cpp's, over the same backends.
+
+#include "kvlocal-impl.h"
+
+#include "llama-kv-cache-iswa.h"
+
+#include <algorithm>
+
+struct kvl_runtime {
+    ggml_backend_sched_ptr sched;
+
+    size_t n_nodes = 0;
+};
+
+static ggml_backend_sched_t get_sched(llama_context & lctx, size_t n_nodes) {
+    auto & runtime = kvl_access::runtime(lctx);
+
+    if (!runtime) {
+        runtime = std::make_shared<kvl_runtime>();
+    }
+
+    if (runtime->n_nodes < n_nodes) {
+        auto backends = kvl_access::backends(lctx);
+        auto bufts    = kvl_access::bufts(lctx);
+
+        runtime->sched.reset(ggml_backend_sched_new(backends.data(), bufts.data(), backends.size(), n_nodes, false, false));
+        runtime->n_nodes = n_nodes;
+    }
+
+    return runtime->sched.get();
+}
+
+kvl_graph::kvl_graph(const kvl_cache & cache, size_t n_nodes) : cache(cache), n_nodes(n_nodes) {
+    const ggml_init_params params = {
+        // leaves count too, hence twice
+        /*.mem_size   =*/ 2*n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    ctx_ptr.reset(ggml_init(params));
+    if (!ctx_ptr) {
+        throw kvl_error(KVL_ERR_MEMORY, "out of memory for a graph");
+    }
+
+    gf = ggml_new_graph_custom(ctx_ptr.get(), n_nodes, false);
+}
+
+ggml_tensor * kvl_graph::input(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2) {
+    ggml_tensor * t = ggml_new_tensor_3d(ctx(), type, ne0, ne1, ne2);
+    ggml_set_input(t);
+
+    return t;
+}
+
+void kvl_graph::output(ggml_tensor * t) {
+    ggml_set_output(t);
+    ggml_build_forward_expand(gf, t);
+}
+
+void kvl_graph::run(const std::function<void()> & set_inputs) {
+    llama_context & lctx = *cache.lctx;
+
+    // writes into the cache happen where the cache is: no other backend can take over
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+
+        if (node->op == GGML_OP_SET_ROWS) {
+            auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(node->src[2]->buffer ? node->src[2]->buffer : node->view_src->buffer));
+            if (dev && !ggml_backend_dev_supports_op(dev, node)) {
+                throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("the device ") + ggml_backend_dev_name(dev) + " can't write rows of type " + ggml_type_name(node->type));
+            }
+        }
+    }
+
+    lctx.synchronize();
+
+    auto * sched = get_sched(lctx, n_nodes);
+
+    ggml_backend_sched_reset(sched);
+
+    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+        throw kvl_error(KVL_ERR_MEMORY, "out of memory for a graph's buffers");
+    }
+
+    set_inputs();
+
+    kvl_access::set_n_threads(lctx, lctx.n_threads_batch());
+
+    const auto status = ggml_backend_sched_graph_compute(sched, gf);
+    if (status != GGML_STATUS_SUCCESS) {
+        throw kvl_error(KVL_ERR_COMPUTE, std::string("a graph could not be computed: ") + ggml_status_to_string(status));
+    }
+}
+
+kvl_cache kvl_find_cache(llama_context * lctx) {
+    if (!lctx) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the context is null");
+    }
+
+    auto * memory = lctx->get_memory();
+
+    kvl_cache res = {};
+    res.lctx = lctx;
+    res.kv   = dynamic_cast<llama_kv_cache *>(memory);
+
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        res.kv  = iswa->get_base();
+        res.swa = iswa->get_swa();
+    }
+
+    if (!res.kv) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "the context has no plain KV cache: recurrent, hybrid and compressed-attention models can't be compressed");
+    }
+
+    const auto & hparams = kvl_access::hparams(*res.kv);
+    const auto & layers  = kvl_access::layers(*res.kv);
+
+    if (layers.empty()) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "the model has no layer with a KV cache that grows");
+    }
+    if (hparams.is_mla()) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "models with multi-head latent attention can't be compressed");
+    }
+    if (hparams.use_alibi) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "models with ALiBi positions can't be compressed");
+    }
+    if (kvl_access::v_trans(*res.kv)) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "the V cache is transposed: make the context with flash attention on");
+    }
+    if (kvl_access::is_shared(*res.kv)) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "the KV cache belongs to another context");
+    }
+    if (res.kv->get_n_stream() != res.kv->get_n_seq_max()) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "sequences share one stream: make the context with kv_unified off");
+    }
+
+    const uint32_t il = layers[0].il;
+
+    res.n_layer       = layers.size();
+    res.n_head        = hparams.n_head(il);
+    res.n_head_kv     = hparams.n_head_kv(il);
+    res.n_embd_head_k = hparams.n_embd_head_k(il);
+    res.n_embd_head_v = hparams.n_embd_head_v(il);
+
+    for (const auto & layer : layers) {
+        if ((int32_t) hparams.n_head       (layer.il) != res.n_head        ||
+            (int32_t) hparams.n_head_kv    (layer.il) != res.n_head_kv     ||
+            (int32_t) hparams.n_embd_head_k(layer.il) != res.n_embd_head_k ||
+            (int32_t) hparams.n_embd_head_v(layer.il) != res.n_embd_head_v) {
+            throw kvl_error(KVL_ERR_UNSUPPORTED, "models whose layers differ in their heads can't be compressed");
+        }
+
+        for (const auto * t : { layer.k, layer.v }) {
+            if (t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16 && t->type != GGML_TYPE_BF16 && t->type != GGML_TYPE_Q8_0) {
+                throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("a KV cache of type ") + ggml_type_name(t->type) + " can't be moved without loss: use f16 or q8_0");
+            }
+        }
+
+        // the rows of one head are moved alone
+        if (res.n_embd_head_k % ggml_blck_size(layer.k->type) != 0 || res.n_embd_head_v % ggml_blck_size(layer.v->type) != 0) {
+            throw kvl_error(KVL_ERR_UNSUPPORTED, "the head size is no multiple of the cache type's block size: use an f16 cache");
+        }
+    }
+
+    return res;
+}
+
+void kvl_check_seq(const kvl_cache & cache, int32_t seq_id) {
+    const int32_t n_seq_max = cache.kv->get_n_seq_max();
+
+    if (seq_id < 0 || seq_id >= n_seq_max) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "sequence " + std::to_string(seq_id) + " is not in [0, " + std::to_string(n_seq_max) + ")");
+    }
+    if (kvl_access::cells(*cache.kv, seq_id).get_has_shift()) {
+        throw kvl_error(KVL_ERR_STATE, "a position shift is pending: decode once first");
+    }
+}
+
+void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
+    kvl_check_seq(cache, seq_id);
+
+    if (n_layer != cache.n_layer || n_head_kv != cache.n_head_kv) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the arrays are for " + std::to_string(n_layer) + " layers of " + std::to_string(n_head_kv) +
+                " KV heads, the cache has " + std::to_string(cache.n_layer) + " of " + std::to_string(cache.n_head_kv));
+    }
+
+    const int32_t n_used = kvl_access::cells(*cache.kv, seq_id).used_max_p1();
+
+    if (n_cells != n_used) {
+        throw kvl_error(KVL_ERR_STATE, "the cell count " + std::to_string(n_cells) + " is stale: the sequence has " + std::to_string(n_used) + " cells");
+    }
+    if (n_used == 0) {
+        throw kvl_error(KVL_ERR_STATE, "the sequence has no cells");
+    }
+}
+
+std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_id) {
+    const auto & by_pos = kvl_access::cells(*cache.kv, seq_id).seq_pos_get(seq_id);
+
+    std::vector<int32_t> res;
+    res.reserve(by_pos.size());
+
+    for (const auto & [pos, cell] : by_pos) {
+        res.push_back((int32_t) cell);
+    }
+
+    return res;
+}
+
+ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells) {
+    GGML_ASSERT(stream->ne[0] == n_embd_head*n_head_kv);
+
+    return ggml_view_3d(ctx, stream, n_embd_head, n_cells, n_head_kv,
+            stream->nb[1], ggml_row_size(stream->type, n_embd_head), 0);
+}

@@ -1,0 +1,135 @@
+// Shared between kvlocal's own sources: access to llama.cpp's private parts, the ring, and how graphs are run.
+
+#pragma once
+
+#include "kvlocal-hooks.h"
+#include "kvlocal.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "ggml-cpp.h"
+
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// an error that becomes a return code and a message at the C boundary
+struct kvl_error : std::runtime_error {
+    kvl_error(kvl_status status, const std::string & message) : std::runtime_error(message), status(status) {}
+
+    kvl_status status;
+};
+
+struct kvl_ring {
+    struct layer {
+        uint32_t il; // layer index in the model
+
+        ggml_tensor * q = nullptr; // F32 [n_embd_head_k*n_head, n_window*n_seq + 1], the last row takes what is not kept
+
+        // noted when the graph is built
+        ggml_tensor * sinks    = nullptr;
+        float         kq_scale = 0.0f;
+        bool          has_bias = false;
+    };
+
+    int32_t n_window = 0;
+    int32_t n_seq    = 0;
+
+    std::vector<layer>     layers; // same order as in the KV cache
+    std::vector<llama_pos> pos;    // [n_seq*n_window] position of the query in each row, -1 for none
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    // queries are found by their position, so rows that were overtaken or removed are never taken for valid ones
+    int64_t row(llama_seq_id seq_id, llama_pos p) const { return (int64_t) seq_id*n_window + p%n_window; }
+};
+
+// the KV cache that kvlocal works on and where one sequence sits in it
+struct kvl_cache {
+    llama_context  * lctx;
+    llama_kv_cache * kv;
+    llama_kv_cache * swa; // the sliding-window cache beside it, or nullptr
+
+    int32_t n_layer;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_embd_head_k;
+    int32_t n_embd_head_v;
+};
+
+// the only door to private members
+struct kvl_access {
+    using kv_layer = llama_kv_cache::kv_layer;
+
+    static const llama_hparams & hparams(const llama_kv_cache & kv) { return kv.hparams; }
+
+    static const std::vector<kv_layer> & layers  (const llama_kv_cache & kv) { return kv.layers; }
+    static bool                          v_trans (const llama_kv_cache & kv) { return kv.v_trans; }
+    static bool                          is_shared(const llama_kv_cache & kv) { return kv.other != nullptr; }
+    static int32_t                       layer_of(const llama_kv_cache & kv, int il) { return kv.map_layer_ids.at(il); }
+    static llama_kv_cells &              cells   (llama_kv_cache & kv, llama_seq_id s) { return kv.v_cells[kv.seq_to_stream[s]]; }
+    static uint32_t &                    head    (llama_kv_cache & kv, llama_seq_id s) { return kv.v_heads[kv.seq_to_stream[s]]; }
+    static std::shared_ptr<kvl_ring> &   ring    (llama_kv_cache & kv) { return kv.ring; }
+
+    static llama_kv_cache * kv_of(const llama_kv_cache_context & mctx) { return mctx.kv; }
+
+    static std::shared_ptr<kvl_runtime> & runtime(llama_context & lctx) { return lctx.kvl; }
+
+    static const std::vector<ggml_backend_t> &             backends(const llama_context & lctx) { return lctx.backend_ptrs; }
+    static const std::vector<ggml_backend_buffer_type_t> & bufts   (const llama_context & lctx) { return lctx.backend_buft; }
+
+    static void set_n_threads(llama_context & lctx, int32_t n_threads) {
+        for (const auto & [backend, fn] : lctx.set_n_threads_fns) {
+            fn(backend, n_threads);
+        }
+    }
+
+    static void reserve_again(llama_context & lctx) { lctx.sched_need_reserve = true; }
+};
+
+// a graph over the KV cache, run on a scheduler of kvlocal's own, so that the decode graph stays warm
+struct kvl_graph {
+    kvl_graph(const kvl_cache & cache, size_t n_nodes);
+
+    ggml_context * ctx() const { return ctx_ptr.get(); }
+
+    // a tensor the caller fills before the graph runs
+    ggml_tensor * input(ggml_type type, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1);
+
+    // mark as result and add to the graph
+    void output(ggml_tensor * t);
+    void expand(ggml_tensor * t) { ggml_build_forward_expand(gf, t); }
+
+    // allocate, let the caller set the inputs, compute, wait
+    void run(const std::function<void()> & set_inputs);
+
+private:
+    const kvl_cache & cache;
+    size_t            n_nodes;
+    ggml_context_ptr  ctx_ptr;
+    ggml_cgraph     * gf;
+};
+
+// the compressible cache of a context, or a kvl_error that says why there is none
+kvl_cache kvl_find_cache(llama_context * lctx);
+
+void kvl_check_seq  (const kvl_cache & cache, int32_t seq_id);
+void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
+
+// positions of the recorded queries that still belong to the sequence's end, ascending
+std::vector<llama_pos> kvl_valid_queries(const kvl_cache & cache, int32_t seq_id);
+
+// the used cells of a sequence by ascending position
+std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_id);
+
+// 3-d view of one stream's keys or values: [n_embd_head, n_cells, n_head_kv]
+ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells);
+
+void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, float * scores, int32_t n_cells);
+void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
+void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool dense, float * redundancy, int32_t n_cells);
+
+void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta, int32_t n_keep);

@@ -1,0 +1,109 @@
+// The query ring: the last queries of each layer, written by the decode graph itself.
+
+#include "kvlocal-impl.h"
+
+#include <algorithm>
+
+ggml_tensor * kvl_ring_build_input(ggml_context * ctx, const llama_kv_cache_context * mctx, const llama_ubatch & ubatch) {
+    if (!kvl_access::ring(*kvl_access::kv_of(*mctx))) {
+        return nullptr;
+    }
+
+    ggml_tensor * idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens);
+    ggml_set_input(idxs);
+    ggml_set_name(idxs, "kvl_ring_idxs");
+
+    return idxs;
+}
+
+void kvl_ring_build_write(
+                    ggml_context * ctx,
+                     ggml_cgraph * gf,
+    const llama_kv_cache_context * mctx,
+                     ggml_tensor * idxs,
+                     ggml_tensor * q_cur,
+                     ggml_tensor * kq_b,
+                     ggml_tensor * sinks,
+                           float   kq_scale,
+                             int   il) {
+    if (!idxs) {
+        return;
+    }
+
+    auto * kv    = kvl_access::kv_of(*mctx);
+    auto & layer = kvl_access::ring(*kv)->layers[kvl_access::layer_of(*kv, il)];
+
+    layer.sinks    = sinks;
+    layer.kq_scale = kq_scale;
+    layer.has_bias = kq_b != nullptr;
+
+    const int64_t n_embd_q = q_cur->ne[0]*q_cur->ne[1];
+    const int64_t n_tokens = q_cur->ne[2];
+
+    ggml_tensor * q = ggml_is_contiguous(q_cur)
+        ? ggml_reshape_2d(ctx, q_cur, n_embd_q, n_tokens)
+        : ggml_cont_2d   (ctx, q_cur, n_embd_q, n_tokens);
+
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, layer.q, q, idxs));
+}
+
+void kvl_ring_set_input(const llama_kv_cache_context * mctx, ggml_tensor * idxs, const llama_ubatch * ubatch) {
+    if (!idxs || !idxs->buffer) {
+        return;
+    }
+
+    GGML_ASSERT(ggml_backend_buffer_is_host(idxs->buffer));
+
+    auto & ring = *kvl_access::ring(*kvl_access::kv_of(*mctx));
+
+    // only the last n_window queries of each sequence are kept
+    std::vector<llama_pos> pos_max(ring.n_seq, -1);
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        auto & p = pos_max[ubatch->seq_id[i][0]];
+        p = std::max(p, ubatch->pos[i]);
+    }
+
+    const int64_t row_spare = (int64_t) ring.n_seq*ring.n_window;
+
+    int64_t * data = (int64_t *) idxs->data;
+
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        const llama_seq_id s = ubatch->seq_id[i][0];
+        const llama_pos    p = ubatch->pos[i];
+
+        if (p > pos_max[s] - ring.n_window) {
+            data[i] = ring.row(s, p);
+            ring.pos[data[i]] = p;
+        } else {
+            data[i] = row_spare;
+        }
+    }
+}
+
+void kvl_ring_invalidate(kvl_ring * ring, int32_t seq_id) {
+    if (!ring) {
+        return;
+    }
+
+    const auto first = seq_id < 0 ? ring->pos.begin() : ring->pos.begin() + (int64_t) seq_id*ring->n_window;
+    const auto last  = seq_id < 0 ? ring->pos.end()   : first + ring->n_window;
+
+    std::fill(first, last, -1);
+}
+
+std::vector<llama_pos> kvl_valid_queries(const kvl_cache & cache, int32_t seq_id) {
+    const auto & ring = *kvl_access::ring(*cache.kv);
+
+    std::vector<llama_pos> res;
+
+    const llama_pos p_end = cache.kv->seq_pos_max(seq_id);
+
+    // from the end backwards, as long as each row still holds the query of that very position
+    for (llama_pos p = p_end; p >= 0 && p > p_end - ring.n_window && ring.pos[ring.row(seq_id, p)] == p; --p) {
+        res.push_back(p);
+    }
+
+    std::reverse(res.begin(), res.end());
+
+    return res;
+}
