@@ -1,0 +1,53 @@
+# make chat      set everything up and chat            ARGS="--kv-budget 512" passes options on
+# make test      set everything up and run the tests   ARGS="-k ledger" passes options on
+# make setup     the set-up alone: afterwards .venv/bin/kvlocal works
+# make sanitize  the native tests under the address and undefined behaviour sanitizers
+# make stock     llama.cpp without our patches, in build/stock/dist/lib, to compare with
+# make clean     remove .venv and build
+#
+# CMAKE_ARGS="-DGGML_CUDA=ON" chooses a backend, PYTHON=python3.12 an interpreter.
+
+MAKEFLAGS += --no-print-directory
+export CMAKE_ARGS
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+ifeq ($(PYTHON),)
+$(error kvlocal needs Python 3.11 or later; install one, or say which: make PYTHON=...)
+endif
+
+# Standard input and output belong to the chat and to the tests alone.
+bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
+
+.PHONY: chat test setup sanitize stock clean
+
+chat:
+	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
+
+test:
+	@$(bootstrap) --test && exec .venv/bin/python -m pytest $(ARGS)
+
+setup:
+	@$(bootstrap)
+
+# A second build of the library, outside the package: $(call library,NAME,OPTIONS) leaves it in build/NAME/dist
+library = PATH="$(CURDIR)/.venv/bin:$$PATH" && ( \
+	cmake -S . -B build/$(1) -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python $(2) $(CMAKE_ARGS) && \
+	cmake --build build/$(1) --target llama && \
+	cmake --install build/$(1) --component kvlocal --prefix build/$(1)/dist ) </dev/null >&2
+
+# Leaks are not looked for: Python itself never frees much of what it allocates.
+sanitize:
+	@$(bootstrap) --test && $(call library,sanitize,-DKVLOCAL_SANITIZE=ON -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_C_FLAGS_RELWITHDEBINFO='-O1 -g1' -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1')
+	@KVLOCAL_LIB_DIR=$(CURDIR)/build/sanitize/dist/lib \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+		.venv/bin/python -m pytest tests/test_native.py $(ARGS)
+
+stock:
+	@$(bootstrap) && $(call library,stock,-DKVLOCAL_STOCK=ON -DCMAKE_BUILD_TYPE=Release)
+
+clean:
+	@rm -rf .venv build

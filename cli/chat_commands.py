@@ -1,0 +1,287 @@
+"""The commands of a chat: lines that begin with a slash."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvlocal.errors import KvlocalError
+from kvlocal.session import SegmentStats, SessionConfig
+from kvlocal.transcript import Conversation, load, save
+from kvlocal_cli.options import split_policy_arg
+from kvlocal_cli.terminal import printable
+
+if TYPE_CHECKING:
+    from kvlocal_cli.chat import Chat
+
+BAR_WIDTH = 24
+SHOWN_SEGMENTS = 24
+
+
+@dataclass(frozen=True)
+class Command:
+    usage: str
+    help: str
+    run: Callable[[Chat, str], None]
+
+
+def names() -> list[str]:
+    """The commands, with their slash."""
+    return list(_COMMANDS)
+
+
+def execute(chat: Chat, line: str) -> None:
+    """Run the command of a line.
+
+    Raises:
+        EOFError: it ends the chat.
+        KvlocalError: there is no such command, or it failed; the chat is as it was.
+    """
+    name, _, argument = line.partition(" ")
+    name = _OTHER_NAMES.get(name, name)
+    if name not in _COMMANDS:
+        close = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "/help lists them, and // begins a line of text with a slash"
+        raise KvlocalError(f"there is no command {printable(name[:40])}: {hint}")
+    try:
+        _COMMANDS[name].run(chat, argument.strip())
+    except KeyboardInterrupt:
+        if not chat.screen.interactive:
+            raise
+        raise KvlocalError("stopped: the chat is as it was") from None
+
+
+def _help(chat: Chat, argument: str) -> None:
+    rows = [(command.usage, command.help) for command in _COMMANDS.values()]
+    rows += [
+        ('"""', "begins and ends a text of several lines"),
+        ("//", "begins a line of text that starts with a slash"),
+        ("Ctrl-C", "stops the answer, not the program"),
+        ("Ctrl-D", "leaves"),
+    ]
+    width = max(len(usage) for usage, _ in rows)
+    for usage, text in rows:
+        chat.screen.show(f"{usage.ljust(width)}  {text}")
+
+
+def _kv(chat: Chat, argument: str) -> None:
+    if argument not in ("", "all"):
+        raise KvlocalError("/kv takes nothing, or all")
+    segments = chat.session.segments()
+    rows = _merged(segments) if argument != "all" else [_row(segment) for segment in segments]
+    rows.insert(0, ("turn", "role", "seen", "kept", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for turn, role, seen, kept, bar, text in rows:
+        line = (turn.rjust(widths[0]), role.ljust(widths[1]), seen.rjust(widths[2]), kept.rjust(widths[3]), bar.ljust(widths[4]))
+        chat.screen.show("  ".join((*line, text)).rstrip())
+    kv = chat.session.kv
+    chat.screen.show(
+        f"total: {kv.history_tokens} tokens seen, {kv.used} cells kept of a budget of {kv.budget}, "
+        f"{kv.evicted} evicted in {kv.compressions} compressions; peak {kv.peak_cells} of {kv.capacity} cells"
+    )
+
+
+def _row(segment: SegmentStats) -> tuple[str, ...]:
+    text = " ".join(printable(segment.text).split())
+    return (
+        str(segment.turn or ""),
+        segment.role,
+        str(segment.n_tokens),
+        f"{segment.n_cells:.1f}",
+        _bar(segment.n_cells, segment.n_tokens),
+        f"pinned  {text}" if segment.pinned else text,
+    )
+
+
+def _merged(segments: list[SegmentStats]) -> list[tuple[str, ...]]:
+    """What is pinned and the last segments; those between in one row."""
+    rows, old = [], []
+    for i, segment in enumerate(segments):
+        if segment.pinned or i >= len(segments) - SHOWN_SEGMENTS:
+            rows.append((i, _row(segment)))
+        else:
+            old.append((i, segment))
+    if len(old) > 1:
+        n_tokens, n_cells = (sum(getattr(segment, name) for _, segment in old) for name in ("n_tokens", "n_cells"))
+        text = f"{len(old)} earlier parts, /kv all shows each"
+        row = ("", "earlier", str(n_tokens), f"{n_cells:.1f}", _bar(n_cells, n_tokens), text)
+        rows.append((old[0][0], row))
+    else:
+        rows += [(i, _row(segment)) for i, segment in old]
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def _bar(kept: float, seen: int) -> str:
+    full = round(BAR_WIDTH * min(kept / seen, 1.0)) if seen else 0
+    return "█" * full + "░" * (BAR_WIDTH - full)
+
+
+def _regen(chat: Chat, argument: str) -> None:
+    chat.regenerate()
+
+
+def _undo(chat: Chat, argument: str) -> None:
+    taken = chat.undo()
+    chat.screen.note(f"taken back: {_start(taken[0]['content'])}")
+
+
+def _clear(chat: Chat, argument: str) -> None:
+    chat.session.clear()
+    chat.record(lambda transcript: transcript.add_clear())
+    chat.screen.note("forgotten; the system prompt stays")
+
+
+def _system(chat: Chat, argument: str) -> None:
+    if not argument:
+        chat.screen.show(printable(chat.config.system or "the model's own"))
+        return
+    system = None if argument == '""' else argument
+    chat.replace(replace(chat.config, system=system), chat.session.messages)
+    chat.record(lambda transcript: transcript.add_system(system))
+    chat.screen.note("system prompt changed; the conversation was read again")
+
+
+def _start(text: str) -> str:
+    text = " ".join(printable(text).split())
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def settings(chat: Chat) -> dict[str, Any]:
+    """The values in use, by the names of their options."""
+    config = chat.config
+    values = {name: getattr(config.sampling, field) for name, (field, _) in _SAMPLING.items()}
+    return {
+        **values,
+        "seed": chat.session.seed,
+        "max-tokens": config.max_tokens,
+        "kv-budget": config.budget,
+        "policy": config.policy,
+        "policy-args": dict(config.policy_args),
+        "stride": config.stride,
+        "ctk": config.type_k,
+        "ctv": config.type_v,
+    }
+
+
+# what /set takes: of the sampling, the field and how its text is read
+_SAMPLING: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "temp": ("temperature", float),
+    "top-k": ("top_k", int),
+    "top-p": ("top_p", float),
+    "min-p": ("min_p", float),
+    "repeat-penalty": ("repeat_penalty", float),
+    "seed": ("seed", int),
+}
+
+
+def _set(chat: Chat, argument: str) -> None:
+    name, _, value = argument.partition(" ")
+    name, value = name.removeprefix("--"), value.strip()
+    if not name:
+        for name, value in settings(chat).items():
+            if isinstance(value, dict):
+                value = " ".join(f"{key}={arg}" for key, arg in value.items()) or "-"
+            chat.screen.show(f"{name.ljust(14)}  {value}")
+        return
+    if name not in _SETTABLE:
+        close = difflib.get_close_matches(name, _SETTABLE, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(_SETTABLE)}"
+        raise KvlocalError(f"/set does not know {printable(name[:40])}: {hint}")
+    if not value:
+        raise KvlocalError(f"/set {name} needs a value")
+    config = chat.config
+    if name == "max-tokens":
+        config = replace(config, max_tokens=_number(name, value, int))
+        chat.session.max_tokens = config.max_tokens
+        chat.config = config
+    elif name == "kv-budget":
+        chat.replace(replace(config, budget=_number(name, value, int)), chat.session.messages)
+    elif name == "policy":
+        chat.replace(_with_policy(config, value), chat.session.messages)
+    else:
+        field, kind = _SAMPLING[name]
+        number = None if (name, value) == ("seed", "random") else _number(name, value, kind)
+        sampling = replace(config.sampling, **{field: number})
+        chat.session.set_sampling(sampling)
+        chat.config = replace(config, sampling=sampling)
+    chat.screen.note(f"{name}: {settings(chat)[name]}")
+
+
+_SETTABLE = (*_SAMPLING, "max-tokens", "kv-budget", "policy")
+
+
+def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        kinds = {int: "a whole number", float: "a number"}
+        raise KvlocalError(f"{name} takes {kinds[kind]}, not {printable(text[:40])}") from None
+
+
+def _with_policy(config: SessionConfig, text: str) -> SessionConfig:
+    name, *args = text.split()
+    try:
+        return replace(config, policy=name, policy_args=dict(split_policy_arg(arg) for arg in args))
+    except click.BadParameter as error:
+        raise KvlocalError(f"{error.message}: write /set policy NAME name=value") from None
+
+
+def _save(chat: Chat, argument: str) -> None:
+    path = _path(argument, "/save")
+    messages = [dict(message) for message in chat.session.messages]
+    save(path, Conversation(messages, chat.config.system, chat.name, settings(chat)))
+    chat.screen.note(f"saved {len(messages)} messages to {path}")
+
+
+def _load(chat: Chat, argument: str) -> None:
+    path = _path(argument, "/load")
+    conversation = load(path)
+    system, messages = conversation.system, conversation.messages
+    chat.replace(replace(chat.config, system=system), messages)
+    chat.record(lambda transcript: transcript.add_load(messages, system))
+    note_loaded(chat, path, conversation)
+
+
+def note_loaded(chat: Chat, path: Path, conversation: Conversation) -> None:
+    """Say what was read."""
+    messages = conversation.messages
+    state = ""
+    if messages and messages[-1]["role"] == "user":
+        state = "; the last turn has no answer yet: /regen makes one"
+    elif len(messages) - 1 in conversation.cut_off:
+        state = "; the last answer was cut off"
+    chat.screen.note(f"read {len(messages)} messages from {path}{state}")
+
+
+def _path(argument: str, command: str) -> Path:
+    if not argument:
+        raise KvlocalError(f"{command} needs a file name")
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError:
+        raise KvlocalError(f"there is no home directory for {argument}: give a full path") from None
+
+
+def _bye(chat: Chat, argument: str) -> None:
+    raise EOFError
+
+
+_COMMANDS = {
+    "/help": Command("/help", "this list", _help),
+    "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part", _kv),
+    "/regen": Command("/regen", "another answer to the last turn", _regen),
+    "/undo": Command("/undo", "take the last turn and its answer back", _undo),
+    "/clear": Command("/clear", "forget everything but the system prompt", _clear),
+    "/system": Command("/system [TEXT]", 'show the system prompt or change it; "" goes back to the model\'s own', _system),
+    "/set": Command("/set [NAME VALUE]", f"show the settings or change one: {', '.join(_SETTABLE)}", _set),
+    "/save": Command("/save FILE", "write the conversation to a file", _save),
+    "/load": Command("/load FILE", "go on with a saved conversation or a transcript", _load),
+    "/bye": Command("/bye", "leave", _bye),
+}
+
+_OTHER_NAMES = {"/?": "/help", "/exit": "/bye", "/quit": "/bye"}

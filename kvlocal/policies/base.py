@@ -1,0 +1,64 @@
+"""What every policy takes and gives: arrays of one sequence at one compression, and a plan of the cells to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The cells of one sequence when a compression is due. L layers, H KV heads, C used cells, in order of age: the oldest first.
+
+    pinned: bool [L, H, C], cells that must stay: the system prompt and the sinks
+    history: float32 [L, H, C], the score each cell carries from earlier compressions, NaN where it has none
+    window: the last `window` cells, the same for all heads, must stay
+    scores: float32 [L, H, C], the attention of the last queries (NativeCache.scores), if the policy needs it
+    redundancy: float32 [L, H, C] (NativeCache.redundancy), if the policy needs it
+    """
+
+    pinned: npt.NDArray[np.bool_]
+    history: npt.NDArray[np.float32]
+    window: int
+    scores: npt.NDArray[np.float32] | None = None
+    redundancy: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep.
+
+    keep: int [L, H, n_keep], cells of each layer and head, ascending
+    history: float32 [L, H, C], what each cell carries on from here if it is kept; None for nothing
+    """
+
+    keep: npt.NDArray[np.intp]
+    history: npt.NDArray[np.float32] | None = None
+
+
+class Policy(Protocol):
+    """Chooses the cells to keep. One dataclass per method, its fields the hyper-parameters; pure, without side effects.
+
+    needs: the optional arrays of CacheState it reads, of {"scores", "redundancy"}
+    evicts: False if it never removes anything
+    rotates: True if kept keys move to their place in the cache at every compression
+    """
+
+    needs: ClassVar[frozenset[str]]
+    evicts: ClassVar[bool]
+    rotates: ClassVar[bool]
+
+    def plan(self, state: CacheState, budget: int) -> Plan:
+        """The `budget` cells of each layer and head that stay; budget < C."""
+        ...
+
+
+def keep_best(importance: npt.NDArray[np.floating], state: CacheState, budget: int) -> npt.NDArray[np.intp]:
+    """The pinned cells, the window, and the rest of the budget by importance [L, H, C], for each layer and head: [L, H, budget] ascending."""
+    rank = np.where(state.pinned, np.inf, importance)
+    rank[..., rank.shape[-1] - state.window :] = np.inf
+    n_drop = rank.shape[-1] - budget
+    return np.sort(np.argpartition(rank, n_drop, axis=-1)[..., n_drop:], axis=-1)

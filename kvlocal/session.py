@@ -1,0 +1,508 @@
+"""ChatSession: one conversation inside a fixed KV budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal import policies
+from kvlocal.compression import Compressor, Seconds
+from kvlocal.engine import Context, Model
+from kvlocal.errors import KvlocalError
+from kvlocal.ledger import Ledger
+from kvlocal.native import NativeCache
+from kvlocal.sampling import Sampler, SamplingParams
+from kvlocal.template import ChatTemplate, Piece
+from kvlocal.textstream import TextStream
+
+Message = dict[str, str]
+Progress = Callable[[int, int], None]
+
+DEFAULT_BUDGET = 1024
+DEFAULT_FULL = 8192
+
+_EXCERPT = 60  # characters of a segment's text that are kept for showing
+
+
+class SessionError(KvlocalError):
+    """The session cannot do this, now or with this configuration."""
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """How a conversation is kept.
+
+    budget: cells each layer and head holds after a compression, DEFAULT_BUDGET if None; for the policy "full", all there ever are, and if
+        None as many as the model was trained for, up to DEFAULT_FULL
+    policy, policy_args: what to keep (kvlocal.policies), and its hyper-parameters
+    stride: the cache may grow by this many cells before it is compressed again
+    window: the most recent cells, which always stay, and whose queries score the others
+    n_sink: the first cells, which always stay, as the system prompt does
+    system: system prompt; None for the template's own default
+    type_k, type_v: types of the cache, "f16" or "q8_0"
+    n_ubatch: tokens evaluated at once
+    n_threads: threads; None for all cores
+    sampling: how the next token is drawn
+    max_tokens: the longest answer, in tokens
+    """
+
+    budget: int | None = None
+    policy: str = policies.DEFAULT_POLICY
+    policy_args: Mapping[str, Any] = field(default_factory=dict)
+    stride: int = 128
+    window: int = 16
+    n_sink: int = 4
+    system: str | None = None
+    type_k: str = "f16"
+    type_v: str = "f16"
+    n_ubatch: int = 256
+    n_threads: int | None = None
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "stride", "window", "n_ubatch", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SessionError(f"{name} is {value}: it must be at least 1")
+        if self.n_sink < 0:
+            raise SessionError(f"n_sink is {self.n_sink}: it must be at least 0")
+        if self.window > self.n_ubatch:
+            raise SessionError(f"the window of {self.window} must not be larger than the micro-batch of {self.n_ubatch}: make it smaller")
+        if self.budget is not None and self.budget < 2 * self.window + self.n_sink:
+            raise SessionError(f"a budget of {self.budget} cells is too small: give at least {2 * self.window + self.n_sink}")
+
+
+@dataclass(frozen=True)
+class KvStats:
+    """The cache in numbers, in cells of each layer and head.
+
+    budget, used, capacity: what it may hold after a compression, holds, and was allocated for
+    peak_cells: the most it ever held
+    history_tokens: tokens of the whole conversation
+    compressions: how often cells were removed
+    evicted: cells removed so far
+    next_position: where the next token goes
+    rotations: how often the keys were moved back to low positions
+    """
+
+    budget: int
+    used: int
+    capacity: int
+    peak_cells: int
+    history_tokens: int
+    compressions: int
+    evicted: int
+    next_position: int
+    rotations: int
+
+
+@dataclass(frozen=True)
+class TurnStats:
+    """The last answer in numbers. stop_reason: "end" by itself, "length" at max_tokens, "stopped" by the caller."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    prompt_seconds: float
+    answer_seconds: float
+    stop_reason: Literal["end", "length", "stopped"]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the answer, 0 for an empty one."""
+        return self.answer_tokens / self.answer_seconds if self.answer_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class SegmentStats:
+    """What is left of one segment. n_cells: mean over layers and heads; n_cells_min: the smallest of them."""
+
+    role: str
+    turn: int
+    n_tokens: int
+    n_cells: float
+    n_cells_min: int
+    pinned: bool
+    text: str
+
+
+@dataclass
+class _Checkpoint:
+    """The state before the last user turn, to go back to.
+
+    The tail of the cache is simply cut off as long as nothing was removed since; before the first removal the cache is copied.
+    """
+
+    n_tokens: int
+    n_messages: int
+    state: bytes | None = None
+    ledger: Ledger | None = None
+
+
+class ChatSession:
+    """A conversation that never ends, in a cache that never grows.
+
+    Every token is evaluated once. The cache is compressed when it exceeds the budget by the stride, also in the middle of a long prompt or
+    answer; the system prompt and the sinks always stay. When positions come near the end of the trained context, kept keys are rotated back
+    to low positions and the conversation goes on.
+
+    model: the weights; must outlive the session
+    config: budget, policy and sampling
+    progress: called with (tokens done, tokens in all) while a long text is read
+
+    budget: cells of each layer and head after a compression
+    messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
+    last: the last answer in numbers, None before the first
+    max_tokens: the longest answer; may be set
+
+    Raises SessionError if budget, system prompt and model do not go together, EngineError or NativeError if the model cannot be run or
+    compressed.
+    """
+
+    def __init__(self, model: Model, config: SessionConfig = SessionConfig(), *, progress: Progress | None = None):
+        self.model = model
+        self.config = config
+        self.template = ChatTemplate.from_model(model)
+        self.messages: list[Message] = []
+        self.last: TurnStats | None = None
+        self.max_tokens = config.max_tokens
+        self._progress = progress
+        self._system = config.system
+        self._policy = policies.make(config.policy, config.policy_args)
+        slack = config.stride + config.n_ubatch if self._policy.evicts else 0
+        default = DEFAULT_BUDGET if self._policy.evicts else DEFAULT_FULL
+        self.budget = config.budget or min(default, model.n_ctx_train - slack)
+        self._capacity = self.budget + slack
+        if self._capacity > model.n_ctx_train:
+            raise SessionError(
+                f"a budget of {self.budget} cells is too large for a model trained on {model.n_ctx_train} positions: "
+                f"give at most {model.n_ctx_train - slack}"
+            )
+        self._context = Context(
+            model,
+            # llama.cpp cuts the sliding-window cache to the size of the other one, and it has to hold the window beside a micro-batch
+            n_cells=max(self._capacity, model.n_swa + config.n_ubatch if model.n_swa else 0),
+            n_ubatch=config.n_ubatch,
+            type_k=config.type_k,
+            type_v=config.type_v,
+            n_threads=config.n_threads,
+            n_outputs=1,
+        )
+        self._native = NativeCache(self._context.pointer)
+        self._layout = self._native.layout()
+        if "scores" in self._policy.needs:
+            self._native.enable_ring(config.window)
+        self._compressor = Compressor(
+            self._native,
+            self._layout,
+            self._policy,
+            self.budget,
+            config.stride,
+            config.window,
+            config.n_ubatch,
+            model.n_ctx_train,
+            model.n_swa if self._layout.is_swa else 0,
+            before=self._save_checkpoint,
+        )
+        self._sampler = Sampler(model, config.sampling)
+        self._stop = False
+        self._begin()
+
+    # what is in the cache
+
+    def _begin(self) -> None:
+        """An empty cache with the system prompt in it."""
+        self._context.clear()
+        self._ledger = Ledger(self._layout.n_layer, self._layout.n_head_kv, self._capacity)
+        self._checkpoint: _Checkpoint | None = None
+        self._peak = 0
+        self.messages.clear()
+        self.last = None
+        self._sampler.reset()
+        self._compressor.compressions = self._compressor.rotations = 0
+        pieces = self.template.prefix(self._system)
+        n_system = sum(len(tokens) for _, tokens in self.template.tokens(self.model, pieces))
+        n_pinned = max(self.config.n_sink, n_system)
+        least = n_pinned + 2 * self.config.window
+        if self._policy.evicts and least > self.budget:
+            raise SessionError(
+                f"the system prompt takes {n_system} tokens, which always stay, and leaves too little of a budget of {self.budget}: "
+                f"shorten it or give a budget of at least {least}"
+            )
+        self._ledger.n_pinned = n_pinned
+        self._read(pieces)
+
+    def _read(self, pieces: Sequence[Piece]) -> int:
+        """Evaluates pieces, each in a segment of its role; returns the number of tokens."""
+        parts = self.template.tokens(self.model, pieces)
+        total = sum(len(tokens) for _, tokens in parts)
+        done = 0
+        for piece, (role, tokens) in zip(pieces, parts, strict=True):
+            segments = self._ledger.segments
+            # an answer's closing markup still belongs to it
+            if not segments or segments[-1].role != role:
+                self._ledger.begin_segment(role)
+            if piece.kind == "content" and not self._ledger.segments[-1].text:
+                self._ledger.segments[-1].text = piece.text.strip()[:_EXCERPT]
+            for start in range(0, len(tokens), self._context.n_ubatch):
+                chunk = tokens[start : start + self._context.n_ubatch]
+                self._append(chunk, "prefill")
+                done += len(chunk)
+                if self._progress and total > self._context.n_ubatch:
+                    self._progress(done, total)
+        return total
+
+    def _append(self, tokens: npt.NDArray[np.int32], phase: Literal["prefill", "decode"]) -> None:
+        """Evaluates at most a micro-batch of tokens and compresses if that is due."""
+        if not self._policy.evicts and self._ledger.n_cells + len(tokens) > self._capacity:
+            raise SessionError(
+                f"the cache of {self._capacity} cells is full and the policy {self.config.policy} removes nothing: "
+                "choose another policy or a larger budget"
+            )
+        self._compressor.make_room(self._ledger, len(tokens))
+        started = time.perf_counter()
+        self._context.decode(tokens, self._ledger.next_position)
+        seconds = self.seconds
+        setattr(seconds, phase, getattr(seconds, phase) + time.perf_counter() - started)
+        self._ledger.append(len(tokens))
+        self._peak = max(self._peak, self._ledger.n_cells)
+        self._compressor.after_append(self._ledger)
+
+    # turns
+
+    def send(self, text: str) -> Iterator[str]:
+        """Appends a user turn and generates the answer: yields its text as it comes, never half a character."""
+        self.add_turn("user", text)
+        return self.answer()
+
+    def add_turn(self, role: str, content: str) -> None:
+        """Appends a given turn, "user" or "assistant"; user turns and answers alternate. The last user turn may be answered with answer()."""
+        last = self.messages[-1]["role"] if self.messages else "assistant"
+        if role not in ("user", "assistant") or role == last:
+            raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
+        if role == "user":
+            self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages))
+            if self._layout.is_swa:
+                # what left the sliding window can't be brought back by cutting off the tail
+                self._save_checkpoint()
+            pieces = self.template.user_turn(self._history_for_template(), content)
+        else:
+            pieces = self.template.given_assistant(self._history_for_template(), content)
+        self.messages.append({"role": role, "content": content})
+        try:
+            self._prompt_tokens = self._read_timed(pieces)
+        except BaseException:
+            self._take_back(role)
+            raise
+
+    def _read_timed(self, pieces: Sequence[Piece]) -> int:
+        started = time.perf_counter()
+        n = self._read(pieces)
+        self._prompt_seconds = time.perf_counter() - started
+        return n
+
+    def _take_back(self, role: str) -> None:
+        """A turn that could not be read to its end is as if it had not been given."""
+        if role == "user":
+            self._rewind()
+        else:
+            self.restore(self.messages[:-1])
+
+    def _history_for_template(self) -> list[Message]:
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        # the markup depends on no more than the last turns
+        return system + self.messages[-2:]
+
+    def answer(self) -> Iterator[str]:
+        """Generates the answer to the last user turn: yields its text as it comes.
+
+        Closing the iterator, or an exception inside it, ends the answer; what there is of it stays.
+        """
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise SessionError("there is no user turn to answer: send one first")
+        return self._generate()
+
+    def _generate(self) -> Iterator[str]:
+        stream = TextStream(self.template.stop_strings)
+        message = {"role": "assistant", "content": ""}
+        self.messages.append(message)
+        self._stop = False
+        n, reason, started = 0, "stopped", time.perf_counter()
+        try:
+            while not self._stop:
+                if n >= self.max_tokens:
+                    reason = "length"
+                    break
+                sampling = time.perf_counter()
+                token = self._sampler.sample(self._context)
+                self.seconds.sample += time.perf_counter() - sampling
+                if token in self.model.end_tokens:
+                    reason = "end"
+                    break
+                self._append(np.array([token], np.int32), "decode")
+                n += 1
+                text = stream.push(self.model.token_bytes(token))
+                if text:
+                    message["content"] += text
+                    yield text
+                if stream.stopped:
+                    reason = "end"
+                    break
+            rest = stream.flush()
+            if rest:
+                message["content"] += rest
+                yield rest
+        except (Exception, KeyboardInterrupt):
+            self._mend()
+            raise
+        finally:
+            self._ledger.segments[-1].text = message["content"].strip()[:_EXCERPT]
+            self.last = TurnStats(self._prompt_tokens, n, self._prompt_seconds, time.perf_counter() - started, reason)
+
+    def stop(self) -> None:
+        """Ends the running answer after its current token; safe in a signal handler."""
+        self._stop = True
+
+    def regenerate(self) -> Iterator[str]:
+        """Takes the last answer back and generates another one."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise SessionError("there is no answer to replace: send something first")
+        user, _ = self.undo()
+        return self.send(user["content"])
+
+    def undo(self) -> list[Message]:
+        """Takes the last user turn and what follows it out of the conversation and the cache, and returns them."""
+        users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not users:
+            raise SessionError("there is nothing to undo: send something first")
+        taken = self.messages[users[-1] :]
+        if self._checkpoint and self._checkpoint.n_messages == users[-1]:
+            self._rewind()
+        else:
+            self.restore(self.messages[: users[-1]])
+        return taken
+
+    def _save_checkpoint(self) -> None:
+        """Copies the cache, once per turn, before something that cutting off the tail could not bring back."""
+        checkpoint = self._checkpoint
+        if checkpoint and checkpoint.state is None and self._ledger.n_cells:
+            checkpoint.state, checkpoint.ledger = self._context.state_get(), self._ledger.copy()
+
+    def _rewind(self) -> None:
+        """The cache, the ledger and the messages as they were before the last user turn."""
+        checkpoint = self._checkpoint
+        self._checkpoint = None
+        if checkpoint.state is not None:
+            self._context.clear()
+            self._context.state_set(0, checkpoint.state)
+            self._ledger = checkpoint.ledger
+        self._ledger.truncate(checkpoint.n_tokens)
+        self._context.remove(0, self._ledger.next_position, -1)
+        del self.messages[checkpoint.n_messages :]
+
+    def _mend(self) -> None:
+        """After an exception in the middle of an answer: makes cache and ledger agree again."""
+        self._context.remove(0, self._ledger.next_position, -1)
+        if self._native.n_cells() != self._ledger.n_cells or self._context.pos_max(0) != self._ledger.next_position - 1:
+            self.restore(self.messages)
+
+    def clear(self) -> None:
+        """Forgets everything but the system prompt."""
+        self._begin()
+
+    def set_system(self, text: str | None) -> None:
+        """Changes the system prompt and reads the conversation again under it. If that fails, everything stays as it was."""
+        before, self._system = self._system, text
+        messages = list(self.messages)
+        try:
+            self.restore(messages)
+        except BaseException:
+            self._system = before
+            self.restore(messages)
+            raise
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt, None for the template's own default."""
+        return self._system
+
+    def restore(self, messages: Sequence[Message]) -> None:
+        """Forgets everything and reads these turns; the last may be a user turn, to be answered with answer()."""
+        messages = [dict(message) for message in messages]
+        self._begin()
+        for message in messages:
+            self.add_turn(message["role"], message["content"])
+
+    def set_sampling(self, sampling: SamplingParams) -> None:
+        """Draws tokens in another way from the next answer on."""
+        sampler = Sampler(self.model, sampling)
+        self._sampler.close()
+        self._sampler = sampler
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How tokens are drawn."""
+        return self._sampler.params
+
+    @property
+    def seed(self) -> int:
+        """The seed in use, also when none was given."""
+        return self._sampler.seed
+
+    # what can be asked
+
+    @property
+    def kv(self) -> KvStats:
+        """The cache in numbers."""
+        ledger = self._ledger
+        return KvStats(
+            self.budget,
+            ledger.n_cells,
+            self._context.n_cells,
+            self._peak,
+            ledger.n_tokens,
+            self._compressor.compressions,
+            ledger.n_tokens - ledger.n_cells,
+            ledger.next_position,
+            self._compressor.rotations,
+        )
+
+    @property
+    def seconds(self) -> Seconds:
+        """Where the time went since the session was made."""
+        return self._compressor.seconds
+
+    def segments(self) -> list[SegmentStats]:
+        """What is left of each turn, in order."""
+        counts = self._ledger.cells_per_segment()
+        stats, turn = [], 0
+        for segment, cells in zip(self._ledger.segments, counts, strict=True):
+            turn += segment.role == "user"
+            stats.append(
+                SegmentStats(
+                    segment.role,
+                    turn,
+                    segment.end - segment.start,
+                    float(cells.mean()),
+                    int(cells.min()),
+                    segment.end <= self._ledger.n_pinned,
+                    segment.text,
+                )
+            )
+        return stats
+
+    def close(self) -> None:
+        """Frees the cache. Closing twice is harmless."""
+        self._sampler.close()
+        self._context.close()
+
+    def __enter__(self) -> ChatSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

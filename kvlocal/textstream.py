@@ -1,0 +1,52 @@
+"""TextStream: turns the bytes of tokens into text as they come, without ever showing half a character."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Incremental UTF-8 decoding.
+
+    Bytes that cannot be UTF-8 become U+FFFD; bytes that may still become a character are kept back.
+
+    Args:
+        stop: strings that end the text. They are never shown, and text that may be the start of one is kept back.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = tuple(text for text in stop if text)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, data: bytes) -> str:
+        """Take the next bytes and give the text that is certain now."""
+        return self._release(self._decoder.decode(data))
+
+    def flush(self) -> str:
+        """Give what was kept back. The stream is then at the start of a new text."""
+        rest = self._release(self._decoder.decode(b"", final=True))
+        if not self.stopped:
+            rest += self._held
+        self._held, self.stopped = "", False
+        self._decoder.reset()
+        return rest
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        split = len(text) - n_held
+        self._held = text[split:]
+        return text[:split]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,69 @@
+"""The ledger against a list of dictionaries that does the same one cell at a time."""
+
+import numpy as np
+
+from kvlocal.ledger import Ledger
+
+L, H = 2, 3
+
+
+def filled():
+    ledger = Ledger(L, H, 64)
+    ledger.n_pinned = 3
+    for role, n in (("system", 3), ("user", 7), ("assistant", 10)):
+        ledger.begin_segment(role)
+        ledger.append(n)
+    return ledger
+
+
+def test_compact_moves_each_head_by_itself():
+    ledger, rng = filled(), np.random.default_rng(0)
+    history = rng.random((L, H, 20)).astype(np.float32)
+    keep = np.sort(rng.permuted(np.broadcast_to(np.arange(20), (L, H, 20)), axis=-1)[..., :8], axis=-1)
+    ledger.compact(keep, None, history)
+    assert (ledger.n_cells, ledger.n_tokens, ledger.next_position) == (8, 20, 20)
+    for layer in range(L):
+        for head in range(H):
+            for j, cell in enumerate(keep[layer, head]):
+                assert ledger.tokens[layer, head, j] == ledger.positions[layer, head, j] == cell
+                assert ledger.history[layer, head, j] == history[layer, head, cell]
+    ledger.append(2)
+    assert (ledger.tokens[..., 8:10] == [20, 21]).all() and np.isnan(ledger.history[..., 8:10]).all()
+
+
+def test_rotation_sets_positions_and_leaves_tokens():
+    ledger = filled()
+    keep = np.broadcast_to(np.r_[0:4, 12:20], (L, H, 12))
+    ledger.compact(keep, np.arange(5, 17), None)
+    assert (ledger.positions[..., :12] == np.arange(5, 17)).all() and ledger.next_position == 17
+    assert (ledger.tokens[..., :12] == np.r_[0:4, 12:20]).all()
+    ledger.append(1)
+    assert (ledger.positions[..., 12] == 17).all() and (ledger.tokens[..., 12] == 20).all()
+
+
+def test_pinned_cells_and_cells_per_segment():
+    ledger = filled()
+    keep = np.stack([np.stack([np.r_[0:3, 3 + h : 10, 18:20, 10 : 10 + h] for h in range(H)])] * L)
+    keep.sort(axis=-1)
+    ledger.compact(keep, None, None)
+    assert ledger.pinned().sum(axis=-1).tolist() == [[3] * H] * L
+    np.testing.assert_array_equal(ledger.cells_per_segment()[:, 0], [[3, 3, 3], [7, 6, 5], [2, 3, 4]])
+
+
+def test_truncate_takes_the_tail_off():
+    ledger = filled()
+    ledger.compact(np.broadcast_to(np.r_[0:4, 8:20], (L, H, 16)), None, None)
+    ledger.begin_segment("user")
+    ledger.append(5)
+    assert ledger.truncate(18) == 7
+    assert (ledger.n_cells, ledger.n_tokens, ledger.next_position) == (14, 18, 18)
+    assert [(s.role, s.start, s.end) for s in ledger.segments] == [("system", 0, 3), ("user", 3, 10), ("assistant", 10, 18)]
+
+
+def test_a_copy_is_independent():
+    ledger = filled()
+    other = ledger.copy()
+    other.append(4)
+    other.compact(np.broadcast_to(np.arange(10), (L, H, 10)), np.arange(10), None)
+    assert ledger.n_cells == ledger.n_tokens == 20 and ledger.segments[-1].end == 20
+    assert (ledger.tokens[..., :20] == np.arange(20)).all()

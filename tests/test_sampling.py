@@ -1,0 +1,129 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvlocal.engine import Context, EngineError, Model
+from kvlocal.errors import KvlocalError
+from kvlocal.sampling import MAX_SEED, Sampler, SamplingError, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path) -> Iterator[Model]:
+    with Model(smollm2) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def context(model: Model) -> Iterator[Context]:
+    with Context(model, n_cells=256, n_ubatch=64, n_outputs=1) as context:
+        yield context
+
+
+def generate(context: Context, sampler: Sampler, n: int = 12, prompt: str = "Once upon a time") -> list[int]:
+    context.clear()
+    tokens = context.model.tokenize(prompt, parse_special=False)
+    context.decode(tokens, 0)
+    out = []
+    for pos in range(len(tokens), len(tokens) + n):
+        out.append(sampler.sample(context))
+        context.decode(out[-1:], pos)
+    return out
+
+
+def test_temperature_zero_takes_the_most_likely_token(context: Context) -> None:
+    with Sampler(context.model, SamplingParams(temperature=0)) as sampler:
+        context.clear()
+        tokens = context.model.tokenize("The capital of France is", parse_special=False)
+        context.decode(tokens, 0)
+        for pos in range(len(tokens), len(tokens) + 5):
+            token = sampler.sample(context)
+            assert token == context.logits().argmax()
+            context.decode([token], pos)
+
+
+def test_a_seed_repeats_a_run_and_another_seed_does_not(context: Context) -> None:
+    params = SamplingParams(temperature=1.5, top_k=0, top_p=1, min_p=0, seed=11)
+    first = generate(context, Sampler(context.model, params))
+    assert generate(context, Sampler(context.model, params)) == first
+    others = [generate(context, Sampler(context.model, SamplingParams(temperature=1.5, seed=seed))) for seed in (1, 2)]
+    assert others[0] != others[1]
+
+
+def test_a_drawn_seed_can_be_read_and_used_again(context: Context) -> None:
+    sampler = Sampler(context.model, SamplingParams(temperature=1.5))
+    assert 0 <= sampler.seed <= MAX_SEED
+    first = generate(context, sampler)
+    assert generate(context, Sampler(context.model, SamplingParams(temperature=1.5, seed=sampler.seed))) == first
+    assert Sampler(context.model, SamplingParams()).seed != sampler.seed
+
+
+def test_reset_starts_the_random_numbers_again(context: Context) -> None:
+    sampler = Sampler(context.model, SamplingParams(temperature=1.5, seed=3))
+    first = generate(context, sampler)
+    sampler.reset()
+    assert generate(context, sampler) == first
+
+
+def test_top_k_of_one_is_greedy_at_any_temperature(context: Context) -> None:
+    greedy = generate(context, Sampler(context.model, SamplingParams(temperature=0)))
+    assert generate(context, Sampler(context.model, SamplingParams(temperature=5, top_k=1, seed=1))) == greedy
+    assert generate(context, Sampler(context.model, SamplingParams(temperature=0.1, min_p=1.0, seed=1))) == greedy
+
+
+def test_repeat_penalty_works_on_accepted_tokens_also_at_temperature_zero(context: Context) -> None:
+    sampler = Sampler(context.model, SamplingParams(temperature=0, repeat_penalty=1e6))
+    context.clear()
+    context.decode(context.model.tokenize("The capital of France is", parse_special=False), 0)
+    best = int(context.logits().argmax())
+    assert sampler.sample(context) == best
+    assert sampler.sample(context) != best
+    sampler.reset()
+    sampler.accept(best)
+    expected = context.logits()
+    expected[best] = -np.inf
+    assert sampler.sample(context) == expected.argmax()
+
+
+def test_nothing_to_sample_from_is_an_error(context: Context) -> None:
+    sampler = Sampler(context.model, SamplingParams())
+    context.clear()
+    with pytest.raises(EngineError, match="no logits"):
+        sampler.sample(context)
+    context.decode([5, 6], 0, logits="none")
+    with pytest.raises(EngineError, match="no logits"):
+        sampler.sample(context)
+
+
+def test_a_closed_sampler_is_an_error(context: Context) -> None:
+    sampler = Sampler(context.model, SamplingParams())
+    sampler.close()
+    sampler.close()
+    with pytest.raises(EngineError, match="closed"):
+        sampler.reset()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.01},
+        {"min_p": -0.5},
+        {"min_p": 1.5},
+        {"repeat_penalty": 0},
+        {"repeat_penalty": float("inf")},
+        {"repeat_last_n": -1},
+        {"seed": -1},
+        {"seed": 2**32 - 1},
+    ],
+)
+def test_values_out_of_range_name_the_parameter(wrong: dict[str, float]) -> None:
+    with pytest.raises(SamplingError, match=next(iter(wrong))) as caught:
+        SamplingParams(**wrong)
+    assert isinstance(caught.value, KvlocalError)
+    assert isinstance(caught.value, ValueError)
