@@ -159,7 +159,7 @@ def settings(chat: Chat) -> dict[str, Any]:
         **values,
         "seed": chat.session.seed,
         "max-tokens": config.max_tokens,
-        "kv-budget": config.budget,
+        "kv-budget": chat.session.kv.budget,
         "policy": config.policy,
         "policy-args": dict(config.policy_args),
         "stride": config.stride,

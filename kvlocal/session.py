@@ -325,13 +325,13 @@ class ChatSession:
         """
         if not self.messages or self.messages[-1]["role"] != "user":
             raise SessionError("there is no user turn to answer: send one first")
+        self._stop = False
         return self._generate()
 
     def _generate(self) -> Iterator[str]:
         stream = TextStream(self.template.stop_strings)
         message = {"role": "assistant", "content": ""}
         self.messages.append(message)
-        self._stop = False
         n, reason, started = 0, "stopped", time.perf_counter()
         try:
             while not self._stop:

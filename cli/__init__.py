@@ -1,0 +1,1 @@
+"""The command `kvlocal`: click commands over the library."""

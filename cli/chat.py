@@ -1,0 +1,302 @@
+"""`kvlocal chat`: a conversation on a terminal or through a pipe."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import click
+from rich.console import Console
+
+from kvlocal.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
+from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.transcript import Conversation, Transcript, chat_path, load
+from kvlocal_cli import chat_commands
+from kvlocal_cli.options import clean_text, session_options
+from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, waiting, write_answer
+from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
+
+
+@click.command("chat")
+@click.argument("name", default=DEFAULT_MODEL, metavar="[MODEL]")
+@session_options
+@click.option("--load", "load_path", type=click.Path(path_type=Path), metavar="FILE",
+              help="Go on with a saved chat or a transcript.")
+@click.option("--no-transcript", is_flag=True, help="Keep no file of this chat.")
+@click.option("--verbose", is_flag=True, help="Without a terminal, say on stderr what a terminal would show.")
+def chat_command(
+    name: str,
+    config: SessionConfig,
+    gpu_layers: int,
+    load_path: Path | None,
+    no_transcript: bool,
+    verbose: bool,
+) -> None:
+    """Chat with a model.
+
+    MODEL is a name that `kvlocal models` lists, or the path of a GGUF file.
+
+    The chat never ends: what it was about stays in the KV cache as far as the budget goes. Type /help for the commands.
+    Every chat is kept in a transcript, word by word.
+
+    Without a terminal turns are read from stdin, one a line, and the answers are plain text on stdout:
+
+    \b
+        printf 'Hello\\nWhat did I just say?\\n' | kvlocal chat
+    """
+    path = resolve(name)
+    begun = Conversation() if load_path is None else load(load_path)
+    system = begun.system if config.system is None else clean_text(config.system)
+    config = replace(config, system=system)
+    with waiting(f"loading {name}"):
+        model = Model(path, n_gpu_layers=gpu_layers)
+    with model, Chat(name, model, config, Screen(verbose=verbose)) as chat:
+        if begun.messages:
+            # before there is a transcript: a file that does not fit leaves none
+            chat.replace(config, begun.messages)
+        if not no_transcript:
+            chat.keep_transcript()
+        if begun.messages:
+            chat.record(lambda transcript: transcript.add_load(begun.messages, system))
+            chat_commands.note_loaded(chat, load_path, begun)
+        chat.run()
+        failed = chat.failed
+    if failed:
+        click.get_current_context().exit(1)
+
+
+class Screen:
+    """Where what belongs to a chat goes: answers and what a command was asked for to stdout, the rest beside them.
+
+    Args:
+        verbose: show notes and status lines, on stderr, also where there is no terminal.
+
+    Attributes:
+        interactive: whether a person types: stdin and at least one output are a terminal.
+    """
+
+    def __init__(self, *, verbose: bool) -> None:
+        outputs = [stream for stream in (sys.stdout, sys.stderr) if is_terminal(stream)]
+        self.interactive = is_terminal(sys.stdin) and bool(outputs)
+        self.terminal = outputs[0] if self.interactive else sys.stderr
+        self._notes = Console(file=self.terminal, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._silent = not (self.interactive or verbose)
+
+    def note(self, text: str) -> None:
+        """A dim line that is nobody's answer."""
+        if not self._silent:
+            self._notes.print(text, style="dim")
+
+    def show(self, text: str) -> None:
+        """What a command was asked for."""
+        click.echo(text, file=self.terminal if self.interactive else sys.stdout)
+
+    def warn(self, text: str) -> None:
+        """Something went wrong."""
+        click.echo(f"kvlocal: {text}", err=True)
+
+
+class Chat:
+    """A running chat: the session, its transcript and its screen.
+
+    Attributes:
+        failed: whether a command failed; on a terminal the user has seen it, a script needs the exit code.
+    """
+
+    def __init__(self, name: str, model: Model, config: SessionConfig, screen: Screen) -> None:
+        self.name = name
+        self.config = config
+        self.screen = screen
+        self.failed = False
+        self._model = model
+        self._bar = ReadingBar()
+        self._transcript: Transcript | None = None
+        self.session = ChatSession(model, config, progress=self._bar.show)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+        if self._transcript is not None:
+            self._transcript.close()
+
+    # the transcript
+
+    def keep_transcript(self) -> None:
+        """Begin the transcript of this chat."""
+        try:
+            self._transcript = Transcript.open(chat_path(), model=self.name, system=self.config.system)
+        except KvlocalError as error:
+            self._go_on_without_transcript(error)
+
+    def record(self, add: Callable[[Transcript], None]) -> None:
+        """Add to the transcript, as long as there is one."""
+        if self._transcript is None:
+            return
+        try:
+            add(self._transcript)
+        except KvlocalError as error:
+            self._transcript.close()
+            self._transcript = None
+            self._go_on_without_transcript(error)
+
+    def _go_on_without_transcript(self, error: KvlocalError) -> None:
+        self.screen.warn(f"{error}; the chat goes on without a transcript, /save keeps it")
+
+    # turns
+
+    def run(self) -> None:
+        """Read and answer turns to the end of the input."""
+        screen = self.screen
+        if screen.interactive:
+            lines = TypedLines(screen.terminal, chat_commands.names())
+            kept = f"kept in {self._transcript.path}" if self._transcript else "not kept in a file"
+            screen.note(f"{self.name}, {self.config.policy}, {self.session.kv.budget} cells. This chat is {kept}.")
+            screen.note("/help lists the commands, Ctrl-D leaves.")
+        else:
+            lines = PipedLines()
+        while True:
+            try:
+                text, literal = read_turn(lines)
+                if not text.strip():
+                    continue
+                if text.startswith("/") and not literal:
+                    chat_commands.execute(self, text)
+                else:
+                    self.ask(text)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not screen.interactive:
+                    raise
+                screen.note("Ctrl-D or /bye leaves.")
+            except KvlocalError as error:
+                screen.warn(str(error))
+                self.failed = not screen.interactive
+
+    def ask(self, text: str) -> None:
+        """Send a user turn and show the answer.
+
+        Raises:
+            KvlocalError: it cannot be read or answered; on a terminal also when Ctrl-C came while it was read.
+        """
+        session = self.session
+        if session.messages and session.messages[-1]["role"] == "user":
+            # one that was loaded without an answer; turns alternate
+            session.add_turn("assistant", "")
+            self.record(lambda transcript: transcript.end_answer("stopped"))
+        self.record(lambda transcript: transcript.add_user(text))
+        compressions = session.kv.compressions
+        with self._interruptible() as turn:
+            pieces = self._read(lambda: session.send(text), n_messages=len(session.messages) + 1)
+            self._show(pieces, turn)
+        self._show_status(compressions)
+
+    def regenerate(self) -> None:
+        """Show another answer to the last user turn, or the first if it has none.
+
+        Raises:
+            KvlocalError: as `ask` does, and if there is no user turn.
+        """
+        session = self.session
+        compressions = session.kv.compressions
+        with self._interruptible() as turn:
+            if session.messages and session.messages[-1]["role"] == "user":
+                pieces = session.answer()
+            else:
+                pieces = self._read(session.regenerate, n_messages=len(session.messages) - 1)
+                self.record(Transcript.add_regen)
+            self._show(pieces, turn)
+        self._show_status(compressions)
+
+    def undo(self) -> list[dict[str, str]]:
+        """Take the last user turn and its answer back, and return them.
+
+        Raises:
+            KvlocalError: there is none.
+        """
+        messages = list(self.session.messages)
+        try:
+            taken = self.session.undo()
+        except BaseException:
+            if self.session.messages != messages:
+                self.replace(self.config, messages)
+            raise
+        self.record(Transcript.add_undo)
+        return taken
+
+    def replace(self, config: SessionConfig, messages: Sequence[Mapping[str, str]]) -> None:
+        """Read this conversation under this configuration. If that fails, the chat stays as it was.
+
+        Raises:
+            KvlocalError: they do not go together, or not with the model.
+        """
+        session = ChatSession(self._model, config, progress=self._bar.show)
+        total = sum(len(message["content"]) for message in messages) or 1
+        done = 0
+        try:
+            for message in messages:
+                self._bar.begin, done = done / total, done + len(message["content"])
+                self._bar.end = done / total
+                session.add_turn(message["role"], message["content"])
+                self._bar.show(1, 1)
+        except BaseException:
+            session.close()
+            raise
+        finally:
+            self._bar.close()
+        self.session.close()
+        self.session, self.config = session, config
+
+    def _interruptible(self) -> AbstractContextManager[Interruptible | None]:
+        return Interruptible(self.session) if self.screen.interactive else nullcontext()
+
+    def _read(self, begin: Callable[[], Iterator[str]], *, n_messages: int) -> Iterator[str]:
+        """The answer that `begin` begins once it has read the user turn; there are `n_messages` then."""
+        try:
+            return begin()
+        except BaseException as error:
+            if len(self.session.messages) < n_messages:
+                self.record(Transcript.add_undo)
+            if isinstance(error, KeyboardInterrupt) and self.screen.interactive:
+                raise KvlocalError("stopped while your turn was read: it is taken back, send it again") from None
+            raise
+        finally:
+            self._bar.close()
+
+    def _show(self, pieces: Iterator[str], turn: Interruptible | None) -> None:
+        piece, reason = "", "error"
+        try:
+            for piece in turn.answering(pieces) if turn else pieces:
+                # first what outlives the program
+                self.record(lambda transcript, piece=piece: transcript.add_piece(piece))
+                write_answer(piece)
+            reason = self.session.last.stop_reason
+        except KeyboardInterrupt:
+            reason = "stopped"
+            raise
+        finally:
+            self.record(lambda transcript: transcript.end_answer(reason))
+            if not piece.endswith("\n"):
+                write_answer("\n")
+
+    def _show_status(self, compressions: int) -> None:
+        last, kv = self.session.last, self.session.kv
+        parts = [
+            f"{last.tokens_per_second:.1f} tok/s",
+            f"{kv.used}/{kv.budget} cells",
+            f"{kv.history_tokens} tokens of history",
+            f"{kv.compressions} compression{'s' * (kv.compressions != 1)}",
+        ]
+        if kv.compressions > compressions:
+            parts[-1] += f" ({kv.compressions - compressions} in this turn)"
+        if last.stop_reason == "stopped":
+            parts.insert(0, "stopped")
+        elif last.stop_reason == "length":
+            parts.insert(0, f"cut off at {last.answer_tokens} tokens")
+        self.screen.note(" · ".join(parts))

@@ -1,0 +1,72 @@
+"""`kvlocal doctor`."""
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich.filesize import decimal
+
+from kvlocal.doctor import diagnose
+
+
+@click.command("doctor")
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def doctor_command(model: str | None, as_json: bool) -> None:
+    """Say what this installation consists of, and what is wrong if anything is: then the exit code is 1.
+
+    With MODEL, a name from the catalogue or a GGUF file, also what its KV cache costs and whether it can be compressed.
+    """
+    report = diagnose(model)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        for label, value in _rows(report):
+            click.echo(f"{label:<16}{value}".rstrip())
+    if report["problems"]:
+        sys.exit(1)
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is to say, as labels and texts."""
+    rows = [("kvlocal", report["kvlocal"]), ("python", f"{report['python']} on {report['platform']}")]
+    if library := report["library"]:
+        rows += [
+            ("library", library["path"]),
+            ("llama.cpp", f"of llama-cpp-python {library['bindings']}, patches {library['patches']}, C interface {library['api_version']}"),
+            ("backends", ", ".join(library["backends"])),
+            ("features", " ".join(library["features"])),
+        ]
+        for device in library["devices"]:
+            # llama.cpp does not know how much of the main memory is free.
+            free = "" if device["kind"] == "cpu" else f", {decimal(device['memory_free'])} free of {decimal(device['memory_total'])}"
+            rows.append(("device", f"{device['name']}: {device['description']} ({device['kind']}{free})"))
+    machine = report["machine"]
+    available = machine["memory_available"]
+    rows += [
+        ("cores", f"{machine['usable_cores']} of {machine['cores']}"),
+        ("memory", f"{'?' if available is None else decimal(available)} available of {decimal(machine['memory_total'])}"),
+    ]
+    if models := report["models"]:
+        rows += [
+            ("models", f"{models['directory']}{'' if models['exists'] else ' (not made yet)'}, {decimal(models['disk_free'])} free"),
+            ("present", ", ".join(models["present"]) or "none"),
+        ]
+    if model := report.get("model"):
+        window = f", sliding window {model['sliding_window']:,}" if model["sliding_window"] else ""
+        rows += [
+            ("model", f"{model['description']}, {decimal(model['size'])}, {model['path']}"),
+            ("trained context", f"{model['trained_context']:,} tokens{window}"),
+            ("chat template", model["template"] or "unusable"),
+        ]
+        if model["compressible"]:
+            rotates = "" if model["can_rotate"] else ", keys cannot be rotated"
+            rows.append(("compressible", f"{model['compressible_layers']} layers of {model['kv_heads']} KV heads{rotates}"))
+            cost = ", ".join(f"{kind} {decimal(size)}" for kind, size in model["kv_bytes_per_1000_cells"].items() if size)
+            rows.append(("1,000 cells", f"take {cost}"))
+        else:
+            rows.append(("compressible", "no"))
+    rows += [("hint", hint) for hint in report["hints"]]
+    rows += [("problem", problem) for problem in report["problems"]] or [("problems", "none")]
+    return rows

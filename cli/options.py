@@ -1,0 +1,147 @@
+"""The options of every command that holds a conversation, turned into one SessionConfig."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from kvlocal import policies
+from kvlocal.errors import KvlocalError
+from kvlocal.sampling import SamplingParams
+from kvlocal.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
+
+CACHE_TYPES = ("f16", "q8_0")
+
+_SESSION = SessionConfig()
+_SAMPLING = SamplingParams()
+
+
+def _parse_policy_args(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    return dict(split_policy_arg(value) for value in values)
+
+
+def split_policy_arg(text: str) -> tuple[str, str]:
+    """`name=value` in two.
+
+    Raises:
+        click.BadParameter: it is not of that form.
+    """
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise click.BadParameter(f"{text!r} is not of the form name=value")
+    return name.replace("-", "_"), value
+
+
+_OPTIONS = (
+    click.option(
+        "--kv-budget", type=click.IntRange(min=1), metavar="N",
+        help="Cells of the KV cache that each layer and head keeps.  "
+        f"[default: {DEFAULT_BUDGET}; with the policy full as many as the model was trained for, up to {DEFAULT_FULL}]",
+    ),
+    click.option(
+        "--policy", type=click.Choice(list(policies.POLICIES)), default=_SESSION.policy, show_default=True,
+        help="What to keep when the cache is over its budget.",
+    ),
+    click.option(
+        "--policy-arg", "policy_args", multiple=True, callback=_parse_policy_args, metavar="NAME=VALUE",
+        help="A hyper-parameter of the policy; can be repeated.",
+    ),
+    click.option(
+        "--stride", type=click.IntRange(min=1), default=_SESSION.stride, show_default=True, metavar="N",
+        help="Cells over the budget at which the cache is compressed.",
+    ),
+    click.option("--system", metavar="TEXT", help="System prompt; it always stays in the cache."),
+    click.option(
+        "--temp", type=float, default=_SAMPLING.temperature, show_default=True, metavar="X",
+        help="Temperature; 0 takes the most likely token.",
+    ),
+    click.option(
+        "--top-k", type=int, default=_SAMPLING.top_k, show_default=True, metavar="N",
+        help="Sample from the N most likely tokens; 0 is off.",
+    ),
+    click.option(
+        "--top-p", type=float, default=_SAMPLING.top_p, show_default=True, metavar="X",
+        help="Sample from the tokens that reach this probability together; 1 is off.",
+    ),
+    click.option(
+        "--min-p", type=float, default=_SAMPLING.min_p, show_default=True, metavar="X",
+        help="Drop tokens below this share of the most likely one; 0 is off.",
+    ),
+    click.option(
+        "--repeat-penalty", type=float, default=_SAMPLING.repeat_penalty, show_default=True, metavar="X",
+        help="Make recent tokens less likely; 1 is off.",
+    ),
+    click.option("--seed", type=int, metavar="N", help="Seed of the random numbers.  [default: a random one]"),
+    click.option(
+        "--max-tokens", type=click.IntRange(min=1), default=_SESSION.max_tokens, show_default=True, metavar="N",
+        help="Longest answer, in tokens.",
+    ),
+    click.option(
+        "--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=_SESSION.type_k, show_default=True,
+        help="Type of the keys in the cache.",
+    ),
+    click.option(
+        "--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=_SESSION.type_v, show_default=True,
+        help="Type of the values in the cache.",
+    ),
+    click.option(
+        "--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
+        help="Layers that go to the GPU, -1 for all; without one it has no effect.",
+    ),
+    click.option(
+        "--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]",
+    ),
+)
+
+
+def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of a session to a command, which gets `config: SessionConfig` and `gpu_layers: int` of them."""
+
+    @functools.wraps(command)
+    def with_config(
+        *args: Any,
+        kv_budget: int | None,
+        policy: str,
+        policy_args: dict[str, str],
+        stride: int,
+        system: str | None,
+        temp: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repeat_penalty: float,
+        seed: int | None,
+        max_tokens: int,
+        type_k: str,
+        type_v: str,
+        threads: int | None,
+        **others: Any,
+    ) -> Any:
+        try:
+            policies.make(policy, policy_args)
+            config = SessionConfig(
+                budget=kv_budget,
+                policy=policy,
+                policy_args=policy_args,
+                stride=stride,
+                system=system,
+                type_k=type_k,
+                type_v=type_v,
+                n_threads=threads,
+                sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed),
+                max_tokens=max_tokens,
+            )
+        except KvlocalError as error:
+            # wrong without regard to any model
+            raise click.UsageError(str(error)) from error
+        return command(*args, config=config, **others)
+
+    for option in reversed(_OPTIONS):
+        with_config = option(with_config)
+    return with_config
+
+
+def clean_text(text: str) -> str:
+    """The text of an argument, which Python gives half surrogate pairs for bytes that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()

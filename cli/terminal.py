@@ -1,0 +1,120 @@
+"""What chat and run share of a terminal: stopping with Ctrl-C, how far a text has been read, text that is safe to show."""
+
+import signal
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self, TextIO
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from kvlocal.session import ChatSession
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_SOON = 0.3  # seconds; what is done by then needs no bar
+
+
+class Interruptible:
+    """Ctrl-C inside this block ends the turn and not the program, however often it comes.
+
+    While the prompt is read it is a KeyboardInterrupt, once, on which the session takes the turn back. From
+    `answering` on it stops the answer.
+    """
+
+    def __init__(self, session: ChatSession) -> None:
+        self._session = session
+        self._answering = False
+        self.interrupted = False
+
+    def answering(self, pieces: Iterator[str]) -> Iterator[str]:
+        """These pieces of the answer, until Ctrl-C."""
+        self._answering = True
+        for piece in pieces:
+            if self.interrupted:
+                # it may have come before the answer had begun, which forgets earlier stops
+                self._session.stop()
+            yield piece
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        first, self.interrupted = not self.interrupted, True
+        if self._answering:
+            self._session.stop()
+        elif first:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+
+class ReadingBar:
+    """How far long texts have been read, on stderr if that is a terminal, and gone when it is over."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._since: float | None = None
+        # which stretch of the whole the next text is
+        self.begin, self.end = 0.0, 1.0
+
+    def show(self, done: int, total: int) -> None:
+        """`done` of `total` tokens of this text have been read."""
+        if not self._console.is_terminal:
+            return
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        if self._bar is None and now - self._since > _SOON:
+            self._bar = Progress(
+                TextColumn("reading"), BarColumn(), TaskProgressColumn(), console=self._console, transient=True
+            )
+            self._task = self._bar.add_task("", total=1.0)
+            self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.begin + (self.end - self.begin) * done / total)
+
+    def close(self) -> None:
+        """Take it away."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._since = None
+        self.begin, self.end = 0.0, 1.0
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on stderr, if that is a terminal, what takes its time."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        yield
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def write_answer(text: str) -> None:
+    """A piece of an answer on stdout, at once. On a terminal control characters are left out: they could command it."""
+    click.echo(printable(text) if is_terminal(sys.stdout) else text, nl=False)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, but with its newlines and tabs."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def decode_input(data: bytes) -> str:
+    """What came through a pipe, without the end of a line."""
+    return data.decode("utf-8", "replace").rstrip("\r\n")

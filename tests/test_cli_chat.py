@@ -1,0 +1,244 @@
+"""`kvlocal chat` on a terminal and through a pipe, each as a process of its own, on a real model."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from terminal import Terminal
+
+from kvlocal.transcript import Transcript
+
+# one thread: two that wait for each other crawl when the machine is busy
+GREEDY = ("--threads", "1", "--temp", "0", "--max-tokens", "8")
+STATUS = r"\d+\.\d tok/s · \d+/\d+ cells · \d+ tokens of history · \d+ compressions?"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def env(state: Path) -> dict[str, str]:
+    return {**os.environ, "KVLOCAL_STATE_DIR": str(state)}
+
+
+@pytest.fixture
+def chat(env, smollm2):
+    """A chat through pipes."""
+
+    def run(*args: str, stdin: str | bytes) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "kvlocal_cli", "chat", str(smollm2), *GREEDY, *args]
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        result = subprocess.run(command, input=data, env=env, capture_output=True, timeout=60)
+        result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
+        return result
+
+    return run
+
+
+@pytest.fixture
+def terminal(env, smollm2):
+    def start(*args: str, **kwargs: Path) -> Terminal:
+        return Terminal("chat", str(smollm2), *GREEDY, *args, env=env, **kwargs)
+
+    return start
+
+
+def transcripts(state: Path) -> list[Path]:
+    return sorted((state / "chats").glob("*.jsonl"))
+
+
+def contents(state: Path) -> list[str]:
+    [path] = transcripts(state)
+    return [message["content"] for message in Transcript.read(path).messages]
+
+
+def test_piped_turns(chat, state):
+    result = chat(stdin='Hello\n\n"""\nWhat is\n2+2?\n"""\n//slash')
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout and ">>>" not in result.stdout
+    said = contents(state)
+    assert said[::2] == ["Hello", "What is\n2+2?", "/slash"]
+    assert result.stdout == "".join(answer.rstrip("\n") + "\n" for answer in said[1::2])
+
+
+def test_piped_commands(chat, state):
+    lines = ["Hello", "/set", "/set temp 0.5", "/undo", "/system", "/set", "Hi there", "/regen", "/clear", "/kv", "/bye", "Unread"]
+    result = chat("--verbose", "--system", "Be kind.", stdin="\n".join(lines))
+    assert result.returncode == 0
+    assert re.search(r"^temp +0\.0$", result.stdout, re.M) and re.search(r"^temp +0\.5$", result.stdout, re.M)
+    assert re.search(r"^max-tokens +8$", result.stdout, re.M)
+    assert "\nBe kind.\n" in result.stdout
+    assert re.search(r"^total: \d+ tokens seen", result.stdout, re.M)
+    assert len(re.findall(STATUS, result.stderr)) == 3
+    assert "taken back: Hello" in result.stderr
+    assert contents(state) == []
+    assert "Unread" not in transcripts(state)[0].read_text()
+
+
+def test_failed_commands_are_sentences_and_an_exit_code(chat, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    lines = ["/kvv", "/regen", "/undo", "/set temp warm", "/set temp -1", "/set tmp 1", "/set kv-budget 9", "/set policy none"]
+    lines += ["/set policy gkv lam", f"/load {other}", "/load", f"/save {other}", "/save /nowhere/at/all", "Hello"]
+    result = chat(stdin="\n".join(lines))
+    assert result.returncode == 1
+    errors = result.stderr.splitlines()
+    assert len(errors) == len(lines) - 1 and all(line.startswith("kvlocal: ") for line in errors)
+    assert "did you mean /kv?" in errors[0]
+    assert "temp takes a number" in errors[3]
+    assert "did you mean temp?" in errors[5]
+    assert other.read_text() == "{}"
+    assert result.stdout.count("\n") >= 1
+
+
+def test_kv_shows_what_was_kept_after_a_compression(chat):
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    lines = [text, "Who jumps?", "/kv", "/set kv-budget 96", "/set policy streaming", "/kv", "/set"]
+    result = chat("--kv-budget", "128", "--stride", "32", "--verbose", stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    first = re.search(r"compressions? \((\d+) in this turn\)", result.stderr)
+    assert first and int(first[1]) > 0
+    rows = [line for line in result.stdout.splitlines() if re.search("[█░]", line)]
+    assert re.match(r" +system +\d+ +\d+\.0  █{24}  pinned", rows[0])
+    seen, kept = re.match(r" +1  user +(\d+) +([\d.]+)  █+░+  The quick", rows[1]).groups()
+    assert int(seen) > 190 and float(kept) < 128
+    used = [int(n) for n in re.findall(r"(\d+) cells kept of a budget of 128", result.stdout)]
+    assert 128 <= used[0] <= 160
+    assert re.search(r"cells kept of a budget of 96", result.stdout)
+    assert re.search(r"^policy +streaming$", result.stdout, re.M) and re.search(r"^kv-budget +96$", result.stdout, re.M)
+
+
+def test_save_and_load(chat, state, tmp_path):
+    saved = tmp_path / "saved.json"
+    first = chat("--system", "Be kind.", stdin=f"Hello\nMy name is Ada.\n/save {saved}\n/undo\n/save {saved}\n/regen\n")
+    assert first.returncode == 0, first.stderr
+    data = json.loads(saved.read_text())
+    assert data["format"] == "kvlocal-chat" and data["system"] == "Be kind." and data["settings"]["temp"] == 0
+    assert [message["role"] for message in data["messages"]] == ["user", "assistant"]
+    [transcript] = transcripts(state)
+    second = chat(f"--load={transcript}", "--verbose", stdin=f"/system\n/save {tmp_path / 'two.json'}\n/load {saved}\n/regen")
+    assert second.returncode == 0, second.stderr
+    assert "read 2 messages" in second.stderr
+    assert second.stdout.splitlines() == ["Be kind.", *first.stdout.splitlines()[2:]]
+    assert json.loads((tmp_path / "two.json").read_text())["messages"] == data["messages"]
+
+
+def test_loading_a_turn_without_an_answer(chat, state, tmp_path):
+    pending = tmp_path / "pending.json"
+    pending.write_text(json.dumps({"format": "kvlocal-chat", "version": 1, "messages": [{"role": "user", "content": "Hello"}]}))
+    result = chat(f"--load={pending}", stdin=f"/regen\n/load {pending}\nGood day\n")
+    assert result.returncode == 0, result.stderr
+    assert contents(state)[:3] == ["Hello", "", "Good day"]
+    assert len(result.stdout.splitlines()) >= 2
+
+
+def test_input_that_is_no_utf8(chat, state):
+    assert chat(stdin=b"Caf\xe9 \xff\r\n").returncode == 0
+    assert contents(state)[0] == "Caf\ufffd \ufffd"
+
+
+def test_without_a_place_to_write_the_chat_goes_on(chat, state):
+    state.write_text("in the way")
+    result = chat(stdin="Hello\nHello\n")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) >= 2
+    assert result.stderr.count("\n") == 1 and "without a transcript" in result.stderr
+
+
+def test_no_transcript(chat, state):
+    assert chat("--no-transcript", stdin="Hello\n").returncode == 0
+    assert not state.exists()
+
+
+def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(terminal, state):
+    with terminal("--max-tokens", "4000") as chat:
+        assert "kept in" in chat.wait_for_prompt()
+        chat.type("Write a long story about a cat.\r")
+        chat.wait_for("Once|once|cat.*[Cc]at[^ ]* ")
+        chat.type("\x03\x03")
+        shown = chat.wait_for_prompt()
+        assert re.search("stopped · " + STATUS, shown)
+        chat.type("/set max-tokens 6\r")
+        chat.wait_for_prompt()
+        chat.type("Hello\r")
+        assert re.search("cut off at 6 tokens · " + STATUS, chat.wait_for_prompt())
+        chat.type("not sent\x03")
+        assert "leaves" in chat.wait_for_prompt()
+        chat.type("\x04")
+        assert chat.wait_for_end() == 0
+    assert "Traceback" not in chat.output
+    said = contents(state)
+    assert said[::2] == ["Write a long story about a cat.", "Hello"] and said[1]
+    assert "Hello" in (state / "history").read_text()
+
+
+def test_ctrl_c_while_a_long_turn_is_read_takes_it_back(terminal, state, tmp_path):
+    # three megabytes would take minutes
+    long = tmp_path / "long.json"
+    messages = [{"role": "user", "content": "The quick brown fox. " * 150_000}]
+    long.write_text(json.dumps({"format": "kvlocal-chat", "version": 1, "messages": messages}))
+    with terminal("--max-tokens", "4") as chat:
+        chat.wait_for_prompt()
+        chat.type("Hello\r")
+        chat.wait_for_prompt()
+        chat.type(f"/load {long}\r")
+        chat.wait_for("reading")
+        chat.type("\x03")
+        assert "the chat is as it was" in chat.wait_for_prompt()
+        chat.type("/kv\r")
+        assert "Hello" in chat.wait_for_prompt()
+        chat.type("\x1b[200~" + "The quick brown fox. " * 3000 + "\x1b[201~\r")
+        chat.wait_for("reading")
+        chat.type("\x03\x03")
+        assert "taken back" in chat.wait_for_prompt()
+        chat.type("/bye\r")
+        assert chat.wait_for_end() == 0
+    assert contents(state)[::2] == ["Hello"]
+
+
+def test_kill_in_mid_answer_loses_nothing_shown(terminal, state):
+    with terminal("--max-tokens", "4000") as chat:
+        chat.wait_for_prompt()
+        chat.type("Write a long story about a cat.\r")
+        chat.wait_for(r"\?2004l")
+        shown = chat.wait_for(r"(\w+ ){12}")
+        chat.kill(signal.SIGKILL)
+        assert chat.wait_for_end() == -signal.SIGKILL
+        shown = chat.output.rpartition("\x1b[?2004l")[2].replace("\r\n", "\n")
+    [path] = transcripts(state)
+    kept = Transcript.read(path)
+    assert kept.messages[0] == {"role": "user", "content": "Write a long story about a cat."}
+    assert kept.messages[1]["content"].startswith(shown) and len(shown) > 30
+    assert kept.cut_off == [1]
+
+
+def test_several_lines_and_a_status_line_on_a_terminal(terminal, state):
+    with terminal() as chat:
+        chat.wait_for_prompt()
+        chat.type('"""One\r')
+        chat.wait_for(r"\.\.\.")
+        chat.type('two"""\r')
+        assert re.search(STATUS, chat.wait_for_prompt())
+        chat.type("/help\r")
+        assert "/regen" in chat.wait_for_prompt()
+        chat.type("\x04")
+        assert chat.wait_for_end() == 0
+    assert contents(state)[0] == "One\ntwo"
+
+
+def test_an_answer_that_goes_to_a_file_is_plain(terminal, state, tmp_path):
+    with terminal(stdout=tmp_path / "out") as chat:
+        chat.wait_for_prompt()
+        chat.type("Hello\r")
+        assert re.search(STATUS, chat.wait_for_prompt())
+        chat.type("\x04")
+        assert chat.wait_for_end() == 0
+    assert (tmp_path / "out").read_text() == contents(state)[1].rstrip("\n") + "\n"

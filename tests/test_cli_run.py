@@ -1,0 +1,136 @@
+"""`kvlocal run` and the failures of the command line, each as a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from terminal import Terminal
+
+import kvlocal
+from kvlocal_cli.main import main
+
+# one thread: two that wait for each other crawl when the machine is busy
+THREADS = ("--threads", "1")
+GREEDY = (*THREADS, "--temp", "0", "--max-tokens", "8")
+
+
+@pytest.fixture
+def env(smollm2: Path, tmp_path: Path) -> dict[str, str]:
+    """The default model is the model of the tests, and the state directory is new."""
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "smollm2-135m.gguf").symlink_to(Path(smollm2).absolute())
+    return {**os.environ, "KVLOCAL_MODELS_DIR": str(models), "KVLOCAL_STATE_DIR": str(tmp_path / "state")}
+
+
+@pytest.fixture
+def kvlocal_run(env):
+    def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "kvlocal_cli", *args]
+        return subprocess.run(command, input=stdin, env=env, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def failed(result: subprocess.CompletedProcess, code: int) -> str:
+    """The one sentence on stderr."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("kvlocal: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_one_answer_on_clean_stdout(kvlocal_run):
+    result = kvlocal_run("run", *GREEDY, "What is 2+2?")
+    assert result.returncode == 0
+    assert "answer" in result.stdout and result.stdout.endswith("\n") and "\x1b" not in result.stdout
+    assert result.stderr == ""
+
+
+def test_json(kvlocal_run, smollm2):
+    result = kvlocal_run("run", str(smollm2), "Sum this up:", *GREEDY, "--json", "--seed", "7", stdin="Cats ☃ sleep.\n")
+    report = json.loads(result.stdout)
+    assert list(report) == ["model", "prompt", "answer", "kv", "timings", "seed", "stop_reason"]
+    assert report["model"] == str(smollm2)
+    assert report["prompt"] == "Sum this up:\n\nCats ☃ sleep."
+    assert report["answer"]
+    assert report["seed"] == 7 and report["stop_reason"] in ("end", "length")
+    assert list(report["kv"]) == ["budget", "peak_cells", "history_tokens", "compressions", "evicted"]
+    assert report["kv"]["budget"] == 1024
+    assert report["kv"]["history_tokens"] == report["kv"]["peak_cells"] > 20
+    assert 0 < report["timings"]["answer_tokens"] <= 8 and report["timings"]["answer_seconds"] > 0
+
+
+def test_a_seed_that_was_drawn_repeats_the_answer(kvlocal_run):
+    first = json.loads(kvlocal_run("run", *THREADS, "--json", "--max-tokens", "12", "Tell me a story.").stdout)
+    again = kvlocal_run("run", *THREADS, "--max-tokens", "12", "--seed", str(first["seed"]), stdin="Tell me a story.")
+    assert again.stdout == first["answer"].rstrip("\n") + "\n"
+
+
+def test_a_long_prompt_is_compressed(kvlocal_run):
+    text = "The quick brown fox jumps over the lazy dog. " * 60
+    result = kvlocal_run("run", "--kv-budget", "128", "--stride", "64", "--json", *GREEDY, stdin=text)
+    kv = json.loads(result.stdout)["kv"]
+    assert kv["history_tokens"] > 600 and kv["compressions"] > 1
+    assert kv["evicted"] > 400 and kv["peak_cells"] <= 128 + 64 + 256
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["run"], "no prompt"),
+        (["run", "why", "is", "this"], "quotes"),
+        (["run", "--temp", "-1", "Hi"], "temperature is -1.0"),
+        (["run", "--policy-arg", "alphabet=1", "Hi"], "hyper-parameter"),
+        (["run", "--policy-arg", "alpha", "Hi"], "name=value"),
+        (["run", "--kv-budget", "5", "Hi"], "too small"),
+        (["chat", "--max-tokens", "0"], "max-tokens"),
+        (["dance"], "dance"),
+    ],
+)
+def test_wrong_usage(args, said):
+    result = CliRunner().invoke(main, args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_wrong_usage_says_where_help_is(kvlocal_run):
+    assert "`kvlocal run --help`" in failed(kvlocal_run("run", "--nonsense", "Hi"), 2)
+
+
+def test_failures_are_sentences(kvlocal_run, tmp_path):
+    assert "there is no file" in failed(kvlocal_run("run", str(tmp_path / "none.gguf"), "Hi"), 1)
+    assert "kvlocal pull gemma3-270m" in failed(kvlocal_run("run", "gemma3-270m", "Hi"), 1)
+    system = "Obey the rules of the house. " * 30
+    assert "system prompt" in failed(kvlocal_run("run", "--kv-budget", "64", "--system", system, "Hi"), 1)
+
+
+def test_version_and_help(kvlocal_run):
+    assert kvlocal.__version__ in kvlocal_run("--version").stdout
+    for args in ((), ("--help",)):
+        result = kvlocal_run(*args)
+        assert result.returncode == 0
+        for command in ("chat", "run", "batch", "models", "pull", "doctor"):
+            assert f"  {command} " in result.stdout
+
+
+def test_a_reader_that_leaves_is_no_traceback(env):
+    command = [sys.executable, "-m", "kvlocal_cli", "run", *THREADS, "--max-tokens", "60", "Write a story."]
+    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 1
+
+
+def test_ctrl_c_prints_what_there_is(env):
+    with Terminal("run", *THREADS, "--max-tokens", "2000", "--temp", "0", "Write a long story about a cat.", env=env) as terminal:
+        shown = terminal.wait_for("[Cc]at")
+        terminal.kill(signal.SIGINT)
+        assert terminal.wait_for_end() == 130
+    assert "Traceback" not in terminal.output
+    assert terminal.output.endswith("\n") and "cat" in shown.lower()

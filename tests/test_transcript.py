@@ -1,0 +1,198 @@
+"""Transcripts replay to what was said, whatever happened to the process or to the file."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from kvlocal.errors import KvlocalError
+from kvlocal.transcript import Conversation, Transcript, chat_path, load, save, state_dir
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "chats" / "one.jsonl"
+
+
+@pytest.fixture
+def transcript(path: Path) -> Transcript:
+    return Transcript.open(path, model="smollm2-135m", system="Be brief.")
+
+
+def say(transcript: Transcript, user: str, *pieces: str) -> None:
+    transcript.add_user(user)
+    for piece in pieces:
+        transcript.add_piece(piece)
+    transcript.end_answer("end")
+
+
+def texts(conversation: Conversation) -> list[str]:
+    return [message["content"] for message in conversation.messages]
+
+
+def test_replay(transcript, path):
+    say(transcript, "Hello\nthere ☃\u2028", "Hi", " you")
+    say(transcript, "Again", "Yes")
+    chat = Transcript.read(path)
+    assert chat.messages == [
+        {"role": "user", "content": "Hello\nthere ☃\u2028"},
+        {"role": "assistant", "content": "Hi you"},
+        {"role": "user", "content": "Again"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    assert (chat.system, chat.model, chat.cut_off) == ("Be brief.", "smollm2-135m", [])
+
+
+def test_regen_undo_clear_system_and_load_replay_to_the_state_they_left(transcript, path):
+    say(transcript, "a", "1")
+    say(transcript, "b", "2")
+    transcript.add_regen()
+    transcript.add_piece("3")
+    transcript.end_answer("stopped")
+    assert texts(Transcript.read(path)) == ["a", "1", "b", "3"]
+    transcript.add_undo()
+    transcript.add_system(None)
+    assert texts(Transcript.read(path)) == ["a", "1"]
+    assert Transcript.read(path).system is None
+    transcript.add_clear()
+    assert texts(Transcript.read(path)) == []
+    transcript.add_load([{"role": "user", "content": "c"}], "Another.")
+    transcript.end_answer("stopped")
+    say(transcript, "d", "4")
+    assert texts(Transcript.read(path)) == ["c", "", "d", "4"]
+    assert Transcript.read(path).system == "Another."
+
+
+def test_undo_takes_a_turn_that_was_never_answered(transcript, path):
+    say(transcript, "a", "1")
+    transcript.add_user("b")
+    transcript.add_undo()
+    assert texts(Transcript.read(path)) == ["a", "1"]
+
+
+def test_an_empty_answer_is_an_answer(transcript, path):
+    say(transcript, "a")
+    assert texts(Transcript.read(path)) == ["a", ""]
+
+
+def test_an_answer_without_an_end_is_kept_and_marked(transcript, path):
+    transcript.add_user("a")
+    transcript.add_piece("half an ")
+    chat = Transcript.read(path)
+    assert texts(chat) == ["a", "half an "]
+    assert chat.cut_off == [1]
+
+
+@pytest.mark.parametrize("n_lost", [1, 5, 20])
+def test_a_torn_last_line_is_left_out(transcript, path, n_lost):
+    say(transcript, "a", "1")
+    transcript.add_user("torn ☃☃☃☃☃☃☃☃")
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - n_lost)
+    assert texts(Transcript.read(path)) == ["a", "1"]
+
+
+def test_text_that_is_no_utf8_survives(transcript, path):
+    say(transcript, "a\udcff", "1")
+    assert texts(Transcript.read(path)) == ["a\udcff", "1"]
+
+
+def test_only_the_owner_reads_it_and_nothing_is_overwritten(transcript, path):
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(KvlocalError, match="exists"):
+        Transcript.open(path, model="m", system=None)
+
+
+def test_a_chat_without_a_word_leaves_no_file(transcript, path):
+    transcript.close()
+    assert not path.exists()
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KvlocalError, match="cannot write"):
+        Transcript.open(tmp_path / "file" / "x.jsonl", model="m", system=None)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_an_error():
+    transcript = Transcript(Path("/dev/full"), os.open("/dev/full", os.O_WRONLY))
+    with pytest.raises(KvlocalError, match="No space"):
+        transcript.add_user("a")
+    transcript._empty = False
+    transcript.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "\n", "hello", "[1, 2]", '{"record": "user", "content": "a"}\n', '{"format": "other"}', "[" * 100_000, "\0\n\0"],
+)
+def test_other_files_are_refused(path, content, tmp_path):
+    other = tmp_path / "other"
+    other.write_text(content)
+    with pytest.raises(KvlocalError, match="neither a saved chat nor a transcript"):
+        load(other)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"record": "user"}', '{"record": "user", "content": 1}', '{"record": "dance"}', '{"record": "undo"}', "{}", "[]", "x"],
+)
+def test_a_damaged_line_is_named(transcript, path, line):
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(KvlocalError, match="line 2 of"):
+        Transcript.read(path)
+
+
+def test_save_and_load(tmp_path):
+    chat = Conversation([{"role": "user", "content": "ä\udcff"}], "Be brief.", "m", {"temp": 0.5})
+    file = tmp_path / "chat.json"
+    save(file, chat)
+    assert load(file) == chat
+    save(file, Conversation())
+    assert load(file).messages == []
+
+
+def test_save_spares_files_of_others(tmp_path):
+    file = tmp_path / "notes.json"
+    for content in ("notes", '{"format": "other"}', "[]"):
+        file.write_text(content)
+        with pytest.raises(KvlocalError, match="not written by /save"):
+            save(file, Conversation())
+        assert file.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "messages", [None, "a", ["a"], [{"role": "king", "content": "a"}], [{"role": "user"}], [{"role": "user", "content": 1}]]
+)
+def test_bad_messages_are_refused(tmp_path, messages):
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps({"format": "kvlocal-chat", "version": 1, "messages": messages}))
+    with pytest.raises(KvlocalError, match="message"):
+        load(file)
+
+
+def test_load_reads_transcripts(transcript, path):
+    assert load(path).system == "Be brief."
+    say(transcript, "a", "1")
+    assert texts(load(path)) == ["a", "1"]
+
+
+def test_a_later_version_is_refused(transcript, path):
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(KvlocalError, match="version 2"):
+        load(path)
+
+
+def test_state_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KVLOCAL_STATE_DIR", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert state_dir() == tmp_path / ".local" / "state" / "kvlocal"
+    monkeypatch.setenv("XDG_STATE_HOME", "/xdg")
+    assert state_dir() == Path("/xdg/kvlocal")
+    monkeypatch.setenv("KVLOCAL_STATE_DIR", "/chosen")
+    assert chat_path().parent == Path("/chosen/chats")
