@@ -44,7 +44,7 @@ def batch_command(source: BinaryIO, output: str, force: bool, model: str, gpu_la
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
         raise click.UsageError(f"{target} is the input: name another output")
     writer = LineWriter(target, replace=force)
-    report, path = _Report(source), resolve(model)
+    report, path = _Report(source, with_bar=target is not None or not sys.stdout.isatty()), resolve(model)
     with _Interrupt() as interrupt:
         with waiting(f"loading {model}"):
             loaded = Model(path, n_gpu_layers=gpu_layers)
@@ -108,6 +108,7 @@ class _Report:
     """Counts what is done and tells it on stderr: with a bar on a terminal, else with a line now and then, and with a line at the end."""
 
     source: BinaryIO
+    with_bar: bool  # results on the same terminal would run into it
     interrupted: bool = False
     done: int = 0
     failed: int = 0
@@ -117,8 +118,7 @@ class _Report:
     def __enter__(self) -> Self:
         self.started = self.reported = time.monotonic()
         columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        # Results on the same terminal would run into the bar.
-        self.with_bar = self.console.is_terminal and not sys.stdout.isatty()
+        self.with_bar &= self.console.is_terminal
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.with_bar, redirect_stdout=False)
         status = os.fstat(self.source.fileno())
         self.task = self.bar.add_task(self._counts(), total=status.st_size if stat.S_ISREG(status.st_mode) else None)

@@ -197,11 +197,11 @@ class LineWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, *, replace: bool = False) -> None:
-        """Raises KvlocalError if the file is there already and is not to be replaced."""
+        """Raises KvlocalError if the file is there already, with something in it, and is not to be replaced."""
         self._path = None if path is None else Path(path)
         self._replace = replace
-        # Devices and pipes have nothing to lose.
-        if self._path and self._path.is_file() and not replace:
+        # Nor have devices and pipes anything to lose.
+        if self._path and self._path.is_file() and self._path.stat().st_size and not replace:
             raise self._taken()
 
     def _taken(self) -> KvlocalError:

@@ -18,7 +18,6 @@ from kvlocal.library import load
 KV_TYPES: dict[str, str] = {
     "f32": "GGML_TYPE_F32",
     "f16": "GGML_TYPE_F16",
-    "bf16": "GGML_TYPE_BF16",
     "q8_0": "GGML_TYPE_Q8_0",
     "q5_1": "GGML_TYPE_Q5_1",
     "q5_0": "GGML_TYPE_Q5_0",
@@ -520,24 +519,24 @@ class Context:
         self._check_seq(seq)
         return self._lib.llama_memory_seq_pos_max(self.memory, seq)
 
-    def state_get(self, seq: int = 0) -> bytes:
-        """The cells of a sequence in llama.cpp's own format, without its logits."""
+    def state_get(self, seq: int = 0) -> npt.NDArray[np.uint8]:
+        """The cells of a sequence in llama.cpp's own format, [bytes] uint8, without its logits."""
         self._check_seq(seq)
         size = self._lib.llama_state_seq_get_size(self.pointer, seq)
-        buffer = (ctypes.c_uint8 * size)()
-        if not size or self._lib.llama_state_seq_get_data(self.pointer, buffer, size, seq) != size:
+        state = np.empty(size, dtype=np.uint8)
+        if not size or self._lib.llama_state_seq_get_data(self.pointer, _bytes_of(state), size, seq) != size:
             raise EngineError(f"llama.cpp could not copy the state of sequence {seq}: decode something into it first")
-        return bytes(buffer)
+        return state
 
-    def state_set(self, seq: int, state: bytes) -> None:
+    def state_set(self, seq: int, state: npt.NDArray[np.uint8] | bytes) -> None:
         """Replace the cells of a sequence by what `state_get` gave, from a context of the same kind.
 
         Logits are not part of it: decode a token before sampling. A refused state leaves the sequence empty.
         """
         self._check_seq(seq)
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        array = np.frombuffer(state, dtype=np.uint8)
         self._outputs = range(0)
-        if not self._lib.llama_state_seq_set_data(self.pointer, buffer, len(state), seq):
+        if not self._lib.llama_state_seq_set_data(self.pointer, _bytes_of(array), len(array), seq):
             raise EngineError(
                 f"the saved state does not fit this context: it needs the same model, the same cache types "
                 f"and no more than {self.n_cells} cells"
@@ -574,6 +573,10 @@ def _check_is_gguf(path: Path) -> None:
         raise EngineError(f"{path} cannot be read ({error.strerror}): give the path of a GGUF file") from error
     if magic != _GGUF_MAGIC:
         raise EngineError(f"{path} is not a GGUF file: give the path of a model in GGUF format")
+
+
+def _bytes_of(array: npt.NDArray[np.uint8]) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
 def _ggml_type(lib: Any, name: str) -> int:

@@ -140,7 +140,7 @@ class _Checkpoint:
 
     n_tokens: int
     n_messages: int
-    state: bytes | None = None
+    state: npt.NDArray[np.uint8] | None = None
     ledger: Ledger | None = None
 
 

@@ -1,0 +1,383 @@
+"""A batch answers what is unanswered, each conversation for itself, and neither a bad line nor a kill costs any other line."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kvlocal.batch import Failure, Job, LineError, LineWriter, Result, run_batch
+from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
+from kvlocal.sampling import SamplingParams
+from kvlocal.session import ChatSession, SessionConfig
+
+# One thread: two would wait for each other wherever the cores are shared.
+SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_tokens=8, sampling=SamplingParams(temperature=0))
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    with Model(smollm2) as m:
+        yield m
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def line(*messages, **others):
+    return json.dumps(others | {"messages": list(messages)}).encode() + b"\n"
+
+
+def run(model, *lines, **changes):
+    """What becomes of each line."""
+    return list(run_batch(iter(lines), model, dataclasses.replace(SMALL, **changes)))
+
+
+def parse(text):
+    return Job.parse(7, text.encode())
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("hello", "not JSON .* column 1"),
+        ('{"messages": [', "not JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "no messages"),
+        ("7", "no messages"),
+        ('{"id": 1}', "no messages"),
+        ('{"messages": []}', "at least one message"),
+        ('{"messages": "hi"}', "not a list"),
+        ('{"id": [1], "messages": [{"role": "user", "content": "a"}]}', "id is not a scalar"),
+        ('{"id": NaN, "messages": [{"role": "user", "content": "a"}]}', "NaN"),
+        ('{"id": 1e999, "messages": [{"role": "user", "content": "a"}]}', "1e999"),
+        ('{"messages": ["hi"]}', "message 1 is not an object"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', 'message 1 has the role "tool"'),
+        ('{"messages": [{"content": "a"}]}', "message 1 has the role null"),
+        ('{"messages": [{"role": {"a": 1}, "content": "a"}]}', "message 1 has the role"),
+        ('{"messages": [{"role": "user"}]}', "content of message 1"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}]}', "content of message 2"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "message 2 is a system"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 answers nothing"),
+        ('{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]}', "message 2 answers nothing"),
+    ],
+)
+def test_a_bad_line_is_one_sentence(text, problem):
+    with pytest.raises(LineError, match=problem) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_bytes_that_are_no_text():
+    with pytest.raises(LineError, match="not UTF-8"):
+        Job.parse(1, b'{"messages": [{"role": "user", "content": "\xff"}]}')
+
+
+@pytest.mark.parametrize("identity", ["é", 0, -1.5, True, None])
+def test_ids(identity):
+    job = Job.parse(7, b"\xef\xbb\xbf" + line(user("a"), id=identity, note="is ignored"))
+    assert job.id == identity and type(job.id) is type(identity)
+
+
+def test_the_line_number_is_the_id_of_a_line_without():
+    assert Job.parse(7, line(user("a"))).id == 7
+
+
+def test_what_is_unanswered():
+    turns = [system("s"), user("a"), user("b"), assistant("c"), user("d"), user("e")]
+    assert Job.parse(1, line(*turns)).unanswered == [1, 4, 5]
+    assert Job.parse(1, line(*turns)).system == "s"
+    assert Job.parse(1, line(*turns[1:4])).system is None
+    assert Job.parse(1, line(*turns[2:4])).unanswered == []
+    assert Job.parse(1, line(turns[0])).unanswered == []
+
+
+# Answers
+
+
+def test_every_open_turn_is_answered_in_order(model):
+    questions = ["What is the capital of France?", "Say that again, louder."]
+    (result,) = run(model, line(*map(user, questions), id="x"))
+    with ChatSession(model, SMALL) as chat:
+        for question in questions:
+            "".join(chat.send(question))
+        assert result.messages == chat.messages
+        assert result.kv == {name: getattr(chat.kv, name) for name in result.kv}
+    assert [message["role"] for message in result.messages] == ["user", "assistant"] * 2
+    assert result.id == "x" and result.stop_reasons == ["length", "length"]
+    timings = result.timings
+    assert timings["answer_tokens"] == 16
+    assert timings["prompt_tokens"] + 16 == result.kv["history_tokens"]
+    assert timings["seconds"] == pytest.approx(timings["prompt_seconds"] + timings["answer_seconds"], abs=1e-3)
+    assert timings["tokens_per_second"] == pytest.approx(16 / timings["answer_seconds"], rel=0.05)
+
+
+def test_given_answers_are_taken_as_they_are(model):
+    turns = [user("Name a colour."), assistant("Umbra, of course."), user("Which one did you name?")]
+    (result,) = run(model, line(*turns))
+    with ChatSession(model, SMALL) as chat:
+        chat.restore(turns)
+        answer = "".join(chat.answer())
+    assert result.messages == [*turns, assistant(answer)]
+    (other,) = run(model, line(turns[0], assistant("Teal."), turns[2]))
+    assert other.messages[-1] != result.messages[-1]
+
+
+def test_what_follows_the_last_open_turn_stays(model):
+    turns = [user("Hi"), user("And you?"), assistant("Fine.") | {"note": "kept"}]
+    (result,) = run(model, line(*turns))
+    assert result.messages[0] == turns[0] and result.messages[1]["role"] == "assistant"
+    assert result.messages[2:] == turns[1:]
+
+
+@pytest.mark.parametrize("turns", [[user("Hi"), assistant("Hello")], [system("Be brief.")]])
+def test_a_conversation_with_nothing_to_answer_is_unchanged(model, turns):
+    (result,) = run(model, line(*turns), budget=None)
+    assert result.messages == turns and result.stop_reasons == []
+    assert result.kv["budget"] > 0 and result.kv["history_tokens"] == 0
+    assert result.timings["answer_tokens"] == 0
+
+
+def test_the_system_prompt_of_the_line_or_of_the_configuration(model):
+    own, none = line(system("Speak like a pirate."), user("Hi")), line(user("Hi"))
+    first, second = run(model, own, none, system="Answer in French.")
+    assert first.messages[0] == system("Speak like a pirate.")
+    assert second.messages[0] == user("Hi")
+    (pirate,) = run(model, none, system="Speak like a pirate.")
+    assert first.messages[1:] == pirate.messages
+    assert first.kv == pirate.kv != second.kv
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0, seed=0), SamplingParams(temperature=1.5, seed=11)])
+def test_results_do_not_depend_on_the_order_of_lines(model, sampling):
+    long = " ".join(f"Item {i} costs {i * 7 % 23} coins." for i in range(30))
+    lines = [
+        line(user("Tell me about whales."), user("More."), id=1),
+        line(user(long + " Which is the cheapest?"), id=2),
+        line(system("Be rude."), user("Tell me about whales."), id=3),
+    ]
+    forwards, backwards = run(model, *lines, sampling=sampling), run(model, *lines[::-1], sampling=sampling)
+    assert forwards[1].kv["compressions"] > 0
+    for one, other in zip(forwards, backwards[::-1], strict=True):
+        assert (one.id, one.messages, one.kv, one.seed) == (other.id, other.messages, other.kv, other.seed)
+
+
+def test_without_a_seed_equal_lines_are_drawn_anew(model):
+    lines = [line(user("Hi"), id=i) for i in range(2)]
+    first, second = run(model, *lines, sampling=SamplingParams(temperature=1.0), max_tokens=1)
+    assert first.seed != second.seed
+    (again,) = run(model, lines[1], sampling=SamplingParams(temperature=1.0, seed=second.seed), max_tokens=1)
+    assert again.messages == second.messages
+
+
+def test_a_document_many_times_the_budget(model):
+    document = "\n".join(f"On day {i} the keeper counted {i * 13 % 47} ships and {i % 9} gulls off the cape." for i in range(70))
+    (result,) = run(model, line(user(document + "\n\nHow many ships on day 3?"), user("And on day 69?")), budget=256, n_ubatch=128)
+    assert result.kv["history_tokens"] > 5 * 256
+    assert 256 < result.kv["peak_cells"] <= 256 + SMALL.stride + 128
+    assert result.kv["compressions"] > 5
+    assert result.kv["evicted"] >= result.kv["history_tokens"] - 256 - SMALL.stride
+    assert len(result.messages) == 4
+
+
+def test_lines_that_fail_are_numbered_and_the_others_go_on(model):
+    too_long = line(system("Never ever forget this. " * 40), user("Hi"))
+    failing = [b"what?\n", b"\n", line(user("Hi"), id="ok"), too_long, line(user("Hi"))[:-9]]
+    outcomes = run(model, *failing, line(user("Hi"), id="last"))
+    assert [outcome.number for outcome in outcomes] == [1, 3, 4, 5, 6]
+    assert [outcome.number for outcome in outcomes if isinstance(outcome, Failure)] == [1, 4, 5]
+    assert "the system prompt takes" in str(outcomes[2].error)
+    assert outcomes[1].messages == outcomes[4].messages
+
+
+def test_a_configuration_that_cannot_work_fails_before_the_first_line(model):
+    def lines():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(KvlocalError, match="too large"):
+        run_batch(lines(), model, dataclasses.replace(SMALL, budget=100_000))
+
+
+def test_one_line_is_read_at_a_time(model):
+    taken = []
+
+    def lines():
+        for i in range(1_000_000):
+            taken.append(i)
+            yield line(user("Hi"), assistant("Hello"))
+
+    outcomes = run_batch(lines(), model, SMALL)
+    assert taken == []
+    for _ in range(3):
+        assert isinstance(next(outcomes), Result)
+    assert taken == [0, 1, 2]
+
+
+def test_poll_ends_the_batch_in_the_middle_of_an_answer_and_of_a_text(model):
+    class Enough(Exception):
+        pass
+
+    for content, limit in (("Tell me a story.", 3), ("word " * 400, 4)):
+        left = iter(range(limit))
+
+        def poll(left=left):
+            if next(left, None) is None:
+                raise Enough
+
+        with pytest.raises(Enough):
+            list(run_batch([line(user(content))], model, SMALL, poll=poll))
+
+
+# Output
+
+
+def test_written_lines_are_what_was_given(tmp_path):
+    records = [{"text": "日本語 👍🏽 é \u2028 \n"}, {"text": "half \ud800 a pair"}]
+    with LineWriter(tmp_path / "out.jsonl") as writer:
+        for record in records:
+            writer.write(record)
+            assert (tmp_path / "out.jsonl").read_bytes().endswith(b"}\n")
+    content = (tmp_path / "out.jsonl").read_bytes()
+    assert [json.loads(part) for part in content.split(b"\n")[:-1]] == records
+    assert "日本語 👍🏽".encode() in content
+
+
+def test_a_file_with_something_in_it_is_kept_unless_it_may_be_replaced(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.touch()
+    with LineWriter(path) as writer:
+        writer.write({"id": 1})
+    with pytest.raises(KvlocalError, match="--force"):
+        LineWriter(path)
+    replacing = LineWriter(path, replace=True)
+    assert path.read_text() == '{"id": 1}\n'
+    with replacing as writer:
+        writer.write({"id": 2})
+    assert path.read_text() == '{"id": 2}\n'
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(KvlocalError, match="No such file or directory"):
+        LineWriter(tmp_path / "no" / "out.jsonl").__enter__()
+
+
+def test_a_full_disk_leaves_the_lines_before(tmp_path):
+    path = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with LineWriter(path) as writer:
+        writer.write({"id": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+        try:
+            with pytest.raises(KvlocalError, match="cannot write .*out.jsonl"):
+                writer.write({"id": 2, "text": "x" * 100})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == '{"id": 1}\n'
+
+
+# The command
+
+
+def command(model: Path, *arguments) -> list[str]:
+    small = ["--temp", "0", "--max-tokens", "2", "--kv-budget", "128", "--threads", "1"]
+    return [sys.executable, "-m", "kvlocal_cli", "batch", "-m", str(model), *small, *map(str, arguments)]
+
+
+def write_many(path: Path, n: int) -> Path:
+    path.write_bytes(b"".join(line(user(f"Hi {i}"), id=i) for i in range(n)))
+    return path
+
+
+def test_command(smollm2, tmp_path):
+    given = [line(user("Hello"), user("Again")), b'{"id": "no"}\n', b"\n", line(user("Grüße 👋"), id="é"), b"nonsense"]
+    (tmp_path / "in.jsonl").write_bytes(b"".join(given))
+    done = subprocess.run(command(smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl"), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    told = done.stderr.splitlines()
+    assert told[0].startswith("kvlocal: line 2: it has no messages") and told[1].startswith("kvlocal: line 5: it is not JSON")
+    assert "2 done, 2 failed, 6 tokens written" in told[-1] and "Traceback" not in done.stderr
+    records = [json.loads(part) for part in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == [1, "é"]
+    assert [message["role"] for message in records[0]["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert records[1]["messages"][0] == user("Grüße 👋")
+    for record in records:
+        assert set(record) == {"id", "messages", "stop_reasons", "seed", "kv", "timings"}
+        assert set(record["kv"]) == {"budget", "peak_cells", "history_tokens", "compressions", "evicted"}
+        assert record["kv"]["budget"] == 128
+
+    piped = subprocess.run(command(smollm2, "-"), input=given[3], capture_output=True)
+    assert piped.returncode == 0
+    assert json.loads(piped.stdout)["messages"] == records[1]["messages"]
+
+
+def test_refused_before_anything_is_touched(smollm2, tmp_path):
+    source = write_many(tmp_path / "in.jsonl", 1)
+    (tmp_path / "out.jsonl").write_text("precious\n")
+    for arguments, code, sentence in [
+        (["-o", tmp_path / "out.jsonl"], 1, "is there already"),
+        (["-o", source, "--force"], 2, "is the input"),
+        (["-o", tmp_path / "new.jsonl", "--kv-budget", "100000"], 1, "too large"),
+    ]:
+        done = subprocess.run(command(smollm2, source, *arguments), capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, "") and sentence in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "out.jsonl").read_text() == "precious\n"
+    assert source.stat().st_size > 0
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_in_the_middle(smollm2, tmp_path, number):
+    source, out = write_many(tmp_path / "in.jsonl", 1000), tmp_path / "out.jsonl"
+    process = subprocess.Popen(command(smollm2, source, "-o", out), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    content = out.read_bytes()
+    assert content.endswith(b"\n")
+    ids = [json.loads(part)["id"] for part in content.splitlines()]
+    assert ids == list(range(len(ids))) and 2 <= len(ids) < 1000
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert told.startswith(f"kvlocal: interrupted, {len(ids)} done") and told.count("\n") == 1
+
+
+def test_ctrl_c_while_waiting_for_a_line(smollm2, tmp_path):
+    process = subprocess.Popen(command(smollm2, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(line(user("Hi"), id="first"))
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["id"] == "first"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130 and b"interrupted, 1 done" in told
+
+
+def test_nobody_reads_the_results(smollm2, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    source = write_many(tmp_path / "in.jsonl", 5)
+    done = subprocess.run(command(smollm2, source), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and "Traceback" not in done.stderr

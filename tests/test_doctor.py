@@ -1,0 +1,120 @@
+"""The doctor finds what is there and what is wrong, also where hardly anything works."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import kvlocal
+from kvlocal import library
+from kvlocal.catalogue import Catalogue
+from kvlocal.doctor import diagnose
+from kvlocal.engine import Context, Model
+
+
+def doctor(*arguments, **environment):
+    """The command in a process of its own: a library that is loaded stays loaded."""
+    arguments = [sys.executable, "-m", "kvlocal_cli", "doctor", *map(str, arguments)]
+    return subprocess.run(arguments, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_report(smollm2):
+    report = diagnose()
+    loaded = library.load()
+    assert report["problems"] == [] and "model" not in report
+    assert report["kvlocal"] == kvlocal.__version__
+    part = report["library"]
+    assert part["path"] == str(loaded.lib_dir)
+    assert (part["bindings"], part["patches"]) == (loaded.bindings_version, loaded.patch_level)
+    assert part["api_version"] == loaded.lib.KVL_API_VERSION
+    assert "CPU" in part["backends"] and part["features"]
+    assert {device["backend"] for device in part["devices"]} <= set(part["backends"])
+    (cpu,) = [device for device in part["devices"] if device["kind"] == "cpu"]
+    assert cpu["name"] and cpu["memory_total"] >= cpu["memory_free"] > 0
+    machine = report["machine"]
+    assert 1 <= machine["usable_cores"] <= machine["cores"]
+    assert 2**28 < (machine["memory_available"] or machine["memory_total"]) <= machine["memory_total"] < 2**50
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_model(smollm2):
+    report = diagnose(str(smollm2))
+    assert report["problems"] == []
+    model = report["model"]
+    assert model["trained_context"] == 8192 and model["sliding_window"] == 0
+    assert model["architecture"] == "llama" and model["template"] == "gguf"
+    assert (model["compressible"], model["compressible_layers"], model["kv_heads"]) == (True, 30, 3)
+    with Model(smollm2) as loaded:
+        for kind, cost in model["kv_bytes_per_1000_cells"].items():
+            with Context(loaded, n_cells=1024, type_k=kind, type_v=kind) as context:
+                # llama.cpp tells it in hundredths of a MiB
+                assert cost == pytest.approx(context.kv_bytes() / 1024 * 1000, rel=1e-3)
+
+
+def test_models_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path / "a" / "b"))
+    catalogue = Catalogue.load()
+    report = diagnose()
+    models = report["models"]
+    assert (models["exists"], models["writable"], models["present"]) == (False, True, [])
+    assert models["disk_free"] > 0
+    assert report["problems"] == [] and f"kvlocal pull {catalogue.default}" in report["hints"][0]
+
+    entry = catalogue.entries[catalogue.default]
+    entry.path.parent.mkdir(parents=True)
+    entry.path.write_bytes(b"GGUF")
+    os.truncate(entry.path, entry.size)
+    report = diagnose()
+    assert report["models"]["present"] == [entry.name] and report["hints"] == report["problems"] == []
+    os.truncate(entry.path, entry.size - 1)
+    report = diagnose()
+    assert report["models"]["present"] == []
+    assert "damaged" in report["problems"][0] and f"kvlocal pull --force {entry.name}" in report["problems"][0]
+
+
+def test_models_directory_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path / "file" / "models"))
+    report = diagnose()
+    assert not report["models"]["writable"]
+    assert len(report["problems"]) == 1 and "set KVLOCAL_MODELS_DIR" in report["problems"][0]
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(1000)])
+def test_model_that_is_none(tmp_path, content):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    report = diagnose(str(path))
+    assert report["model"] is None and report["library"]
+    assert len(report["problems"]) == 1 and str(path) in report["problems"][0]
+
+
+def test_command(smollm2):
+    done = doctor("--json", smollm2)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert set(report) == {"kvlocal", "python", "platform", "library", "machine", "models", "model", "hints", "problems"}
+    done = doctor(smollm2)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in (kvlocal.__version__, report["library"]["path"], "8,192 tokens", "f16 23.0 MB, q8_0 12.2 MB", "problems        none"):
+        assert text in done.stdout
+
+
+def test_no_library(smollm2, tmp_path):
+    done = doctor("--json", smollm2, KVLOCAL_LIB_DIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "")
+    report = json.loads(done.stdout)
+    assert report["library"] is None and report["model"] is None and report["machine"]["cores"]
+    (problem,) = report["problems"]
+    assert str(tmp_path) in problem and "libllama" in problem
+    done = doctor(KVLOCAL_LIB_DIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"problem         {problem}" in done.stdout
+
+
+def test_no_such_model():
+    done = doctor("smollm2")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "did you mean smollm2-135m?" in done.stdout
