@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -143,9 +144,12 @@ def _outcomes(
         if not line.strip():
             continue
         try:
-            yield _complete(Job.parse(number, line), model, config, poll)
+            outcome = _complete(Job.parse(number, line), model, config, poll)
         except KvlocalError as error:
-            yield Failure(number, error)
+            outcome = Failure(number, error)
+        yield outcome
+        # A session is a reference cycle with a ledger and a copy of its cache in it: too much to wait for the collector's own turn.
+        gc.collect()
 
 
 def _complete(job: Job, model: Model, config: SessionConfig, poll: Callable[[], None]) -> Result:

@@ -1,6 +1,7 @@
 """A batch answers what is unanswered, each conversation for itself, and neither a bad line nor a kill costs any other line."""
 
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import pytest
 from kvlocal.batch import Failure, Job, LineError, LineWriter, Result, run_batch
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.ledger import Ledger
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import ChatSession, SessionConfig
 
@@ -231,6 +233,13 @@ def test_one_line_is_read_at_a_time(model):
     for _ in range(3):
         assert isinstance(next(outcomes), Result)
     assert taken == [0, 1, 2]
+
+
+def test_conversations_that_are_done_take_no_memory(model):
+    outcomes = run_batch([line(user("word " * 150))] * 4, model, dataclasses.replace(SMALL, max_tokens=1))
+    for outcome in outcomes:
+        assert outcome.kv["compressions"] > 0
+        assert sum(isinstance(thing, Ledger) for thing in gc.get_objects()) <= 2  # the last one and its checkpoint
 
 
 def test_poll_ends_the_batch_in_the_middle_of_an_answer_and_of_a_text(model):

@@ -242,7 +242,7 @@ def test_compaction_equals_masking_the_evicted_cells(model, tokens, type_k, type
         a, b, c, d = (np.exp(log_softmax(chat.feed(n, n))) for chat in (compacted, removed, upstream, untouched))
         np.testing.assert_array_equal(b, c)
         np.testing.assert_allclose(a, c, atol=tolerance)
-        assert np.abs(d - c).max() > 10 * tolerance  # the cells mattered
+        assert np.abs(d - c).max() > 2 * tolerance  # the cells mattered
 
 
 def log_softmax(x):
