@@ -36,7 +36,7 @@ def batch_command(source: BinaryIO, output: str, force: bool, model: str, gpu_la
 
     A line is {"id": ..., "messages": [{"role": ..., "content": ...}, ...]}. Every user turn without an answer after it is answered, in
     order; given answers are taken as they are. A system message replaces --system; without an id the line's number is taken; other keys are
-    ignored. A result is a line with the id, all messages, what became of the KV cache, and timings.
+    left out. A result is a line with the id, all messages, what became of the KV cache, and timings.
 
     A line that cannot be answered is reported with its number and the others go on; the exit code is then 1.
     """

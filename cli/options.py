@@ -8,7 +8,7 @@ import click
 
 from kvlocal import policies
 from kvlocal.errors import KvlocalError
-from kvlocal.sampling import SamplingParams
+from kvlocal.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
 
 CACHE_TYPES = ("f16", "q8_0")
@@ -69,8 +69,8 @@ _OPTIONS = (
         help="Drop tokens below this share of the most likely one; 0 is off.",
     ),
     click.option(
-        "--repeat-penalty", type=float, default=_SAMPLING.repeat_penalty, show_default=True, metavar="X",
-        help="Make recent tokens less likely; 1 is off.",
+        "--repeat-penalty", type=float, metavar="X",
+        help=f"Make recent tokens less likely; 1 is off.  [default: {REPEAT_PENALTY}, off with --temp 0]",
     ),
     click.option("--seed", type=int, metavar="N", help="Seed of the random numbers.  [default: a random one]"),
     click.option(
@@ -110,7 +110,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         top_k: int,
         top_p: float,
         min_p: float,
-        repeat_penalty: float,
+        repeat_penalty: float | None,
         seed: int | None,
         max_tokens: int,
         type_k: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any, Self
 from kvlocal.compression import Seconds
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
-from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.session import ChatSession, Message, SessionConfig
 
 ROLES = ("system", "user", "assistant")
 
@@ -33,16 +32,16 @@ class Job:
 
     number: of its line, from 1
     id: any JSON scalar; the line number if the line has none
-    messages: as given, with "role" and "content" and perhaps other keys, at least one
+    messages: {"role", "content"}, at least one
     """
 
     number: int
     id: str | int | float | bool | None
-    messages: list[dict[str, Any]]
+    messages: list[Message]
 
     @classmethod
     def parse(cls, number: int, line: bytes) -> Self:
-        """Reads `{"id": ..., "messages": [{"role", "content"}, ...]}`; other keys are ignored.
+        """Reads `{"id": ..., "messages": [{"role", "content"}, ...]}`; other keys, of messages too, are left out.
 
         Raises LineError, in one sentence, if the line is not UTF-8 or not such an object, or if the roles come in an order no chat has:
         a system message that is not the first, or an answer to nothing.
@@ -64,7 +63,7 @@ class Job:
             raise LineError("its messages are not a list with at least one message in it: give the conversation's turns")
         for i, message in enumerate(messages):
             _check_message(i, message, messages[i - 1]["role"] if i else None)
-        return cls(number, identity, messages)
+        return cls(number, identity, [{"role": message["role"], "content": message["content"]} for message in messages])
 
     @property
     def system(self) -> str | None:
@@ -93,7 +92,7 @@ class Result:
 
     number: int
     id: str | int | float | bool | None
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     stop_reasons: list[str]
     seed: int | None
     kv: dict[str, int]
@@ -148,8 +147,6 @@ def _outcomes(
         except KvlocalError as error:
             outcome = Failure(number, error)
         yield outcome
-        # A session is a reference cycle with a ledger and a copy of its cache in it: too much to wait for the collector's own turn.
-        gc.collect()
 
 
 def _complete(job: Job, model: Model, config: SessionConfig, poll: Callable[[], None]) -> Result:
@@ -259,7 +256,7 @@ def _check_message(index: int, message: Any, role_before: str | None) -> None:
         raise LineError(f'message {index + 1} is not an object: write {{"role": ..., "content": ...}}')
     role = message.get("role")
     if role not in ROLES:
-        raise LineError(f"message {index + 1} has the role {json.dumps(role)}: use one of {', '.join(ROLES)}")
+        raise LineError(f"message {index + 1} has the role {json.dumps(role)[:40]}: use one of {', '.join(ROLES)}")
     if not isinstance(message.get("content"), str):
         raise LineError(f"the content of message {index + 1} is not a string: give its text")
     if role == "system" and index > 0:
@@ -276,5 +273,5 @@ def _finite(text: str) -> float:
     """Otherwise 1e999 would come out as Infinity, which is no JSON."""
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text} is too large a number")
+        raise ValueError(f"{text[:20]} is too large a number")
     return value

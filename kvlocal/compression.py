@@ -37,7 +37,7 @@ class Compressor:
     n_batch: tokens that may come at once
     n_ctx_train: positions the model was trained for
     n_swa: size of the sliding window of the layers that are not compressed, 0 without any
-    before: called before anything is removed
+    before: called before anything is removed; None once the cache is closed
     """
 
     native: NativeCache
@@ -49,7 +49,7 @@ class Compressor:
     n_batch: int
     n_ctx_train: int
     n_swa: int
-    before: Callable[[], None]
+    before: Callable[[], None] | None
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import re
+import signal
+import threading
 import weakref
 from functools import cached_property
 from pathlib import Path
@@ -64,12 +66,23 @@ class _Log:
             self._previous(level, text, self._user_data)
 
     def __enter__(self) -> Self:
+        # an exception in a callback is lost, so Ctrl-C waits until the block is left
+        self._interrupted, self._handler = False, None
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         self._lib.llama_log_get(ctypes.byref(self._previous), ctypes.byref(self._user_data))
         self._lib.llama_log_set(self._callback, ctypes.c_void_p())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lib.llama_log_set(self._previous, self._user_data)
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._interrupted:
+                signal.raise_signal(signal.SIGINT)
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
 
     @property
     def reason(self) -> str:

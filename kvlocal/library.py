@@ -75,7 +75,7 @@ def _load() -> Library:
     # Before the bindings: they are imported for good, and what they would say about a wrong library is less clear.
     ffi, lib = _bind_cffi(libllama, header)
     llama_cpp = _bind_llama_cpp(libllama, package, version)
-    _route_log(llama_cpp)
+    _route_log(llama_cpp, ffi, lib)
     return Library(llama_cpp, ffi, lib, libllama.parent, version, ffi.string(lib.kvl_patch_level()).decode())
 
 
@@ -164,15 +164,17 @@ def _check_imported(module: ModuleType, libllama: Path, version: str) -> None:
         raise LibraryError(f"llama_cpp was imported before kvlocal in version {found}, but kvlocal is built for {version}: {advice}")
 
 
-def _route_log(llama_cpp: ModuleType) -> None:
+def _route_log(llama_cpp: ModuleType, ffi: cffi.FFI, lib: Any) -> None:
     global _log_callback
-    verbose = os.environ.get("KVLOCAL_LOG") == "1"
+    if os.environ.get("KVLOCAL_LOG") == "1":
 
-    @llama_cpp.llama_log_callback
-    def callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-        if verbose:
+        @llama_cpp.llama_log_callback
+        def callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
             sys.stderr.write(text.decode("utf-8", errors="replace"))
             sys.stderr.flush()
 
+    else:
+        # not a Python function: Ctrl-C that arrives inside one is lost
+        callback = llama_cpp.llama_log_callback(int(ffi.cast("uintptr_t", ffi.addressof(lib, "kvl_log_discard"))))
     llama_cpp.llama_log_set(callback, None)
     _log_callback = callback

@@ -13,6 +13,8 @@ from kvlocal.library import load
 # llama.cpp reads the highest 32-bit number as "choose for me"; the caller could then not repeat the run.
 MAX_SEED = 2**32 - 2
 
+REPEAT_PENALTY = 1.1
+
 
 class SamplingError(KvlocalError, ValueError):
     """A sampling parameter is out of range."""
@@ -24,10 +26,11 @@ class SamplingParams:
 
     The defaults are for chat. Top-k, top-p and min-p are llama.cpp's: together they cut the tail that makes small
     quantized models derail. The temperature is a little below llama.cpp's 0.8, for the same reason. The repeat penalty
-    is off: it also punishes names, code and anything else that has to be repeated.
+    is Ollama's: without one small models fall into endless loops. Greedy decoding has none unless it is asked for.
 
     Attributes:
-        repeat_penalty: logits of recent tokens are divided (or multiplied, when negative) by it; 1 is off.
+        repeat_penalty: logits of recent tokens are divided (or multiplied, when negative) by it; 1 is off. None is
+            REPEAT_PENALTY, or 1 at temperature 0.
         repeat_last_n: how many recent tokens that concerns.
         top_k: keep the k most likely tokens; 0 is off.
         top_p: keep the most likely tokens that together reach this probability; 1 is off.
@@ -43,11 +46,13 @@ class SamplingParams:
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
-    repeat_penalty: float = 1.0
+    repeat_penalty: float | None = None
     repeat_last_n: int = 64
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.repeat_penalty is None:
+            object.__setattr__(self, "repeat_penalty", REPEAT_PENALTY if self.temperature else 1.0)
         _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _check(math.isfinite(self.temperature), "temperature", self.temperature, "a finite number")
         _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (off) or more")

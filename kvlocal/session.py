@@ -500,6 +500,9 @@ class ChatSession:
         """Frees the cache. Closing twice is harmless."""
         self._sampler.close()
         self._context.close()
+        self._checkpoint = None
+        # session and compressor refer to each other; without this the ledger would wait for the garbage collector
+        self._compressor.before = None
 
     def __enter__(self) -> ChatSession:
         return self

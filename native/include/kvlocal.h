@@ -126,6 +126,9 @@ int32_t kvl_read_queries(struct llama_context * ctx, int32_t seq_id, int32_t lay
 // the factor attention applies to q.k in a layer, known after the first decode with the ring on
 float kvl_get_kq_scale(struct llama_context * ctx, int32_t layer);
 
+// a log callback that drops what it gets
+void kvl_log_discard(int32_t level, const char * text, void * user_data);
+
 /* cffi: end */
 
 #pragma GCC visibility pop

@@ -476,3 +476,9 @@ float kvl_get_kq_scale(llama_context * ctx, int32_t layer) {
 
     return scale;
 }
+
+void kvl_log_discard(int32_t level, const char * text, void * user_data) {
+    GGML_UNUSED(level);
+    GGML_UNUSED(text);
+    GGML_UNUSED(user_data);
+}
