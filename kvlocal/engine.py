@@ -532,11 +532,16 @@ class Context:
         self._check_seq(seq)
         return self._lib.llama_memory_seq_pos_max(self.memory, seq)
 
-    def state_get(self, seq: int = 0) -> npt.NDArray[np.uint8]:
-        """The cells of a sequence in llama.cpp's own format, [bytes] uint8, without its logits."""
+    def state_get(self, seq: int = 0, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+        """The cells of a sequence in llama.cpp's own format, [bytes] uint8, without its logits.
+
+        Args:
+            seq: the sequence.
+            out: memory to write to, if it is large enough.
+        """
         self._check_seq(seq)
         size = self._lib.llama_state_seq_get_size(self.pointer, seq)
-        state = np.empty(size, dtype=np.uint8)
+        state = out[:size] if out is not None and len(out) >= size else np.empty(size, dtype=np.uint8)
         if not size or self._lib.llama_state_seq_get_data(self.pointer, _bytes_of(state), size, seq) != size:
             raise EngineError(f"llama.cpp could not copy the state of sequence {seq}: decode something into it first")
         return state

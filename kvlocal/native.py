@@ -94,14 +94,19 @@ class NativeCache:
         self._check(self._lib.kvl_get_queries(self._context, seq, self._ints(pos), len(pos)))
         return pos
 
-    def scores(self, seq: int = 0, n_query: int = 0) -> np.ndarray:
+    def _flags(self, portable: bool) -> int:
+        return self._lib.KVL_PORTABLE if portable else 0
+
+    def scores(self, seq: int = 0, n_query: int = 0, portable: bool = False) -> np.ndarray:
         """Attention of the last n_query recorded queries (0: all) to each cell, float32 [L, H, C].
 
-        The mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes (methods: Scores).
+        The mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes (G-KV, section Scores).
+
+        portable: use ggml's own operations only, as GPU backends do
         """
         layout, n_cells = self.layout(), self.n_cells(seq)
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
-        self._check(self._lib.kvl_get_scores(self._context, seq, n_query, self._floats(out), *out.shape))
+        self._check(self._lib.kvl_get_scores(self._context, seq, n_query, self._flags(portable), self._floats(out), *out.shape))
         return out
 
     def attention_map(self, layers: list[int], seq: int = 0, n_query: int = 0) -> np.ndarray:
@@ -114,15 +119,14 @@ class NativeCache:
         )
         return out
 
-    def redundancy(self, seq: int = 0, dense: bool = False) -> np.ndarray:
+    def redundancy(self, seq: int = 0, portable: bool = False) -> np.ndarray:
         """How much each key repeats others of its head (R-KV), a softmax over cells, float32 [L, H, C]; 0 for holes.
 
-        dense: build the whole similarity matrix, as GPU backends do
+        portable: use ggml's own operations only, with the whole similarity matrix, as GPU backends do
         """
         layout, n_cells = self.layout(), self.n_cells(seq)
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
-        flags = self._lib.KVL_REDUNDANCY_DENSE if dense else 0
-        self._check(self._lib.kvl_get_redundancy(self._context, seq, flags, self._floats(out), *out.shape))
+        self._check(self._lib.kvl_get_redundancy(self._context, seq, self._flags(portable), self._floats(out), *out.shape))
         return out
 
     def remove(self, cells: np.ndarray, seq: int = 0) -> None:

@@ -209,6 +209,8 @@ class ChatSession:
             model.n_swa if self._layout.is_swa else 0,
             before=self._save_checkpoint,
         )
+        # for a copy of the cache (see _Checkpoint), taken now so that memory stays what it is from the first turn on
+        self._copy = np.full(self._context.kv_bytes() + self._context.kv_bytes() // 50 + 2**16 if self._policy.evicts else 0, 0, np.uint8)
         self._sampler = Sampler(model, config.sampling)
         self._stop = False
         self._begin()
@@ -391,7 +393,7 @@ class ChatSession:
         """Copies the cache, once per turn, before something that cutting off the tail could not bring back."""
         checkpoint = self._checkpoint
         if checkpoint and checkpoint.state is None and self._ledger.n_cells:
-            checkpoint.state, checkpoint.ledger = self._context.state_get(), self._ledger.copy()
+            checkpoint.state, checkpoint.ledger = self._context.state_get(out=self._copy), self._ledger.copy()
 
     def _rewind(self) -> None:
         """The cache, the ledger and the messages as they were before the last user turn."""

@@ -102,12 +102,13 @@ def reference_redundancy(k, order):
     return out, margin
 
 
+@pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
-def test_scores_and_map_equal_numpy(full_model, tokens, cache):
+def test_scores_and_map_equal_numpy(full_model, tokens, cache, portable):
     chat = Chat(full_model, tokens, type_k=cache, type_v=cache)
     chat.native.remove(np.array([3, 50, 51, 200]))
     for n_query in (W, 5):
-        scores = chat.native.scores(n_query=n_query)
+        scores = chat.native.scores(n_query=n_query, portable=portable)
         weights = chat.native.attention_map([0, 29], n_query=n_query)
         assert scores.shape == (30, 3, N)
         for layer in (0, 11, 29):
@@ -133,14 +134,14 @@ def test_scores_are_the_attention_the_model_paid(full_model, tokens):
     assert moved[0] < 0.5 * moved[1]
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
-def test_redundancy_equals_numpy(model, tokens, cache, dense):
+def test_redundancy_equals_numpy(model, tokens, cache, portable):
     # repeated text, so that there are twins
     text = np.concatenate([tokens[:90], tokens[:90], tokens[200:280]])
     chat = Chat(model, text, n=260, type_k=cache, type_v=cache)
     chat.native.remove(np.array([7, 100]))
-    redundancy = chat.native.redundancy(dense=dense)
+    redundancy = chat.native.redundancy(portable=portable)
     used = np.flatnonzero(chat.native.positions() >= 0)
     assert not redundancy[..., [7, 100]].any()
     for layer in (0, 2, 3):
@@ -204,11 +205,15 @@ def test_identity_compaction_is_exact_for_f16(full_model, tokens):
         np.testing.assert_array_equal(chat.feed(1), plain.feed(1))
 
 
-def test_compaction_moves_the_rows_it_names(model, tokens):
-    for cache, exact in (("f16", True), ("q8_0", False)):
+@pytest.mark.parametrize("ascending", [True, False])
+def test_compaction_moves_the_rows_it_names(model, tokens, ascending):
+    """Bit for bit where rows are moved in place; gathered ones are quantised again in a q8_0 cache."""
+    for cache, exact in (("f16", True), ("q8_0", ascending)):
         chat = Chat(model, tokens, type_k=cache, type_v=cache)
         before = [(chat.native.read_keys(i), chat.native.read_values(i)) for i in (0, L - 1)]
         keep = chat.random_keep(120)
+        if not ascending:
+            keep = keep[..., ::-1]
         chat.native.compact(keep, np.r_[np.arange(104), np.arange(N - W, N)])
         assert chat.native.n_cells() == 120
         for (keys, values), layer in zip(before, (0, L - 1)):
@@ -367,18 +372,19 @@ def test_wrong_calls_are_refused_and_change_nothing(model, tokens):
     assert code(lib.kvl_get_layers, ctx, ints, L - 1) == lib.KVL_ERR_ARGUMENT
     for seq in (-1, 1, 10**6):
         assert code(lib.kvl_get_cells, ctx, seq, ffi.NULL, 0) == lib.KVL_ERR_ARGUMENT
-        assert code(lib.kvl_get_scores, ctx, seq, 0, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+        assert code(lib.kvl_get_scores, ctx, seq, 0, 0, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_get_redundancy, ctx, seq, 0, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_remove_cells, ctx, seq, ints, 1, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_compact, ctx, seq, ints, ints, ffi.NULL, L, 3, 1, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_read_keys, ctx, seq, 0, floats, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_read_queries, ctx, seq, 0, floats, 1) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_shift_window_cache, ctx, seq, 1) == lib.KVL_ERR_ARGUMENT
-    assert code(lib.kvl_get_scores, ctx, 0, 0, ffi.NULL, L, 3, 60) == lib.KVL_ERR_ARGUMENT
-    assert code(lib.kvl_get_scores, ctx, 0, -1, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
-    assert code(lib.kvl_get_scores, ctx, 0, 0, floats, L - 1, 3, 60) == lib.KVL_ERR_ARGUMENT
-    assert code(lib.kvl_get_scores, ctx, 0, 0, floats, L, 3, 59) == lib.KVL_ERR_STATE
-    assert code(lib.kvl_get_scores, ctx, 0, 17, floats, L, 3, 60) == lib.KVL_ERR_STATE
+    assert code(lib.kvl_get_scores, ctx, 0, 0, 0, ffi.NULL, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert code(lib.kvl_get_scores, ctx, 0, 0, 2, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert code(lib.kvl_get_scores, ctx, 0, -1, 0, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert code(lib.kvl_get_scores, ctx, 0, 0, 0, floats, L - 1, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert code(lib.kvl_get_scores, ctx, 0, 0, 0, floats, L, 3, 59) == lib.KVL_ERR_STATE
+    assert code(lib.kvl_get_scores, ctx, 0, 17, 0, floats, L, 3, 60) == lib.KVL_ERR_STATE
     assert code(lib.kvl_get_attention_map, ctx, 0, 4, ffi.new("int32_t[]", [L]), 1, floats, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_get_attention_map, ctx, 0, 4, ints, L + 1, floats, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_get_attention_map, ctx, 0, 0, ints, 1, floats, 60) == lib.KVL_ERR_ARGUMENT

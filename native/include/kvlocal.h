@@ -38,8 +38,8 @@ enum kvl_status {
     KVL_ERR_INTERNAL    = -6  // an exception inside llama.cpp
 };
 
-enum kvl_redundancy_flags {
-    KVL_REDUNDANCY_DENSE = 1  // build the whole similarity matrix, as GPU backends do, even on the CPU
+enum kvl_score_flags {
+    KVL_PORTABLE = 1  // use ggml's own operations only, as GPU backends do, even on the CPU
 };
 
 struct kvl_layout {
@@ -84,7 +84,7 @@ int32_t kvl_get_queries(struct llama_context * ctx, int32_t seq_id, int32_t * po
 // the attention that the last n_query recorded queries (0: all) pay to each cell:
 // the mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes
 // scores: [n_layer, n_head_kv, n_cells]
-int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query,
+int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 
 // the softmax weights of the last n_query recorded queries in the chosen layers, mean over the query heads

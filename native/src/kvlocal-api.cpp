@@ -39,6 +39,12 @@ static void check_pointer(const void * p, const char * name) {
     }
 }
 
+static void check_flags(int32_t flags) {
+    if (flags & ~KVL_PORTABLE) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "unknown flag");
+    }
+}
+
 static void check_layer(const kvl_cache & cache, int32_t layer) {
     if (layer < 0 || layer >= cache.n_layer) {
         throw kvl_error(KVL_ERR_ARGUMENT, "layer " + std::to_string(layer) + " is not in [0, " + std::to_string(cache.n_layer) + ")");
@@ -224,15 +230,16 @@ int32_t kvl_get_queries(llama_context * ctx, int32_t seq_id, int32_t * pos, int3
     });
 }
 
-int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
+int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(scores, "scores");
+        check_flags(flags);
         check_scorable(cache, n_query);
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
 
-        kvl_scores(cache, seq_id, n_query, scores, n_cells);
+        kvl_scores(cache, seq_id, n_query, flags & KVL_PORTABLE, scores, n_cells);
 
         return KVL_OK;
     });
@@ -269,13 +276,10 @@ int32_t kvl_get_redundancy(llama_context * ctx, int32_t seq_id, int32_t flags, f
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(redundancy, "redundancy");
+        check_flags(flags);
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
 
-        if (flags & ~KVL_REDUNDANCY_DENSE) {
-            throw kvl_error(KVL_ERR_ARGUMENT, "unknown flag");
-        }
-
-        kvl_redundancy(cache, seq_id, flags & KVL_REDUNDANCY_DENSE, redundancy, n_cells);
+        kvl_redundancy(cache, seq_id, flags & KVL_PORTABLE, redundancy, n_cells);
 
         return KVL_OK;
     });

@@ -3,7 +3,8 @@
 #include "kvlocal-impl.h"
 
 #include <cmath>
-#include <limits>
+#include <cstring>
+#include <numeric>
 
 // re-rotate gathered keys, k: F32 [n_embd_head_k, n_keep, n_head_kv], by delta positions, delta: I32 [n_keep*n_head_kv]
 static ggml_tensor * build_rotate(
@@ -46,6 +47,47 @@ static ggml_tensor * build_rotate(
     return k;
 }
 
+// rows of the heads in place, for sources in ascending order: no row is overwritten before it was read
+// dst: a dummy; its sources: keys and values of a stream, indices I32 [n_keep, n_head_kv]
+static void move_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+
+    const ggml_tensor * idx = dst->src[2];
+
+    const int64_t n_keep = idx->ne[0];
+    const int64_t n_head = idx->ne[1];
+
+    for (int64_t u = ith; u < 2*n_head; u += nth) {
+        const ggml_tensor * stream = dst->src[u/n_head];
+
+        const int64_t h    = u%n_head;
+        const size_t  size = stream->nb[1]/n_head;
+
+        const int32_t * from = (const int32_t *) idx->data + h*n_keep;
+        char          * rows = (char *) stream->data + h*size;
+
+        for (int64_t j = 0; j < n_keep; ++j) {
+            if (from[j] != j) {
+                memcpy(rows + j*stream->nb[1], rows + from[j]*stream->nb[1], size);
+            }
+        }
+    }
+}
+
+static bool is_ascending(const int32_t * gather, size_t n_rows, int32_t n_keep) {
+    for (size_t i = 0; i < n_rows; ++i) {
+        const int32_t * row = gather + i*n_keep;
+
+        for (int32_t j = 1; j < n_keep; ++j) {
+            if (row[j] <= row[j - 1]) {
+                return false;
+            }
+        }
+    }
+
+    return true;
+}
+
 void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta, int32_t n_keep) {
     const auto & hparams = kvl_access::hparams(*cache.kv);
 
@@ -56,13 +98,15 @@ void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * 
 
     const size_t n_idx = (size_t) cache.n_head_kv*n_keep;
 
+    const bool in_place = !delta && kvl_is_on_cpu(cache) && is_ascending(gather, (size_t) cache.n_layer*cache.n_head_kv, n_keep);
+
     {
         kvl_graph graph(cache, 32*cache.n_layer + 64);
 
         auto * ctx = graph.ctx();
 
         // all heads are scattered to the same rows
-        ggml_tensor * dst = graph.input(GGML_TYPE_I64, n_keep);
+        ggml_tensor * dst = in_place ? nullptr : graph.input(GGML_TYPE_I64, n_keep);
 
         ggml_tensor * hadamard = delta ? cache.kv->build_input_k_rot(ctx) : nullptr;
 
@@ -75,6 +119,12 @@ void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * 
 
             idxs  .push_back(idx);
             deltas.push_back(dlt);
+
+            if (in_place) {
+                ggml_tensor * args[] = { layer.k_stream[stream], layer.v_stream[stream], idx };
+                graph.expand(ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, args, 3, move_rows, GGML_N_TASKS_MAX, nullptr));
+                continue;
+            }
 
             ggml_tensor * k = kvl_view_heads(ctx, layer.k_stream[stream], cache.n_embd_head_k, cache.n_head_kv, n_cells);
             ggml_tensor * v = kvl_view_heads(ctx, layer.v_stream[stream], cache.n_embd_head_v, cache.n_head_kv, n_cells);
@@ -91,11 +141,11 @@ void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * 
         }
 
         graph.run([&]() {
-            std::vector<int64_t> rows(n_keep);
-            for (int32_t j = 0; j < n_keep; ++j) {
-                rows[j] = j;
+            if (dst) {
+                std::vector<int64_t> rows(n_keep);
+                std::iota(rows.begin(), rows.end(), 0);
+                ggml_backend_tensor_set(dst, rows.data(), 0, ggml_nbytes(dst));
             }
-            ggml_backend_tensor_set(dst, rows.data(), 0, ggml_nbytes(dst));
 
             if (hadamard && hadamard->buffer) {
                 cache.kv->set_input_k_rot(hadamard);

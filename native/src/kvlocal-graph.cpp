@@ -166,6 +166,17 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
     return res;
 }
 
+bool kvl_is_on_cpu(const kvl_cache & cache) {
+    for (const auto & layer : kvl_access::layers(*cache.kv)) {
+        auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
+        if (dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 void kvl_check_seq(const kvl_cache & cache, int32_t seq_id) {
     const int32_t n_seq_max = cache.kv->get_n_seq_max();
 

@@ -116,6 +116,9 @@ private:
 // the compressible cache of a context, or a kvl_error that says why there is none
 kvl_cache kvl_find_cache(llama_context * lctx);
 
+// custom operations, which save most of the passes over memory, run on the CPU only
+bool kvl_is_on_cpu(const kvl_cache & cache);
+
 void kvl_check_seq  (const kvl_cache & cache, int32_t seq_id);
 void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 
@@ -128,8 +131,8 @@ std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_
 // 3-d view of one stream's keys or values: [n_embd_head, n_cells, n_head_kv]
 ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells);
 
-void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, float * scores, int32_t n_cells);
+void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, float * scores, int32_t n_cells);
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
-void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool dense, float * redundancy, int32_t n_cells);
+void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells);
 
 void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta, int32_t n_keep);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace {
 
@@ -62,10 +63,15 @@ ggml_tensor * build_weights(const kvl_cache & cache, ggml_context * ctx, int32_t
 
     ggml_tensor * q = ggml_get_rows(ctx, noted.q, rows); // F32 [n_embd_head_k*n_head, n_query]
     q = ggml_reshape_3d(ctx, q, cache.n_embd_head_k, cache.n_head, n_query);
-    q = ggml_permute(ctx, q, 0, 2, 1, 3);                // [n_embd_head_k, n_query, n_head]
 
-    ggml_tensor * kq = ggml_mul_mat(ctx, k, q);          // [n_cells, n_query, n_head]
+    // the queries of a group side by side: one large product per KV head
+    q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_embd_head_k, n_query, n_head]
+    q = ggml_reshape_3d(ctx, q, cache.n_embd_head_k, n_query*cache.n_head/cache.n_head_kv, cache.n_head_kv);
+
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
     ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    kq = ggml_reshape_3d(ctx, kq, n_cells, n_query, cache.n_head);
 
     float scale = noted.kq_scale;
 
@@ -88,69 +94,233 @@ ggml_tensor * build_mean_over_queries(ggml_context * ctx, ggml_tensor * x) {
     return ggml_mean(ctx, ggml_cont(ctx, ggml_permute(ctx, x, 1, 0, 2, 3)));
 }
 
-// for each row of the unit keys, kn: F32 [n_embd, n, n_head_kv], by ascending position: the last other key with a
-// similarity above 0.5 and that similarity; result: F32 [2, n, n_head_kv], -1 in the first place if there is none
+// w: [n_cells, n_query, n_head] -> [1, n_cells, n_head_kv]: maximum over each group of heads, mean over the queries
+ggml_tensor * build_fold(ggml_context * ctx, ggml_tensor * w, int64_t n_head_kv) {
+    const int64_t n_cells = w->ne[0];
+    const int64_t n_query = w->ne[1];
+    const int64_t n_group = w->ne[2]/n_head_kv;
+
+    w = ggml_reshape_3d(ctx, w, n_cells*n_query, n_group, n_head_kv);
+
+    // max(m, a) = m + relu(a - m)
+    ggml_tensor * m = nullptr;
+    for (int64_t g = 0; g < n_group; ++g) {
+        ggml_tensor * a = ggml_view_3d(ctx, w, w->ne[0], 1, w->ne[2], w->nb[1], w->nb[2], g*w->nb[1]);
+        m = m ? ggml_add(ctx, m, ggml_relu(ctx, ggml_sub(ctx, a, m))) : ggml_cont(ctx, a);
+    }
+
+    return build_mean_over_queries(ctx, ggml_reshape_3d(ctx, m, n_cells, n_query, n_head_kv));
+}
+
+// the share [first, last) of n items that thread ith of nth works on
+std::pair<int64_t, int64_t> share_of(int64_t n, int ith, int nth) {
+    return { n*ith/nth, n*(ith + 1)/nth };
+}
+
+// build_fold in one pass over the weights
+// dst: F32 [1, n_cells, n_head_kv]
+void fold(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+
+    const ggml_tensor * w = dst->src[0];
+
+    const int64_t n_cells   = w->ne[0];
+    const int64_t n_query   = w->ne[1];
+    const int64_t n_head_kv = dst->ne[2];
+    const int64_t n_group   = w->ne[2]/n_head_kv;
+
+    const auto [j0, j1] = share_of(n_cells, ith, nth);
+
+    // a stretch of cells at a time stays in registers and in the first cache
+    constexpr int64_t B = 64;
+
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        float * out = (float *) dst->data + h*n_cells;
+
+        for (int64_t j = j0; j < j1; j += B) {
+            const int64_t n = std::min(B, j1 - j);
+
+            float sum[B] = {};
+            for (int64_t q = 0; q < n_query; ++q) {
+                float m[B] = {}; // weights are never negative
+
+                for (int64_t g = 0; g < n_group; ++g) {
+                    const float * a = (const float *) w->data + ((h*n_group + g)*n_query + q)*n_cells + j;
+                    for (int64_t t = 0; t < n; ++t) {
+                        m[t] = a[t] > m[t] ? a[t] : m[t];
+                    }
+                }
+                for (int64_t t = 0; t < n; ++t) {
+                    sum[t] += m[t];
+                }
+            }
+            for (int64_t t = 0; t < n; ++t) {
+                out[j + t] = sum[t]/n_query;
+            }
+        }
+    }
+}
+
 constexpr float SIMILAR = 0.5f;
 
+// the search compares ROWS keys with COLUMNS others at a time
+typedef float vector __attribute__((vector_size(64)));
+
+constexpr int64_t ROWS    = 4;
+constexpr int64_t LANES   = sizeof(vector)/sizeof(float);
+constexpr int64_t COLUMNS = 2*LANES;
+
+vector load(const float * p) {
+    vector v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+// keys of unit length, transposed, so that one key meets many others in a vector
+// src: F32 [n_embd, n, n_head_kv], dst: F32 [n_pad, n_embd, n_head_kv], zero behind the n-th column
+void transpose_unit_keys(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+
+    const ggml_tensor * k = dst->src[0];
+
+    const int64_t d     = k->ne[0];
+    const int64_t n     = k->ne[1];
+    const int64_t n_pad = dst->ne[0];
+
+    const auto [b0, b1] = share_of(n_pad/LANES, ith, nth);
+
+    std::vector<float> tile(d*LANES); // [d, LANES] stays in the first cache
+
+    for (int64_t h = 0; h < k->ne[2]; ++h) {
+        for (int64_t j0 = b0*LANES; j0 < b1*LANES; j0 += LANES) {
+            std::fill(tile.begin(), tile.end(), 0.0f);
+
+            for (int64_t t = 0; t < std::min(LANES, n - j0); ++t) {
+                const float * key = (const float *) k->data + (h*n + j0 + t)*d;
+
+                float norm2[16] = {};
+                for (int64_t c = 0; c + 16 <= d; c += 16) {
+                    for (int64_t l = 0; l < 16; ++l) {
+                        norm2[l] += key[c + l]*key[c + l];
+                    }
+                }
+                for (int64_t c = d - d%16; c < d; ++c) {
+                    norm2[0] += key[c]*key[c];
+                }
+                const float scale = 1.0f/std::max(sqrtf(std::accumulate(norm2, norm2 + 16, 0.0f)), 1e-8f);
+
+                for (int64_t c = 0; c < d; ++c) {
+                    tile[c*LANES + t] = key[c]*scale;
+                }
+            }
+
+            float * out = (float *) dst->data + h*d*n_pad + j0;
+            for (int64_t c = 0; c < d; ++c) {
+                memcpy(out + c*n_pad, tile.data() + c*LANES, LANES*sizeof(float));
+            }
+        }
+    }
+}
+
+// src: F32 [n_pad, n_embd, n_head_kv], dst: F32 [1, n_embd, n_head_kv]
+void sum_keys(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+
+    const ggml_tensor * kt = dst->src[0];
+
+    const auto [r0, r1] = share_of(ggml_nrows(kt), ith, nth);
+
+    for (int64_t r = r0; r < r1; ++r) {
+        const float * row = (const float *) kt->data + r*kt->ne[0];
+
+        vector acc = {};
+        for (int64_t j = 0; j < kt->ne[0]; j += LANES) {
+            acc += load(row + j);
+        }
+
+        float sum = 0.0f;
+        for (int64_t t = 0; t < LANES; ++t) {
+            sum += acc[t];
+        }
+        ((float *) dst->data)[r] = sum;
+    }
+}
+
+// for each of the unit keys kt: F32 [n_pad, n_embd, n_head_kv], by ascending position, with their sum: F32 [1, n_embd, n_head_kv],
+// dst: F32 [3, n, n_head_kv]: the sum of its column of the similarity matrix, the last other key with a similarity above
+// the threshold (-1: none), and that similarity
 void find_last_similar(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(userdata);
 
-    const ggml_tensor * kn = dst->src[0];
+    const ggml_tensor * kt  = dst->src[0];
+    const ggml_tensor * sum = dst->src[1];
 
-    const int64_t d = kn->ne[0];
-    const int64_t n = kn->ne[1];
+    const int64_t n_pad    = kt->ne[0];
+    const int64_t d        = kt->ne[1];
+    const int64_t n        = dst->ne[1];
+    const int64_t n_groups = n_pad/ROWS;
 
-    // most keys have a twin among the recent ones, so a search from the end stops early
-    constexpr int64_t B = 8;
+    // neighbouring groups take about as long: deal them out one by one
+    for (int64_t g = ith; g < n_groups*kt->ne[2]; g += nth) {
+        const int64_t h = g/n_groups;
+        const int64_t i = g%n_groups*ROWS;
 
-    for (int64_t r = ith; r < n*kn->ne[2]; r += nth) {
-        const int64_t h = r/n;
-        const int64_t i = r%n;
+        const int64_t n_rows = std::min(ROWS, n - i);
+        if (n_rows <= 0) {
+            continue;
+        }
 
-        const float * keys = (const float *) ((const char *) kn->data + h*kn->nb[2]);
-        const float * ki   = keys + i*d;
+        const float * keys  = (const float *) kt->data  + h*d*n_pad;
+        const float * total = (const float *) sum->data + h*d;
 
-        float * out = (float *) ((char *) dst->data + i*dst->nb[1] + h*dst->nb[2]);
+        float * out = (float *) dst->data + 3*(h*n + i);
 
-        out[0] = -1.0f;
-        out[1] =  0.0f;
+        float column[ROWS] = {};
+        for (int64_t c = 0; c < d; ++c) {
+            for (int64_t r = 0; r < ROWS; ++r) {
+                column[r] += keys[c*n_pad + i + r]*total[c];
+            }
+        }
 
-        for (int64_t j1 = n; j1 > 0 && out[0] < 0.0f; j1 -= B) {
-            const int64_t j0 = std::max<int64_t>(0, j1 - B);
+        int64_t n_open = n_rows;
+        for (int64_t r = 0; r < n_rows; ++r) {
+            out[3*r]     = column[r];
+            out[3*r + 1] = -1.0f;
+            out[3*r + 2] =  0.0f;
+        }
 
-            float sim[B];
-            for (int64_t j = j0; j < j1; ++j) {
-                const float * kj = keys + j*d;
+        // from the end: where keys have a twin among the recent ones the search is short
+        for (int64_t j = n_pad - COLUMNS; j >= 0 && n_open > 0; j -= COLUMNS) {
+            vector acc[ROWS][2] = {};
 
-                float acc[16] = {};
-                int64_t c = 0;
-                for (; c + 16 <= d; c += 16) {
-                    for (int64_t t = 0; t < 16; ++t) {
-                        acc[t] += ki[c + t]*kj[c + t];
-                    }
+            for (int64_t c = 0; c < d; ++c) {
+                const float * row = keys + c*n_pad;
+
+                const vector x0 = load(row + j);
+                const vector x1 = load(row + j + LANES);
+
+                for (int64_t r = 0; r < ROWS; ++r) {
+                    acc[r][0] += row[i + r]*x0;
+                    acc[r][1] += row[i + r]*x1;
                 }
-                float sum = 0.0f;
-                for (int64_t t = 0; t < 16; ++t) {
-                    sum += acc[t];
-                }
-                for (; c < d; ++c) {
-                    sum += ki[c]*kj[c];
-                }
-                sim[j - j0] = sum;
             }
 
-            for (int64_t j = j1 - 1; j >= j0; --j) {
-                if (j != i && sim[j - j0] > SIMILAR) {
-                    out[0] = (float) j;
-                    out[1] = sim[j - j0];
-                    break;
+            for (int64_t r = 0; r < n_rows; ++r) {
+                for (int64_t t = COLUMNS - 1; t >= 0 && out[3*r + 1] < 0.0f; --t) {
+                    const float sim = acc[r][t/LANES][t%LANES];
+
+                    if (sim > SIMILAR && j + t != i + r) {
+                        out[3*r + 1] = (float) (j + t);
+                        out[3*r + 2] = sim;
+                        n_open--;
+                    }
                 }
             }
         }
     }
 }
 
-// the same for one head in plain ggml operations, for backends without custom ones
+// the same for one head in ggml's own operations
 // kn: [n_embd, n], order: [n] 1, 2, .. n, twos: [n] -> index I32 [n], similarity F32 [1, n]
 std::pair<ggml_tensor *, ggml_tensor *> build_last_similar(ggml_context * ctx, ggml_tensor * kn, ggml_tensor * order, ggml_tensor * twos) {
     const int64_t n = kn->ne[1];
@@ -170,14 +340,15 @@ std::pair<ggml_tensor *, ggml_tensor *> build_last_similar(ggml_context * ctx, g
 
 } // namespace
 
-void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, float * scores, int32_t n_cells) {
+void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, float * scores, int32_t n_cells) {
     const query_set queries = select_queries(cache, seq_id, n_query, n_cells);
 
-    const int64_t  n_rows  = queries.rows.size();
-    const int64_t  n_group = cache.n_head/cache.n_head_kv;
-    const uint32_t stream  = cache.kv->get_stream(seq_id);
+    const int64_t  n_rows = queries.rows.size();
+    const uint32_t stream = cache.kv->get_stream(seq_id);
 
-    kvl_graph graph(cache, cache.n_layer*(24 + 6*n_group) + 64);
+    portable = portable || !kvl_is_on_cpu(cache);
+
+    kvl_graph graph(cache, cache.n_layer*(24 + (portable ? 6*cache.n_head/cache.n_head_kv : 0)) + 64);
 
     auto * ctx = graph.ctx();
 
@@ -189,18 +360,9 @@ void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, float 
     for (int32_t i = 0; i < cache.n_layer; ++i) {
         ggml_tensor * w = build_weights(cache, ctx, i, stream, rows, mask, n_cells);
 
-        // split the heads into groups and fold each group by max(m, a) = m + relu(a - m)
-        w = ggml_reshape_3d(ctx, w, n_cells*n_rows, n_group, cache.n_head_kv);
-
-        ggml_tensor * m = nullptr;
-        for (int64_t g = 0; g < n_group; ++g) {
-            ggml_tensor * a = ggml_view_3d(ctx, w, w->ne[0], 1, w->ne[2], w->nb[1], w->nb[2], g*w->nb[1]);
-            m = m ? ggml_add(ctx, m, ggml_relu(ctx, ggml_sub(ctx, a, m))) : ggml_cont(ctx, a);
-        }
-
-        m = ggml_reshape_3d(ctx, m, n_cells, n_rows, cache.n_head_kv);
-
-        results.push_back(build_mean_over_queries(ctx, m)); // [1, n_cells, n_head_kv]
+        results.push_back(portable
+            ? build_fold(ctx, w, cache.n_head_kv)
+            : ggml_custom_4d(ctx, GGML_TYPE_F32, 1, n_cells, cache.n_head_kv, 1, &w, 1, fold, GGML_N_TASKS_MAX, nullptr));
         graph.output(results.back());
     }
 
@@ -252,7 +414,7 @@ void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query,
     }
 }
 
-void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool dense, float * redundancy, int32_t n_cells) {
+void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells) {
     const auto & layers = kvl_access::layers(*cache.kv);
 
     const auto     order  = kvl_cells_by_position(cache, seq_id);
@@ -260,25 +422,21 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool dense, float *
     const int64_t  n_head = cache.n_head_kv;
     const uint32_t stream = cache.kv->get_stream(seq_id);
 
-    // custom operations run on the CPU only
-    for (const auto & layer : layers) {
-        dense = dense || !ggml_backend_buffer_is_host(layer.k->buffer);
-    }
+    portable = portable || !kvl_is_on_cpu(cache);
 
-    kvl_graph graph(cache, cache.n_layer*(24 + (dense ? 20*n_head : 0)) + 64);
+    kvl_graph graph(cache, cache.n_layer*(24 + (portable ? 20*n_head : 0)) + 64);
 
     auto * ctx = graph.ctx();
 
     ggml_tensor * idxs = graph.input(GGML_TYPE_I32, n, n_head);
-    ggml_tensor * ramp = dense ? graph.input(GGML_TYPE_F32, n) : nullptr;
-    ggml_tensor * twos = dense ? graph.input(GGML_TYPE_F32, n) : nullptr;
+    ggml_tensor * ramp = portable ? graph.input(GGML_TYPE_F32, n) : nullptr;
+    ggml_tensor * twos = portable ? graph.input(GGML_TYPE_F32, n) : nullptr;
 
     struct result {
-        ggml_tensor * sums;   // F32 [n, 1, n_head_kv] column sums of the whole similarity matrix
-        ggml_tensor * self;   // F32 [1, n, n_head_kv] its diagonal
-        ggml_tensor * last;   // F32 [2, n, n_head_kv], unless dense
+        ggml_tensor * found; // F32 [3, n, n_head_kv], see find_last_similar, unless portable
 
-        std::vector<std::pair<ggml_tensor *, ggml_tensor *>> last_dense; // per head
+        ggml_tensor * sums;  // F32 [n, 1, n_head_kv] column sums of the similarity matrix
+        std::vector<std::pair<ggml_tensor *, ggml_tensor *>> last; // per head
     };
 
     std::vector<result> results;
@@ -286,33 +444,35 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool dense, float *
     for (const auto & layer : layers) {
         ggml_tensor * k = kvl_view_heads(ctx, layer.k_stream[stream], cache.n_embd_head_k, n_head, n_cells);
 
-        ggml_tensor * kn = ggml_l2_norm(ctx, ggml_get_rows(ctx, k, idxs), 1e-8f); // [n_embd_head_k, n, n_head_kv]
-
-        // the sum of a column is the product of its key with the sum of all keys: no matrix is needed for it
-        ggml_tensor * total = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, kn, 1, 0, 2, 3)));
-        total = ggml_reshape_3d(ctx, total, cache.n_embd_head_k, 1, n_head);
+        k = ggml_get_rows(ctx, k, idxs); // F32 [n_embd_head_k, n, n_head_kv]
 
         result res = {};
 
-        res.sums = ggml_mul_mat(ctx, kn, total);
-        ggml_prec_set_acc(res.sums, GGML_PREC_F32);
-        graph.output(res.sums);
+        // the sum of a column is the product of its key with the sum of all keys: no matrix is needed for it
+        if (portable) {
+            ggml_tensor * kn    = ggml_l2_norm(ctx, k, 1e-8f);
+            ggml_tensor * total = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, kn, 1, 0, 2, 3)));
 
-        res.self = ggml_sum_rows(ctx, ggml_sqr(ctx, kn));
-        graph.output(res.self);
+            res.sums = ggml_mul_mat(ctx, kn, ggml_reshape_3d(ctx, total, cache.n_embd_head_k, 1, n_head));
+            ggml_prec_set_acc(res.sums, GGML_PREC_F32);
+            graph.output(res.sums);
 
-        if (dense) {
             for (int64_t h = 0; h < n_head; ++h) {
                 ggml_tensor * kn_h = ggml_view_2d(ctx, kn, kn->ne[0], n, kn->nb[1], h*kn->nb[2]);
 
-                res.last_dense.push_back(build_last_similar(ctx, kn_h, ramp, twos));
-                graph.output(res.last_dense.back().first);
-                graph.output(res.last_dense.back().second);
+                res.last.push_back(build_last_similar(ctx, kn_h, ramp, twos));
+                graph.output(res.last.back().first);
+                graph.output(res.last.back().second);
             }
         } else {
-            ggml_tensor * args[] = { kn };
-            res.last = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, n, n_head, 1, args, 1, find_last_similar, GGML_N_TASKS_MAX, nullptr);
-            graph.output(res.last);
+            ggml_tensor * kt = ggml_custom_4d(ctx, GGML_TYPE_F32, GGML_PAD(n, COLUMNS), cache.n_embd_head_k, n_head, 1, &k, 1, transpose_unit_keys, GGML_N_TASKS_MAX, nullptr);
+
+            ggml_tensor * total = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, cache.n_embd_head_k, n_head, 1, &kt, 1, sum_keys, GGML_N_TASKS_MAX, nullptr);
+
+            ggml_tensor * args[] = { kt, total };
+
+            res.found = ggml_custom_4d(ctx, GGML_TYPE_F32, 3, n, n_head, 1, args, 2, find_last_similar, GGML_N_TASKS_MAX, nullptr);
+            graph.output(res.found);
         }
 
         results.push_back(std::move(res));
@@ -325,7 +485,7 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool dense, float *
         }
         ggml_backend_tensor_set(idxs, idx.data(), 0, ggml_nbytes(idxs));
 
-        if (dense) {
+        if (portable) {
             std::vector<float> values(n);
             for (int64_t i = 0; i < n; ++i) {
                 values[i] = (float) (i + 1);
@@ -339,40 +499,38 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool dense, float *
 
     std::fill(redundancy, redundancy + (size_t) cache.n_layer*n_head*n_cells, 0.0f);
 
-    std::vector<float>   sums(n*n_head);
-    std::vector<float>   self(n*n_head);
-    std::vector<float>   last(2*n*n_head);
-    std::vector<int32_t> last_idx(n);
-    std::vector<float>   last_val(n);
+    std::vector<float>   found(3*n*n_head);
+    std::vector<float>   mean(n);
+    std::vector<int32_t> last(n);
+    std::vector<float>   value(n);
 
     for (int32_t il = 0; il < cache.n_layer; ++il) {
         const auto & res = results[il];
 
-        ggml_backend_tensor_get(res.sums, sums.data(), 0, ggml_nbytes(res.sums));
-        ggml_backend_tensor_get(res.self, self.data(), 0, ggml_nbytes(res.self));
-
-        if (!dense) {
-            ggml_backend_tensor_get(res.last, last.data(), 0, ggml_nbytes(res.last));
+        if (!portable) {
+            ggml_backend_tensor_get(res.found, found.data(), 0, ggml_nbytes(res.found));
         }
 
         for (int64_t h = 0; h < n_head; ++h) {
-            float * mean = sums.data() + h*n;
-
-            for (int64_t i = 0; i < n; ++i) {
-                mean[i] -= self[h*n + i];
+            if (portable) {
+                ggml_backend_tensor_get(res.sums,           mean.data(),  h*n*sizeof(float), n*sizeof(float));
+                ggml_backend_tensor_get(res.last[h].first,  last.data(),  0, n*sizeof(int32_t));
+                ggml_backend_tensor_get(res.last[h].second, value.data(), 0, n*sizeof(float));
+            } else {
+                for (int64_t i = 0; i < n; ++i) {
+                    mean [i] = found[3*(h*n + i)];
+                    last [i] = (int32_t) found[3*(h*n + i) + 1];
+                    value[i] = found[3*(h*n + i) + 2];
+                }
             }
 
-            if (dense) {
-                ggml_backend_tensor_get(res.last_dense[h].first,  last_idx.data(), 0, n*sizeof(int32_t));
-                ggml_backend_tensor_get(res.last_dense[h].second, last_val.data(), 0, n*sizeof(float));
-            }
-
             for (int64_t i = 0; i < n; ++i) {
-                const int64_t j = dense ? last_idx[i] : (int64_t) last[2*(h*n + i)];
-                const float   s = dense ? last_val[i] : last[2*(h*n + i) + 1];
-
-                if (s > SIMILAR) {
-                    mean[j] -= s;
+                // the diagonal of the similarity matrix: 1, or 0 for a key that is zero
+                mean[i] -= mean[i] == 0.0f ? 0.0f : 1.0f;
+            }
+            for (int64_t i = 0; i < n; ++i) {
+                if (value[i] > SIMILAR) {
+                    mean[last[i]] -= value[i];
                 }
             }
 
