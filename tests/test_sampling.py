@@ -6,7 +6,7 @@ import pytest
 
 from kvlocal.engine import Context, EngineError, Model
 from kvlocal.errors import KvlocalError
-from kvlocal.sampling import MAX_SEED, Sampler, SamplingError, SamplingParams
+from kvlocal.sampling import REPEAT_PENALTY, MAX_SEED, Sampler, SamplingError, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,15 @@ def test_reset_starts_the_random_numbers_again(context: Context) -> None:
 
 def test_top_k_of_one_is_greedy_at_any_temperature(context: Context) -> None:
     greedy = generate(context, Sampler(context.model, SamplingParams(temperature=0)))
-    assert generate(context, Sampler(context.model, SamplingParams(temperature=5, top_k=1, seed=1))) == greedy
-    assert generate(context, Sampler(context.model, SamplingParams(temperature=0.1, min_p=1.0, seed=1))) == greedy
+    assert generate(context, Sampler(context.model, SamplingParams(temperature=5, top_k=1, repeat_penalty=1, seed=1))) == greedy
+    sharp = SamplingParams(temperature=0.1, min_p=1.0, repeat_penalty=1, seed=1)
+    assert generate(context, Sampler(context.model, sharp)) == greedy
+
+
+def test_the_repeat_penalty_is_off_for_greedy_decoding_unless_asked_for() -> None:
+    assert SamplingParams().repeat_penalty == REPEAT_PENALTY > 1
+    assert SamplingParams(temperature=0).repeat_penalty == 1
+    assert SamplingParams(temperature=0, repeat_penalty=1.3).repeat_penalty == 1.3
 
 
 def test_repeat_penalty_works_on_accepted_tokens_also_at_temperature_zero(context: Context) -> None:
