@@ -145,6 +145,13 @@ int32_t kvl_ring_enable(llama_context * ctx, int32_t n_window) {
             res->ctxs_bufs.emplace_back(std::move(ctx_buft), std::move(buf));
         }
 
+        for (int32_t i = 0; i < cache.n_layer && kvl_is_on_cpu(cache); ++i) {
+            if (i % kvl_ring::group::SIZE == 0) {
+                res->groups.push_back({ res.get(), {}, {} });
+            }
+            res->groups.back().layers.push_back(i);
+        }
+
         kvl_access::reserve_again(*ctx);
         ring = std::move(res);
 

@@ -38,7 +38,18 @@ struct kvl_ring {
     int32_t n_window = 0;
     int32_t n_seq    = 0;
 
+    // layers whose queries are stored by one node, see kvl_ring_build_write
+    struct group {
+        static constexpr int32_t SIZE = GGML_MAX_SRC - 2; // a custom operation takes one source less than others, and one is the rows
+
+        const kvl_ring * ring;
+
+        std::vector<int32_t>       layers;  // indices
+        std::vector<ggml_tensor *> queries; // while a graph is built
+    };
+
     std::vector<layer>     layers; // same order as in the KV cache
+    std::vector<group>     groups; // empty where every layer has a node of its own
     std::vector<llama_pos> pos;    // [n_seq*n_window] position of the query in each row, -1 for none
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;

@@ -3,6 +3,7 @@
 #include "kvlocal-impl.h"
 
 #include <algorithm>
+#include <cstring>
 
 ggml_tensor * kvl_ring_build_input(ggml_context * ctx, const llama_kv_cache_context * mctx, const llama_ubatch & ubatch) {
     if (!kvl_access::ring(*kvl_access::kv_of(*mctx))) {
@@ -14,6 +15,27 @@ ggml_tensor * kvl_ring_build_input(ggml_context * ctx, const llama_kv_cache_cont
     ggml_set_name(idxs, "kvl_ring_idxs");
 
     return idxs;
+}
+
+// dst: a dummy; its sources: ring rows I64 [n_tokens], then the queries of the group's layers F32 [n_embd_q, n_tokens]
+static void write_queries(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & group = *(const kvl_ring::group *) userdata;
+
+    const int64_t * rows = (const int64_t *) dst->src[0]->data;
+
+    const int64_t n_tokens = dst->src[0]->ne[0];
+    const int64_t n_kept   = (int64_t) group.ring->n_seq*group.ring->n_window;
+
+    for (size_t g = ith; g < group.layers.size(); g += nth) {
+        const ggml_tensor * q    = dst->src[1 + g];
+        const ggml_tensor * ring = group.ring->layers[group.layers[g]].q;
+
+        for (int64_t i = 0; i < n_tokens; ++i) {
+            if (rows[i] < n_kept) {
+                memcpy((char *) ring->data + rows[i]*ring->nb[1], (const char *) q->data + i*q->nb[1], ring->nb[1]);
+            }
+        }
+    }
 }
 
 void kvl_ring_build_write(
@@ -30,8 +52,12 @@ void kvl_ring_build_write(
         return;
     }
 
-    auto * kv    = kvl_access::kv_of(*mctx);
-    auto & layer = kvl_access::ring(*kv)->layers[kvl_access::layer_of(*kv, il)];
+    auto * kv   = kvl_access::kv_of(*mctx);
+    auto & ring = *kvl_access::ring(*kv);
+
+    const int32_t i_layer = kvl_access::layer_of(*kv, il);
+
+    auto & layer = ring.layers[i_layer];
 
     layer.sinks    = sinks;
     layer.kq_scale = kq_scale;
@@ -44,7 +70,23 @@ void kvl_ring_build_write(
         ? ggml_reshape_2d(ctx, q_cur, n_embd_q, n_tokens)
         : ggml_cont_2d   (ctx, q_cur, n_embd_q, n_tokens);
 
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, layer.q, q, idxs));
+    if (ring.groups.empty()) {
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, layer.q, q, idxs));
+        return;
+    }
+
+    // on the CPU every node costs a barrier, so one stores the queries of several layers
+    auto & group = ring.groups[i_layer/kvl_ring::group::SIZE];
+
+    if (i_layer == group.layers.front()) {
+        group.queries = { idxs };
+    }
+    group.queries.push_back(q);
+
+    if (i_layer == group.layers.back()) {
+        ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1,
+                    group.queries.data(), group.queries.size(), write_queries, GGML_N_TASKS_MAX, &group));
+    }
 }
 
 void kvl_ring_set_input(const llama_kv_cache_context * mctx, ggml_tensor * idxs, const llama_ubatch * ubatch) {

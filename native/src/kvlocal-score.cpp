@@ -46,6 +46,11 @@ query_set select_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_quer
     return res;
 }
 
+// ggml's fast matrix products want a multiple of this; the capacity of a stream is one, and masked cells weigh nothing
+int32_t pad_cells(int32_t n_cells) {
+    return GGML_PAD(n_cells, 16);
+}
+
 // the softmax weights of one layer as its attention computed them: F32 [n_cells, n_query, n_head]
 ggml_tensor * build_weights(const kvl_cache & cache, ggml_context * ctx, int32_t i_layer, uint32_t stream, ggml_tensor * rows, ggml_tensor * mask, int32_t n_cells) {
     const auto & hparams = kvl_access::hparams(*cache.kv);
@@ -174,6 +179,20 @@ vector load(const float * p) {
     vector v;
     memcpy(&v, p, sizeof(v));
     return v;
+}
+
+bool any_similar(vector a, vector b) {
+    const auto similar = (a > SIMILAR) | (b > SIMILAR);
+
+    uint64_t words[sizeof(similar)/sizeof(uint64_t)];
+    memcpy(words, &similar, sizeof(similar));
+
+    uint64_t any = 0;
+    for (const uint64_t word : words) {
+        any |= word;
+    }
+
+    return any != 0;
 }
 
 // keys of unit length, transposed, so that one key meets many others in a vector
@@ -306,6 +325,9 @@ void find_last_similar(ggml_tensor * dst, int ith, int nth, void * userdata) {
             }
 
             for (int64_t r = 0; r < n_rows; ++r) {
+                if (out[3*r + 1] >= 0.0f || !any_similar(acc[r][0], acc[r][1])) {
+                    continue;
+                }
                 for (int64_t t = COLUMNS - 1; t >= 0 && out[3*r + 1] < 0.0f; --t) {
                     const float sim = acc[r][t/LANES][t%LANES];
 
@@ -341,7 +363,8 @@ std::pair<ggml_tensor *, ggml_tensor *> build_last_similar(ggml_context * ctx, g
 } // namespace
 
 void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, float * scores, int32_t n_cells) {
-    const query_set queries = select_queries(cache, seq_id, n_query, n_cells);
+    const int32_t   n_pad   = pad_cells(n_cells);
+    const query_set queries = select_queries(cache, seq_id, n_query, n_pad);
 
     const int64_t  n_rows = queries.rows.size();
     const uint32_t stream = cache.kv->get_stream(seq_id);
@@ -353,16 +376,16 @@ void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool p
     auto * ctx = graph.ctx();
 
     ggml_tensor * rows = graph.input(GGML_TYPE_I32, n_rows);
-    ggml_tensor * mask = graph.input(GGML_TYPE_F32, n_cells, n_rows);
+    ggml_tensor * mask = graph.input(GGML_TYPE_F32, n_pad, n_rows);
 
     std::vector<ggml_tensor *> results;
 
     for (int32_t i = 0; i < cache.n_layer; ++i) {
-        ggml_tensor * w = build_weights(cache, ctx, i, stream, rows, mask, n_cells);
+        ggml_tensor * w = build_weights(cache, ctx, i, stream, rows, mask, n_pad);
 
         results.push_back(portable
             ? build_fold(ctx, w, cache.n_head_kv)
-            : ggml_custom_4d(ctx, GGML_TYPE_F32, 1, n_cells, cache.n_head_kv, 1, &w, 1, fold, GGML_N_TASKS_MAX, nullptr));
+            : ggml_custom_4d(ctx, GGML_TYPE_F32, 1, n_pad, cache.n_head_kv, 1, &w, 1, fold, GGML_N_TASKS_MAX, nullptr));
         graph.output(results.back());
     }
 
@@ -371,15 +394,17 @@ void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool p
         ggml_backend_tensor_set(mask, queries.mask.data(), 0, ggml_nbytes(mask));
     });
 
-    const size_t n_out = (size_t) cache.n_head_kv*n_cells;
-
     for (int32_t i = 0; i < cache.n_layer; ++i) {
-        ggml_backend_tensor_get(results[i], scores + i*n_out, 0, n_out*sizeof(float));
+        for (int32_t h = 0; h < cache.n_head_kv; ++h) {
+            ggml_backend_tensor_get(results[i], scores, h*n_pad*sizeof(float), n_cells*sizeof(float));
+            scores += n_cells;
+        }
     }
 }
 
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells) {
-    const query_set queries = select_queries(cache, seq_id, n_query, n_cells);
+    const int32_t   n_pad   = pad_cells(n_cells);
+    const query_set queries = select_queries(cache, seq_id, n_query, n_pad);
 
     const int64_t  n_rows = queries.rows.size();
     const uint32_t stream = cache.kv->get_stream(seq_id);
@@ -389,16 +414,16 @@ void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query,
     auto * ctx = graph.ctx();
 
     ggml_tensor * rows = graph.input(GGML_TYPE_I32, n_rows);
-    ggml_tensor * mask = graph.input(GGML_TYPE_F32, n_cells, n_rows);
+    ggml_tensor * mask = graph.input(GGML_TYPE_F32, n_pad, n_rows);
 
     std::vector<ggml_tensor *> results;
 
     for (int32_t i = 0; i < n_chosen; ++i) {
-        ggml_tensor * w = build_weights(cache, ctx, layers[i], stream, rows, mask, n_cells);
+        ggml_tensor * w = build_weights(cache, ctx, layers[i], stream, rows, mask, n_pad);
 
-        w = ggml_reshape_3d(ctx, w, n_cells*n_rows, cache.n_head, 1);
+        w = ggml_reshape_3d(ctx, w, n_pad*n_rows, cache.n_head, 1);
 
-        results.push_back(build_mean_over_queries(ctx, w)); // [1, n_cells*n_query]
+        results.push_back(build_mean_over_queries(ctx, w)); // [1, n_pad*n_query]
         graph.output(results.back());
     }
 
@@ -407,10 +432,11 @@ void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query,
         ggml_backend_tensor_set(mask, queries.mask.data(), 0, ggml_nbytes(mask));
     });
 
-    const size_t n_out = (size_t) n_rows*n_cells;
-
     for (int32_t i = 0; i < n_chosen; ++i) {
-        ggml_backend_tensor_get(results[i], map + i*n_out, 0, n_out*sizeof(float));
+        for (int64_t q = 0; q < n_rows; ++q) {
+            ggml_backend_tensor_get(results[i], map, q*n_pad*sizeof(float), n_cells*sizeof(float));
+            map += n_cells;
+        }
     }
 }
 

@@ -65,9 +65,9 @@ def main() -> int:
             print(f"{row['history']:6d} tokens  {row['used']:5d} cells  {row['tokens_per_second']:6.1f} tok/s  {row['resident'] / 1e6:7.1f} MB", file=sys.stderr)
         kv, seconds = chat.kv, vars(chat.seconds)
     wall = time.perf_counter() - started
-    spoken = [row for row in rows if row["answer_tokens"] >= 50]
-    full = [row for row in spoken if row["history"] > args.kv_budget]
-    first, last = full[:5], full[-5:]
+    # single turns scatter by a tenth, so ten at each end count, from the first compression on
+    full = [row for row in rows if row["answer_tokens"] >= 50 and row["history"] > args.kv_budget + config.stride]
+    first, last = full[:10], full[-10:]
     early = next(row for row in rows if row["history"] >= 1000)
     result = {
         "history_tokens": kv.history_tokens,
