@@ -35,11 +35,7 @@ class Interruptible:
     def answering(self, pieces: Iterator[str]) -> Iterator[str]:
         """These pieces of the answer, until Ctrl-C."""
         self._answering = True
-        for piece in pieces:
-            if self.interrupted:
-                # it may have come before the answer had begun, which forgets earlier stops
-                self._session.stop()
-            yield piece
+        yield from pieces
 
     def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         first, self.interrupted = not self.interrupted, True

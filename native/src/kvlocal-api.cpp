@@ -129,8 +129,7 @@ int32_t kvl_ring_enable(llama_context * ctx, int32_t n_window) {
             }
 
             kvl_ring::layer ring_layer = {};
-            ring_layer.il = layer.il;
-            ring_layer.q  = ggml_new_tensor_2d(ctx_buft.get(), GGML_TYPE_F32, (int64_t) cache.n_embd_head_k*cache.n_head, n_rows);
+            ring_layer.q = ggml_new_tensor_2d(ctx_buft.get(), GGML_TYPE_F32, (int64_t) cache.n_embd_head_k*cache.n_head, n_rows);
             ggml_format_name(ring_layer.q, "kvl_ring_l%d", (int) layer.il);
 
             res->layers.push_back(ring_layer);

@@ -25,8 +25,6 @@ struct kvl_error : std::runtime_error {
 
 struct kvl_ring {
     struct layer {
-        uint32_t il; // layer index in the model
-
         ggml_tensor * q = nullptr; // F32 [n_embd_head_k*n_head, n_window*n_seq + 1], the last row takes what is not kept
 
         // noted when the graph is built
