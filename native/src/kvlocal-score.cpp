@@ -168,12 +168,51 @@ void fold(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
 constexpr float SIMILAR = 0.5f;
 
-// the search compares ROWS keys with COLUMNS others at a time
-typedef float vector __attribute__((vector_size(64)));
+// what is left to do once the twins are known, for the n keys of one head by ascending position
+// sums: [n] column sums of the similarity matrix, twin: [n] index or -1, value: [n] similarity to the twin; out: [n]
+void finish_redundancy(int64_t n, float * sums, const float * twin, const float * value, float * out) {
+    for (int64_t i = 0; i < n; ++i) {
+        // the diagonal of the similarity matrix: 1, or 0 for a key that is zero
+        sums[i] -= sums[i] == 0.0f ? 0.0f : 1.0f;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        if (twin[i] >= 0.0f) {
+            sums[(int64_t) twin[i]] -= value[i];
+        }
+    }
 
-constexpr int64_t ROWS    = 4;
-constexpr int64_t LANES   = sizeof(vector)/sizeof(float);
+    float mean_max = -INFINITY;
+    for (int64_t i = 0; i < n; ++i) {
+        sums[i] /= n;
+        mean_max = std::max(mean_max, sums[i]);
+    }
+
+    float total = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        out[i] = expf(sums[i] - mean_max);
+        total += out[i];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        out[i] /= total;
+    }
+}
+
+// ROWS keys meet COLUMNS others at a time, as many as the registers hold
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+constexpr int64_t ROWS  = 8;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+constexpr int64_t ROWS  = 4;
+#else
+constexpr int64_t LANES = 4;
+constexpr int64_t ROWS  = 8;
+#endif
 constexpr int64_t COLUMNS = 2*LANES;
+
+static_assert(COLUMNS%ROWS == 0, "the rows of one step are in one panel");
+
+typedef float vector __attribute__((vector_size(LANES*sizeof(float))));
 
 vector load(const float * p) {
     vector v;
@@ -195,150 +234,130 @@ bool any_similar(vector a, vector b) {
     return any != 0;
 }
 
-// keys of unit length, transposed, so that one key meets many others in a vector
-// src: F32 [n_embd, n, n_head_kv], dst: F32 [n_pad, n_embd, n_head_kv], zero behind the n-th column
-void transpose_unit_keys(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    GGML_UNUSED(userdata);
+// the keys of one head, by ascending position, and for each of them its twin: the last other key that is similar to it
+struct twin_search {
+    const int64_t d;
+    const int64_t n;
+    const int64_t n_panel;
 
-    const ggml_tensor * k = dst->src[0];
+    std::vector<vector> unit; // F32 [n_panel, d, COLUMNS] unit keys, so that one meets a panel of others in vectors; zero from the n-th on
+    std::vector<float> twin;  // [n] index, -1: none
+    std::vector<float> value; // [n] similarity to the twin
 
-    const int64_t d     = k->ne[0];
-    const int64_t n     = k->ne[1];
-    const int64_t n_pad = dst->ne[0];
+    twin_search(int64_t d, int64_t n) : d(d), n(n), n_panel((n + COLUMNS - 1)/COLUMNS), unit(n_panel*d*COLUMNS/LANES), twin(n), value(n) {}
 
-    const auto [b0, b1] = share_of(n_pad/LANES, ith, nth);
+    const float * panel(int64_t p) const { return (const float *) unit.data() + p*d*COLUMNS; }
 
-    std::vector<float> tile(d*LANES); // [d, LANES] stays in the first cache
+    // k: [n, d]
+    void set_keys(const float * k) {
+        for (int64_t i = 0; i < n; ++i) {
+            const float * key = k + i*d;
 
-    for (int64_t h = 0; h < k->ne[2]; ++h) {
-        for (int64_t j0 = b0*LANES; j0 < b1*LANES; j0 += LANES) {
-            std::fill(tile.begin(), tile.end(), 0.0f);
-
-            for (int64_t t = 0; t < std::min(LANES, n - j0); ++t) {
-                const float * key = (const float *) k->data + (h*n + j0 + t)*d;
-
-                float norm2[16] = {};
-                for (int64_t c = 0; c + 16 <= d; c += 16) {
-                    for (int64_t l = 0; l < 16; ++l) {
-                        norm2[l] += key[c + l]*key[c + l];
-                    }
+            float norm2[LANES] = {};
+            for (int64_t c = 0; c + LANES <= d; c += LANES) {
+                for (int64_t l = 0; l < LANES; ++l) {
+                    norm2[l] += key[c + l]*key[c + l];
                 }
-                for (int64_t c = d - d%16; c < d; ++c) {
-                    norm2[0] += key[c]*key[c];
-                }
-                const float scale = 1.0f/std::max(sqrtf(std::accumulate(norm2, norm2 + 16, 0.0f)), 1e-8f);
+            }
+            for (int64_t c = d - d%LANES; c < d; ++c) {
+                norm2[0] += key[c]*key[c];
+            }
+            const float scale = 1.0f/std::max(sqrtf(std::accumulate(norm2, norm2 + LANES, 0.0f)), 1e-8f);
+
+            float * out = (float *) unit.data() + i/COLUMNS*d*COLUMNS + i%COLUMNS;
+            for (int64_t c = 0; c < d; ++c) {
+                out[c*COLUMNS] = key[c]*scale;
+            }
+        }
+    }
+
+    void find_twins() {
+        std::fill(twin .begin(), twin .end(), -1.0f);
+        std::fill(value.begin(), value.end(),  0.0f);
+
+        for (int64_t i = 0; i < n; i += ROWS) {
+            const float * keys = panel(i/COLUMNS) + i%COLUMNS;
+
+            int64_t n_open = std::min(ROWS, n - i);
+
+            // from the end: where keys have a twin among the recent ones the search is short
+            for (int64_t p = n_panel - 1; p >= 0 && n_open > 0; --p) {
+                const float * others = panel(p);
+
+                vector acc[ROWS][2] = {};
 
                 for (int64_t c = 0; c < d; ++c) {
-                    tile[c*LANES + t] = key[c]*scale;
+                    const vector x0 = load(others + c*COLUMNS);
+                    const vector x1 = load(others + c*COLUMNS + LANES);
+
+                    for (int64_t r = 0; r < ROWS; ++r) {
+                        acc[r][0] += keys[c*COLUMNS + r]*x0;
+                        acc[r][1] += keys[c*COLUMNS + r]*x1;
+                    }
                 }
-            }
 
-            float * out = (float *) dst->data + h*d*n_pad + j0;
-            for (int64_t c = 0; c < d; ++c) {
-                memcpy(out + c*n_pad, tile.data() + c*LANES, LANES*sizeof(float));
-            }
-        }
-    }
-}
+                for (int64_t r = 0; r < std::min(ROWS, n - i); ++r) {
+                    if (twin[i + r] >= 0.0f || !any_similar(acc[r][0], acc[r][1])) {
+                        continue;
+                    }
+                    for (int64_t t = COLUMNS - 1; t >= 0 && twin[i + r] < 0.0f; --t) {
+                        const float x = acc[r][t/LANES][t%LANES];
 
-// src: F32 [n_pad, n_embd, n_head_kv], dst: F32 [1, n_embd, n_head_kv]
-void sum_keys(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    GGML_UNUSED(userdata);
-
-    const ggml_tensor * kt = dst->src[0];
-
-    const auto [r0, r1] = share_of(ggml_nrows(kt), ith, nth);
-
-    for (int64_t r = r0; r < r1; ++r) {
-        const float * row = (const float *) kt->data + r*kt->ne[0];
-
-        vector acc = {};
-        for (int64_t j = 0; j < kt->ne[0]; j += LANES) {
-            acc += load(row + j);
-        }
-
-        float sum = 0.0f;
-        for (int64_t t = 0; t < LANES; ++t) {
-            sum += acc[t];
-        }
-        ((float *) dst->data)[r] = sum;
-    }
-}
-
-// for each of the unit keys kt: F32 [n_pad, n_embd, n_head_kv], by ascending position, with their sum: F32 [1, n_embd, n_head_kv],
-// dst: F32 [3, n, n_head_kv]: the sum of its column of the similarity matrix, the last other key with a similarity above
-// the threshold (-1: none), and that similarity
-void find_last_similar(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    GGML_UNUSED(userdata);
-
-    const ggml_tensor * kt  = dst->src[0];
-    const ggml_tensor * sum = dst->src[1];
-
-    const int64_t n_pad    = kt->ne[0];
-    const int64_t d        = kt->ne[1];
-    const int64_t n        = dst->ne[1];
-    const int64_t n_groups = n_pad/ROWS;
-
-    // neighbouring groups take about as long: deal them out one by one
-    for (int64_t g = ith; g < n_groups*kt->ne[2]; g += nth) {
-        const int64_t h = g/n_groups;
-        const int64_t i = g%n_groups*ROWS;
-
-        const int64_t n_rows = std::min(ROWS, n - i);
-        if (n_rows <= 0) {
-            continue;
-        }
-
-        const float * keys  = (const float *) kt->data  + h*d*n_pad;
-        const float * total = (const float *) sum->data + h*d;
-
-        float * out = (float *) dst->data + 3*(h*n + i);
-
-        float column[ROWS] = {};
-        for (int64_t c = 0; c < d; ++c) {
-            for (int64_t r = 0; r < ROWS; ++r) {
-                column[r] += keys[c*n_pad + i + r]*total[c];
-            }
-        }
-
-        int64_t n_open = n_rows;
-        for (int64_t r = 0; r < n_rows; ++r) {
-            out[3*r]     = column[r];
-            out[3*r + 1] = -1.0f;
-            out[3*r + 2] =  0.0f;
-        }
-
-        // from the end: where keys have a twin among the recent ones the search is short
-        for (int64_t j = n_pad - COLUMNS; j >= 0 && n_open > 0; j -= COLUMNS) {
-            vector acc[ROWS][2] = {};
-
-            for (int64_t c = 0; c < d; ++c) {
-                const float * row = keys + c*n_pad;
-
-                const vector x0 = load(row + j);
-                const vector x1 = load(row + j + LANES);
-
-                for (int64_t r = 0; r < ROWS; ++r) {
-                    acc[r][0] += row[i + r]*x0;
-                    acc[r][1] += row[i + r]*x1;
-                }
-            }
-
-            for (int64_t r = 0; r < n_rows; ++r) {
-                if (out[3*r + 1] >= 0.0f || !any_similar(acc[r][0], acc[r][1])) {
-                    continue;
-                }
-                for (int64_t t = COLUMNS - 1; t >= 0 && out[3*r + 1] < 0.0f; --t) {
-                    const float sim = acc[r][t/LANES][t%LANES];
-
-                    if (sim > SIMILAR && j + t != i + r) {
-                        out[3*r + 1] = (float) (j + t);
-                        out[3*r + 2] = sim;
-                        n_open--;
+                        if (x > SIMILAR && p*COLUMNS + t != i + r) {
+                            twin [i + r] = (float) (p*COLUMNS + t);
+                            value[i + r] = x;
+                            n_open--;
+                        }
                     }
                 }
             }
         }
+    }
+
+    // out: [n] softmax of the mean similarity to the other keys, without the entries of twins
+    void redundancy(float * out) {
+        // the sum of a column of the similarity matrix is the product of its key with the sum of all keys
+        std::vector<float> total(d);
+        for (int64_t p = 0; p < n_panel; ++p) {
+            for (int64_t c = 0; c < d; ++c) {
+                const vector x = load(panel(p) + c*COLUMNS) + load(panel(p) + c*COLUMNS + LANES);
+                for (int64_t t = 0; t < LANES; ++t) {
+                    total[c] += x[t];
+                }
+            }
+        }
+
+        std::vector<float> sums(n_panel*COLUMNS);
+        for (int64_t p = 0; p < n_panel; ++p) {
+            for (int64_t c = 0; c < d; ++c) {
+                for (int64_t t = 0; t < COLUMNS; ++t) {
+                    sums[p*COLUMNS + t] += panel(p)[c*COLUMNS + t]*total[c];
+                }
+            }
+        }
+
+        finish_redundancy(n, sums.data(), twin.data(), value.data(), out);
+    }
+};
+
+constexpr int64_t LAYERS_AT_A_TIME = 8; // a custom operation has room for ten sources
+
+// src: up to LAYERS_AT_A_TIME times keys F32 [n_embd, n, n_head_kv] by ascending position
+// dst: F32 [n, n_head_kv, n_src] redundancy
+void redundancy_of_layers(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+
+    const int64_t n      = dst->ne[0];
+    const int64_t n_head = dst->ne[1];
+
+    twin_search search(dst->src[0]->ne[0], n);
+
+    for (int64_t u = ith; u < n_head*dst->ne[2]; u += nth) {
+        const ggml_tensor * k = dst->src[u/n_head];
+
+        search.set_keys((const float *) k->data + u%n_head*n*k->ne[0]);
+        search.find_twins();
+        search.redundancy((float *) dst->data + u*n);
     }
 }
 
@@ -359,6 +378,32 @@ std::pair<ggml_tensor *, ggml_tensor *> build_last_similar(ggml_context * ctx, g
 
     return { last, value };
 }
+
+// the keys of one layer, compared in ggml's own operations
+struct portable_result {
+    ggml_tensor * sums; // F32 [n, 1, n_head_kv] column sums of the similarity matrix
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> last; // per head, see build_last_similar
+
+    // out: [n] redundancy of the keys of head h
+    void read(int64_t h, std::vector<float> & out) const {
+        const int64_t n = out.size();
+
+        std::vector<float>   column(n);
+        std::vector<int32_t> index(n);
+        std::vector<float>   value(n);
+
+        ggml_backend_tensor_get(sums,           column.data(), h*n*sizeof(float), n*sizeof(float));
+        ggml_backend_tensor_get(last[h].first,  index.data(),  0, n*sizeof(int32_t));
+        ggml_backend_tensor_get(last[h].second, value.data(),  0, n*sizeof(float));
+
+        std::vector<float> twin(n);
+        for (int64_t i = 0; i < n; ++i) {
+            twin[i] = value[i] > SIMILAR ? (float) index[i] : -1.0f;
+        }
+
+        finish_redundancy(n, column.data(), twin.data(), value.data(), out.data());
+    }
+};
 
 } // namespace
 
@@ -458,27 +503,26 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool portable, floa
     ggml_tensor * ramp = portable ? graph.input(GGML_TYPE_F32, n) : nullptr;
     ggml_tensor * twos = portable ? graph.input(GGML_TYPE_F32, n) : nullptr;
 
-    struct result {
-        ggml_tensor * found; // F32 [3, n, n_head_kv], see find_last_similar, unless portable
-
-        ggml_tensor * sums;  // F32 [n, 1, n_head_kv] column sums of the similarity matrix
-        std::vector<std::pair<ggml_tensor *, ggml_tensor *>> last; // per head
-    };
-
-    std::vector<result> results;
+    std::vector<ggml_tensor *> keys; // F32 [n_embd_head_k, n, n_head_kv] per layer
 
     for (const auto & layer : layers) {
         ggml_tensor * k = kvl_view_heads(ctx, layer.k_stream[stream], cache.n_embd_head_k, n_head, n_cells);
 
-        k = ggml_get_rows(ctx, k, idxs); // F32 [n_embd_head_k, n, n_head_kv]
+        keys.push_back(ggml_get_rows(ctx, k, idxs));
+    }
 
-        result res = {};
+    std::vector<ggml_tensor *> results; // unless portable: F32 [n, n_head_kv, up to LAYERS_AT_A_TIME]
 
-        // the sum of a column is the product of its key with the sum of all keys: no matrix is needed for it
-        if (portable) {
+    std::vector<portable_result> portable_results;
+
+    if (portable) {
+        for (ggml_tensor * k : keys) {
+            portable_result res;
+
             ggml_tensor * kn    = ggml_l2_norm(ctx, k, 1e-8f);
             ggml_tensor * total = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, kn, 1, 0, 2, 3)));
 
+            // the sum of a column is the product of its key with the sum of all keys
             res.sums = ggml_mul_mat(ctx, kn, ggml_reshape_3d(ctx, total, cache.n_embd_head_k, 1, n_head));
             ggml_prec_set_acc(res.sums, GGML_PREC_F32);
             graph.output(res.sums);
@@ -490,18 +534,16 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool portable, floa
                 graph.output(res.last.back().first);
                 graph.output(res.last.back().second);
             }
-        } else {
-            ggml_tensor * kt = ggml_custom_4d(ctx, GGML_TYPE_F32, GGML_PAD(n, COLUMNS), cache.n_embd_head_k, n_head, 1, &k, 1, transpose_unit_keys, GGML_N_TASKS_MAX, nullptr);
 
-            ggml_tensor * total = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, cache.n_embd_head_k, n_head, 1, &kt, 1, sum_keys, GGML_N_TASKS_MAX, nullptr);
-
-            ggml_tensor * args[] = { kt, total };
-
-            res.found = ggml_custom_4d(ctx, GGML_TYPE_F32, 3, n, n_head, 1, args, 2, find_last_similar, GGML_N_TASKS_MAX, nullptr);
-            graph.output(res.found);
+            portable_results.push_back(std::move(res));
         }
+    } else {
+        for (int64_t i = 0; i < cache.n_layer; i += LAYERS_AT_A_TIME) {
+            const int64_t n_chosen = std::min(LAYERS_AT_A_TIME, cache.n_layer - i);
 
-        results.push_back(std::move(res));
+            results.push_back(ggml_custom_4d(ctx, GGML_TYPE_F32, n, n_head, n_chosen, 1, &keys[i], n_chosen, redundancy_of_layers, GGML_N_TASKS_MAX, nullptr));
+            graph.output(results.back());
+        }
     }
 
     graph.run([&]() {
@@ -525,57 +567,22 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool portable, floa
 
     std::fill(redundancy, redundancy + (size_t) cache.n_layer*n_head*n_cells, 0.0f);
 
-    std::vector<float>   found(3*n*n_head);
-    std::vector<float>   mean(n);
-    std::vector<int32_t> last(n);
-    std::vector<float>   value(n);
+    std::vector<float> ordered(n); // of one head
 
-    for (int32_t il = 0; il < cache.n_layer; ++il) {
-        const auto & res = results[il];
-
-        if (!portable) {
-            ggml_backend_tensor_get(res.found, found.data(), 0, ggml_nbytes(res.found));
-        }
-
+    for (int64_t il = 0; il < cache.n_layer; ++il) {
         for (int64_t h = 0; h < n_head; ++h) {
             if (portable) {
-                ggml_backend_tensor_get(res.sums,           mean.data(),  h*n*sizeof(float), n*sizeof(float));
-                ggml_backend_tensor_get(res.last[h].first,  last.data(),  0, n*sizeof(int32_t));
-                ggml_backend_tensor_get(res.last[h].second, value.data(), 0, n*sizeof(float));
+                portable_results[il].read(h, ordered);
             } else {
-                for (int64_t i = 0; i < n; ++i) {
-                    mean [i] = found[3*(h*n + i)];
-                    last [i] = (int32_t) found[3*(h*n + i) + 1];
-                    value[i] = found[3*(h*n + i) + 2];
-                }
+                const size_t offset = (il%LAYERS_AT_A_TIME*n_head + h)*n*sizeof(float);
+
+                ggml_backend_tensor_get(results[il/LAYERS_AT_A_TIME], ordered.data(), offset, n*sizeof(float));
             }
 
             for (int64_t i = 0; i < n; ++i) {
-                // the diagonal of the similarity matrix: 1, or 0 for a key that is zero
-                mean[i] -= mean[i] == 0.0f ? 0.0f : 1.0f;
+                redundancy[order[i]] = ordered[i];
             }
-            for (int64_t i = 0; i < n; ++i) {
-                if (value[i] > SIMILAR) {
-                    mean[last[i]] -= value[i];
-                }
-            }
-
-            float * out = redundancy + ((size_t) il*n_head + h)*n_cells;
-
-            // softmax over the cells
-            float mean_max = -INFINITY;
-            for (int64_t i = 0; i < n; ++i) {
-                mean[i] /= n;
-                mean_max = std::max(mean_max, mean[i]);
-            }
-            float sum = 0.0f;
-            for (int64_t i = 0; i < n; ++i) {
-                mean[i] = expf(mean[i] - mean_max);
-                sum += mean[i];
-            }
-            for (int64_t i = 0; i < n; ++i) {
-                out[order[i]] = mean[i]/sum;
-            }
+            redundancy += n_cells;
         }
     }
 }
