@@ -244,14 +244,24 @@ struct twin_search {
     std::vector<float> twin;  // [n] index, -1: none
     std::vector<float> value; // [n] similarity to the twin
 
-    twin_search(int64_t d, int64_t n) : d(d), n(n), n_panel((n + COLUMNS - 1)/COLUMNS), unit(n_panel*d*COLUMNS/LANES), twin(n), value(n) {}
+    std::vector<float> row;   // [d]
+
+    twin_search(int64_t d, int64_t n) : d(d), n(n), n_panel((n + COLUMNS - 1)/COLUMNS), unit(n_panel*d*COLUMNS/LANES), twin(n), value(n), row(d) {}
 
     const float * panel(int64_t p) const { return (const float *) unit.data() + p*d*COLUMNS; }
 
-    // k: [n, d]
-    void set_keys(const float * k) {
+    // k: [n_embd_head, n_cells, n_head_kv] view of the cache, order: [n] cells
+    void set_keys(const ggml_tensor * k, int64_t head, const int32_t * order) {
+        const auto to_float = ggml_get_type_traits(k->type)->to_float;
+
         for (int64_t i = 0; i < n; ++i) {
-            const float * key = k + i*d;
+            const char  * stored = (const char *) k->data + order[i]*k->nb[1] + head*k->nb[2];
+            const float * key    = (const float *) stored;
+
+            if (to_float) {
+                to_float(stored, row.data(), d);
+                key = row.data();
+            }
 
             float norm2[LANES] = {};
             for (int64_t c = 0; c + LANES <= d; c += LANES) {
@@ -342,20 +352,20 @@ struct twin_search {
 
 constexpr int64_t LAYERS_AT_A_TIME = 8; // a custom operation has room for ten sources
 
-// src: up to LAYERS_AT_A_TIME times keys F32 [n_embd, n, n_head_kv] by ascending position
-// dst: F32 [n, n_head_kv, n_src] redundancy
+// src: I32 [n] cells by ascending position, up to LAYERS_AT_A_TIME views of stored keys [n_embd_head, n_cells, n_head_kv]
+// dst: F32 [n, n_head_kv, n_layer] redundancy
 void redundancy_of_layers(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(userdata);
 
     const int64_t n      = dst->ne[0];
     const int64_t n_head = dst->ne[1];
 
-    twin_search search(dst->src[0]->ne[0], n);
+    const int32_t * order = (const int32_t *) dst->src[0]->data;
+
+    twin_search search(dst->src[1]->ne[0], n);
 
     for (int64_t u = ith; u < n_head*dst->ne[2]; u += nth) {
-        const ggml_tensor * k = dst->src[u/n_head];
-
-        search.set_keys((const float *) k->data + u%n_head*n*k->ne[0]);
+        search.set_keys(dst->src[1 + u/n_head], u%n_head, order);
         search.find_twins();
         search.redundancy((float *) dst->data + u*n);
     }
@@ -503,12 +513,10 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool portable, floa
     ggml_tensor * ramp = portable ? graph.input(GGML_TYPE_F32, n) : nullptr;
     ggml_tensor * twos = portable ? graph.input(GGML_TYPE_F32, n) : nullptr;
 
-    std::vector<ggml_tensor *> keys; // F32 [n_embd_head_k, n, n_head_kv] per layer
+    std::vector<ggml_tensor *> keys; // [n_embd_head_k, n_cells, n_head_kv] per layer, as stored
 
     for (const auto & layer : layers) {
-        ggml_tensor * k = kvl_view_heads(ctx, layer.k_stream[stream], cache.n_embd_head_k, n_head, n_cells);
-
-        keys.push_back(ggml_get_rows(ctx, k, idxs));
+        keys.push_back(kvl_view_heads(ctx, layer.k_stream[stream], cache.n_embd_head_k, n_head, n_cells));
     }
 
     std::vector<ggml_tensor *> results; // unless portable: F32 [n, n_head_kv, up to LAYERS_AT_A_TIME]
@@ -518,6 +526,8 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool portable, floa
     if (portable) {
         for (ggml_tensor * k : keys) {
             portable_result res;
+
+            k = ggml_get_rows(ctx, k, idxs); // F32 [n_embd_head_k, n, n_head_kv]
 
             ggml_tensor * kn    = ggml_l2_norm(ctx, k, 1e-8f);
             ggml_tensor * total = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, kn, 1, 0, 2, 3)));
@@ -541,7 +551,10 @@ void kvl_redundancy(const kvl_cache & cache, int32_t seq_id, bool portable, floa
         for (int64_t i = 0; i < cache.n_layer; i += LAYERS_AT_A_TIME) {
             const int64_t n_chosen = std::min(LAYERS_AT_A_TIME, cache.n_layer - i);
 
-            results.push_back(ggml_custom_4d(ctx, GGML_TYPE_F32, n, n_head, n_chosen, 1, &keys[i], n_chosen, redundancy_of_layers, GGML_N_TASKS_MAX, nullptr));
+            std::vector<ggml_tensor *> args = { idxs };
+            args.insert(args.end(), keys.begin() + i, keys.begin() + i + n_chosen);
+
+            results.push_back(ggml_custom_4d(ctx, GGML_TYPE_F32, n, n_head, n_chosen, 1, args.data(), args.size(), redundancy_of_layers, GGML_N_TASKS_MAX, nullptr));
             graph.output(results.back());
         }
     }
