@@ -2,6 +2,8 @@
 
 #include "kvlocal-impl.h"
 
+#include "ggml-cpu.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -234,6 +236,10 @@ bool any_similar(vector a, vector b) {
     return any != 0;
 }
 
+void half_to_float(const void * x, float * y, int64_t n) {
+    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) x, y, n);
+}
+
 // the keys of one head, by ascending position, and for each of them its twin: the last other key that is similar to it
 struct twin_search {
     const int64_t d;
@@ -252,7 +258,8 @@ struct twin_search {
 
     // k: [n_embd_head, n_cells, n_head_kv] view of the cache, order: [n] cells
     void set_keys(const ggml_tensor * k, int64_t head, const int32_t * order) {
-        const auto to_float = ggml_get_type_traits(k->type)->to_float;
+        // the backend's own conversion uses the vector unit
+        const auto to_float = k->type == GGML_TYPE_F16 ? half_to_float : ggml_get_type_traits(k->type)->to_float;
 
         for (int64_t i = 0; i < n; ++i) {
             const char  * stored = (const char *) k->data + order[i]*k->nb[1] + head*k->nb[2];
