@@ -514,8 +514,9 @@ class Context:
         return np.ctypeslib.as_array(pointer, (self._batch_size, self.model.n_vocab)).copy()
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
-        """Free the cells of a sequence at positions p0 to p1 - 1; a negative bound is open."""
+        """Free the cells of a sequence at positions p0 to p1 - 1; a negative bound is open. Logits are forgotten."""
         self._check_seq(seq)
+        self._outputs = range(0)
         if not self._lib.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise EngineError(f"llama.cpp cannot remove positions {p0} to {p1} of sequence {seq}: clear it instead")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,20 +31,33 @@ class Ledger:
 
     tokens: int32 [L, H, capacity], number of the token in each cell
     positions: int32 [L, H, capacity], the RoPE position its key is rotated to
-    history: float32 [L, H, capacity], the score it carries from earlier compressions, NaN for none
+    carried: scores that cells carry along, each float32 [L, H, capacity], NaN for none: "history" (Plan.history), "sums" (the attention of
+        all queries so far), "reread" (the largest attention of a second read); only those that were asked for
     n_pinned: the first n_pinned tokens of the conversation are never evicted
+    n_summed: the queries of the first n_summed tokens are in "sums"
+    n_reread: the first n_reread tokens were read a second time, or need not be
+    block_of: int32 [n_split], the block of each of the first n_split tokens; blocks are numbered over the whole conversation
     """
 
-    def __init__(self, n_layer: int, n_head_kv: int, capacity: int):
+    def __init__(self, n_layer: int, n_head_kv: int, capacity: int, carries: Collection[str] = ()):
         shape = (n_layer, n_head_kv, capacity)
         self.tokens = np.zeros(shape, np.int32)
         self.positions = np.zeros(shape, np.int32)
-        self.history = np.full(shape, np.nan, np.float32)
+        self.carried = {name: np.full(shape, np.nan, np.float32) for name in carries}
         self.n_pinned = 0
+        self.n_summed = 0
+        self.n_reread = 0
+        self.block_of = np.zeros(0, np.int32)
         self.segments: list[Segment] = []
         self.n_cells = 0
         self.n_tokens = 0
         self.next_position = 0
+        self._ids = np.zeros(capacity, np.int32)
+
+    @property
+    def ids(self) -> npt.NDArray[np.int32]:
+        """The whole conversation in the model's vocabulary, int32 [n_tokens]."""
+        return self._ids[: self.n_tokens]
 
     def begin_segment(self, role: str) -> Segment:
         """Tokens appended from now on belong to a new segment."""
@@ -51,12 +65,17 @@ class Ledger:
         self.segments.append(segment)
         return segment
 
-    def append(self, n: int) -> None:
-        """Notes n new tokens in the next cells of every layer and head, at the next positions."""
+    def append(self, ids: npt.NDArray[np.int32]) -> None:
+        """Notes new tokens, int32 [n], in the next cells of every layer and head, at the next positions."""
+        n = len(ids)
         cells = slice(self.n_cells, self.n_cells + n)
         self.tokens[..., cells] = np.arange(self.n_tokens, self.n_tokens + n)
         self.positions[..., cells] = np.arange(self.next_position, self.next_position + n)
-        self.history[..., cells] = np.nan
+        for array in self.carried.values():
+            array[..., cells] = np.nan
+        if self.n_tokens + n > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros(len(self._ids) + n, np.int32)])
+        self._ids[self.n_tokens : self.n_tokens + n] = ids
         self.n_cells += n
         self.n_tokens += n
         self.next_position += n
@@ -66,16 +85,30 @@ class Ledger:
         """Which cells must stay, [L, H, n_cells]."""
         return self.tokens[..., : self.n_cells] < self.n_pinned
 
-    def compact(self, keep: npt.NDArray[np.intp], positions: npt.NDArray[np.int32] | None, history: npt.NDArray[np.float32] | None) -> None:
-        """Moves cell keep[l, h, j] to cell j, keep: [L, H, n_keep] ascending.
+    def scores(self, name: str) -> npt.NDArray[np.float32]:
+        """A carried score of the used cells, [L, H, n_cells]; a view."""
+        return self.carried[name][..., : self.n_cells]
+
+    def blocks(self) -> npt.NDArray[np.int32]:
+        """The block of each used cell, [L, H, n_cells]; tokens that are in no block yet count as one more block."""
+        one_more = self.block_of[-1] + 1 if len(self.block_of) else 0
+        rest = np.full(self.n_tokens - len(self.block_of), one_more, np.int32)
+        return np.concatenate([self.block_of, rest])[self.tokens[..., : self.n_cells]]
+
+    def append_blocks(self, ends: npt.NDArray[np.int32]) -> None:
+        """Divides the tokens that follow those in a block into blocks that end before `ends`, int [n], counted from the first of them."""
+        first = self.block_of[-1] + 1 if len(self.block_of) else 0
+        lengths = np.diff(ends, prepend=0)
+        self.block_of = np.concatenate([self.block_of, np.repeat(np.arange(first, first + len(ends), dtype=np.int32), lengths)])
+
+    def compact(self, keep: npt.NDArray[np.intp], positions: npt.NDArray[np.int32] | None) -> None:
+        """Moves cell keep[l, h, j] to cell j with all it carries, keep: [L, H, n_keep] ascending.
 
         positions: int32 [n_keep], where the kept keys were rotated to, the same for all heads; None if they stayed
-        history: float32 [L, H, n_cells], the score each old cell carries on; None for none
         """
         n_keep = keep.shape[-1]
-        for array in (self.tokens, self.positions):
+        for array in (self.tokens, self.positions, *self.carried.values()):
             array[..., :n_keep] = np.take_along_axis(array, keep, axis=-1)
-        self.history[..., :n_keep] = np.nan if history is None else np.take_along_axis(history, keep, axis=-1)
         if positions is not None:
             self.positions[..., :n_keep] = positions
             self.next_position = int(positions[-1]) + 1
@@ -87,6 +120,9 @@ class Ledger:
         self.n_cells -= n_drop
         self.n_tokens = n_tokens
         self.next_position -= n_drop
+        self.n_summed = min(self.n_summed, n_tokens)
+        self.n_reread = min(self.n_reread, n_tokens)
+        self.block_of = self.block_of[:n_tokens]
         while self.segments and self.segments[-1].start >= n_tokens:
             self.segments.pop()
         if self.segments:
@@ -105,6 +141,7 @@ class Ledger:
         """An independent copy."""
         other = object.__new__(Ledger)
         other.__dict__.update(self.__dict__)
-        other.tokens, other.positions, other.history = self.tokens.copy(), self.positions.copy(), self.history.copy()
+        other.tokens, other.positions, other._ids = self.tokens.copy(), self.positions.copy(), self._ids.copy()
+        other.carried = {name: array.copy() for name, array in self.carried.items()}
         other.segments = [Segment(**vars(segment)) for segment in self.segments]
         return other

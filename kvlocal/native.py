@@ -94,19 +94,31 @@ class NativeCache:
         self._check(self._lib.kvl_get_queries(self._context, seq, self._ints(pos), len(pos)))
         return pos
 
-    def _flags(self, portable: bool) -> int:
-        return self._lib.KVL_PORTABLE if portable else 0
+    def ring_state(self, seq: int = 0) -> np.ndarray:
+        """What the ring holds of a sequence, uint8 [bytes]."""
+        state = np.empty(self._check(self._lib.kvl_ring_get_state(self._context, seq, self._ffi.NULL, 0)), np.uint8)
+        self._check(self._lib.kvl_ring_get_state(self._context, seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+        return state
 
-    def scores(self, seq: int = 0, n_query: int = 0, portable: bool = False) -> np.ndarray:
+    def set_ring_state(self, state: np.ndarray, seq: int = 0) -> None:
+        """Puts back what `ring_state` gave. Queries whose positions are not at the sequence's end do not count."""
+        state = np.ascontiguousarray(state, np.uint8)
+        self._check(self._lib.kvl_ring_set_state(self._context, seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+
+    def _flags(self, portable: bool, largest: bool = False) -> int:
+        return (self._lib.KVL_PORTABLE if portable else 0) | (self._lib.KVL_LARGEST if largest else 0)
+
+    def scores(self, seq: int = 0, n_query: int = 0, portable: bool = False, largest: bool = False) -> np.ndarray:
         """Attention of the last n_query recorded queries (0: all) to each cell, float32 [L, H, C].
 
         The mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes (G-KV, section Scores).
 
         portable: use ggml's own operations only, as GPU backends do
+        largest: the maximum over the queries instead of the mean (KVzip)
         """
         layout, n_cells = self.layout(), self.n_cells(seq)
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
-        self._check(self._lib.kvl_get_scores(self._context, seq, n_query, self._flags(portable), self._floats(out), *out.shape))
+        self._check(self._lib.kvl_get_scores(self._context, seq, n_query, self._flags(portable, largest), self._floats(out), *out.shape))
         return out
 
     def attention_map(self, layers: list[int], seq: int = 0, n_query: int = 0) -> np.ndarray:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlocal import policies
-from kvlocal.compression import Compressor, Seconds
-from kvlocal.engine import Context, Model
+from kvlocal.compression import Compressor, Positions, Seconds
+from kvlocal.engine import Context, Model, Outputs
 from kvlocal.errors import KvlocalError
 from kvlocal.ledger import Ledger
 from kvlocal.native import NativeCache
+from kvlocal.observation import Observer
+from kvlocal.reread import SecondRead
 from kvlocal.sampling import Sampler, SamplingParams
 from kvlocal.template import ChatTemplate, Piece
 from kvlocal.textstream import TextStream
@@ -39,7 +42,11 @@ class SessionConfig:
 
     budget: cells each layer and head holds after a compression, DEFAULT_BUDGET if None; for the policy "full", all there ever are, and if
         None as many as the model was trained for, up to DEFAULT_FULL
+    ratio: the share of the history to remove, 0 to 1: the budget grows with the conversation, (1 - ratio) of its tokens, up to `budget`, which
+        is then as large as for "full" if None
     policy, policy_args: what to keep (kvlocal.policies), and its hyper-parameters
+    positions: where kept keys are rotated to (kvlocal.compression.Compressor)
+    idle: read finished turns a second time, for the policies that need it
     stride: the cache may grow by this many cells before it is compressed again
     window: the most recent cells, which always stay, and whose queries score the others
     n_sink: the first cells, which always stay, as the system prompt does
@@ -52,8 +59,11 @@ class SessionConfig:
     """
 
     budget: int | None = None
+    ratio: float | None = None
     policy: str = policies.DEFAULT_POLICY
     policy_args: Mapping[str, Any] = field(default_factory=dict)
+    positions: Positions = "auto"
+    idle: bool = True
     stride: int = 128
     window: int = 16
     n_sink: int = 4
@@ -72,6 +82,10 @@ class SessionConfig:
                 raise SessionError(f"{name} is {value}: it must be at least 1")
         if self.n_sink < 0:
             raise SessionError(f"n_sink is {self.n_sink}: it must be at least 0")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise SessionError(f"the ratio is {self.ratio}: it must be at least 0 and below 1, the share of the history to remove")
+        if self.positions not in get_args(Positions):
+            raise SessionError(f"the positions are {self.positions!r}: they must be one of {', '.join(get_args(Positions))}")
         if self.window > self.n_ubatch:
             raise SessionError(f"the window of {self.window} must not be larger than the micro-batch of {self.n_ubatch}: make it smaller")
         if self.budget is not None and self.budget < 2 * self.window + self.n_sink:
@@ -135,11 +149,13 @@ class SegmentStats:
 class _Checkpoint:
     """The state before the last user turn, to go back to.
 
-    The tail of the cache is simply cut off as long as nothing was removed since; before the first removal the cache is copied.
+    The tail of the cache is simply cut off as long as nothing was removed since; before the first removal the cache is copied. The query ring
+    is overwritten from the start, so it is copied at once.
     """
 
     n_tokens: int
     n_messages: int
+    ring: npt.NDArray[np.uint8] | None
     state: npt.NDArray[np.uint8] | None = None
     ledger: Ledger | None = None
 
@@ -154,8 +170,10 @@ class ChatSession:
     model: the weights; must outlive the session
     config: budget, policy and sampling
     progress: called with (tokens done, tokens in all) while a long text is read
+    spare: cells beyond those that budget and stride need, for what is read in hold()
+    n_outputs: tokens of a micro-batch whose logits are kept; read_answer() needs them all
 
-    budget: cells of each layer and head after a compression
+    budget: the most cells of each layer and head after a compression
     messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
     last: the last answer in numbers, None before the first
     max_tokens: the longest answer; may be set
@@ -164,7 +182,15 @@ class ChatSession:
     compressed.
     """
 
-    def __init__(self, model: Model, config: SessionConfig = SessionConfig(), *, progress: Progress | None = None):
+    def __init__(
+        self,
+        model: Model,
+        config: SessionConfig = SessionConfig(),
+        *,
+        progress: Progress | None = None,
+        spare: int = 0,
+        n_outputs: int = 1,
+    ):
         self.model = model
         self.config = config
         self.template = ChatTemplate.from_model(model)
@@ -175,7 +201,7 @@ class ChatSession:
         self._system = config.system
         self._policy = policies.make(config.policy, config.policy_args)
         slack = config.stride + config.n_ubatch if self._policy.evicts else 0
-        default = DEFAULT_BUDGET if self._policy.evicts else DEFAULT_FULL
+        default = DEFAULT_BUDGET if self._policy.evicts and config.ratio is None else DEFAULT_FULL
         self.budget = config.budget or min(default, model.n_ctx_train - slack)
         self._capacity = self.budget + slack
         if self._capacity > model.n_ctx_train:
@@ -186,24 +212,26 @@ class ChatSession:
         self._context = Context(
             model,
             # llama.cpp cuts the sliding-window cache to the size of the other one, and it has to hold the window beside a micro-batch
-            n_cells=max(self._capacity, model.n_swa + config.n_ubatch if model.n_swa else 0),
+            n_cells=max(self._capacity + spare, model.n_swa + config.n_ubatch if model.n_swa else 0),
             n_ubatch=config.n_ubatch,
             type_k=config.type_k,
             type_v=config.type_v,
             n_threads=config.n_threads,
-            n_outputs=1,
+            n_outputs=n_outputs,
         )
         self._native = NativeCache(self._context.pointer)
         self._layout = self._native.layout()
-        if "scores" in self._policy.needs:
-            self._native.enable_ring(config.window)
+        self._observer = Observer(self._native, self._layout, self._policy, config.window, config.n_ubatch, model.token_bytes)
         self._compressor = Compressor(
             self._native,
             self._layout,
+            self._observer,
             self._policy,
             self.budget,
+            config.ratio,
             config.stride,
             config.window,
+            config.positions,
             config.n_ubatch,
             model.n_ctx_train,
             model.n_swa if self._layout.is_swa else 0,
@@ -211,7 +239,10 @@ class ChatSession:
         )
         # for a copy of the cache (see _Checkpoint), taken now so that memory stays what it is from the first turn on
         self._copy = np.full(self._context.kv_bytes() + self._context.kv_bytes() // 50 + 2**16 if self._policy.evicts else 0, 0, np.uint8)
+        rereads = config.idle and "reread" in self._policy.needs
+        self._second_read = SecondRead(model, self._context, self._native, self._compressor, self.template) if rereads else None
         self._sampler = Sampler(model, config.sampling)
+        self._spare = spare
         self._stop = False
         self._begin()
 
@@ -220,8 +251,9 @@ class ChatSession:
     def _begin(self) -> None:
         """An empty cache with the system prompt in it."""
         self._context.clear()
-        self._ledger = Ledger(self._layout.n_layer, self._layout.n_head_kv, self._capacity)
+        self._ledger = Ledger(self._layout.n_layer, self._layout.n_head_kv, self._capacity + self._spare, self._observer.carries)
         self._checkpoint: _Checkpoint | None = None
+        self._prediction: npt.NDArray[np.float32] | None = None  # logits after the last turn that was read
         self._peak = 0
         self.messages.clear()
         self.last = None
@@ -238,6 +270,7 @@ class ChatSession:
             )
         self._ledger.n_pinned = n_pinned
         self._read(pieces)
+        self._ledger.n_reread = self._ledger.n_tokens
 
     def _read(self, pieces: Sequence[Piece]) -> int:
         """Evaluates pieces, each in a segment of its role; returns the number of tokens."""
@@ -259,19 +292,21 @@ class ChatSession:
                     self._progress(done, total)
         return total
 
-    def _append(self, tokens: npt.NDArray[np.int32], phase: Literal["prefill", "decode"]) -> None:
+    def _append(self, tokens: npt.NDArray[np.int32], phase: Literal["prefill", "decode"], logits: Outputs = "last") -> None:
         """Evaluates at most a micro-batch of tokens and compresses if that is due."""
-        if not self._policy.evicts and self._ledger.n_cells + len(tokens) > self._capacity:
+        if self._ledger.n_cells + len(tokens) > self._capacity + self._spare:
             raise SessionError(
-                f"the cache of {self._capacity} cells is full and the policy {self.config.policy} removes nothing: "
+                "the text is longer than the spare cells of the cache: ask for more of them"
+                if self._compressor.held
+                else f"the cache of {self._capacity} cells is full and the policy {self.config.policy} removes nothing: "
                 "choose another policy or a larger budget"
             )
         self._compressor.make_room(self._ledger, len(tokens))
         started = time.perf_counter()
-        self._context.decode(tokens, self._ledger.next_position)
+        self._context.decode(tokens, self._ledger.next_position, logits=logits)
         seconds = self.seconds
         setattr(seconds, phase, getattr(seconds, phase) + time.perf_counter() - started)
-        self._ledger.append(len(tokens))
+        self._ledger.append(tokens)
         self._peak = max(self._peak, self._ledger.n_cells)
         self._compressor.after_append(self._ledger)
 
@@ -288,7 +323,7 @@ class ChatSession:
         if role not in ("user", "assistant") or role == last:
             raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
         if role == "user":
-            self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages))
+            self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages), self._observer.ring_state())
             if self._layout.is_swa:
                 # what left the sliding window can't be brought back by cutting off the tail
                 self._save_checkpoint()
@@ -301,6 +336,7 @@ class ChatSession:
         except BaseException:
             self._take_back(role)
             raise
+        self._prediction = self._context.logits()
 
     def _read_timed(self, pieces: Sequence[Piece]) -> int:
         started = time.perf_counter()
@@ -366,6 +402,79 @@ class ChatSession:
             self._ledger.segments[-1].text = message["content"].strip()[:_EXCERPT]
             self.last = TurnStats(self._prompt_tokens, n, self._prompt_seconds, time.perf_counter() - started, reason)
 
+    def second_read(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Reads the finished turns that were not read again yet a second time, for a policy that scores cells by it (KVzip).
+
+        It leaves nothing in the cache but scores. Where it was stopped it goes on the next time.
+
+        stop: asked before every chunk of a micro-batch
+
+        Returns whether nothing is left to read.
+        """
+        if self._second_read is None or not self.messages or self.messages[-1]["role"] != "assistant":
+            return True
+        started = time.perf_counter()
+        try:
+            return self._second_read.run(self._ledger, stop)
+        finally:
+            self.seconds.reread += time.perf_counter() - started
+
+    def compress(self) -> None:
+        """Compresses to the budget now, if the cache is over it."""
+        self._compressor.compress(self._ledger)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Nothing is compressed inside, and on exit cache, ledger and messages are as they were. Can be nested.
+
+        What is read inside must fit into the free and the spare cells. A user turn from outside can be followed by read_answer() inside, but not
+        by answer() any more.
+        """
+        ledger, compressor = self._ledger, self._compressor
+        outer, messages, last, checkpoint, prediction = compressor.held, list(self.messages), self.last, self._checkpoint, self._prediction
+        if not outer:
+            compressor.make_room(ledger, min(self._capacity + self._spare - ledger.n_cells, self.model.n_ctx_train // 2))
+            self._observer.before_removal(ledger)
+        # what leaves a sliding window can't be brought back by cutting off the tail
+        state, ring = self._context.state_get() if self._layout.is_swa else None, self._observer.ring_state()
+        n_tokens, compressor.held, self._checkpoint = ledger.n_tokens, True, None
+        segments = [replace(segment) for segment in ledger.segments]
+        try:
+            yield
+        finally:
+            compressor.held, self._checkpoint, self.last, self._prediction, self.messages[:] = outer, checkpoint, last, prediction, messages
+            ledger.truncate(n_tokens)
+            ledger.segments[:] = segments
+            if state is None:
+                self._context.remove(0, ledger.next_position, -1)
+            else:
+                self._context.clear()
+                self._context.state_set(0, state)
+            self._observer.set_ring_state(ring)
+
+    def read_answer(self, content: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Reads a given answer to the last user turn and returns its tokens, int32 [n], and what the model predicted, float32 [n, n_vocab].
+
+        Row i holds the logits from which token i would have been drawn. Needs n_outputs of at least n_ubatch.
+        """
+        pieces = self.template.given_assistant(self._history_for_template(), content)
+        parts = self.template.tokens(self.model, pieces)
+        self.messages.append({"role": "assistant", "content": content})
+        self._ledger.begin_segment("assistant")
+        rows, tokens = [], []
+        for piece, (_, ids) in zip(pieces, parts, strict=True):
+            is_content = piece.kind == "content"
+            if is_content:
+                rows.append(self._prediction[None])
+            for start in range(0, len(ids), self._context.n_ubatch):
+                chunk = ids[start : start + self._context.n_ubatch]
+                self._append(chunk, "prefill", "all" if is_content else "last")
+                self._prediction = self._context.logits()
+                if is_content:
+                    tokens.append(chunk)
+                    rows.append(self._context.logits_all())
+        return np.concatenate(tokens), np.concatenate(rows)[:-1]
+
     def stop(self) -> None:
         """Ends the running answer after its current token; safe in a signal handler."""
         self._stop = True
@@ -405,6 +514,7 @@ class ChatSession:
             self._ledger = checkpoint.ledger
         self._ledger.truncate(checkpoint.n_tokens)
         self._context.remove(0, self._ledger.next_position, -1)
+        self._observer.set_ring_state(checkpoint.ring)
         del self.messages[checkpoint.n_messages :]
 
     def _mend(self) -> None:
@@ -463,7 +573,7 @@ class ChatSession:
         """The cache in numbers."""
         ledger = self._ledger
         return KvStats(
-            self.budget,
+            self._compressor.target(ledger),
             ledger.n_cells,
             self._context.n_cells,
             self._peak,

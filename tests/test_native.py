@@ -80,10 +80,11 @@ def reference_weights(chat, layer, n_query):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def reference_scores(chat, layer, n_query):
+def reference_scores(chat, layer, n_query, largest=False):
     weights = reference_weights(chat, layer, n_query)
     n_head_kv = chat.native.layout().n_head_kv
-    return weights.reshape(n_query, n_head_kv, -1, weights.shape[-1]).max(2).mean(0)
+    weights = weights.reshape(n_query, n_head_kv, -1, weights.shape[-1]).max(2)
+    return weights.max(0) if largest else weights.mean(0)
 
 
 def reference_redundancy(k, order):
@@ -109,10 +110,12 @@ def test_scores_and_map_equal_numpy(full_model, tokens, cache, portable):
     chat.native.remove(np.array([3, 50, 51, 200]))
     for n_query in (W, 5):
         scores = chat.native.scores(n_query=n_query, portable=portable)
+        largest = chat.native.scores(n_query=n_query, portable=portable, largest=True)
         weights = chat.native.attention_map([0, 29], n_query=n_query)
         assert scores.shape == (30, 3, N)
         for layer in (0, 11, 29):
             np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, n_query), atol=1e-3)
+            np.testing.assert_allclose(largest[layer], reference_scores(chat, layer, n_query, largest=True), atol=1e-3)
         for row, layer in zip(weights, (0, 29)):
             np.testing.assert_allclose(row, reference_weights(chat, layer, n_query).mean(1), atol=1e-3)
         assert not scores[..., [3, 50, 51, 200]].any() and scores.sum() > 0

@@ -6,52 +6,205 @@ import numpy as np
 import pytest
 
 from kvlocal.policies import POLICIES, CacheState, PolicyError, make
+from kvlocal.scoring import pooled
 
 L, H, C, W = 3, 2, 90, 8
 
 
 def random_state(seed, n_pinned=5, with_history=True):
+    """Arrays of every kind. Cells from 60 on are younger than the last compression; the last 20 and a few more were not read again yet."""
     rng = np.random.default_rng(seed)
     pinned = np.zeros((L, H, C), bool)
     pinned[..., :n_pinned] = True
     history = rng.random((L, H, C)).astype(np.float32)
-    history[..., 60:] = np.nan  # younger than the last compression
+    history[..., 60:] = np.nan
     if not with_history:
         history[:] = np.nan
     scores = (rng.random((L, H, C)) ** 6).astype(np.float32)
     redundancy = (rng.random((L, H, C)) * 0.02).astype(np.float32)
-    return CacheState(pinned, history, W, scores, redundancy)
+    sums = (rng.random((L, H, C)) ** 4 * 30).astype(np.float32)
+    reread = (rng.random((L, H, C)) ** 3).astype(np.float32)
+    reread[..., C - 20 :] = np.nan
+    reread[rng.random((L, H, C)) < 0.05] = np.nan
+    blocks = np.broadcast_to(np.arange(C, dtype=np.int32) // 6, (L, H, C)).copy()
+    values = (0.2 + rng.random((L, H, C)) * 3).astype(np.float32)
+    return CacheState(pinned, history, W, scores, redundancy, sums, reread, blocks, values)
 
 
-def reference_gkv(state, budget, alpha, lam):
-    """sel[j] = lambda F_t[j] - (1 - lambda) R[j] with F_t[j] = max(alpha F_{t-1}[j], local[j]), and the cells it keeps."""
-    kept, carried = np.zeros((L, H, budget), int), np.zeros((L, H, C))
+def reference_normalised(values):
+    top = max(values[: C - W])
+    return [value / top for value in values]
+
+
+def reference_pooled(values, pool):
+    """Each cell before the window as the largest of the cells at most pool // 2 away that are before the window, too."""
+    reach = pool // 2
+    pooled = [max(values[i] for i in range(max(0, j - reach), min(C - W, j + reach + 1))) for j in range(C - W)]
+    return [*pooled, *values[C - W :]]
+
+
+def reference_local(attention, values=None, pool=1):
+    if values is not None:
+        attention = [a * v for a, v in zip(attention, values, strict=True)]
+    return reference_normalised(reference_pooled(list(attention), pool))
+
+
+def reference_global(history, local, alpha):
+    return [now if np.isnan(before) else max(alpha * before, now) for before, now in zip(history, local, strict=True)]
+
+
+def reference_select(score, redundancy, lam):
+    return [lam * f - (1 - lam) * r for f, r in zip(score, reference_normalised(redundancy), strict=True)]
+
+
+def assert_keeps_best(policy, state, importance):
+    """The policy keeps what is pinned, the window and the most important others. importance(layer, head): a number for each cell."""
+    keeps = {budget: policy.plan(state, budget).keep for budget in range(30, 70)}
+    n_checked = 0
     for layer in range(L):
         for head in range(H):
-            attention, redundancy = state.scores[layer, head], state.redundancy[layer, head]
-            top_attention, top_redundancy = max(attention[: C - W]), max(redundancy[: C - W])
-            select = []
-            for j in range(C):
-                local = attention[j] / top_attention
-                before = state.history[layer, head, j]
-                f = local if np.isnan(before) else max(alpha * before, local)
-                carried[layer, head, j] = f
-                select.append(lam * f - (1 - lam) * redundancy[j] / top_redundancy)
+            important = importance(layer, head)
             must = [j for j in range(C) if state.pinned[layer, head, j] or j >= C - W]
-            others = sorted((j for j in range(C) if j not in must), key=lambda j: -select[j])
-            kept[layer, head] = sorted(must + others[: budget - len(must)])
-    return kept, carried
+            others = sorted((j for j in range(C) if j not in must), key=lambda j: -important[j])
+            for budget, keep in keeps.items():
+                assert keep.shape == (L, H, budget)
+                n = budget - len(must)
+                # pooling makes neighbours equal: then either may go
+                if important[others[n - 1]] != important[others[n]]:
+                    assert keep[layer, head].tolist() == sorted(must + others[:n])
+                    n_checked += 1
+    assert n_checked > 20
+
+
+def arrays_of(state, layer, head):
+    """The arrays of one head, by name."""
+    return {name: getattr(state, name)[layer, head] for name in ("history", "scores", "redundancy", "sums", "reread", "values")}
+
+
+def reference_gkv(cells, alpha=0.8, lam=0.5, values=False, pool=1, reread=False):
+    """F_t[j] = max(alpha F_{t-1}[j], local[j]) and sel[j] = lambda F_t[j] - (1 - lambda) R[j] of one head."""
+    norms = cells["values"] if values else None
+    local = reference_local(cells["scores"], norms, pool)
+    if reread:
+        again = reference_local([0 if np.isnan(a) else a for a in cells["reread"]], norms, pool)
+        local = [max(pair) for pair in zip(local, again, strict=True)]
+    score = reference_global(cells["history"], local, alpha)
+    return score, reference_select(score, cells["redundancy"], lam)
+
+
+GKV_ARGS = [
+    {},
+    {"alpha": 0.3, "lam": 0.9},
+    {"alpha": 1.0, "lam": 0.0},
+    {"values": True},
+    {"pool": 5},
+    {"values": True, "pool": 3, "lam": 0.7},
+]
+
+
+@pytest.mark.parametrize("name", ["gkv", "kvzip-gkv"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("args", GKV_ARGS, ids=str)
+@pytest.mark.parametrize("with_history", [True, False])
+def test_gkv_equals_its_formula(name, seed, args, with_history):
+    state = random_state(seed, with_history=with_history)
+
+    def reference(layer, head):
+        return reference_gkv(arrays_of(state, layer, head), **args, reread=name == "kvzip-gkv")
+
+    policy = make(name, args)
+    assert_keeps_best(policy, state, lambda layer, head: reference(layer, head)[1])
+    carried = [[reference(layer, head)[0] for head in range(H)] for layer in range(L)]
+    np.testing.assert_allclose(policy.plan(state, 40).history, carried, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("alpha", "lam"), [(0.8, 0.5), (0.3, 0.9), (1.0, 0.0)])
-@pytest.mark.parametrize("with_history", [True, False])
-def test_gkv_equals_its_formula(seed, alpha, lam, with_history):
-    state = random_state(seed, with_history=with_history)
-    plan = make("gkv", {"alpha": alpha, "lam": lam}).plan(state, 40)
-    kept, carried = reference_gkv(state, 40, alpha, lam)
-    np.testing.assert_array_equal(plan.keep, kept)
-    np.testing.assert_allclose(plan.history, carried, rtol=1e-6)
+def test_h2o_equals_its_formula(seed):
+    state = random_state(seed)
+    assert_keeps_best(make("h2o"), state, lambda layer, head: state.sums[layer, head])
+    assert make("h2o").plan(state, 40).history is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("pool", [1, 5, 9])
+def test_snapkv_equals_its_formula(seed, pool):
+    state = random_state(seed)
+    assert_keeps_best(make("snapkv", {"pool": pool}), state, lambda layer, head: reference_local(state.scores[layer, head], pool=pool))
+    assert make("snapkv").plan(state, 40).history is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("args", [{}, {"lam": 0.7}, {"pool": 1}, {"lam": 0.4, "pool": 7}], ids=str)
+def test_rkv_equals_its_formula(seed, args):
+    state = random_state(seed)
+
+    def select(layer, head):
+        local = reference_local(state.scores[layer, head], pool=args.get("pool", 5))
+        return reference_select(local, state.redundancy[layer, head], args.get("lam", 0.1))
+
+    assert_keeps_best(make("rkv", args), state, select)
+    assert make("rkv").plan(state, 40).history is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kvzip_equals_its_formula(seed):
+    """Cells not read again yet rank above all others, the newest first."""
+    state = random_state(seed)
+
+    def importance(layer, head):
+        reread = state.reread[layer, head]
+        order = sorted(range(C), key=lambda j: (1, j) if np.isnan(reread[j]) else (0, reread[j]))
+        return {j: rank for rank, j in enumerate(order)}
+
+    assert_keeps_best(make("kvzip"), state, importance)
+    assert make("kvzip").plan(state, 40).history is None
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 11])
+@pytest.mark.parametrize(("n_cells", "window"), [(1, 0), (3, 1), (4, 4), (12, 3), (40, 0)])
+def test_pooling_takes_the_largest_neighbour(kernel, n_cells, window):
+    """Also with fewer cells than neighbours; the window neither gives nor takes, and the array is left as it was."""
+    values = np.random.default_rng(n_cells).random((2, 3, n_cells)).astype(np.float32)
+    values[..., n_cells - window :] += 5
+    before = values.copy()
+    result = pooled(values, window, kernel)
+    for j in range(n_cells - window):
+        around = before[..., max(0, j - kernel // 2) : min(n_cells - window, j + kernel // 2 + 1)]
+        np.testing.assert_array_equal(result[..., j], around.max(axis=-1))
+    np.testing.assert_array_equal(result[..., n_cells - window :], before[..., n_cells - window :])
+    np.testing.assert_array_equal(values, before)
+
+
+def test_snapkv_keeps_the_neighbours_of_a_peak():
+    state = random_state(0)
+    state.scores[..., 40] = 50
+    keep = make("snapkv").plan(state, 5 + W + 5).keep
+    for j in range(38, 43):
+        assert (keep == j).any(axis=-1).all()
+
+
+def test_kvzip_gkv_counts_the_second_read():
+    """A cell that only the second read attends to stays; with gkv it goes."""
+    state = random_state(1, with_history=False)
+    state.scores[..., 20] = 0
+    state.reread[..., 20] = 1
+    state.redundancy[:] = 0
+    assert (make("kvzip-gkv").plan(state, 30).keep == 20).any(axis=-1).all()
+    assert not (make("gkv").plan(state, 30).keep == 20).any()
+
+
+def test_gkv_needs_the_values_only_to_weigh_with_them():
+    for name, needs in (("gkv", {"scores", "redundancy"}), ("kvzip-gkv", {"scores", "redundancy", "reread"})):
+        assert make(name).needs == needs
+        assert make(name, {"values": True}).needs == needs | {"values"}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_reads_only_what_it_needs(name):
+    state, policy = random_state(3), make(name)
+    optional = [field.name for field in dataclasses.fields(state) if field.default is None]
+    bare = dataclasses.replace(state, **{field: None for field in optional if field not in policy.needs})
+    np.testing.assert_array_equal(policy.plan(bare, 40).keep, policy.plan(state, 40).keep)
 
 
 def test_gkv_remembers_what_mattered_once():
@@ -88,22 +241,43 @@ def test_every_plan_is_a_valid_one(name):
         np.testing.assert_array_equal(getattr(state, name_), array)
 
 
-def test_heads_without_any_attention_do_not_divide_by_zero():
+@pytest.mark.parametrize("name", ["gkv", "kvzip-gkv"])
+def test_heads_without_any_attention_do_not_divide_by_zero(name):
     state = random_state(2)
     state.scores[0] = 0
     state.redundancy[1] = 0
-    plan = make("gkv").plan(state, 40)
+    state.reread[0] = np.nan
+    plan = make(name).plan(state, 40)
     assert np.isfinite(plan.history).all() and plan.keep.shape == (L, H, 40)
 
 
 def test_names_and_hyper_parameters_are_checked():
     assert make("gkv", {"alpha": "0.25"}).alpha == 0.25
+    assert make("snapkv", {"pool": "7"}).pool == 7
+    for text in ("true", "on", "1", "yes", "True", True, 1):
+        assert make("gkv", {"values": text}).values is True
+    for text in ("false", "off", "0", "no", "OFF", False, 0):
+        assert make("gkv", {"values": text}).values is False
     for name, args, message in (
         ("gvk", {}, "gkv"),
         ("gkv", {"alfa": 1}, "alpha"),
         ("gkv", {"alpha": "much"}, "must be a float"),
         ("gkv", {"lam": 2}, "between 0 and 1"),
+        ("gkv", {"alpha": "nan"}, "between 0 and 1"),
+        ("gkv", {"values": "maybe"}, "must be true or false, not 'maybe'"),
+        ("gkv", {"values": ""}, "must be true or false"),
+        ("gkv", {"values": None}, "must be true or false"),
+        ("gkv", {"values": 2}, "must be true or false"),
+        ("gkv", {"pool": 2}, "odd"),
+        ("kvzip-gkv", {"pool": -1}, "odd"),
+        ("snapkv", {"pool": 0}, "odd"),
+        ("snapkv", {"pool": "five"}, "must be a whole number"),
+        ("rkv", {"lam": -0.1}, "between 0 and 1"),
+        ("rkv", {"pool": 4}, "odd"),
+        ("h2o", {"window": 3}, "takes none"),
         ("streaming", {"alpha": 1}, "takes none"),
     ):
         with pytest.raises(PolicyError, match=message):
             make(name, args)
+    with pytest.raises(ValueError, match="True or False"):
+        POLICIES["gkv"](values="false")

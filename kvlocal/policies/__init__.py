@@ -9,8 +9,14 @@ from typing import Any
 
 from kvlocal.errors import KvlocalError
 from kvlocal.policies.base import CacheState, Plan, Policy
+from kvlocal.policies.dynsplit import DynSplit
 from kvlocal.policies.full import Full
 from kvlocal.policies.gkv import GKV
+from kvlocal.policies.h2o import H2O
+from kvlocal.policies.kvzip import KVzip
+from kvlocal.policies.kvzip_gkv import KVzipGKV
+from kvlocal.policies.rkv import RKV
+from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
 
 __all__ = ["DEFAULT_POLICY", "POLICIES", "CacheState", "Plan", "Policy", "PolicyError", "make"]
@@ -18,10 +24,18 @@ __all__ = ["DEFAULT_POLICY", "POLICIES", "CacheState", "Plan", "Policy", "Policy
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "streaming": Streaming,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "rkv": RKV,
     "gkv": GKV,
+    "kvzip": KVzip,
+    "kvzip-gkv": KVzipGKV,
+    "dynsplit": DynSplit,
 }
 
 DEFAULT_POLICY = "gkv"
+
+_BOOL = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 
 
 class PolicyError(KvlocalError):
@@ -45,9 +59,10 @@ def make(name: str, args: Mapping[str, Any] | None = None) -> Policy:
             raise PolicyError(f"the policy {name} has no hyper-parameter {key!r}: {known}")
         kind = type(fields[key].default)
         try:
-            values[key] = kind(value)
-        except (TypeError, ValueError):
-            raise PolicyError(f"the hyper-parameter {key} of {name} must be a {kind.__name__}, not {value!r}") from None
+            values[key] = _BOOL[str(value).lower()] if kind is bool else kind(value)
+        except (KeyError, TypeError, ValueError):
+            wanted = {bool: "true or false", int: "a whole number"}.get(kind, f"a {kind.__name__}")
+            raise PolicyError(f"the hyper-parameter {key} of {name} must be {wanted}, not {value!r}") from None
     try:
         return policy(**values)
     except ValueError as error:

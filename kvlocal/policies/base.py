@@ -16,8 +16,14 @@ class CacheState:
     pinned: bool [L, H, C], cells that must stay: the system prompt and the sinks
     history: float32 [L, H, C], the score each cell carries from earlier compressions, NaN where it has none
     window: the last `window` cells, the same for all heads, must stay
-    scores: float32 [L, H, C], the attention of the last queries (NativeCache.scores), if the policy needs it
-    redundancy: float32 [L, H, C] (NativeCache.redundancy), if the policy needs it
+
+    What a policy needs besides, each [L, H, C]:
+    scores: float32, the attention of the last queries (NativeCache.scores)
+    redundancy: float32 (NativeCache.redundancy)
+    sums: float32, the attention of all queries so far, added up
+    reread: float32, the largest attention in the second read of a cell's turn, NaN where there was none yet
+    blocks: int32, the block each cell belongs to, ascending along C, the same numbers for all heads
+    values: float32, the L2 norm of each value
     """
 
     pinned: npt.NDArray[np.bool_]
@@ -25,6 +31,10 @@ class CacheState:
     window: int
     scores: npt.NDArray[np.float32] | None = None
     redundancy: npt.NDArray[np.float32] | None = None
+    sums: npt.NDArray[np.float32] | None = None
+    reread: npt.NDArray[np.float32] | None = None
+    blocks: npt.NDArray[np.int32] | None = None
+    values: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Plan:
 class Policy(Protocol):
     """Chooses the cells to keep. One dataclass per method, its fields the hyper-parameters; pure, without side effects.
 
-    needs: the optional arrays of CacheState it reads, of {"scores", "redundancy"}
+    needs: the optional arrays of CacheState it reads, by name; one that needs "blocks" has a `splitter` (kvlocal.segmentation)
     evicts: False if it never removes anything
     rotates: True if kept keys move to their place in the cache at every compression
     """

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from kvlocal.policies.base import CacheState, Plan, keep_best
-from kvlocal.scoring import global_score, local_score, normalised
+from kvlocal.scoring import Scores, against_redundancy, check_kernel, check_weight, global_score, local_score
 
 
 @dataclass(frozen=True)
@@ -17,21 +15,37 @@ class GKV:
 
     alpha: how much of the earlier score is left at each compression, 0 to 1
     lam: weight of the score against the redundancy, 0 to 1 (lambda in the paper)
+    values: the attention a cell gets is multiplied by the norm of its value, by which it adds to the output (not in the paper)
+    pool: a cell's local score is the largest of this many cells around it, odd; 1 for its own (not in the paper)
     """
 
     alpha: float = 0.8
     lam: float = 0.5
+    values: bool = False
+    pool: int = 1
 
-    needs: ClassVar[frozenset[str]] = frozenset({"scores", "redundancy"})
     evicts: ClassVar[bool] = True
     rotates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        check_weight("alpha", self.alpha)
+        check_weight("lam", self.lam)
+        check_kernel("pool", self.pool)
+        if not isinstance(self.values, bool):
+            raise ValueError(f"values must be True or False, not {self.values!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"scores", "redundancy", "values"} if self.values else {"scores", "redundancy"})
 
     def plan(self, state: CacheState, budget: int) -> Plan:
-        score = global_score(state.history, local_score(state.scores, state.window), self.alpha)
-        select = self.lam * score - (1 - self.lam) * normalised(state.redundancy, state.window)
-        return Plan(keep_best(select, state, budget), score)
+        score = global_score(state.history, self.local(state), self.alpha)
+        return Plan(keep_best(against_redundancy(score, state.redundancy, state.window, self.lam), state, budget), score)
+
+    def local(self, state: CacheState) -> Scores:
+        """The score of this compression alone, [L, H, C]."""
+        return self.local_of(state.scores, state)
+
+    def local_of(self, attention: Scores, state: CacheState) -> Scores:
+        """This attention [L, H, C] as a local score."""
+        return local_score(attention * state.values if self.values else attention, state.window, self.pool)

@@ -25,7 +25,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 1
+    KVL_API_VERSION = 2
 };
 
 enum kvl_status {
@@ -39,7 +39,8 @@ enum kvl_status {
 };
 
 enum kvl_score_flags {
-    KVL_PORTABLE = 1  // use ggml's own operations only, as GPU backends do, even on the CPU
+    KVL_PORTABLE = 1, // use ggml's own operations only, as GPU backends do, even on the CPU
+    KVL_LARGEST  = 2  // scores: the maximum over the queries instead of the mean
 };
 
 struct kvl_layout {
@@ -81,9 +82,14 @@ int32_t kvl_get_cells(struct llama_context * ctx, int32_t seq_id, int32_t * pos,
 // returns their number, as kvl_get_cells does
 int32_t kvl_get_queries(struct llama_context * ctx, int32_t seq_id, int32_t * pos, int32_t n_max);
 
+// what the ring holds of a sequence, as bytes; a state fits a ring of the same size in a context of the same model
+// kvl_ring_get_state: returns their number, which may be larger than n_max: then, or if state is NULL, nothing is written
+int32_t kvl_ring_get_state(struct llama_context * ctx, int32_t seq_id, uint8_t * state, int32_t n_max);
+int32_t kvl_ring_set_state(struct llama_context * ctx, int32_t seq_id, const uint8_t * state, int32_t n_bytes);
+
 // the attention that the last n_query recorded queries (0: all) pay to each cell:
 // the mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes
-// scores: [n_layer, n_head_kv, n_cells]
+// flags: KVL_PORTABLE, KVL_LARGEST; scores: [n_layer, n_head_kv, n_cells]
 int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 
@@ -94,7 +100,7 @@ int32_t kvl_get_attention_map(struct llama_context * ctx, int32_t seq_id, int32_
 
 // how much each key repeats others of its head: the softmax over cells of the column means of the cosine similarities,
 // where each row leaves out itself and the most recent key more similar to it than 0.5; 0 for holes
-// redundancy: [n_layer, n_head_kv, n_cells]
+// flags: KVL_PORTABLE; redundancy: [n_layer, n_head_kv, n_cells]
 int32_t kvl_get_redundancy(struct llama_context * ctx, int32_t seq_id, int32_t flags,
         float * redundancy, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 

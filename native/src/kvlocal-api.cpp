@@ -39,8 +39,8 @@ static void check_pointer(const void * p, const char * name) {
     }
 }
 
-static void check_flags(int32_t flags) {
-    if (flags & ~KVL_PORTABLE) {
+static void check_flags(int32_t flags, int32_t known) {
+    if (flags & ~known) {
         throw kvl_error(KVL_ERR_ARGUMENT, "unknown flag");
     }
 }
@@ -236,16 +236,56 @@ int32_t kvl_get_queries(llama_context * ctx, int32_t seq_id, int32_t * pos, int3
     });
 }
 
+int32_t kvl_ring_get_state(llama_context * ctx, int32_t seq_id, uint8_t * state, int32_t n_max) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        kvl_check_seq(cache, seq_id);
+
+        const auto & ring = check_ring(cache);
+        const auto   size = (int32_t) kvl_ring_state_size(ring);
+
+        if (state && n_max >= size) {
+            ctx->synchronize();
+
+            kvl_ring_get_state(ring, seq_id, state);
+        }
+
+        return size;
+    });
+}
+
+int32_t kvl_ring_set_state(llama_context * ctx, int32_t seq_id, const uint8_t * state, int32_t n_bytes) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(state, "state");
+        kvl_check_seq(cache, seq_id);
+
+        const auto size = (int32_t) kvl_ring_state_size(check_ring(cache));
+
+        if (n_bytes != size) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the state has " + std::to_string(n_bytes) + " bytes, the ring holds " + std::to_string(size));
+        }
+
+        ctx->synchronize();
+
+        kvl_ring_set_state(*kvl_access::ring(*cache.kv), seq_id, state);
+
+        return KVL_OK;
+    });
+}
+
 int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(scores, "scores");
-        check_flags(flags);
+        check_flags(flags, KVL_PORTABLE | KVL_LARGEST);
         check_scorable(cache, n_query);
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
 
-        kvl_scores(cache, seq_id, n_query, flags & KVL_PORTABLE, scores, n_cells);
+        kvl_scores(cache, seq_id, n_query, flags & KVL_PORTABLE, flags & KVL_LARGEST, scores, n_cells);
 
         return KVL_OK;
     });
@@ -282,7 +322,7 @@ int32_t kvl_get_redundancy(llama_context * ctx, int32_t seq_id, int32_t flags, f
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(redundancy, "redundancy");
-        check_flags(flags);
+        check_flags(flags, KVL_PORTABLE);
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
 
         kvl_redundancy(cache, seq_id, flags & KVL_PORTABLE, redundancy, n_cells);

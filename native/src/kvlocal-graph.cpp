@@ -53,6 +53,13 @@ ggml_tensor * kvl_graph::input(ggml_type type, int64_t ne0, int64_t ne1, int64_t
     return t;
 }
 
+ggml_tensor * kvl_graph::cpu_op(int64_t ne0, int64_t ne1, int64_t ne2, ggml_custom_op_t op, void * userdata) {
+    ggml_tensor * t = ggml_custom_4d(ctx(), GGML_TYPE_F32, ne0, ne1, ne2, 1, nullptr, 0, op, GGML_N_TASKS_MAX, userdata);
+    output(t);
+
+    return t;
+}
+
 void kvl_graph::output(ggml_tensor * t) {
     ggml_set_output(t);
     ggml_build_forward_expand(gf, t);

@@ -108,6 +108,9 @@ struct kvl_graph {
     // a tensor the caller fills before the graph runs
     ggml_tensor * input(ggml_type type, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1);
 
+    // a result that a custom operation on the CPU computes from what userdata points to: F32 [ne0, ne1, ne2]
+    ggml_tensor * cpu_op(int64_t ne0, int64_t ne1, int64_t ne2, ggml_custom_op_t op, void * userdata);
+
     // mark as result and add to the graph
     void output(ggml_tensor * t);
     void expand(ggml_tensor * t) { ggml_build_forward_expand(gf, t); }
@@ -134,13 +137,18 @@ void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, i
 // positions of the recorded queries that still belong to the sequence's end, ascending
 std::vector<llama_pos> kvl_valid_queries(const kvl_cache & cache, int32_t seq_id);
 
+// all that the ring holds of one sequence, as bytes
+size_t kvl_ring_state_size(const kvl_ring & ring);
+void   kvl_ring_get_state (const kvl_ring & ring, int32_t seq_id, uint8_t * state);
+void   kvl_ring_set_state (kvl_ring & ring, int32_t seq_id, const uint8_t * state);
+
 // the used cells of a sequence by ascending position
 std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_id);
 
 // 3-d view of one stream's keys or values: [n_embd_head, n_cells, n_head_kv]
 ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells);
 
-void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, float * scores, int32_t n_cells);
+void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, bool largest, float * scores, int32_t n_cells);
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
 void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells);
 

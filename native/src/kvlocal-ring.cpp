@@ -149,3 +149,45 @@ std::vector<llama_pos> kvl_valid_queries(const kvl_cache & cache, int32_t seq_id
 
     return res;
 }
+
+// the rows of one sequence lie together: its positions, then each layer's queries
+static size_t position_bytes(const kvl_ring & ring) {
+    return ring.n_window*sizeof(llama_pos);
+}
+
+static size_t query_bytes(const kvl_ring & ring) {
+    return ring.layers[0].q->nb[1]*ring.n_window; // the layers are alike, see kvl_find_cache
+}
+
+size_t kvl_ring_state_size(const kvl_ring & ring) {
+    return position_bytes(ring) + ring.layers.size()*query_bytes(ring);
+}
+
+void kvl_ring_get_state(const kvl_ring & ring, int32_t seq_id, uint8_t * state) {
+    memcpy(state, ring.pos.data() + (size_t) seq_id*ring.n_window, position_bytes(ring));
+    state += position_bytes(ring);
+
+    for (const auto & layer : ring.layers) {
+        ggml_backend_tensor_get(layer.q, state, seq_id*query_bytes(ring), query_bytes(ring));
+        state += query_bytes(ring);
+    }
+}
+
+void kvl_ring_set_state(kvl_ring & ring, int32_t seq_id, const uint8_t * state) {
+    for (int32_t i = 0; i < ring.n_window; ++i) {
+        llama_pos p;
+        memcpy(&p, state + i*sizeof(p), sizeof(p));
+
+        if (p < -1 || (p >= 0 && p%ring.n_window != i)) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "this is no state of a query ring");
+        }
+    }
+
+    memcpy(ring.pos.data() + (size_t) seq_id*ring.n_window, state, position_bytes(ring));
+    state += position_bytes(ring);
+
+    for (const auto & layer : ring.layers) {
+        ggml_backend_tensor_set(layer.q, state, seq_id*query_bytes(ring), query_bytes(ring));
+        state += query_bytes(ring);
+    }
+}

@@ -1,0 +1,53 @@
+// Scores and redundancy of all layers and heads as custom operations of a graph on the CPU.
+
+#pragma once
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <vector>
+
+constexpr float KVL_SIMILAR = 0.5f; // keys with a larger cosine are twins (R-KV)
+
+// rows of masks are padded to a multiple of this
+constexpr int64_t KVL_CPU_PAD = 32;
+
+// the keys of one layer and stream, where the cache has them
+struct kvl_stored_keys {
+    ggml_type    type;
+    const char * data;
+    size_t       cell_size;
+    size_t       head_size;
+
+    kvl_stored_keys(const ggml_tensor * stream, int64_t n_embd_head);
+};
+
+// see kvl_get_scores; dst: F32 [n_cells, n_head_kv, n_layer]
+struct kvl_cpu_scores {
+    std::vector<kvl_stored_keys> keys;    // per layer
+    std::vector<const float *>   queries; // per layer, the ring [.., n_head, n_embd_head]
+    std::vector<float>           scales;  // per layer
+    std::vector<int32_t>         rows;    // [n_query] of the ring
+    std::vector<float>           mask;    // [n_query, n_mask] 0 or -inf
+    int64_t n_mask;
+    int64_t n_embd_head;
+    int64_t n_head;
+    int64_t n_head_kv;
+    bool    largest; // over the queries, instead of the mean
+
+    static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
+};
+
+// see kvl_get_redundancy; dst: F32 [n, n_head_kv, n_layer]
+struct kvl_cpu_redundancy {
+    std::vector<kvl_stored_keys> keys;  // per layer
+    std::vector<int32_t>         order; // [n] cells by ascending position
+    int64_t n_embd_head;
+    int64_t n_head_kv;
+
+    static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
+};
+
+// what is left to do once the twins are known, for the n keys of one head by ascending position
+// sums: [n] column sums of the similarity matrix, twin: [n] index or -1, value: [n] similarity to the twin; out: [n]
+void kvl_finish_redundancy(int64_t n, float * sums, const float * twin, const float * value, float * out);
