@@ -16,6 +16,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.session import ChatSession, SessionConfig
 from kvlocal.transcript import Conversation, Transcript, chat_path, load
 from kvlocal_cli import chat_commands
+from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import clean_text, session_options
 from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, waiting, write_answer
 from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
@@ -162,7 +163,12 @@ class Chat:
             lines = PipedLines()
         while True:
             try:
-                text, literal = read_turn(lines)
+                if screen.interactive:
+                    with Idle(self.session):
+                        text, literal = read_turn(lines)
+                else:
+                    self.session.second_read()
+                    text, literal = read_turn(lines)
                 if not text.strip():
                     continue
                 if text.startswith("/") and not literal:

@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from kvlocal import policies
+from kvlocal.compression import Positions
 from kvlocal.errors import KvlocalError
 from kvlocal.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
@@ -37,7 +38,11 @@ _OPTIONS = (
     click.option(
         "--kv-budget", type=click.IntRange(min=1), metavar="N",
         help="Cells of the KV cache that each layer and head keeps.  "
-        f"[default: {DEFAULT_BUDGET}; with the policy full as many as the model was trained for, up to {DEFAULT_FULL}]",
+        f"[default: {DEFAULT_BUDGET}; with --kv-ratio or the policy full as many as the model was trained for, up to {DEFAULT_FULL}]",
+    ),
+    click.option(
+        "--kv-ratio", type=click.FloatRange(0, 1, max_open=True), metavar="X",
+        help="Share of the conversation to remove, 0.8 keeps a fifth: the cache grows with it, up to --kv-budget.",
     ),
     click.option(
         "--policy", type=click.Choice(list(policies.POLICIES)), default=_SESSION.policy, show_default=True,
@@ -50,6 +55,14 @@ _OPTIONS = (
     click.option(
         "--stride", type=click.IntRange(min=1), default=_SESSION.stride, show_default=True, metavar="N",
         help="Cells over the budget at which the cache is compressed.",
+    ),
+    click.option(
+        "--positions", type=click.Choice(get_args(Positions)), default=_SESSION.positions, show_default=True,
+        help="Where kept keys are: at their original positions, at their place in the cache, or original until the trained context ends.",
+    ),
+    click.option(
+        "--idle", type=click.Choice(["on", "off"]), default="on", show_default=True,
+        help="Read finished turns again while you type, for the policies that score by it.",
     ),
     click.option("--system", metavar="TEXT", help="System prompt; it always stays in the cache."),
     click.option(
@@ -102,9 +115,12 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_config(
         *args: Any,
         kv_budget: int | None,
+        kv_ratio: float | None,
         policy: str,
         policy_args: dict[str, str],
         stride: int,
+        positions: Positions,
+        idle: str,
         system: str | None,
         temp: float,
         top_k: int,
@@ -122,9 +138,12 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             policies.make(policy, policy_args)
             config = SessionConfig(
                 budget=kv_budget,
+                ratio=kv_ratio,
                 policy=policy,
                 policy_args=policy_args,
                 stride=stride,
+                positions=positions,
+                idle=idle == "on",
                 system=system,
                 type_k=type_k,
                 type_v=type_v,

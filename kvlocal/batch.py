@@ -174,6 +174,7 @@ def _complete(job: Job, model: Model, config: SessionConfig, poll: Callable[[], 
                 stop_reasons.append(session.last.stop_reason)
                 answer_tokens += session.last.answer_tokens
                 answer_seconds += session.last.answer_seconds
+            session.second_read(lambda: poll() is not None)
         kv = {name: getattr(session.kv, name) for name in _KV_FIELDS}
         prompt_tokens = kv["history_tokens"] - answer_tokens
         timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)

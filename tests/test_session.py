@@ -7,6 +7,7 @@ import pytest
 
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.policies import POLICIES
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import ChatSession, SessionConfig, SessionError
 
@@ -264,3 +265,161 @@ def test_sliding_window_model(gemma3):
         "".join(chat.send(STORY * 50))
         assert chat.kv.rotations >= 1 and chat.kv.next_position <= 1500
         check_ledger(chat)
+
+
+def next_logits(chat, text):
+    """What the model predicts after a user turn."""
+    chat.add_turn("user", text)
+    return chat._context.logits()
+
+
+@pytest.mark.parametrize("policy", ["kvzip", "kvzip-gkv"])
+def test_a_second_read_leaves_nothing_but_scores(model, policy):
+    """The next logits are the same, bit by bit, with and without it, and so are positions and ledger, also when it is stopped in between."""
+    logits, rereads = [], []
+    for stops in (None, [], [False, True]):
+        with session(model, policy=policy, budget=800) as chat:
+            for text in ("Name a bird.", STORY * 6):
+                chat.add_turn("user", text)
+                chat.add_turn("assistant", "A bird is " + STORY * 8)
+                if stops is not None:
+                    waits = iter(stops)
+                    done = chat.second_read(lambda waits=waits: next(waits, False))
+                    assert done == (not stops) and chat.second_read()
+            check_ledger(chat)
+            rereads.append(chat._ledger.scores("reread").copy())
+            before = chat.kv
+            logits.append(next_logits(chat, "And a fish?"))
+            assert before.evicted == 0 and before.next_position == before.history_tokens
+    assert np.isnan(rereads[0]).all()
+    n_system = int(np.isnan(rereads[1][0, 0]).sum())
+    assert not np.isnan(rereads[1][..., n_system:]).any() and 0 < n_system < 60 and (rereads[1][..., n_system:] <= 1).all()
+    np.testing.assert_array_equal(rereads[1], rereads[2])
+    for other in logits[1:]:
+        np.testing.assert_array_equal(logits[0], other)
+
+
+def test_idle_off_reads_nothing_again(model):
+    with session(model, policy="kvzip", idle=False) as chat:
+        chat.add_turn("user", "Name a bird.")
+        chat.add_turn("assistant", "An owl.")
+        assert chat.second_read() and np.isnan(chat._ledger.scores("reread")).all() and chat.seconds.reread == 0
+
+
+def test_the_second_read_finds_what_is_said_again(model):
+    """Tokens of the first copy are what a repetition looks at: far more than the window's queries do, in the mean over heads."""
+    with session(model, policy="kvzip-gkv", budget=800) as chat:
+        chat.add_turn("user", "My locker has the number 7341 and stands in the cellar.")
+        chat.add_turn("assistant", "Thank you, I will remember it.")
+        chat.second_read()
+        start = chat._ledger.segments[1].start
+        assert np.nanmean(chat._ledger.scores("reread")[..., start:]) > 3 * chat._native.scores(n_query=16)[..., start:].mean()
+
+
+def test_hold_gives_everything_back(model, smollm2):
+    """Inside nothing is compressed; afterwards cache, ledger, messages and ring are as before, and reading goes on as if nothing had been."""
+    logits = []
+    for probes in (False, True):
+        with ChatSession(model, dataclasses.replace(SMALL, policy="gkv"), spare=300, n_outputs=SMALL.n_ubatch) as chat:
+            chat.add_turn("user", STORY * 8)
+            chat.add_turn("assistant", STORY * 2)
+            chat.compress()
+            before, queries, segments = chat.kv, chat._native.query_positions(), chat.segments()
+            if probes:
+                with chat.hold():
+                    chat.add_turn("user", "Who wrote down the weather?")
+                    with chat.hold():
+                        first = chat.read_answer("The keeper of the lighthouse.")
+                    with chat.hold():
+                        again = chat.read_answer("The keeper of the lighthouse.")
+                    other = chat.read_answer(STORY * 3)
+                    assert chat.kv.compressions == before.compressions and chat.kv.used > before.used
+                np.testing.assert_array_equal(first[0], again[0])
+                np.testing.assert_array_equal(first[1], again[1])
+                assert first[1].shape == (len(first[0]), model.n_vocab) and len(other[0]) > 50
+                after = chat.kv
+                assert (after.used, after.next_position, after.history_tokens) == (before.used, before.next_position, before.history_tokens)
+                assert chat.segments() == segments and len(chat.messages) == 2
+                np.testing.assert_array_equal(chat._native.query_positions(), queries)
+                check_ledger(chat)
+            logits.append(next_logits(chat, "And a fish? " + STORY * 5))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_read_answer_predicts_each_token_from_those_before_it(model):
+    with ChatSession(model, dataclasses.replace(SMALL, budget=400), spare=200, n_outputs=SMALL.n_ubatch) as chat:
+        with chat.hold():
+            chat.add_turn("user", "Name the capital of France.")
+            tokens, logits = chat.read_answer("The capital of France is Paris.")
+        assert model.detokenize(tokens) == "The capital of France is Paris."
+        with chat.hold():
+            chat.add_turn("user", "Name the capital of France.")
+            for i, token in enumerate(tokens):
+                np.testing.assert_allclose(chat._context.logits()[np.argsort(-logits[i])[:5]], np.sort(logits[i])[::-1][:5], atol=0.6)
+                chat._append(np.array([token], np.int32), "decode")
+
+
+def test_a_ratio_lets_the_budget_grow_with_the_conversation(model):
+    with session(model, budget=None, ratio=0.7, stride=32) as chat:
+        used = []
+        for _ in range(4):
+            chat.add_turn("user", STORY * 8)
+            chat.add_turn("assistant", STORY * 4)
+            chat.compress()
+            used.append(chat.kv.used)
+            check_ledger(chat)
+            assert chat.kv.used == chat.kv.budget == max(round(0.3 * chat.kv.history_tokens), chat._ledger.n_pinned + 2 * SMALL.window)
+        assert used[3] > used[1] > used[0] and chat.kv.compressions > 4
+    with session(model, budget=150, ratio=0.2) as chat:
+        chat.add_turn("user", STORY * 20)
+        chat.compress()
+        assert chat.kv.used == 150
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1, 1.5])
+def test_a_ratio_outside_its_range_is_refused(ratio):
+    with pytest.raises(SessionError, match="ratio"):
+        SessionConfig(ratio=ratio)
+
+
+def test_positions(model):
+    """Cache: kept keys sit at their place after every compression. Original: they never move, and the trained context has an end."""
+    with session(model, positions="cache") as chat:
+        chat.add_turn("user", STORY * 12)
+        assert chat.kv.rotations == chat.kv.compressions > 1
+        chat.compress()
+        assert chat.kv.next_position == chat.kv.used
+        check_ledger(chat)
+    with session(model, policy="streaming", positions="original") as chat:
+        chat.add_turn("user", STORY * 12)
+        assert chat.kv.rotations == 0 < chat.kv.compressions and chat.kv.next_position == chat.kv.history_tokens
+        chat._compressor.n_ctx_train = 300
+        chat.add_turn("assistant", "Yes.")
+        before = chat.kv
+        with pytest.raises(KvlocalError, match="original"):
+            chat.add_turn("user", STORY * 12)
+        assert chat.kv.history_tokens == before.history_tokens and len(chat.messages) == 2
+    with pytest.raises(SessionError, match="positions"):
+        SessionConfig(positions="elsewhere")
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
+def test_every_policy_keeps_a_chat_within_its_budget(model, policy):
+    with session(model, policy=policy) as chat:
+        for text in ("Name a bird.", STORY * 12, STORY * 5):
+            chat.add_turn("user", text)
+            chat.add_turn("assistant", "Well. " + STORY * 3)
+            chat.second_read()
+            check_ledger(chat)
+        assert chat.kv.peak_cells <= chat.kv.capacity and chat.kv.compressions > 2
+
+
+def test_h2o_adds_up_the_attention_of_every_query(model):
+    """Before anything is removed, the sums of a layer and head are as many as there were queries: each query's weights add up to 1 or, for the
+    largest of a group of heads, a little more."""
+    with session(model, policy="h2o", budget=300) as chat:
+        chat.add_turn("user", STORY * 12)
+        state = chat._observer.state(chat._ledger)
+        assert chat.kv.evicted == 0 and chat._ledger.n_summed == chat.kv.history_tokens
+        total = state.sums.sum(axis=-1)
+        assert (total >= chat.kv.history_tokens - 0.5).all() and (total <= 3 * chat.kv.history_tokens).all()
