@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -26,6 +25,7 @@ _VERSION = re.compile(r"^__version__ = \"(.+?)\"", re.MULTILINE)
 _REPAIR = "run `make setup` in the source tree or reinstall kvlocal"
 
 _lock = threading.Lock()
+_library: Library | None = None
 _log_callback: Any = None  # the library keeps its address, so it must stay alive
 
 
@@ -61,11 +61,35 @@ def load() -> Library:
     Raises LibraryError, with what to do, if files are missing, if `llama_cpp` was imported before with another library or in another version,
     or if the library is not this kvlocal's.
     """
+    global _library
     with _lock:
-        return _load()
+        if _library is None:
+            _library = _load()
+        return _library
 
 
-@functools.cache
+def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
+    """Loads an unpatched llama.cpp (`make stock`) instead, for the rest of the process and to compare with.
+
+    What only needs `llama_cpp` works with it, as kvlocal.engine and kvlocal.template do; `ffi` and `lib` are None. llama.cpp's messages go
+    to standard error.
+
+    Raises LibraryError if there is none in the directory, if it has the patches, or if another library is loaded already.
+    """
+    global _library
+    with _lock:
+        libllama = _libllama_in(Path(lib_dir))
+        if libllama is None:
+            raise LibraryError(f"{lib_dir} holds no {_LIBRARY_NAMES[0]}: run `make stock` in the source tree, or name another directory")
+        package = _find("bindings/llama_cpp/__init__.py", libllama)
+        version = _VERSION.search(package.read_text(encoding="utf-8"))[1]
+        llama_cpp = _bind_llama_cpp(libllama, package, version)
+        if hasattr(llama_cpp.llama_cpp._lib, "kvl_api_version"):
+            raise LibraryError(f"{libllama} has kvlocal's patches: name the directory that `make stock` fills")
+        _library = Library(llama_cpp, None, None, libllama.parent, version, "")
+        return _library
+
+
 def _load() -> Library:
     libllama = _find_libllama()
     header = _find("include/kvlocal.h", libllama)
@@ -93,12 +117,15 @@ def _find_libllama() -> Path:
     chosen = os.environ.get("KVLOCAL_LIB_DIR")
     directories = [Path(chosen)] if chosen else [root / "lib" for root in _roots()]
     for directory in directories:
-        for name in _LIBRARY_NAMES:
-            if (directory / name).is_file():
-                return (directory / name).resolve()
+        if libllama := _libllama_in(directory):
+            return libllama
     if chosen:
         raise LibraryError(f"KVLOCAL_LIB_DIR={chosen} holds no {_LIBRARY_NAMES[0]}: unset it or name the directory that does")
     raise LibraryError(f"the patched llama.cpp library {_LIBRARY_NAMES[0]} is not installed: {_REPAIR}")
+
+
+def _libllama_in(directory: Path) -> Path | None:
+    return next(((directory / name).resolve() for name in _LIBRARY_NAMES if (directory / name).is_file()), None)
 
 
 def _find(name: str, libllama: Path) -> Path:

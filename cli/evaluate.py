@@ -1,0 +1,325 @@
+"""`kvlocal eval`: compares policies on the same chats."""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import kvlocal
+from kvlocal.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
+from kvlocal.evaluation import plot, report
+from kvlocal.evaluation.data import Data, load, shuffled
+from kvlocal.evaluation.dialogue import DialogueTask
+from kvlocal.evaluation.recall import RecallTask
+from kvlocal.evaluation.reference import ReferenceCache, cache_dir, fingerprint, make_directory
+from kvlocal.evaluation.runner import Failure, Task, WorkFile, outcomes, pending, run_key
+from kvlocal.evaluation.variants import ALL, Variant, parse_all
+from kvlocal.files import atomic_write
+from kvlocal.library import load as load_library
+from kvlocal.sampling import SamplingParams
+from kvlocal.session import SessionConfig
+from kvlocal_cli.options import CACHE_TYPES
+from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
+
+REPORT_SECONDS = 10  # between two lines where there is no bar
+
+_SESSION = SessionConfig()
+_GREEDY = SamplingParams(temperature=0, seed=0)
+
+
+@click.group("eval")
+def eval_group() -> None:
+    """Compare policies: how much of a conversation is left in the compressed cache.
+
+    Every policy reads the same chats. A run that was interrupted goes on when the same command is given again; other policies and ratios
+    may then be asked for.
+    """
+
+
+def _parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> list[float]:
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        ratios = []
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise click.BadParameter(f"{text!r} is not a list of numbers between 0 and 1 such as 0.5,0.8")
+    return ratios
+
+
+_PATH = click.Path(dir_okay=False, path_type=Path)
+_OPTIONS = (
+    click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file."),
+    click.option(
+        "--policy", "specs", default=ALL, show_default=True, metavar="LIST",
+        help="Policies to compare, comma separated, each as name[:arg=value[:arg=value]]; an argument is a hyper-parameter of the policy, or "
+        "positions, window, stride or n_sink. all is every policy. The full context is always measured, as the ceiling.",
+    ),
+    click.option("--ratio", "ratios", default="0.5,0.8", show_default=True, callback=_parse_ratios, metavar="LIST",
+                 help="Shares of the history to remove, comma separated."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random."),
+    click.option("--window", type=click.IntRange(min=1), default=_SESSION.window, show_default=True, metavar="N",
+                 help="The most recent cells, which always stay and whose queries score the others."),
+    click.option("--stride", type=click.IntRange(min=1), default=_SESSION.stride, show_default=True, metavar="N",
+                 help="Cells over the budget at which the cache is compressed."),
+    click.option("--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=_SESSION.type_k, show_default=True,
+                 help="Type of the keys in the cache."),
+    click.option("--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=_SESSION.type_v, show_default=True,
+                 help="Type of the values in the cache."),
+    click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
+                 help="Layers that go to the GPU, -1 for all; without one it has no effect."),
+    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]"),
+    click.option("--json", "json_path", type=_PATH, metavar="FILE",
+                 help="Also write the results as one JSON object; unfinished ones are kept in FILE.partial."),
+    click.option("--plot", "plot_path", type=_PATH, metavar="FILE", help="Draw quality against cells kept, as .png, .svg or .pdf."),
+    click.option("--cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                 help="Where predictions of the full context are kept.  [default: kvlocal/eval in the user's cache directory]"),
+)  # fmt: skip
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what both commands take; they get it as `run: _Run`, made before anything is read."""
+
+    @functools.wraps(command)
+    def with_run(
+        *,
+        specs: str,
+        ratios: list[float],
+        window: int,
+        stride: int,
+        type_k: str,
+        type_v: str,
+        threads: int | None,
+        plot_path: Path | None,
+        cache: Path | None,
+        **others: Any,
+    ) -> Any:
+        own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "json_path")}
+        try:
+            variants = parse_all(specs, ratios)
+            base = SessionConfig(window=window, stride=stride, type_k=type_k, type_v=type_v, n_threads=threads, sampling=_GREEDY)
+            for variant in variants:
+                variant.config(base)
+            if plot_path:
+                plot.check(plot_path)
+        except KvlocalError as error:
+            raise click.UsageError(str(error)) from error
+        return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or cache_dir()), **others)
+
+    for option in reversed(_OPTIONS):
+        with_run = option(with_run)
+    return with_run
+
+
+@eval_group.command("dialogue")
+@click.option("--data", "data_path", type=_PATH, required=True, metavar="FILE",
+              help='Dialogues, one JSON object a line: {"history": [{"user", "bot"}]} (MT-Bench-101) or {"messages": [{"role", "content"}]}.')
+@click.option("--concat", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Dialogues joined into one chat.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take N dialogues, chosen by the seed.  [default: all]")
+@_run_options
+def dialogue_command(run: "_Run", data_path: Path, concat: int, limit: int | None) -> None:
+    """Measure how far predictions move when the history is compressed.
+
+    The history of each chat is read turn by turn with compression on; then the last turn is read, its answer given, and what the model
+    predicts for each token of it is compared with what it predicts with the full context. Of answers longer than 256 tokens the first 256
+    are taken. Chats that are longer than the model's trained context are left out.
+
+    \b
+    kl             KL(full || compressed), mean per token, in nats
+    agreement      how often both contexts find the same token most likely
+    cross_entropy  of the answer, mean per token, in nats
+    removed        share of the history's cells that were really removed
+    """
+    data = load(data_path)
+    with run.loaded() as model:
+        dialogues = shuffled(data.dialogues, run.seed)[:limit]
+        depends = {"llama.cpp": load_library().bindings_version, "model": run.fingerprint, "types": [run.base.type_k, run.base.type_v]}
+        with waiting("reading the dialogues"):
+            task = DialogueTask(model, run.base, dialogues, concat, ReferenceCache(run.cache), depends)
+        left_out = {"empty": data.n_empty, "too_long": task.n_too_long, "without_history": task.n_without_history}
+        run.note(data.n_empty, "dialogue", "left out because a text is empty or there is no answer")
+        run.note(task.n_too_long, "chat", f"left out as too long for a model trained on {model.n_ctx_train} tokens")
+        run.note(task.n_without_history, "chat", "left out because nothing comes before the last turn")
+        run.measure(task, {**_source(data_path, data), "concat": concat, "limit": limit}, left_out)
+
+
+@eval_group.command("recall")
+@click.option("--data", "data_path", type=_PATH, metavar="FILE",
+              help="Dialogues for the talk between the facts, as for eval dialogue.  [default: generated]")
+@click.option("--questions", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Questions in all, 8 to a chat.")
+@click.option("--tokens", type=click.IntRange(min=1), default=1500, show_default=True, metavar="N", help="Length of a chat's history.")
+@_run_options
+def recall_command(run: "_Run", data_path: Path | None, questions: int, tokens: int) -> None:
+    """Measure how well facts from early turns are recalled from the compressed cache.
+
+    Chats are generated from the seed: the user states facts (names, numbers, dates, places, preferences, code words, corrections of something
+    said before), talks about other things, and asks about every fact in the end.
+
+    \b
+    choice         share of questions where the right answer is more likely than three others of its kind
+    greedy         share of questions where the answer that the model writes names the right value, and no other
+    removed        share of the history's cells that were really removed
+
+    Both are also given by the tokens between the fact and the end of the history.
+    """
+    data = load(data_path) if data_path else None
+    with run.loaded() as model:
+        with waiting("making the chats"):
+            task = RecallTask(model, run.base, questions, tokens, run.seed, data.dialogues if data else ())
+        run.measure(task, {**(_source(data_path, data) if data else {}), "questions": questions, "tokens": tokens}, {})
+
+
+def _source(path: Path, data: Data) -> dict[str, str]:
+    return {"data": path.name, "data_sha256": data.digest}
+
+
+class _Run:
+    """One call of a command: measures, shows and writes."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        seed: int,
+        gpu_layers: int,
+        json_path: Path | None,
+        variants: list[Variant],
+        base: SessionConfig,
+        plot_path: Path | None,
+        cache: Path,
+    ) -> None:
+        self.seed, self.base, self.cache = seed, base, cache
+        self._name, self._path, self._gpu_layers = model, resolve(model), gpu_layers
+        self._json_path, self._plot_path = json_path, plot_path
+        self._variants = variants
+        self.fingerprint = fingerprint(self._path)
+
+    def loaded(self) -> Model:
+        with waiting(f"loading {self._name}"):
+            return Model(self._path, n_gpu_layers=self._gpu_layers)
+
+    def note(self, n: int, what: str, why: str) -> None:
+        """Says how many were left out, if any."""
+        if n:
+            _say(f"{n} {what}{'s' if n > 1 else ''} {why}")
+
+    def measure(self, task: Task, own: dict[str, Any], left_out: dict[str, int]) -> None:
+        """Everything from the first chat to the last file.
+
+        own: the command's own settings, on which its chats depend
+        """
+        if not task.n_chats:
+            raise KvlocalError("there is no chat to measure: give other dialogues, or join more of them with --concat")
+        settings = {
+            "task": task.name,
+            "kvlocal": kvlocal.__version__,
+            "model": self._path.name,
+            "model_sha256_of_blocks": self.fingerprint,
+            **own,
+            "seed": self.seed,
+            **{name: getattr(self.base, name) for name in ("window", "stride", "n_sink", "n_ubatch", "type_k", "type_v")},
+        }
+        key = run_key(settings)
+        with WorkFile(self._work_path(key), key) as work, _Progress(task, self._variants, work) as progress:
+            try:
+                for outcome in outcomes(task, self._variants, work):
+                    progress.add(outcome)
+            except KeyboardInterrupt:
+                progress.interrupted = True
+            else:
+                found = report.rows(task, self._variants, work.results, self.seed)
+                settings |= {"policies": list(dict.fromkeys(variant.spec for variant in self._variants)),
+                             "ratios": sorted({variant.ratio for variant in self._variants}),
+                             "chats": task.n_chats, "left_out": left_out, "failed": progress.failed}  # fmt: skip
+                if self._json_path:
+                    atomic_write(self._json_path, json.dumps(report.document(found, settings), indent=2) + "\n")
+                if self._plot_path and found:
+                    plot.draw(found, self._plot_path)
+                if not progress.failed:
+                    work.remove()
+        if progress.interrupted:
+            sys.exit(INTERRUPTED)
+        _show(found)
+        if progress.failed:
+            sys.exit(1)
+
+    def _work_path(self, key: str) -> Path:
+        if self._json_path:
+            return self._json_path.with_name(self._json_path.name + ".partial")
+        make_directory(self.cache)
+        return self.cache / f"{key}.partial"
+
+
+class _Progress:
+    """How far the run is, on stderr: a bar on a terminal, else a line now and then; and a line at the end."""
+
+    def __init__(self, task: Task, variants: list[Variant], work: WorkFile) -> None:
+        self.interrupted = False
+        self.failed = 0
+        self._done, self._total = 0, len(pending(task, variants, work))
+        self._before = task.n_chats * len(variants) - self._total
+        self._task_name = task.name
+        console = Console(stderr=True, highlight=False, markup=False)
+        self._with_bar = console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not self._with_bar, redirect_stdout=False)
+
+    def __enter__(self) -> Self:
+        self._started = self._reported = time.monotonic()
+        if self._before:
+            _say(f"going on after {self._before} measurements made before")
+        self._bar_task = self._bar.add_task(self._task_name, total=self._total)
+        self._bar.start()
+        return self
+
+    def add(self, outcome: object) -> None:
+        self._done += 1
+        self._bar.advance(self._bar_task)
+        if isinstance(outcome, Failure):
+            self.failed += 1
+            where = f"chat {outcome.chat + 1} with {outcome.variant.spec} at {outcome.variant.ratio:g}"
+            self._bar.console.print(f"kvlocal: {where}: {outcome.error}", soft_wrap=True)
+        now = time.monotonic()
+        if not self._with_bar and now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            left = (now - self._started) / self._done * (self._total - self._done)
+            _say(f"{self._done} of {self._total} measurements, {_duration(left)} left")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bar.stop()
+        if kind is None:
+            failed = f", {self.failed} failed" if self.failed else ""
+            again = "; the same command goes on from here" if self.interrupted else ""
+            interrupted = "interrupted, " if self.interrupted else ""
+            _say(f"{interrupted}{self._done} of {self._total} measurements{failed} in {_duration(time.monotonic() - self._started)}{again}")
+
+
+def _show(found: list[report.Row]) -> None:
+    """The results on stdout: ruled tables on a terminal, else plain ones."""
+    for i, (headers, lines) in enumerate(report.tables(found)):
+        if is_terminal(sys.stdout):
+            table = Table(*headers)
+            for line in lines:
+                table.add_row(*line)
+            Console(highlight=False, markup=False).print(table)
+        else:
+            click.echo(f"{chr(10) if i else ''}{report.plain(headers, lines)}")
+
+
+def _say(text: str) -> None:
+    click.echo(f"kvlocal: {text}", err=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,66 @@
+"""Two sides measured in alternation, as one row: a ratio with its 95 % interval, bootstrapped over the pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A result.
+
+    name: what was measured
+    ours, other: the compressed session, and what it is compared with
+    ratio: ours over other
+    lo, hi: its 95 % interval
+    n: pairs
+    unit: of ours and other
+    """
+
+    name: str
+    ours: float
+    other: float
+    ratio: float
+    lo: float
+    hi: float
+    n: int
+    unit: str
+
+
+def of_pairs(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Row:
+    """Repeated measurements of the same thing, [n] each: medians, and the median of the pairs' ratios."""
+    ours, other = np.asarray(ours, float), np.asarray(other, float)
+    ratios = ours / other
+    lo, hi = _interval(len(ratios), lambda i: np.median(ratios[i], axis=-1))
+    return Row(name, float(np.median(ours)), float(np.median(other)), float(np.median(ratios)), lo, hi, len(ratios), unit)
+
+
+def of_totals(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Row:
+    """The parts of one whole, such as the turns of a chat, [n] each: sums, and the ratio of the sums."""
+    ours, other = np.asarray(ours, float), np.asarray(other, float)
+    lo, hi = _interval(len(ours), lambda i: ours[i].sum(axis=-1) / other[i].sum(axis=-1))
+    return Row(name, float(ours.sum()), float(other.sum()), float(ours.sum() / other.sum()), lo, hi, len(ours), unit)
+
+
+def of_speeds(name: str, n_tokens: int, ours: npt.ArrayLike, other: npt.ArrayLike) -> Row:
+    """The parts of one whole in seconds, [n] each, as the speed of the whole of n_tokens: ours over other, so more is faster."""
+    row = of_totals(name, other, ours, "tokens/s")
+    return replace(row, ours=n_tokens / float(np.sum(ours)), other=n_tokens / float(np.sum(other)))
+
+
+def of_amounts(name: str, ours: float, other: float, unit: str) -> Row:
+    """Two amounts that do not scatter."""
+    return Row(name, ours, other, ours / other, ours / other, ours / other, 1, unit)
+
+
+def _interval(n: int, statistic: Callable[[npt.NDArray[np.intp]], npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """Percentiles 2.5 and 97.5 of a statistic of resampled pairs, given as indices [n_resample, n]."""
+    drawn = statistic(np.random.default_rng(0).integers(n, size=(_RESAMPLES, n)))
+    lo, hi = np.percentile(drawn, [2.5, 97.5])
+    return float(lo), float(hi)

@@ -1,0 +1,47 @@
+"""Draws speed against history and all ratios with their intervals. Needs the extra "plot"."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvlocal.benchmark.comparison import Row
+from kvlocal.evaluation.plot import check
+from kvlocal.files import atomic_write
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """On the left the speeds of decode and prefill at each history, on the right every ratio but the shares.
+
+    Raises:
+        KvlocalError: matplotlib is missing or the file cannot be written.
+    """
+    check(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    speeds, ratios = figure.subplots(1, 2)
+    for kind, line in (("decode", "-"), ("prefill", "--")):
+        found = [(row.name.removeprefix(f"{kind}@"), row) for row in rows if row.name.startswith(f"{kind}@")]
+        points = sorted((int(history), row.ours, row.other) for history, row in found if history.isdigit())
+        if points:
+            histories, ours, other = zip(*points, strict=True)
+            speeds.plot(histories, ours, line, marker="o", color="C0", label=f"{kind}, kvlocal")
+            speeds.plot(histories, other, line, marker="o", color="C1", label=f"{kind}, llama.cpp")
+            speeds.legend()
+    speeds.set(xlabel="tokens of history", ylabel="tokens/s", yscale="log")
+    speeds.grid(alpha=0.3)
+    compared = [row for row in rows if not row.name.startswith("share.")]
+    for y, row in enumerate(compared):
+        ratios.errorbar(row.ratio, y, xerr=[[row.ratio - row.lo], [row.hi - row.ratio]], marker="o", color="C0", capsize=2)
+    ratios.axvline(1, color="black", linestyle="--", linewidth=1)
+    ratios.set_yticks(range(len(compared)), [row.name for row in compared])
+    ratios.invert_yaxis()
+    ratios.set(xlabel="kvlocal over llama.cpp", xscale="log")
+    ratios.grid(alpha=0.3)
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix.lower().removeprefix("."), dpi=150)
+    atomic_write(path, data.getvalue())

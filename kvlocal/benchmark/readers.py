@@ -1,0 +1,222 @@
+"""What reads the script: a compressed session, or a plain context of llama.cpp that keeps everything or shifts."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from kvlocal.benchmark.script import Script, Tokens, Turn
+from kvlocal.engine import Context, EngineError, Model
+from kvlocal.library import load
+from kvlocal.native import Layout, NativeCache
+from kvlocal.session import ChatSession, SessionConfig
+
+Figures = dict[str, float]
+
+
+class Reader(ABC):
+    """A conversation that follows the script, and how long it takes. Tokens are never sampled: what is read is given.
+
+    history: tokens of the conversation so far
+    """
+
+    def __init__(self, script: Script, n_ubatch: int):
+        self._script, self._n_ubatch = script, n_ubatch
+        self._n_turns = 0
+
+    @property
+    @abstractmethod
+    def history(self) -> int: ...
+
+    @abstractmethod
+    def read_user(self, turn: Turn) -> None:
+        """A user turn, a micro-batch at once."""
+
+    @abstractmethod
+    def read_answer(self, tokens: Tokens, at_once: int) -> None:
+        """The answer, or more of it."""
+
+    @abstractmethod
+    def figures(self) -> Figures:
+        """The cache in numbers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the cache."""
+
+    def extend(self, history: int, at_most: int) -> int:
+        """Reads turns until the conversation has exactly `history` tokens, or stops after `at_most` more; returns how many it has.
+
+        Where the next user turn would be too long, the last answer goes on.
+        """
+        start = self.history
+        while (left := history - self.history) > 0 and self.history - start < at_most:
+            turn = self._script.turn(self._n_turns)
+            if len(turn.user) < left:
+                self.idle()
+                self._n_turns += 1
+                self.read_user(turn)
+                self.read_answer(turn.answer[: left - len(turn.user)], self._n_ubatch)
+            else:
+                self.read_answer(self._script.filler(left), self._n_ubatch)
+        return self.history
+
+    def slice(self, n: int, at_once: int) -> float:
+        """Seconds for n tokens more of the answer."""
+        tokens = self._script.filler(n)
+        started = time.perf_counter()
+        self.read_answer(tokens, at_once)
+        return time.perf_counter() - started
+
+    def turn(self) -> Figures:
+        """Seconds for the next turn: a micro-batch at once for the user's part, a token at a time for the answer."""
+        turn = self._script.turn(self._n_turns)
+        self._n_turns += 1
+        started = time.perf_counter()
+        self.read_user(turn)
+        self.read_answer(turn.answer, 1)
+        return {"seconds": time.perf_counter() - started, "tokens": len(turn.user) + len(turn.answer)}
+
+    def idle(self) -> None:
+        """What is done between an answer and the next user turn."""
+
+
+class PlainReader(Reader):
+    """llama.cpp as it is: all tokens stay in the cache. A slice is taken back after it was timed.
+
+    context: arguments of the Context
+    shift: where the cache is full, throw away the older half of what comes after the system prompt and go on (llama-cli's context shift)
+    window: queries to record, with our library
+    """
+
+    def __init__(self, model: Model, script: Script, context: Mapping[str, Any], shift: bool = False, window: int = 0):
+        super().__init__(script, context["n_ubatch"])
+        self._context = Context(model, n_outputs=1, **context)
+        self._lib = load().llama_cpp
+        self._shift = shift
+        if shift and not self._lib.llama_memory_can_shift(self._context.memory):
+            raise EngineError(f"llama.cpp cannot shift the context of {model.path}: leave that measurement out")
+        self._ring_bytes = 0
+        if window:
+            native = NativeCache(self._context.pointer)
+            native.enable_ring(window)
+            self._ring_bytes = ring_bytes(native.layout())
+        self._history = self._position = 0
+        self._read(script.prefix, self._n_ubatch)
+
+    @property
+    def history(self) -> int:
+        return self._history
+
+    def _read(self, tokens: Tokens, at_once: int) -> None:
+        for start in range(0, len(tokens), at_once):
+            chunk = tokens[start : start + at_once]
+            if self._shift and self._position + len(chunk) > self._context.n_cells:
+                self._discard_half()
+            self._context.decode(chunk, self._position)
+            self._context.synchronize()
+            self._position += len(chunk)
+            self._history += len(chunk)
+
+    def _discard_half(self) -> None:
+        n_keep = len(self._script.prefix)
+        n_discard = (self._position - n_keep) // 2
+        self._context.remove(0, n_keep, n_keep + n_discard)
+        self._lib.llama_memory_seq_add(self._context.memory, 0, n_keep + n_discard, self._position, -n_discard)
+        self._position -= n_discard
+
+    def read_user(self, turn: Turn) -> None:
+        self._read(turn.user, self._n_ubatch)
+
+    def read_answer(self, tokens: Tokens, at_once: int) -> None:
+        self._read(tokens, at_once)
+
+    def slice(self, n: int, at_once: int) -> float:
+        seconds = super().slice(n, at_once)
+        self._context.remove(0, self._position - n, -1)
+        self._position -= n
+        self._history -= n
+        return seconds
+
+    def figures(self) -> Figures:
+        return {
+            "history": self._history,
+            "peak_cells": self._position,
+            "capacity": self._context.n_cells,
+            "kv_bytes": self._context.kv_bytes() + self._ring_bytes,
+        }
+
+    def close(self) -> None:
+        self._context.close()
+
+
+class _ScriptedSession(ChatSession):
+    """A session that is told the tokens of its answers."""
+
+    def feed(self, tokens: Tokens, at_once: int) -> None:
+        if self.messages[-1]["role"] == "user":
+            self.messages.append({"role": "assistant", "content": ""})
+        for start in range(0, len(tokens), at_once):
+            self._append(tokens[start : start + at_once], "decode" if at_once == 1 else "prefill")
+            self._context.synchronize()
+
+    @property
+    def layout(self) -> Layout:
+        return self._native.layout()
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._context.kv_bytes()
+
+
+class SessionReader(Reader):
+    """A ChatSession, compressed as it goes; a slice stays in the conversation. A second read, if the policy wants one, is between turns."""
+
+    def __init__(self, model: Model, script: Script, config: SessionConfig):
+        super().__init__(script, config.n_ubatch)
+        self._session = _ScriptedSession(model, config)
+
+    @property
+    def history(self) -> int:
+        return self._session.kv.history_tokens
+
+    def read_user(self, turn: Turn) -> None:
+        self._session.add_turn("user", turn.text)
+
+    def read_answer(self, tokens: Tokens, at_once: int) -> None:
+        self._session.feed(tokens, at_once)
+
+    def idle(self) -> None:
+        self._session.second_read()
+
+    def turn(self) -> Figures:
+        """Besides, the seconds for each part of a compression, and for the second read after the turn, which the turn's do not include."""
+        before = dict(vars(self._session.seconds))
+        figures = super().turn()
+        parts = {name: getattr(self._session.seconds, name) - before[name] for name in ("score", "plan", "compact")}
+        self.idle()
+        return figures | parts | {"reread": self._session.seconds.reread - before["reread"]}
+
+    def figures(self) -> Figures:
+        """Besides, how many tokens more make a compression due, how many there were, and how many queries the ring holds."""
+        kv, layout = self._session.kv, self._session.layout
+        return {
+            "history": kv.history_tokens,
+            "peak_cells": kv.peak_cells,
+            "capacity": kv.capacity,
+            "kv_bytes": self._session.kv_bytes + ring_bytes(layout),
+            "until_compression": kv.budget + self._session.config.stride + 1 - kv.used,
+            "compressions": kv.compressions,
+            "window": layout.n_window,
+        }
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def ring_bytes(layout: Layout) -> int:
+    """What the recorded queries take: [n_embd_head_k * n_head, n_window * n_seq_max + 1] float32 in each layer."""
+    n_rows = layout.n_window * layout.n_seq_max + 1 if layout.n_window else 0
+    return layout.n_layer * layout.n_head * layout.n_embd_head_k * n_rows * 4

@@ -1,0 +1,78 @@
+"""What a benchmark is made of: the configuration of the session under test and the size of each measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvlocal import policies
+from kvlocal.session import SessionConfig
+
+_SESSION = SessionConfig()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    model: the GGUF file
+    stock: the directory that holds libllama without our patches
+    policy, policy_args, stride, window, n_ubatch, type_k, type_v, n_threads: of the session (SessionConfig); micro-batch, types and threads
+        are the same for stock llama.cpp
+    ratio: the share of the history that is removed; (1 - ratio) * history is the session's budget
+    histories: tokens of conversation at which decode and prefill are measured; the last one is where memory is
+    cells: of the comparison at an equal number of cells
+    turns, answer: of the whole chat: how many turns, and how many tokens each answer has
+    pairs: slices of each kind that are compared; the comparison at equal cells, where the difference is small, takes twice as many
+    parts: a slice of decoding is done in this many pieces, in alternation
+    piece: tokens that stock llama.cpp decodes in a piece; the session decodes its share of a stride
+    """
+
+    model: Path
+    stock: Path
+    policy: str = policies.DEFAULT_POLICY
+    policy_args: Mapping[str, Any] = field(default_factory=dict)
+    ratio: float = 0.8
+    type_k: str = _SESSION.type_k
+    type_v: str = _SESSION.type_v
+    n_threads: int | None = None
+    stride: int = _SESSION.stride
+    window: int = _SESSION.window
+    n_ubatch: int = _SESSION.n_ubatch
+    histories: tuple[int, ...] = (1000, 2000, 4000, 8000)
+    cells: int = 1600
+    turns: int = 40
+    answer: int = 120
+    pairs: int = 10
+    parts: int = 4
+    piece: int = 16
+
+    def budget(self, history: int) -> int:
+        """Cells that stay of so many tokens."""
+        return round((1 - self.ratio) * history)
+
+    def session(self, budget: int, ratio: float | None) -> dict[str, Any]:
+        """The fields of a SessionConfig."""
+        names = ("policy", "stride", "window", "n_ubatch", "type_k", "type_v", "n_threads")
+        return {name: getattr(self, name) for name in names} | {"policy_args": dict(self.policy_args), "budget": budget, "ratio": ratio}
+
+    def context(self, n_cells: int) -> dict[str, Any]:
+        """The arguments of a Context for stock llama.cpp."""
+        names = ("n_ubatch", "type_k", "type_v", "n_threads")
+        return {name: getattr(self, name) for name in names} | {"n_cells": n_cells}
+
+
+# The sizes of a run of a minute or so, which shows that everything works and measures nothing well.
+QUICK: dict[str, Any] = {
+    "stride": 32,
+    "n_ubatch": 64,
+    "histories": (500,),
+    "cells": 256,
+    "turns": 4,
+    "answer": 24,
+    "pairs": 3,
+    "parts": 2,
+    "piece": 8,
+}

@@ -1,0 +1,139 @@
+"""How far the predictions of a compressed context are from those of the full one, on the last turns of dialogues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.engine import Model
+from kvlocal.evaluation.data import Dialogue
+from kvlocal.evaluation.history import margin, read_history, turn_tokens
+from kvlocal.evaluation.reference import Reference, ReferenceCache, log_softmax
+from kvlocal.evaluation.runner import Measurement
+from kvlocal.evaluation.variants import FULL, Variant
+from kvlocal.session import Message, SessionConfig
+from kvlocal.template import ChatTemplate
+
+MAX_ANSWER = 256  # tokens of the last answer that are measured
+
+METRICS = ("kl", "agreement", "cross_entropy")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A history and the turn it is measured on.
+
+    history: messages before the last user turn
+    user, answer: the last turn; the answer cut to about MAX_ANSWER tokens
+    tokens: int32 [n], of all of it
+    n_prefix, n_history: how many of them come before the first turn, and before the last user turn
+    """
+
+    history: list[Message]
+    user: str
+    answer: str
+    tokens: npt.NDArray[np.int32]
+    n_prefix: int
+    n_history: int
+
+
+class DialogueTask:
+    """Chats made of `concat` dialogues each, in the order given.
+
+    For each, the history is read turn by turn with compression on, and then the last turn with nothing more removed. Metrics, each the mean
+    over the answer's tokens: `kl`, KL(full || compressed) over the whole vocabulary in nats; `agreement`, how often both find the same token
+    most likely; `cross_entropy` of the answer, in nats.
+
+    n_too_long: chats that were left out because the full context would not fit what the model was trained for
+    n_without_history: chats that were left out because nothing comes before their last turn
+    """
+
+    name = "dialogue"
+    metrics = METRICS
+
+    def __init__(
+        self, model: Model, base: SessionConfig, dialogues: Sequence[Dialogue], concat: int, cache: ReferenceCache, depends: object
+    ) -> None:
+        """depends: what the full context's predictions depend on besides the tokens, see ReferenceCache.get."""
+        self._model, self._base, self._cache, self._depends = model, base, cache, depends
+        self._template = ChatTemplate.from_model(model)
+        self._chats: list[Chat] = []
+        self.n_too_long = self.n_without_history = 0
+        for start in range(0, len(dialogues), concat):
+            turns = [turn for dialogue in dialogues[start : start + concat] for turn in dialogue.turns]
+            if len(turns) == 1:
+                self.n_without_history += 1
+                continue
+            chat = self._chat(Dialogue(tuple(turns)).messages)
+            if len(chat.tokens) + margin(base) > model.n_ctx_train:
+                self.n_too_long += 1
+            else:
+                self._chats.append(chat)
+        self.n_chats = len(self._chats)
+        self._current: tuple[int, Reference, npt.NDArray[np.float32]] | None = None
+
+    def _chat(self, messages: list[Message]) -> Chat:
+        answer = _cut(self._model, messages[-1]["content"])
+        turns = turn_tokens(self._model, self._template, [*messages[:-1], {"role": "assistant", "content": answer}])
+        lengths = [len(tokens) for tokens in turns]
+        return Chat(messages[:-2], messages[-2]["content"], answer, np.concatenate(turns), lengths[0], sum(lengths[:-2]))
+
+    def measure(self, index: int, variant: Variant) -> Measurement:
+        """Reads chat `index` with one variant.
+
+        Raises:
+            KvlocalError: the chat cannot be read so.
+        """
+        reference, full = self._reference(index)
+        if variant == FULL:
+            return Measurement(0.0, {"kl": [0.0], "agreement": [1.0], "cross_entropy": [float(reference.loss.mean())]})
+        compression, tokens, logits = self._read(self._chats[index], variant)
+        assert np.array_equal(tokens, reference.tokens)
+        return Measurement(compression, {name: [value] for name, value in compare(reference, full, logits).items()})
+
+    def _reference(self, index: int) -> tuple[Reference, npt.NDArray[np.float32]]:
+        """What the full context predicts, and its log-probabilities as float32 [n, n_vocab]; kept for one chat."""
+        if self._current is None or self._current[0] != index:
+            self._current = None
+            chat = self._chats[index]
+            reference = self._cache.get(self._depends, chat.tokens, lambda: Reference.of(*self._read(chat, FULL)[1:]))
+            # float16 has rounded them
+            self._current = index, reference, log_softmax(reference.logp)
+        return self._current[1:]
+
+    def _read(self, chat: Chat, variant: Variant) -> tuple[float, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The compression reached, the answer's tokens int32 [n], and what was predicted for each, logits float32 [n, n_vocab]."""
+        spare = len(chat.tokens) - chat.n_history
+        reading = read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, spare)
+        with reading as (session, compression), session.hold():
+            session.add_turn("user", chat.user)
+            return compression, *session.read_answer(chat.answer)
+
+
+def compare(reference: Reference, full: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> dict[str, float]:
+    """The metrics of one answer.
+
+    full: float32 [n, n_vocab], log-probabilities of the full context
+    logits: float32 [n, n_vocab], of the compressed one
+    """
+    compressed = log_softmax(logits)
+    # [n], exact over the vocabulary
+    kl = (np.exp(full) * (full - compressed)).sum(axis=-1, dtype=np.float64)
+    loss = -np.take_along_axis(compressed, reference.tokens[:, None], axis=-1)
+    return {
+        "kl": float(kl.mean()),
+        "agreement": float((logits.argmax(axis=-1) == reference.top).mean()),
+        "cross_entropy": float(loss.mean(dtype=np.float64)),
+    }
+
+
+def _cut(model: Model, text: str) -> str:
+    """The text as far as its first MAX_ANSWER tokens go, in whole characters."""
+    tokens = model.tokenize(text, parse_special=False)
+    if len(tokens) <= MAX_ANSWER:
+        return text
+    start = b"".join(model.token_bytes(token) for token in tokens[:MAX_ANSWER].tolist()).decode("utf-8", "ignore")
+    return start.removeprefix(" ") if model.adds_space else start

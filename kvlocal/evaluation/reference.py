@@ -1,0 +1,130 @@
+"""What the full context predicts, computed once per chat and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.errors import KvlocalError
+from kvlocal.files import atomic_write
+
+_BLOCK = 2**20
+_N_BLOCKS = 16
+
+
+def cache_dir() -> Path:
+    """The absolute directory of what can be computed again: `kvlocal/eval` in `XDG_CACHE_HOME`, else in `~/.cache`. It need not exist.
+
+    Raises:
+        KvlocalError: there is no home directory.
+    """
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG base directory specification says to ignore relative paths.
+    if not cache_home.is_absolute():
+        try:
+            cache_home = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise KvlocalError("there is no home directory: name a directory with --cache") from error
+    return cache_home / "kvlocal" / "eval"
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size and of 16 blocks of 1 MiB spread evenly from its first byte to its last; of all of a small file."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        for i in range(_N_BLOCKS):
+            file.seek(i * max(0, size - _BLOCK) // (_N_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    """Log-probabilities, float32 [n, n_vocab]."""
+    logp = np.asarray(logits, np.float32)
+    logp = logp - logp.max(axis=-1, keepdims=True)
+    logp -= np.log(np.exp(logp).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return logp
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What was predicted for each token of an answer.
+
+    tokens: int32 [n], the answer
+    logp: float16 [n, n_vocab], log-probabilities
+    top: int32 [n], the most likely token
+    loss: float32 [n], cross-entropy of the answer's token, in nats
+    """
+
+    tokens: npt.NDArray[np.int32]
+    logp: npt.NDArray[np.float16]
+    top: npt.NDArray[np.int32]
+    loss: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, tokens: npt.NDArray[np.int32], logits: npt.NDArray[np.float32]) -> Self:
+        """From the logits of the answer's tokens, float32 [n, n_vocab]."""
+        logp = log_softmax(logits)
+        loss = -np.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
+        return cls(tokens, logp.astype(np.float16), logits.argmax(axis=-1).astype(np.int32), loss)
+
+
+class ReferenceCache:
+    """A directory of references, each in a file that is named by the hash of all it depends on."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def get(self, depends: object, tokens: npt.NDArray[np.int32], compute: Callable[[], Reference]) -> Reference:
+        """The reference of these tokens, computed if it is not there or its file is damaged.
+
+        Args:
+            depends: what else it depends on, as JSON takes it.
+            tokens: int32 [n], of the whole chat.
+            compute: gives it.
+
+        Raises:
+            KvlocalError: the file cannot be written.
+        """
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode() + b"\n" + tokens.astype("<i4").tobytes())
+        path = self._directory / f"{digest.hexdigest()}.npz"
+        found = self._load(path)
+        if found is None:
+            found = compute()
+            data = io.BytesIO()
+            np.savez(data, **vars(found))
+            make_directory(self._directory)
+            atomic_write(path, data.getbuffer())
+        return found
+
+    @staticmethod
+    def _load(path: Path) -> Reference | None:
+        try:
+            # the archive's checksums tell a damaged file
+            with np.load(path, allow_pickle=False) as arrays:
+                return Reference(**arrays)
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory of the cache.
+
+    Raises:
+        KvlocalError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KvlocalError(f"cannot make the directory {path} ({error.strerror}): name another one with --cache") from error

@@ -1,0 +1,84 @@
+"""Results as rows, as a table and as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from kvlocal.evaluation.runner import Results, Task
+from kvlocal.evaluation.statistics import bootstrap
+from kvlocal.evaluation.variants import Variant
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one policy at one ratio.
+
+    policy: its spec
+    ratio: share of the history to remove, 0 for the full context
+    mean, lo, hi: over all values, and its 95 % bootstrap interval over chats
+    n: values, of dialogues one a chat, else one a question
+    compression: share of the history's cells that were really removed, mean over the chats
+    """
+
+    task: str
+    policy: str
+    ratio: float
+    metric: str
+    mean: float
+    lo: float
+    hi: float
+    n: int
+    compression: float
+
+
+def rows(task: Task, variants: Sequence[Variant], results: Results, seed: int) -> list[Row]:
+    """A row for each variant and metric, in their order; none for what was not measured."""
+    found = []
+    for variant in variants:
+        measured = [measurement for _, measurement in sorted(results.get((variant.spec, variant.ratio), {}).items())]
+        for metric in task.metrics:
+            values = [measurement.values[metric] for measurement in measured if metric in measurement.values]
+            if values:
+                estimate = bootstrap([sum(chat) for chat in values], [len(chat) for chat in values], seed=seed)
+                compression = float(np.mean([measurement.compression for measurement in measured]))
+                n = sum(map(len, values))
+                found.append(Row(task.name, variant.spec, variant.ratio, metric, *estimate, n, compression))
+    return found
+
+
+def document(found: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of a run."""
+    return {"rows": [asdict(row) for row in found], "settings": settings}
+
+
+def tables(found: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Headers and lines of tables: one of the metrics over everything, and one for each metric that is split by distance.
+
+    A cell is the mean with its interval.
+    """
+    metrics = list(dict.fromkeys(row.metric for row in found))
+    whole = [metric for metric in metrics if "@" not in metric]
+    split = [[metric for metric in metrics if metric.startswith(f"{name}@")] for name in whole]
+    cells = {(row.policy, row.ratio, row.metric): f"{row.mean:.3f} [{row.lo:.3f}, {row.hi:.3f}]" for row in found}
+    lines = {(row.policy, row.ratio): f"{row.compression:.1%}" for row in found}
+    return [
+        (
+            ["policy", "ratio", "removed", *columns],
+            [[policy, f"{ratio:g}", removed, *(cells.get((policy, ratio, metric), "") for metric in columns)]
+             for (policy, ratio), removed in lines.items()],
+        )
+        for columns in [whole, *filter(None, split)]
+    ]  # fmt: skip
+
+
+def plain(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as text: columns two spaces apart, the first one to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in (headers, *lines)
+    )

@@ -1,0 +1,149 @@
+"""Goes through all chats and variants, keeps every result as it comes, and goes on where a run was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.variants import Variant
+from kvlocal.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One chat with one variant.
+
+    compression: share of the history's cells that were removed
+    values: of each metric, one for each thing measured in the chat
+    """
+
+    compression: float
+    values: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A chat that could not be measured with a variant, and why."""
+
+    chat: int
+    variant: Variant
+    error: KvlocalError
+
+
+class Task(Protocol):
+    """What is measured.
+
+    name: as rows name it
+    metrics: in the order in which they are shown
+    n_chats: the chats are numbered from 0
+    """
+
+    name: str
+    metrics: Sequence[str]
+    n_chats: int
+
+    def measure(self, index: int, variant: Variant) -> Measurement: ...
+
+
+# By variant (spec and ratio) and chat.
+Results = dict[tuple[str, float], dict[int, Measurement]]
+
+
+class WorkFile:
+    """The finished measurements of a run, a JSON line each, so that nothing is measured twice; a context manager.
+
+    A line carries the key of its run, and lines of another key are left alone. Every line is on the disk before the next one begins; a last
+    line that was cut off is dropped.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self._key = key
+        self._others: list[bytes] = []
+        self.results: Results = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            for line in whole.splitlines(keepends=True):
+                self._take(line)
+            os.ftruncate(self._handle, len(whole))
+        except OSError as error:
+            raise KvlocalError(f"cannot keep results in {self.path} ({error.strerror}): name another file") from error
+        return self
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            measurement = Measurement(record["compression"], record["values"])
+            place = record["policy"], record["ratio"]
+            if record["run"] == self._key:
+                self.results.setdefault(place, {})[record["chat"]] = measurement
+            else:
+                self._others.append(line)
+        except (ValueError, KeyError, TypeError):
+            raise KvlocalError(f"{self.path} is no file of unfinished results: remove it or name another file") from None
+
+    def add(self, chat: int, variant: Variant, measurement: Measurement) -> None:
+        """Keeps one more measurement.
+
+        Raises:
+            KvlocalError: it cannot be written; the file then ends where it did before.
+        """
+        record = {"run": self._key, "chat": chat, "policy": variant.spec, "ratio": variant.ratio} | vars(measurement)
+        line = (json.dumps(record) + "\n").encode()
+        before = os.fstat(self._handle).st_size
+        try:
+            if os.write(self._handle, line) < len(line):
+                raise OSError(None, "the disk is full")
+            os.fsync(self._handle)
+        except OSError as error:
+            os.ftruncate(self._handle, before)
+            raise KvlocalError(f"cannot write {self.path} ({error.strerror}): make room and run the same command again") from error
+        self.results.setdefault((variant.spec, variant.ratio), {})[chat] = measurement
+
+    def has(self, chat: int, variant: Variant) -> bool:
+        return chat in self.results.get((variant.spec, variant.ratio), {})
+
+    def remove(self) -> None:
+        """Removes the file, as its run is finished; other runs' lines stay."""
+        if self._others:
+            atomic_write(self.path, b"".join(self._others))
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterator[Measurement | Failure]:
+    """Measures what the work file does not hold yet, all variants of one chat before the next chat, and yields what became of each.
+
+    Stopped at any point, it has the same chats for every variant, but for the last one.
+    """
+    for index, variant in pending(task, variants, work):
+        try:
+            measurement = task.measure(index, variant)
+        except KvlocalError as error:
+            yield Failure(index, variant, error)
+            continue
+        work.add(index, variant, measurement)
+        yield measurement
+
+
+def pending(task: Task, variants: Sequence[Variant], work: WorkFile) -> list[tuple[int, Variant]]:
+    """Chat and variant of each measurement that is still to be made, in order."""
+    return [(index, variant) for index in range(task.n_chats) for variant in variants if not work.has(index, variant)]
+
+
+def run_key(settings: dict[str, Any]) -> str:
+    """Names a run by everything its measurements depend on."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,92 @@
+"""What is compared: policies with their hyper-parameters and session fields, each at every ratio."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from kvlocal import policies
+from kvlocal.errors import KvlocalError
+from kvlocal.session import SessionConfig
+
+ALL = "all"
+
+# Fields of SessionConfig that a spec may set; the run sets the others.
+SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int}
+
+
+class VariantError(KvlocalError):
+    """A policy spec that cannot be run."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One policy at one ratio.
+
+    spec: as it was written, and as rows name it
+    ratio: share of the history to remove
+    policy, policy_args: as in SessionConfig
+    fields: other fields of SessionConfig
+    """
+
+    spec: str
+    ratio: float
+    policy: str
+    policy_args: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, spec: str, ratio: float) -> Self:
+        """Reads `name[:arg=value[:arg=value]]`.
+
+        An argument that is no hyper-parameter of the policy but one of SESSION_FIELDS goes to the session.
+
+        Raises:
+            VariantError: no such policy or argument, or a value it does not take.
+        """
+        name, *arguments = spec.split(":")
+        own, others = {}, {}
+        known = {f.name for f in dataclasses.fields(policies.POLICIES[name])} if name in policies.POLICIES else set()
+        for argument in arguments:
+            key, equals, value = argument.partition("=")
+            key = key.strip().replace("-", "_")
+            if not (key and equals and value):
+                raise VariantError(f"{argument!r} in {spec!r} is not of the form name=value")
+            if key in SESSION_FIELDS and key not in known:
+                try:
+                    others[key] = SESSION_FIELDS[key](value)
+                except ValueError:
+                    raise VariantError(f"{key} in {spec!r} is {value!r}: it must be a whole number") from None
+            else:
+                own[key] = value
+        try:
+            policies.make(name, own)
+            SessionConfig(**others)
+        except KvlocalError as error:
+            raise VariantError(f"{spec!r} cannot be run: {error}") from None
+        return cls(spec, ratio, name, own, others)
+
+    def config(self, base: SessionConfig) -> SessionConfig:
+        """The configuration of a session of this variant."""
+        changes = {"ratio": self.ratio or None, "policy": self.policy, "policy_args": self.policy_args}
+        return dataclasses.replace(base, **changes, **self.fields)
+
+
+FULL = Variant("full", 0.0, "full")
+
+
+def parse_all(specs: str, ratios: Sequence[float]) -> list[Variant]:
+    """The full context first, then each policy of a comma separated list at each ratio, without repetitions.
+
+    `all` stands for every policy but full.
+
+    Raises:
+        VariantError: as Variant.parse.
+    """
+    names: dict[str, None] = {}
+    for spec in filter(None, (part.strip() for part in specs.split(","))):
+        names.update(dict.fromkeys(policies.POLICIES if spec == ALL else [spec]))
+    names.pop(FULL.spec, None)
+    return [FULL, *(Variant.parse(spec, ratio) for ratio in dict.fromkeys(ratios) for spec in names)]
