@@ -275,25 +275,49 @@ class ChatSession:
     def _read(self, pieces: Sequence[Piece]) -> int:
         """Evaluates pieces, each in a segment of its role; returns the number of tokens."""
         parts = self.template.tokens(self.model, pieces)
-        total = sum(len(tokens) for _, tokens in parts)
+        ids = np.concatenate([tokens for _, tokens in parts]) if parts else np.zeros(0, np.int32)
+        ends = np.cumsum([len(tokens) for _, tokens in parts])
+        step = self._context.n_ubatch
+        for start in range(0, max(len(ids), 1), step):
+            stop = min(start + step, len(ids))
+            # what of each piece is in this chunk; one without tokens counts where it stands
+            inside = [
+                (piece, min(end, stop) - max(end - len(tokens), start))
+                for piece, (_, tokens), end in zip(pieces, parts, ends, strict=True)
+                if end - len(tokens) < stop and end > start or not len(tokens) and start <= end <= stop
+            ]
+            if start < stop:
+                self._append(ids[start:stop], "prefill", pieces=inside)
+            else:
+                self._note(inside, ids)
+            if self._progress and len(ids) > step:
+                self._progress(stop, len(ids))
+        return len(ids)
+
+    def _note(self, pieces: Sequence[tuple[Piece, int]], ids: npt.NDArray[np.int32]) -> None:
+        """Notes tokens that were evaluated in the ledger, the first of them from the first piece, and so on."""
         done = 0
-        for piece, (role, tokens) in zip(pieces, parts, strict=True):
+        for piece, n in pieces:
             segments = self._ledger.segments
             # an answer's closing markup still belongs to it
-            if not segments or segments[-1].role != role:
-                self._ledger.begin_segment(role)
-            if piece.kind == "content" and not self._ledger.segments[-1].text:
-                self._ledger.segments[-1].text = piece.text.strip()[:_EXCERPT]
-            for start in range(0, len(tokens), self._context.n_ubatch):
-                chunk = tokens[start : start + self._context.n_ubatch]
-                self._append(chunk, "prefill")
-                done += len(chunk)
-                if self._progress and total > self._context.n_ubatch:
-                    self._progress(done, total)
-        return total
+            if not segments or segments[-1].role != piece.role:
+                self._ledger.begin_segment(piece.role)
+            if piece.kind == "content" and not segments[-1].text:
+                segments[-1].text = piece.text.strip()[:_EXCERPT]
+            self._ledger.append(ids[done : done + n])
+            done += n
 
-    def _append(self, tokens: npt.NDArray[np.int32], phase: Literal["prefill", "decode"], logits: Outputs = "last") -> None:
-        """Evaluates at most a micro-batch of tokens and compresses if that is due."""
+    def _append(
+        self,
+        tokens: npt.NDArray[np.int32],
+        phase: Literal["prefill", "decode"],
+        logits: Outputs = "last",
+        pieces: Sequence[tuple[Piece, int]] = (),
+    ) -> None:
+        """Evaluates at most a micro-batch of tokens and compresses if that is due.
+
+        pieces: where they come from, with the number of tokens of each; if not given, they go on with the last segment
+        """
         if self._ledger.n_cells + len(tokens) > self._capacity + self._spare:
             raise SessionError(
                 "the text is longer than the spare cells of the cache: ask for more of them"
@@ -306,7 +330,10 @@ class ChatSession:
         self._context.decode(tokens, self._ledger.next_position, logits=logits)
         seconds = self.seconds
         setattr(seconds, phase, getattr(seconds, phase) + time.perf_counter() - started)
-        self._ledger.append(tokens)
+        if pieces:
+            self._note(pieces, tokens)
+        else:
+            self._ledger.append(tokens)
         self._peak = max(self._peak, self._ledger.n_cells)
         self._compressor.after_append(self._ledger)
 
