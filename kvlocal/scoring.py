@@ -8,9 +8,11 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.float32]
 
 
-def normalised(values: Scores, window: int) -> Scores:
-    """Values [L, H, C] over the largest of their layer and head before the window; 0 where that is 0."""
-    largest = values[..., : values.shape[-1] - window].max(axis=-1, keepdims=True, initial=0)
+def normalised(values: Scores, window: int, leaving_out: npt.NDArray[np.bool_] | None = None) -> Scores:
+    """Values [L, H, C] over the largest of their layer and head before the window, some cells left out; 0 where that is 0."""
+    n_before = values.shape[-1] - window
+    among = True if leaving_out is None else ~leaving_out[..., :n_before]
+    largest = values[..., :n_before].max(axis=-1, keepdims=True, initial=0, where=among)
     return np.divide(values, largest, out=np.zeros_like(values), where=largest > 0)
 
 
@@ -31,9 +33,9 @@ def pooled(values: Scores, window: int, kernel: int) -> Scores:
     return result
 
 
-def local_score(attention: Scores, window: int, kernel: int = 1) -> Scores:
+def local_score(attention: Scores, window: int, kernel: int = 1, leaving_out: npt.NDArray[np.bool_] | None = None) -> Scores:
     """local [L, H, C]: the attention of the last queries, pooled, over the largest before the window (G-KV, section Scores)."""
-    return normalised(pooled(attention, window, kernel), window)
+    return normalised(pooled(attention, window, kernel), window, leaving_out)
 
 
 def global_score(history: Scores, local: Scores, alpha: float) -> Scores:

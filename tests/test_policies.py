@@ -9,9 +9,10 @@ from kvlocal.policies import POLICIES, CacheState, PolicyError, make
 from kvlocal.scoring import pooled
 
 L, H, C, W = 3, 2, 90, 8
+N_PINNED = 5
 
 
-def random_state(seed, n_pinned=5, with_history=True):
+def random_state(seed, n_pinned=N_PINNED, with_history=True):
     """Arrays of every kind. Cells from 60 on are younger than the last compression; the last 20 and a few more were not read again yet."""
     rng = np.random.default_rng(seed)
     pinned = np.zeros((L, H, C), bool)
@@ -31,8 +32,8 @@ def random_state(seed, n_pinned=5, with_history=True):
     return CacheState(pinned, history, W, scores, redundancy, sums, reread, blocks, values)
 
 
-def reference_normalised(values):
-    top = max(values[: C - W])
+def reference_normalised(values, first=0):
+    top = max(values[first : C - W])
     return [value / top for value in values]
 
 
@@ -43,10 +44,10 @@ def reference_pooled(values, pool):
     return [*pooled, *values[C - W :]]
 
 
-def reference_local(attention, values=None, pool=1):
+def reference_local(attention, values=None, pool=1, first=0):
     if values is not None:
         attention = [a * v for a, v in zip(attention, values, strict=True)]
-    return reference_normalised(reference_pooled(list(attention), pool))
+    return reference_normalised(reference_pooled(list(attention), pool), first)
 
 
 def reference_global(history, local, alpha):
@@ -81,12 +82,12 @@ def arrays_of(state, layer, head):
     return {name: getattr(state, name)[layer, head] for name in ("history", "scores", "redundancy", "sums", "reread", "values")}
 
 
-def reference_gkv(cells, alpha=0.8, lam=0.5, values=False, pool=1, reread=False):
+def reference_gkv(cells, alpha=0.8, lam=0.5, values=False, pool=1, free=False, reread=False):
     """F_t[j] = max(alpha F_{t-1}[j], local[j]) and sel[j] = lambda F_t[j] - (1 - lambda) R[j] of one head."""
-    norms = cells["values"] if values else None
-    local = reference_local(cells["scores"], norms, pool)
+    norms, first = cells["values"] if values else None, N_PINNED if free else 0
+    local = reference_local(cells["scores"], norms, pool, first)
     if reread:
-        again = reference_local([0 if np.isnan(a) else a for a in cells["reread"]], norms, pool)
+        again = reference_local([0 if np.isnan(a) else a for a in cells["reread"]], norms, pool, first)
         local = [max(pair) for pair in zip(local, again, strict=True)]
     score = reference_global(cells["history"], local, alpha)
     return score, reference_select(score, cells["redundancy"], lam)
@@ -99,6 +100,8 @@ GKV_ARGS = [
     {"values": True},
     {"pool": 5},
     {"values": True, "pool": 3, "lam": 0.7},
+    {"free": True},
+    {"free": True, "pool": 5, "lam": 1.0},
 ]
 
 

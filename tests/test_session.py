@@ -278,10 +278,10 @@ def test_a_second_read_leaves_nothing_but_scores(model, policy):
     """The next logits are the same, bit by bit, with and without it, and so are positions and ledger, also when it is stopped in between."""
     logits, rereads = [], []
     for stops in (None, [], [False, True]):
-        with session(model, policy=policy, budget=800) as chat:
-            for text in ("Name a bird.", STORY * 6):
+        with session(model, policy=policy, budget=800, n_ubatch=128) as chat:
+            for text in ("Name a bird.", STORY * 4):
                 chat.add_turn("user", text)
-                chat.add_turn("assistant", "A bird is " + STORY * 8)
+                chat.add_turn("assistant", "A bird is " + STORY * 3)
                 if stops is not None:
                     waits = iter(stops)
                     done = chat.second_read(lambda waits=waits: next(waits, False))
@@ -363,8 +363,8 @@ def test_a_ratio_lets_the_budget_grow_with_the_conversation(model):
     with session(model, budget=None, ratio=0.7, stride=32) as chat:
         used = []
         for _ in range(4):
-            chat.add_turn("user", STORY * 8)
-            chat.add_turn("assistant", STORY * 4)
+            chat.add_turn("user", STORY * 4)
+            chat.add_turn("assistant", STORY * 3)
             chat.compress()
             used.append(chat.kv.used)
             check_ledger(chat)
@@ -406,7 +406,7 @@ def test_positions(model):
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
 def test_every_policy_keeps_a_chat_within_its_budget(model, policy):
     with session(model, policy=policy) as chat:
-        for text in ("Name a bird.", STORY * 12, STORY * 5):
+        for text in ("Name a bird.", STORY * 5, STORY * 4):
             chat.add_turn("user", text)
             chat.add_turn("assistant", "Well. " + STORY * 3)
             chat.second_read()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from kvlocal.policies.base import CacheState, Plan, keep_best
 from kvlocal.scoring import Scores, against_redundancy, check_kernel, check_weight, global_score, local_score
 
@@ -16,12 +18,18 @@ class GKV:
     alpha: how much of the earlier score is left at each compression, 0 to 1
     lam: weight of the score against the redundancy, 0 to 1 (lambda in the paper)
     values: the attention a cell gets is multiplied by the norm of its value, by which it adds to the output (not in the paper)
+    free: the largest, which local scores are over, is that of the cells that may go: a pinned sink, which gets most of the attention, makes
+        all others small against what they are compared with (not in the paper)
+    now: the share of the budget, without pinned cells and window, that goes to the best by what the last queries attend to alone, as in
+        SnapKV; the rest goes by sel (not in the paper)
     pool: a cell's local score is the largest of this many cells around it, odd; 1 for its own (not in the paper)
     """
 
     alpha: float = 0.8
     lam: float = 0.5
     values: bool = False
+    free: bool = False
+    now: float = 0.0
     pool: int = 1
 
     evicts: ClassVar[bool] = True
@@ -30,9 +38,11 @@ class GKV:
     def __post_init__(self) -> None:
         check_weight("alpha", self.alpha)
         check_weight("lam", self.lam)
+        check_weight("now", self.now)
         check_kernel("pool", self.pool)
-        if not isinstance(self.values, bool):
-            raise ValueError(f"values must be True or False, not {self.values!r}")
+        for name in ("values", "free"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -40,7 +50,12 @@ class GKV:
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         score = global_score(state.history, self.local(state), self.alpha)
-        return Plan(keep_best(against_redundancy(score, state.redundancy, state.window, self.lam), state, budget), score)
+        select = against_redundancy(score, state.redundancy, state.window, self.lam)
+        if self.now:
+            n_fixed = int(state.pinned[0, 0].sum()) + state.window
+            now = keep_best(self.local_of(state.scores, state), state, n_fixed + round(self.now * (budget - n_fixed)))
+            np.put_along_axis(select, now, np.inf, axis=-1)
+        return Plan(keep_best(select, state, budget), score)
 
     def local(self, state: CacheState) -> Scores:
         """The score of this compression alone, [L, H, C]."""
@@ -48,4 +63,5 @@ class GKV:
 
     def local_of(self, attention: Scores, state: CacheState) -> Scores:
         """This attention [L, H, C] as a local score."""
-        return local_score(attention * state.values if self.values else attention, state.window, self.pool)
+        weighed = attention * state.values if self.values else attention
+        return local_score(weighed, state.window, self.pool, state.pinned if self.free else None)
