@@ -343,6 +343,18 @@ def test_sequences_compact_independently(model, tokens):
     np.testing.assert_allclose(log_softmax(three), log_softmax(alone.context.logits()), atol=1e-3)
 
 
+def test_the_rings_state_brings_overwritten_queries_back(model, tokens):
+    chat = Chat(model, tokens, n=100)
+    state, queries, scores = chat.native.ring_state(), chat.native.read_queries(2), chat.native.scores()
+    chat.feed(40)
+    chat.context.remove(0, 100, -1)
+    assert len(chat.native.query_positions()) == 0
+    chat.native.set_ring_state(state)
+    np.testing.assert_array_equal(chat.native.query_positions(), np.arange(100 - W, 100))
+    np.testing.assert_array_equal(chat.native.read_queries(2), queries)
+    np.testing.assert_array_equal(chat.native.scores(), scores)
+
+
 def test_state_restore_empties_the_ring(model, tokens):
     chat = Chat(model, tokens, n=100)
     state = chat.context.state_get(0)
@@ -382,8 +394,17 @@ def test_wrong_calls_are_refused_and_change_nothing(model, tokens):
         assert code(lib.kvl_read_keys, ctx, seq, 0, floats, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_read_queries, ctx, seq, 0, floats, 1) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_shift_window_cache, ctx, seq, 1) == lib.KVL_ERR_ARGUMENT
+        assert code(lib.kvl_ring_get_state, ctx, seq, ffi.NULL, 0) == lib.KVL_ERR_ARGUMENT
+        assert code(lib.kvl_ring_set_state, ctx, seq, ffi.new("uint8_t[]", 8), 8) == lib.KVL_ERR_ARGUMENT
+    ring = native.ring_state()
+    assert code(lib.kvl_ring_set_state, ctx, 0, ffi.NULL, len(ring)) == lib.KVL_ERR_ARGUMENT
+    for wrong in (ring[:-1], np.full_like(ring, 7)):
+        with pytest.raises(NativeError) as error:
+            native.set_ring_state(wrong)
+        assert error.value.code == lib.KVL_ERR_ARGUMENT
+    np.testing.assert_array_equal(native.ring_state(), ring)
     assert code(lib.kvl_get_scores, ctx, 0, 0, 0, ffi.NULL, L, 3, 60) == lib.KVL_ERR_ARGUMENT
-    assert code(lib.kvl_get_scores, ctx, 0, 0, 2, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert code(lib.kvl_get_scores, ctx, 0, 0, 4, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_get_scores, ctx, 0, -1, 0, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_get_scores, ctx, 0, 0, 0, floats, L - 1, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_get_scores, ctx, 0, 0, 0, floats, L, 3, 59) == lib.KVL_ERR_STATE
@@ -391,7 +412,7 @@ def test_wrong_calls_are_refused_and_change_nothing(model, tokens):
     assert code(lib.kvl_get_attention_map, ctx, 0, 4, ffi.new("int32_t[]", [L]), 1, floats, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_get_attention_map, ctx, 0, 4, ints, L + 1, floats, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_get_attention_map, ctx, 0, 0, ints, 1, floats, 60) == lib.KVL_ERR_ARGUMENT
-    assert code(lib.kvl_get_redundancy, ctx, 0, 64, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert code(lib.kvl_get_redundancy, ctx, 0, lib.KVL_LARGEST, floats, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert code(lib.kvl_read_values, ctx, 0, L, floats, 60) == lib.KVL_ERR_ARGUMENT
     for cells in ([60], [-1], [5, 5]):
         with pytest.raises(NativeError) as error:

@@ -278,7 +278,7 @@ def test_a_second_read_leaves_nothing_but_scores(model, policy):
     """The next logits are the same, bit by bit, with and without it, and so are positions and ledger, also when it is stopped in between."""
     logits, rereads = [], []
     for stops in (None, [], [False, True]):
-        with session(model, policy=policy, budget=800, n_ubatch=128) as chat:
+        with session(model, policy=policy, budget=800) as chat:
             for text in ("Name a bird.", STORY * 4):
                 chat.add_turn("user", text)
                 chat.add_turn("assistant", "A bird is " + STORY * 3)
