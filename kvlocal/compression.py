@@ -11,6 +11,7 @@ import numpy as np
 
 from kvlocal.errors import KvlocalError
 from kvlocal.ledger import Ledger
+from kvlocal.memory import give_back
 from kvlocal.native import Layout, NativeCache
 from kvlocal.observation import Observer
 from kvlocal.policies import Policy
@@ -123,6 +124,10 @@ class Compressor:
         ledger.scores("history")[:] = np.nan if plan.history is None else plan.history
         self._compact(ledger, plan.keep, rotate=rotate)
         self.compressions += 1
+        del state, plan
+        trimming = time.perf_counter()
+        give_back()
+        self.seconds.compact += time.perf_counter() - trimming
 
     def _compact(self, ledger: Ledger, keep: np.ndarray, *, rotate: bool) -> None:
         started = time.perf_counter()
