@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,21 @@ def test_an_answer_that_goes_to_a_file_is_plain(terminal, state, tmp_path):
         chat.type("\x04")
         assert chat.wait_for_end() == 0
     assert (tmp_path / "out").read_text() == contents(state)[1].rstrip("\n") + "\n"
+
+
+def test_turns_are_read_again_while_the_person_types(terminal, chat, state):
+    """A turn typed at once ends the second read, and the answers are those of a chat that reads no turn again: nothing is evicted here."""
+    asked = ["Name three birds.", "Name three trees that grow in the north.", "And one fish."]
+    with terminal("--policy", "kvzip-gkv", "--max-tokens", "16") as typed:
+        typed.wait_for_prompt()
+        for i, text in enumerate(asked):
+            typed.type(text + "\r")
+            assert re.search(STATUS, typed.wait_for_prompt())
+            if i == 1:
+                time.sleep(1)
+        typed.type("\x04")
+        assert typed.wait_for_end() == 0
+    answers = contents(state)
+    transcripts(state)[0].unlink()
+    piped = chat("--policy", "kvzip-gkv", "--max-tokens", "16", "--idle", "off", stdin="\n".join(asked))
+    assert piped.returncode == 0 and contents(state) == answers
