@@ -82,13 +82,13 @@ def arrays_of(state, layer, head):
     return {name: getattr(state, name)[layer, head] for name in ("history", "scores", "redundancy", "sums", "reread", "values")}
 
 
-def reference_gkv(cells, alpha=0.8, lam=0.5, values=False, pool=1, free=False, reread=False):
+def reference_gkv(cells, alpha=0.8, lam=0.5, values=False, pool=1, free=False, reread=False, weight=1.0):
     """F_t[j] = max(alpha F_{t-1}[j], local[j]) and sel[j] = lambda F_t[j] - (1 - lambda) R[j] of one head."""
     norms, first = cells["values"] if values else None, N_PINNED if free else 0
     local = reference_local(cells["scores"], norms, pool, first)
     if reread:
         again = reference_local([0 if np.isnan(a) else a for a in cells["reread"]], norms, pool, first)
-        local = [max(pair) for pair in zip(local, again, strict=True)]
+        local = [max(a, weight * b) for a, b in zip(local, again, strict=True)]
     score = reference_global(cells["history"], local, alpha)
     return score, reference_select(score, cells["redundancy"], lam)
 
@@ -284,3 +284,34 @@ def test_names_and_hyper_parameters_are_checked():
             make(name, args)
     with pytest.raises(ValueError, match="True or False"):
         POLICIES["gkv"](values="false")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_second_read_counts_by_its_weight(seed):
+    state = random_state(seed)
+    policy = make("kvzip-gkv", {"weight": 0.3, "free": True})
+
+    def reference(layer, head):
+        return reference_gkv(arrays_of(state, layer, head), weight=0.3, free=True, reread=True)
+
+    assert_keeps_best(policy, state, lambda layer, head: reference(layer, head)[1])
+    carried = [[reference(layer, head)[0] for head in range(H)] for layer in range(L)]
+    np.testing.assert_allclose(policy.plan(state, 40).history, carried, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gkv", "kvzip-gkv"])
+@pytest.mark.parametrize("now", [0.3, 1.0])
+def test_a_share_of_the_budget_goes_to_what_counts_now(name, now):
+    """That share of the free budget is the best by the last queries alone, and the rest the best by sel among what is left."""
+    state, budget = random_state(4), 40
+    kept = make(name, {"now": now}).plan(state, budget).keep
+    n_now = round(now * (budget - N_PINNED - W))
+    for layer in range(L):
+        for head in range(H):
+            cells = arrays_of(state, layer, head)
+            free = range(N_PINNED, C - W)
+            best = sorted(free, key=lambda j: -cells["scores"][j])[:n_now]
+            select = reference_gkv(cells, reread=name == "kvzip-gkv")[1]
+            others = sorted((j for j in free if j not in best), key=lambda j: -select[j])
+            expected = [*range(N_PINNED), *best, *others[: budget - N_PINNED - W - n_now], *range(C - W, C)]
+            assert kept[layer, head].tolist() == sorted(expected)
