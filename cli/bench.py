@@ -21,7 +21,7 @@ from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.settings import QUICK, Settings
 from kvlocal.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.plot import check
+from kvlocal.figure import check
 from kvlocal.files import atomic_write
 from kvlocal_cli.options import CACHE_TYPES, split_policy_arg
 

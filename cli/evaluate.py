@@ -24,6 +24,7 @@ from kvlocal.evaluation.recall import RecallTask
 from kvlocal.evaluation.reference import ReferenceCache, cache_dir, fingerprint, make_directory
 from kvlocal.evaluation.runner import Failure, Task, WorkFile, outcomes, pending, run_key
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
+from kvlocal.figure import check
 from kvlocal.files import atomic_write
 from kvlocal.library import load as load_library
 from kvlocal.sampling import SamplingParams
@@ -110,7 +111,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             for variant in variants:
                 variant.config(base)
             if plot_path:
-                plot.check(plot_path)
+                check(plot_path)
         except KvlocalError as error:
             raise click.UsageError(str(error)) from error
         return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or cache_dir()), **others)

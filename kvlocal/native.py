@@ -94,14 +94,18 @@ class NativeCache:
         self._check(self._lib.kvl_get_queries(self._context, seq, self._ints(pos), len(pos)))
         return pos
 
-    def ring_state(self, seq: int = 0) -> np.ndarray:
-        """What the ring holds of a sequence, uint8 [bytes]."""
+    def ring_state(self, seq: int = 0) -> np.ndarray | None:
+        """What the ring holds of a sequence, uint8 [bytes]; None while it is off."""
+        if not self.layout().n_window:
+            return None
         state = np.empty(self._check(self._lib.kvl_ring_get_state(self._context, seq, self._ffi.NULL, 0)), np.uint8)
         self._check(self._lib.kvl_ring_get_state(self._context, seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
         return state
 
-    def set_ring_state(self, state: np.ndarray, seq: int = 0) -> None:
+    def set_ring_state(self, state: np.ndarray | None, seq: int = 0) -> None:
         """Puts back what `ring_state` gave. Queries whose positions are not at the sequence's end do not count."""
+        if state is None:
+            return
         state = np.ascontiguousarray(state, np.uint8)
         self._check(self._lib.kvl_ring_set_state(self._context, seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
 

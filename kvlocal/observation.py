@@ -42,15 +42,6 @@ class Observer:
         """The scores a ledger must carry for this policy."""
         return [name for name in ("history", "sums", "reread") if name == "history" or name in self._policy.needs]
 
-    def ring_state(self) -> npt.NDArray[np.uint8] | None:
-        """What the ring holds, None without one."""
-        return self._native.ring_state() if self._n_ring else None
-
-    def set_ring_state(self, state: npt.NDArray[np.uint8] | None) -> None:
-        """Puts back what `ring_state` gave."""
-        if state is not None:
-            self._native.set_ring_state(state)
-
     def before_append(self, ledger: Ledger, n: int) -> None:
         """Before n more tokens: uses the queries that they would push out of the ring."""
         if ledger.n_tokens + n - ledger.n_summed > self._n_ring:

@@ -10,6 +10,7 @@ from kvlocal.compression import Compressor
 from kvlocal.engine import Context, Model
 from kvlocal.ledger import Ledger
 from kvlocal.native import NativeCache
+from kvlocal.tail import taken_back
 from kvlocal.template import ChatTemplate
 
 INSTRUCTION = "Repeat the previous context exactly."
@@ -33,7 +34,6 @@ class SecondRead:
         turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         parts = template.tokens(model, template.user_turn(turns, INSTRUCTION))
         self._instruction = np.concatenate([ids for _, ids in parts])
-        self._is_swa = native.layout().is_swa
 
     def run(self, ledger: Ledger, stop: Callable[[], bool]) -> bool:
         """Reads all tokens behind ledger.n_reread again, and raises "reread" of their cells to the largest attention they get, over queries and
@@ -58,15 +58,6 @@ class SecondRead:
 
     def _attention(self, batch: np.ndarray, n_query: int, ledger: Ledger) -> np.ndarray:
         """What the last n_query tokens of a batch pay to the cells before it, [L, H, n_cells]; the batch leaves no trace."""
-        # what leaves a sliding window can't be brought back by cutting off the tail
-        state, ring = self._context.state_get() if self._is_swa else None, self._native.ring_state()
-        try:
+        with taken_back(self._context, self._native):
             self._context.decode(batch, ledger.next_position, logits="none")
             return self._native.scores(n_query=n_query, largest=True)[..., : ledger.n_cells]
-        finally:
-            if state is None:
-                self._context.remove(0, ledger.next_position, -1)
-            else:
-                self._context.clear()
-                self._context.state_set(0, state)
-            self._native.set_ring_state(ring)

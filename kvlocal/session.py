@@ -20,6 +20,7 @@ from kvlocal.native import NativeCache
 from kvlocal.observation import Observer
 from kvlocal.reread import SecondRead
 from kvlocal.sampling import Sampler, SamplingParams
+from kvlocal.tail import taken_back
 from kvlocal.template import ChatTemplate, Piece
 from kvlocal.textstream import TextStream
 
@@ -350,7 +351,7 @@ class ChatSession:
         if role not in ("user", "assistant") or role == last:
             raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
         if role == "user":
-            self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages), self._observer.ring_state())
+            self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages), self._native.ring_state())
             if self._layout.is_swa:
                 # what left the sliding window can't be brought back by cutting off the tail
                 self._save_checkpoint()
@@ -462,22 +463,15 @@ class ChatSession:
         if not outer:
             compressor.make_room(ledger, min(self._capacity + self._spare - ledger.n_cells, self.model.n_ctx_train // 2))
             self._observer.before_removal(ledger)
-        # what leaves a sliding window can't be brought back by cutting off the tail
-        state, ring = self._context.state_get() if self._layout.is_swa else None, self._observer.ring_state()
         n_tokens, compressor.held, self._checkpoint = ledger.n_tokens, True, None
         segments = [replace(segment) for segment in ledger.segments]
         try:
-            yield
+            with taken_back(self._context, self._native):
+                yield
         finally:
             compressor.held, self._checkpoint, self.last, self._prediction, self.messages[:] = outer, checkpoint, last, prediction, messages
             ledger.truncate(n_tokens)
             ledger.segments[:] = segments
-            if state is None:
-                self._context.remove(0, ledger.next_position, -1)
-            else:
-                self._context.clear()
-                self._context.state_set(0, state)
-            self._observer.set_ring_state(ring)
 
     def read_answer(self, content: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Reads a given answer to the last user turn and returns its tokens, int32 [n], and what the model predicted, float32 [n, n_vocab].
@@ -541,7 +535,7 @@ class ChatSession:
             self._ledger = checkpoint.ledger
         self._ledger.truncate(checkpoint.n_tokens)
         self._context.remove(0, self._ledger.next_position, -1)
-        self._observer.set_ring_state(checkpoint.ring)
+        self._native.set_ring_state(checkpoint.ring)
         del self.messages[checkpoint.n_messages :]
 
     def _mend(self) -> None:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from kvlocal import policies
+from kvlocal import figure, policies
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
 from kvlocal.evaluation.data import DataError, load, shuffled
@@ -341,13 +341,13 @@ def test_a_plot(rows, tmp_path):
         plot.draw(rows, tmp_path / f"p.{suffix}")
         assert (tmp_path / f"p.{suffix}").read_bytes().startswith(start)
     with pytest.raises(KvlocalError, match=r"must end in \.png"):
-        plot.check(tmp_path / "p.txt")
+        figure.check(tmp_path / "p.txt")
 
 
 def test_a_plot_without_matplotlib(monkeypatch, tmp_path):
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(figure, "find_spec", lambda name: None)
     with pytest.raises(KvlocalError, match=r"pip install 'kvlocal\[plot\]'"):
-        plot.check(tmp_path / "p.png")
+        figure.check(tmp_path / "p.png")
 
 
 # Recall

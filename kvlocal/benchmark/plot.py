@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvlocal.benchmark.comparison import Row
-from kvlocal.evaluation.plot import check
-from kvlocal.files import atomic_write
+from kvlocal.figure import check, new_figure, save
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -18,11 +16,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         KvlocalError: matplotlib is missing or the file cannot be written.
     """
     check(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 5)
     speeds, ratios = figure.subplots(1, 2)
     for kind, line in (("decode", "-"), ("prefill", "--")):
         found = [(row.name.removeprefix(f"{kind}@"), row) for row in rows if row.name.startswith(f"{kind}@")]
@@ -42,6 +36,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     ratios.invert_yaxis()
     ratios.set(xlabel="kvlocal over llama.cpp", xscale="log")
     ratios.grid(alpha=0.3)
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix.lower().removeprefix("."), dpi=150)
-    atomic_write(path, data.getvalue())
+    save(figure, path)

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.report import Row
 from kvlocal.evaluation.variants import FULL
-from kvlocal.files import atomic_write
-
-FORMATS = ("png", "svg", "pdf")
+from kvlocal.figure import check, new_figure, save
 
 _APART = 0.005  # of the cells: policies that keep equally many stand side by side
-
-
-def check(path: Path) -> None:
-    """Raises KvlocalError if nothing can be drawn to that path, before anything is measured."""
-    if path.suffix.lower().removeprefix(".") not in FORMATS:
-        raise KvlocalError(f"cannot draw {path}: its name must end in .{', .'.join(FORMATS[:-1])} or .{FORMATS[-1]}")
-    if find_spec("matplotlib") is None:
-        raise KvlocalError("drawing needs matplotlib, which is not installed: pip install 'kvlocal[plot]'")
 
 
 def draw(found: Sequence[Row], path: Path) -> None:
@@ -34,13 +21,9 @@ def draw(found: Sequence[Row], path: Path) -> None:
         KvlocalError: matplotlib is missing or the file cannot be written.
     """
     check(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     metrics = [metric for metric in dict.fromkeys(row.metric for row in found) if "@" not in metric]
     policies = [policy for policy in dict.fromkeys(row.policy for row in found) if policy != FULL.spec]
-    figure = Figure(figsize=(5 * len(metrics) + 2, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * len(metrics) + 2, 4.5)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for metric, axes in zip(metrics, panels, strict=True):
         for i, policy in enumerate(policies):
@@ -57,6 +40,4 @@ def draw(found: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix.lower().removeprefix("."), dpi=150)
-    atomic_write(path, data.getvalue())
+    save(figure, path)
