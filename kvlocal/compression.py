@@ -45,7 +45,7 @@ class Compressor:
     policy: what to keep
     budget: the most cells of each layer and head after a compression
     ratio: the share of the history to remove, as long as what stays is less than the budget; None for the budget alone
-    stride: a compression is due when the cache holds more than the target + stride cells
+    stride: a compression is due when the cache has grown this many cells past the target
     window: the most recent cells, which always stay
     positions: "original": keys keep the positions they were made for, to the end of the trained context; "cache": kept keys move to their
         place in the cache at every compression; "auto": as the policy says, and back to low positions when the trained context comes near
@@ -105,7 +105,7 @@ class Compressor:
 
     def after_append(self, ledger: Ledger) -> None:
         """After new tokens: compresses if it is due."""
-        if ledger.n_cells > self.target(ledger) + self.stride:
+        if ledger.n_cells >= self.target(ledger) + self.stride:
             self.compress(ledger)
 
     def compress(self, ledger: Ledger) -> None:

@@ -201,7 +201,7 @@ class ChatSession:
         self._progress = progress
         self._system = config.system
         self._policy = policies.make(config.policy, config.policy_args)
-        slack = config.stride + config.n_ubatch if self._policy.evicts else 0
+        slack = config.stride if self._policy.evicts else 0
         default = DEFAULT_BUDGET if self._policy.evicts and config.ratio is None else DEFAULT_FULL
         self.budget = config.budget or min(default, model.n_ctx_train - slack)
         self._capacity = self.budget + slack
@@ -278,9 +278,9 @@ class ChatSession:
         parts = self.template.tokens(self.model, pieces)
         ids = np.concatenate([tokens for _, tokens in parts]) if parts else np.zeros(0, np.int32)
         ends = np.cumsum([len(tokens) for _, tokens in parts])
-        step = self._context.n_ubatch
-        for start in range(0, max(len(ids), 1), step):
-            stop = min(start + step, len(ids))
+        start = 0
+        while True:
+            stop = min(start + self._room(), len(ids))
             # what of each piece is in this chunk; one without tokens counts where it stands
             inside = [
                 (piece, min(end, stop) - max(end - len(tokens), start))
@@ -291,9 +291,15 @@ class ChatSession:
                 self._append(ids[start:stop], "prefill", pieces=inside)
             else:
                 self._note(inside, ids)
-            if self._progress and len(ids) > step:
+            if self._progress and len(ids) > self._context.n_ubatch:
                 self._progress(stop, len(ids))
-        return len(ids)
+            if stop == len(ids):
+                return stop
+            start = stop
+
+    def _room(self) -> int:
+        """How many tokens may be evaluated at once; at least one, which is refused where no cell is free."""
+        return min(self._context.n_ubatch, max(1, self._capacity + self._spare - self._ledger.n_cells))
 
     def _note(self, pieces: Sequence[tuple[Piece, int]], ids: npt.NDArray[np.int32]) -> None:
         """Notes tokens that were evaluated in the ledger, the first of them from the first piece, and so on."""
@@ -435,7 +441,7 @@ class ChatSession:
 
         It leaves nothing in the cache but scores. Where it was stopped it goes on the next time.
 
-        stop: asked before every chunk of a micro-batch
+        stop: asked before every stretch, which is a micro-batch at most
 
         Returns whether nothing is left to read.
         """
@@ -487,8 +493,8 @@ class ChatSession:
             is_content = piece.kind == "content"
             if is_content:
                 rows.append(self._prediction[None])
-            for start in range(0, len(ids), self._context.n_ubatch):
-                chunk = ids[start : start + self._context.n_ubatch]
+            while len(ids):
+                chunk, ids = np.split(ids, [self._room()])
                 self._append(chunk, "prefill", "all" if is_content else "last")
                 self._prediction = self._context.logits()
                 if is_content:

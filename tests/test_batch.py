@@ -197,7 +197,7 @@ def test_a_document_many_times_the_budget(model):
     document = "\n".join(f"On day {i} the keeper counted {i * 13 % 47} ships and {i % 9} gulls off the cape." for i in range(70))
     (result,) = run(model, line(user(document + "\n\nHow many ships on day 3?"), user("And on day 69?")), budget=256, n_ubatch=128)
     assert result.kv["history_tokens"] > 5 * 256
-    assert 256 < result.kv["peak_cells"] <= 256 + SMALL.stride + 128
+    assert 256 < result.kv["peak_cells"] <= 256 + SMALL.stride
     assert result.kv["compressions"] > 5
     assert result.kv["evicted"] >= result.kv["history_tokens"] - 256 - SMALL.stride
     assert len(result.messages) == 4

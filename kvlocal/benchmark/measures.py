@@ -67,7 +67,7 @@ class Side:
         return self.worker.call("slice", reader=self.reader, n=n, at_once=self.at_once) if n else 0.0
 
     def align(self) -> None:
-        """Decodes up to the next compression, so that every slice of stride + 1 tokens holds exactly one."""
+        """Decodes up to the next compression, so that every slice of stride tokens holds exactly one."""
         self.slice(self.figures()["until_compression"])
 
     def figures(self) -> dict[str, float]:
@@ -112,7 +112,7 @@ def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
             ours.call("open_session", reader="session", config=settings.session(settings.budget(n), settings.ratio))
             batch = settings.n_ubatch
             prefill = [Side(ours, "session", batch, batch), Side(stock, "full", batch, batch)]
-            decode = [Side(ours, "session", settings.stride + 1), Side(stock, "full", settings.parts * settings.piece)]
+            decode = [Side(ours, "session", settings.stride), Side(stock, "full", settings.parts * settings.piece)]
             for side in decode:
                 side.extend(n, f"history of {n}", bench.progress)
             decode[0].align()
@@ -139,7 +139,7 @@ def measure_cells(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
     cells, n_plain = settings.cells, settings.parts * settings.piece
     with ExitStack() as stack:
         ours, recording, bare, stock, control = bench.workers(stack, 3, 2)
-        # between two compressions a session has budget + 1 .. budget + stride + 1 cells
+        # between two compressions a session has budget .. budget + stride cells
         config = settings.session(cells - settings.stride // 2, None)
         ours.call("open_session", reader="session", config=config)
         window = ours.call("figures", reader="session")["window"]
@@ -147,7 +147,7 @@ def measure_cells(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
         plain = [Side(worker, "full", n_plain) for worker in (recording, bare, stock, control)]
         for side in plain:
             side.worker.call("open_plain", reader="full", context=context, window=window if side.worker is recording else 0)
-        session = Side(ours, "session", settings.stride + 1)
+        session = Side(ours, "session", settings.stride)
         session.extend(cells + settings.stride, f"{cells} cells", bench.progress)
         session.align()
         for side in plain:

@@ -158,8 +158,9 @@ class _ScriptedSession(ChatSession):
     def feed(self, tokens: Tokens, at_once: int) -> None:
         if self.messages[-1]["role"] == "user":
             self.messages.append({"role": "assistant", "content": ""})
-        for start in range(0, len(tokens), at_once):
-            self._append(tokens[start : start + at_once], "decode" if at_once == 1 else "prefill")
+        while len(tokens):
+            batch, tokens = np.split(tokens, [min(at_once, self._room())])
+            self._append(batch, "decode" if at_once == 1 else "prefill")
             self._context.synchronize()
 
     @property
@@ -207,7 +208,7 @@ class SessionReader(Reader):
             "peak_cells": kv.peak_cells,
             "capacity": kv.capacity,
             "kv_bytes": self._session.kv_bytes + ring_bytes(layout),
-            "until_compression": kv.budget + self._session.config.stride + 1 - kv.used,
+            "until_compression": kv.budget + self._session.config.stride - kv.used,
             "compressions": kv.compressions,
             "window": layout.n_window,
         }
