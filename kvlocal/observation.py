@@ -14,12 +14,15 @@ from kvlocal.policies import CacheState, Policy
 # the attention that finds block boundaries is averaged over this many layers, spread evenly
 _MAP_LAYERS = 4
 
+# the ring holds so many queries of a second read
+REREAD_CHUNK = 32
+
 
 class Observer:
     """Looks at one sequence on behalf of a policy.
 
     The query ring is switched on if the policy needs it: over the window where the last queries count, over a whole micro-batch where every
-    query does.
+    query does, over a chunk of a second read.
 
     native, layout: the cache
     policy: says what it needs
@@ -32,8 +35,8 @@ class Observer:
         self, native: NativeCache, layout: Layout, policy: Policy, window: int, n_ubatch: int, text_of: Callable[[int], bytes]
     ):
         self._native, self._layout, self._policy, self._window, self._text_of = native, layout, policy, window, text_of
-        every_query = policy.needs & {"sums", "reread", "blocks"}
-        self._n_ring = n_ubatch if every_query else window if "scores" in policy.needs else 0
+        at_once = {"sums": n_ubatch, "blocks": n_ubatch, "reread": max(window, REREAD_CHUNK), "scores": window}
+        self._n_ring = max((at_once.get(name, 0) for name in policy.needs), default=0)
         if self._n_ring:
             native.enable_ring(self._n_ring)
 

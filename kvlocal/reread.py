@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from kvlocal.compression import Compressor
 from kvlocal.engine import Context, Model
 from kvlocal.ledger import Ledger
 from kvlocal.native import NativeCache
+from kvlocal.observation import REREAD_CHUNK
 from kvlocal.tail import taken_back
 from kvlocal.template import ChatTemplate
 
 INSTRUCTION = "Repeat the previous context exactly."
 
-# tokens before a chunk that are read along, so that the model finds its place
+# tokens before a stretch that are read along, so that the model finds its place
 _LEAD_IN = 8
 
 
 class SecondRead:
     """Reads tokens of the conversation again, behind an instruction to repeat them, and notes the attention they pay to their first copy.
 
-    A chunk at a time: the instruction, a few tokens before the chunk and the chunk are one batch; its cells are removed right after.
+    A stretch at a time: the instruction and a few tokens of what comes before, then the stretch; all these cells are removed right after.
 
-    model, context, native: the cache; its ring holds a micro-batch
-    compressor: makes room for the positions
+    model, context, native: the cache; its ring holds REREAD_CHUNK queries
+    compressor: makes room for cells and positions
     template: for the turn that holds the instruction
     """
 
@@ -37,27 +39,39 @@ class SecondRead:
 
     def run(self, ledger: Ledger, stop: Callable[[], bool]) -> bool:
         """Reads all tokens behind ledger.n_reread again, and raises "reread" of their cells to the largest attention they get, over queries and
-        the group of query heads. Returns False if stop() ended it between two chunks."""
+        the group of query heads. Returns False if stop() ended it between two stretches.
+
+        A stretch is as long as there are free cells; where there are few, the cache is compressed first.
+        """
         while ledger.n_reread < ledger.n_tokens:
             if stop():
                 return False
-            room = min(self._context.n_ubatch, self._context.n_cells - ledger.n_cells) - len(self._instruction)
+            if self._room(ledger) < REREAD_CHUNK:
+                self._compressor.compress(ledger)
             lead_in = min(_LEAD_IN, ledger.n_reread)
-            if room <= lead_in:
+            n = min(self._room(ledger) - lead_in, ledger.n_tokens - ledger.n_reread)
+            if n <= 0:
                 return True
-            end = min(ledger.n_tokens, ledger.n_reread + room - lead_in)
-            batch = np.concatenate([self._instruction, ledger.ids[ledger.n_reread - lead_in : end]])
-            self._compressor.make_room(ledger, len(batch))
-            attention = self._attention(batch, end - ledger.n_reread, ledger)
-            reread = ledger.scores("reread")
-            tokens = ledger.tokens[..., : ledger.n_cells]
-            chunk = (tokens >= ledger.n_reread) & (tokens < end)
-            np.fmax(reread, attention, out=reread, where=chunk)
-            ledger.n_reread = end
+            self._compressor.make_room(ledger, len(self._instruction) + lead_in + n)
+            before = np.concatenate([self._instruction, ledger.ids[ledger.n_reread - lead_in : ledger.n_reread]])
+            with taken_back(self._context, self._native):
+                self._read(before, ledger.n_reread + n, ledger)
         return True
 
-    def _attention(self, batch: np.ndarray, n_query: int, ledger: Ledger) -> np.ndarray:
-        """What the last n_query tokens of a batch pay to the cells before it, [L, H, n_cells]; the batch leaves no trace."""
-        with taken_back(self._context, self._native):
-            self._context.decode(batch, ledger.next_position, logits="none")
-            return self._native.scores(n_query=n_query, largest=True)[..., : ledger.n_cells]
+    def _room(self, ledger: Ledger) -> int:
+        """Tokens that can be read behind the instruction."""
+        return min(self._context.n_ubatch, self._context.n_cells - ledger.n_cells) - len(self._instruction)
+
+    def _read(self, batch: npt.NDArray[np.int32], end: int, ledger: Ledger) -> None:
+        """Reads a batch and then the tokens ledger.n_reread .. end - 1, as many at once as the ring holds, and notes the attention of these."""
+        position = ledger.next_position
+        tokens, reread = ledger.tokens[..., : ledger.n_cells], ledger.scores("reread")
+        again = (tokens >= ledger.n_reread) & (tokens < end)
+        for start in range(ledger.n_reread, end, REREAD_CHUNK):
+            chunk = ledger.ids[start : min(start + REREAD_CHUNK, end)]
+            batch = np.concatenate([batch, chunk])
+            self._context.decode(batch, position, logits="none")
+            attention = self._native.scores(n_query=len(chunk), largest=True)[..., : ledger.n_cells]
+            np.fmax(reread, attention, out=reread, where=again)
+            position, batch = position + len(batch), batch[:0]
+        ledger.n_reread = end
