@@ -196,10 +196,22 @@ def test_kvzip_gkv_counts_the_second_read():
     assert not (make("gkv").plan(state, 30).keep == 20).any()
 
 
-def test_gkv_needs_the_values_only_to_weigh_with_them():
+def test_kvzip_snapkv_is_snapkv_for_most_of_the_budget_and_kvzip_for_the_rest():
+    """Of two cells, one has all the attention of the last queries and the other all of the second read: both stay, and no other of their kind."""
+    state = random_state(1)
+    state.scores[...] = np.linspace(0, 0.1, C)
+    state.reread[...] = np.linspace(0.1, 0, C)
+    state.scores[..., 20] = state.reread[..., 30] = 1
+    keep = make("kvzip-snapkv").plan(state, N_PINNED + W + 10).keep
+    expected = [*range(N_PINNED + 2), 20, 30, *range(C - W - 6, C)]
+    np.testing.assert_array_equal(keep, np.broadcast_to(expected, keep.shape))
+
+
+def test_gkv_needs_only_what_it_weighs():
     for name, needs in (("gkv", {"scores", "redundancy"}), ("kvzip-gkv", {"scores", "redundancy", "reread"})):
         assert make(name).needs == needs
         assert make(name, {"values": True}).needs == needs | {"values"}
+        assert make(name, {"lam": 1}).needs == needs - {"redundancy"}
 
 
 @pytest.mark.parametrize("name", POLICIES)

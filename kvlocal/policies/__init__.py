@@ -15,6 +15,7 @@ from kvlocal.policies.gkv import GKV
 from kvlocal.policies.h2o import H2O
 from kvlocal.policies.kvzip import KVzip
 from kvlocal.policies.kvzip_gkv import KVzipGKV
+from kvlocal.policies.kvzip_snapkv import KVzipSnapKV
 from kvlocal.policies.rkv import RKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
@@ -30,10 +31,11 @@ POLICIES: dict[str, type[Policy]] = {
     "gkv": GKV,
     "kvzip": KVzip,
     "kvzip-gkv": KVzipGKV,
+    "kvzip-snapkv": KVzipSnapKV,
     "dynsplit": DynSplit,
 }
 
-DEFAULT_POLICY = "gkv"
+DEFAULT_POLICY = "kvzip-snapkv"
 
 _BOOL = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 

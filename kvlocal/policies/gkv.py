@@ -46,11 +46,12 @@ class GKV:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"scores", "redundancy", "values"} if self.values else {"scores", "redundancy"})
+        weighed = {"redundancy": self.lam < 1, "values": self.values}
+        return frozenset({"scores"} | {name for name, wanted in weighed.items() if wanted})
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         score = global_score(state.history, self.local(state), self.alpha)
-        select = against_redundancy(score, state.redundancy, state.window, self.lam)
+        select = score.copy() if self.lam == 1 else against_redundancy(score, state.redundancy, state.window, self.lam)
         if self.now:
             n_fixed = int(state.pinned[0, 0].sum()) + state.window
             now = keep_best(self.local_of(state.scores, state), state, n_fixed + round(self.now * (budget - n_fixed)))
