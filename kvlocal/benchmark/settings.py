@@ -21,7 +21,7 @@ class Settings:
     stock: the directory that holds libllama without our patches
     policy, policy_args, stride, window, n_ubatch, type_k, type_v, n_threads: of the session (SessionConfig); micro-batch, types and threads
         are the same for stock llama.cpp
-    ratio: the share of the history that is removed; (1 - ratio) * history is the session's budget
+    ratio: the share of the history that there is no room for in the session's cache (see budget), and that it removes
     histories: tokens of conversation at which decode and prefill are measured; the last one is where memory is
     cells: of the comparison at an equal number of cells
     turns, answer: of the whole chat: how many turns, and how many tokens each answer has
@@ -50,8 +50,9 @@ class Settings:
     piece: int = 16
 
     def budget(self, history: int) -> int:
-        """Cells that stay of so many tokens."""
-        return round((1 - self.ratio) * history)
+        """Cells that stay of so many tokens: with the stride they grow by and the recorded queries they take (1 - ratio) of the history at most."""
+        room = round((1 - self.ratio) * history)
+        return max(room // 2, room - self.stride * 3 // 2)
 
     def session(self, budget: int, ratio: float | None) -> dict[str, Any]:
         """The fields of a SessionConfig."""
