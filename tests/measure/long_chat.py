@@ -6,32 +6,22 @@
 import argparse
 import json
 import os
-import random
 import statistics
 import sys
 import time
 
+from kvlocal.benchmark.script import Script
 from kvlocal.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.engine import Model
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import ChatSession, SessionConfig
 
 SYSTEM = "You are a patient librarian. End every answer with the word indeed."
-THINGS = "maps,bees,clocks,rivers,bread,glass,stars,salt,ships,paper,ice,moss,bridges,songs,owls,ink,rope,chess,tea,wool".split(",")
-PLACES = "a harbour,a small town,the desert,an old mill,the north,a school,an island,a market,the mountains,a city at night".split(",")
 
 
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-def user_turn(rng: random.Random, i: int) -> str:
-    thing, other, place = rng.choice(THINGS), rng.choice(THINGS), rng.choice(PLACES)
-    return (
-        f"Turn {i}. Yesterday I read about {thing} and {other} in {place}. The author said that {thing} had changed the life of the people there, "
-        f"and that nobody in {place} had thought of {other} before. Tell me what you know about {thing}, and what {other} has to do with it."
-    )
 
 
 def main() -> int:
@@ -43,13 +33,14 @@ def main() -> int:
     parser.add_argument("--json")
     args = parser.parse_args()
 
-    rng, rows = random.Random(5), []
+    rows = []
     config = SessionConfig(budget=args.kv_budget, policy=args.policy, system=SYSTEM, max_tokens=200, sampling=SamplingParams(seed=5))
     started = time.perf_counter()
     with Model(resolve(args.model)) as model, ChatSession(model, config) as chat:
+        script = Script(model, n_answer=1)
         n_system = chat.segments()[0].n_tokens
         while chat.kv.history_tokens < args.tokens:
-            "".join(chat.send(user_turn(rng, len(rows))))
+            "".join(chat.send(script.turn(len(rows)).text))
             tokens = chat._ledger.tokens[..., :n_system]
             row = {
                 "history": chat.kv.history_tokens,
