@@ -1,0 +1,14 @@
+"""Which model a Nexus file was made for: a hash of everything in it that is computed with."""
+
+import hashlib
+
+from kvlocal.nexus.container import Container
+
+
+def base_hash(base: Container) -> str:
+    """SHA-256 over name, type, shape and bytes of every tensor, in order of name; the same for a renamed file or other metadata."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.tensors.items()):
+        digest.update(f"{name}\0{tensor.kind.name}\0{','.join(map(str, tensor.shape))}\0".encode())
+        digest.update(tensor.data)
+    return digest.hexdigest()

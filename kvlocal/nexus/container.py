@@ -1,0 +1,147 @@
+"""Reads a GGUF file as it is mapped: metadata and tensors, but none of the vocabulary, which takes the gguf package seconds."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
+
+from kvlocal.errors import KvlocalError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32  # unless general.alignment says otherwise
+_MAX_DIMENSIONS = 4
+_SCALARS = {
+    GGUFValueType.UINT8: "u1",
+    GGUFValueType.INT8: "i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
+}
+
+
+class ContainerError(KvlocalError):
+    """A file cannot be read as GGUF."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as the file holds it.
+
+    shape: outermost dimension first, as numpy has it
+    data: uint8 [bytes], a view of the mapped file
+    """
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """The dequantised tensor, float32 [*shape]."""
+        block, size = GGML_QUANT_SIZES[self.kind]
+        rows = self.data.reshape(*self.shape[:-1], self.shape[-1] // block * size)
+        return np.asarray(dequantize(rows, self.kind), np.float32).reshape(self.shape)
+
+
+class Container:
+    """A GGUF file, mapped for as long as this object or one of its tensors lives.
+
+    metadata: numbers, booleans and strings as Python has them, arrays of numbers as numpy arrays; arrays of strings are left out
+    tensors: by name, in the file's order
+
+    Raises:
+        ContainerError: no such file, not GGUF, or cut off.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    raise ContainerError(f"{self.path} is not a GGUF file: name one")
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ContainerError(f"{self.path} cannot be read ({error.strerror}): name a GGUF file") from error
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        try:
+            self._read()
+        except (struct.error, ValueError, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+            raise ContainerError(f"{self.path} is damaged or cut off: fetch it again") from None
+
+    def _read(self) -> None:
+        self._at = len(_MAGIC)
+        version, n_tensors, n_keys = self._unpack("<IQQ")
+        if version not in _VERSIONS:
+            raise ContainerError(f"{self.path} is GGUF of version {version}, and only {_VERSIONS} can be read: convert it anew")
+        for _ in range(n_keys):
+            key, kind = self._string(), GGUFValueType(*self._unpack("<I"))
+            value = self._array() if kind == GGUFValueType.ARRAY else self._value(kind)
+            if value is not None:
+                self.metadata[key] = value
+        infos = [self._tensor_info() for _ in range(n_tensors)]
+        alignment = self.metadata.get("general.alignment", _ALIGNMENT)
+        begin = -(-self._at // alignment) * alignment
+        for name, kind, shape, offset in infos:
+            block, size = GGML_QUANT_SIZES[kind]
+            if shape[-1] % block:
+                raise ValueError(name)
+            self.tensors[name] = Tensor(name, kind, shape, self._bytes(begin + offset, math.prod(shape) // block * size))
+
+    def _unpack(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(form, self._data, self._at)
+        self._at += struct.calcsize(form)
+        return values
+
+    def _bytes(self, begin: int, size: int) -> npt.NDArray[np.uint8]:
+        # numpy refuses what reaches beyond the end with a ValueError
+        return np.frombuffer(self._data, np.uint8, size, begin)
+
+    def _string(self) -> str:
+        (length,) = self._unpack("<Q")
+        text = self._bytes(self._at, length).tobytes().decode("utf-8")
+        self._at += length
+        return text
+
+    def _value(self, kind: GGUFValueType) -> Any:
+        return self._string() if kind == GGUFValueType.STRING else self._numbers(kind, 1)[0].item()
+
+    def _numbers(self, kind: GGUFValueType, n: int) -> npt.NDArray[Any]:
+        numbers = np.frombuffer(self._data, _SCALARS[kind], n, self._at)
+        self._at += numbers.nbytes
+        return numbers
+
+    def _array(self) -> npt.NDArray[Any] | None:
+        kind, n = self._unpack("<IQ")
+        if kind != GGUFValueType.STRING:
+            return self._numbers(GGUFValueType(kind), n)
+        unpack, data, at = struct.Struct("<Q").unpack_from, self._data, self._at
+        for _ in range(n):
+            at += 8 + unpack(data, at)[0]
+        self._at = at
+        return None
+
+    def _tensor_info(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
+        name = self._string()
+        (n_dims,) = self._unpack("<I")
+        if not 1 <= n_dims <= _MAX_DIMENSIONS:
+            raise ValueError(name)
+        shape = self._unpack(f"<{n_dims}Q")
+        kind, offset = self._unpack("<IQ")
+        return name, GGMLQuantizationType(kind), tuple(reversed(shape)), offset

@@ -1,0 +1,192 @@
+"""NexusFile: a trained embedding table and its adapter in one GGUF file, which llama.cpp takes as a LoRA adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFWriter
+
+from kvlocal.errors import KvlocalError
+from kvlocal.files import publish
+from kvlocal.nexus.base import base_hash
+from kvlocal.nexus.container import Container, ContainerError
+
+VERSION = 1
+TURN_RULE = "turn"  # a segment is a user's turn and the answer to it, up to the markup that closes the answer
+
+_PREFIX = "kvlocal.nexus."
+_A, _B = ".lora_a", ".lora_b"
+
+
+class NexusError(KvlocalError):
+    """A Nexus file cannot be used, or not with this model."""
+
+
+@dataclass(frozen=True)
+class NexusFile:
+    """What training gives.
+
+    table: float32 [K, n_embd]; a segment gets the first k rows
+    adapter: by name of the base model's tensor [n_out, n_in], the pair A [r, n_in] and B [n_out, r], float16 or float32; may be empty
+    alpha: B A is weighted with alpha / r
+    architecture, base_name, base_hash: of the base model; kvlocal.nexus.base says what the hash covers
+    ratios: compression ratios it was trained for
+    segment_rule: what a segment is, TURN_RULE
+    record: how it was trained and what came of it, anything that JSON can hold
+    """
+
+    table: npt.NDArray[np.float32]
+    adapter: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+    alpha: float
+    architecture: str
+    base_name: str
+    base_hash: str
+    ratios: tuple[float, ...]
+    segment_rule: str = TURN_RULE
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def k(self) -> int:
+        """Rows of the table, K."""
+        return len(self.table)
+
+    @property
+    def n_embd(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r of the adapter; 0 without one."""
+        return next((len(a) for a, _ in self.adapter.values()), 0)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file, or leaves what was there as it was.
+
+        Raises:
+            NexusError: the contents are not what `load` takes.
+            KvlocalError: it cannot be written.
+        """
+        target = Path(os.path.realpath(path))
+        self._check(target)
+        staged = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            try:
+                self._write(staged)
+                publish(staged, target)
+            finally:
+                staged.unlink(missing_ok=True)
+        except OSError as error:
+            raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _write(self, path: Path) -> None:
+        writer = GGUFWriter(path, self.architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", self.alpha)
+        writer.add_uint32(_PREFIX + "version", VERSION)
+        writer.add_uint32(_PREFIX + "k", self.k)
+        writer.add_uint32(_PREFIX + "n_embd", self.n_embd)
+        for name in ("base_name", "base_hash", "segment_rule"):
+            writer.add_string(_PREFIX + name, getattr(self, name))
+        writer.add_array(_PREFIX + "ratios", [float(ratio) for ratio in self.ratios])
+        writer.add_string(_PREFIX + "record", json.dumps(self.record))
+        writer.add_array(_PREFIX + "table", self.table.ravel().tolist())
+        for name, (a, b) in self.adapter.items():
+            writer.add_tensor(name + _A, np.ascontiguousarray(a))
+            writer.add_tensor(name + _B, np.ascontiguousarray(b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a file and checks that it is whole and means something; `check_base` says whether it fits a model.
+
+        Raises:
+            NexusError: no such file, not a Nexus file, cut off, of another version, with wrong shapes or with values that are not finite.
+        """
+        path = Path(path)
+        try:
+            container = Container(path)
+        except ContainerError as error:
+            raise NexusError(str(error)) from error
+        metadata = container.metadata
+        if metadata.get("general.type") != "adapter" or _PREFIX + "version" not in metadata:
+            raise NexusError(f"{path} is not a Nexus file: name one that `kvlocal nexus train` wrote")
+        if metadata[_PREFIX + "version"] != VERSION:
+            raise NexusError(f"{path} has version {metadata[_PREFIX + 'version']} of the format and this kvlocal reads {VERSION}: update kvlocal")
+        try:
+            found = cls._from(container)
+        except (KeyError, TypeError, ValueError):
+            raise NexusError(f"{path} lacks a part or holds one of the wrong kind: train or fetch it again") from None
+        found._check(path)
+        return found
+
+    @classmethod
+    def _from(cls, container: Container) -> Self:
+        metadata = container.metadata
+        table = np.asarray(metadata[_PREFIX + "table"], np.float32)
+        names = [name.removesuffix(_A) for name in container.tensors if name.endswith(_A)]
+        if set(container.tensors) != {name + end for name in names for end in (_A, _B)}:
+            raise ValueError("a tensor without its partner")
+        halves = {name: tensor.values().astype(_ADAPTER_TYPES[tensor.kind.name]) for name, tensor in container.tensors.items()}
+        record = json.loads(metadata[_PREFIX + "record"])
+        if not isinstance(record, dict):
+            raise TypeError("record")
+        return cls(
+            table=table.reshape(metadata[_PREFIX + "k"], metadata[_PREFIX + "n_embd"]),
+            adapter={name: (halves[name + _A], halves[name + _B]) for name in names},
+            alpha=float(metadata["adapter.lora.alpha"]),
+            ratios=tuple(map(float, np.float32(metadata[_PREFIX + "ratios"]).round(6).tolist())),
+            record=record,
+            **{name: _text(metadata[key]) for name, key in _TEXTS.items()},
+        )
+
+    def _check(self, path: Path) -> None:
+        if self.table.ndim != 2 or 0 in self.table.shape:
+            raise NexusError(f"{path} has an embedding table of the shape {list(self.table.shape)}: train or fetch it again")
+        for name, (a, b) in self.adapter.items():
+            if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1] == self.rank:
+                raise NexusError(f"{path} has an adapter for {name} of the shapes {list(a.shape)} and {list(b.shape)}: train or fetch it again")
+        arrays = {"the embedding table": self.table} | {f"the adapter for {name}": half for name, pair in self.adapter.items() for half in pair}
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise NexusError(f"{path} holds values that are not finite in {name}: train or fetch it again")
+        if not np.isfinite(self.alpha):
+            raise NexusError(f"{path} weights its adapter with {self.alpha}: train or fetch it again")
+        if self.segment_rule != TURN_RULE:
+            raise NexusError(f"{path} was trained for segments of the kind {self.segment_rule!r}, which this kvlocal does not make: update kvlocal")
+
+    def check_base(self, base: Container) -> None:
+        """Whether the file was made for this model.
+
+        Raises:
+            NexusError: it was made for another one.
+        """
+        if base_hash(base) != self.base_hash:
+            raise NexusError(f"the Nexus file was trained for {self.base_name}, not for {base.path.name}: train one for it or use that model")
+        for name, (a, b) in self.adapter.items():
+            shape = base.tensors[name].shape if name in base.tensors else ()
+            if shape != (len(b), a.shape[1]):
+                raise NexusError(f"the Nexus file's adapter for {name} does not fit {base.path.name}: train or fetch it again")
+        n_embd = base.metadata.get(f"{self.architecture}.embedding_length")
+        if n_embd != self.n_embd:
+            raise NexusError(f"the Nexus file has embeddings of {self.n_embd} numbers and {base.path.name} has {n_embd}: train or fetch it again")
+
+
+_ADAPTER_TYPES = {"F16": np.float16, "F32": np.float32}
+_TEXTS = {"architecture": "general.architecture"} | {name: _PREFIX + name for name in ("base_name", "base_hash", "segment_rule")}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value

@@ -1,0 +1,322 @@
+"""Trains Nexus tokens by distillation: updates, held-out evaluation, checkpoints that a killed run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvlocal.errors import KvlocalError
+from kvlocal.files import atomic_write
+from kvlocal.nexus.base import base_hash
+from kvlocal.nexus.container import Container
+from kvlocal.nexus.decoder import Decoder
+from kvlocal.nexus.distil import Compression, Distillation
+from kvlocal.nexus.examples import Example, Examples
+from kvlocal.nexus.file import NexusFile
+from kvlocal.nexus.parameters import Parameters
+from kvlocal.nexus.weights import Weights
+
+EVALUATED_RATIOS = (0.5, 0.8, 0.9)
+# Nexus tokens' share of the cells kept, by the name a measurement has
+EVALUATED_SHARES = {"nexus": 1.0, "mixed": 0.5, "raw": 0.0}
+NOTHING = "nothing"  # no cell of the history is kept
+
+_TABLE_RATE, _ADAPTER_RATE = 3e-3, 1e-3
+_CLIP = 1.0
+_WARM_UP = 0.05  # of all updates
+_LAST_RATE = 0.05  # of the full rate
+_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # as PyTorch names them, of x86 and of Arm
+
+
+class TrainingError(KvlocalError):
+    """Training cannot start or go on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the result depends on, besides model, data and hardware.
+
+    steps: updates
+    batch: conversations an update
+    k: rows of the embedding table
+    rank: of the adapter; 0 trains embeddings alone
+    ratios: compression ratios that conversations are trained with
+    attention_weight: of the attention term beside KL; 0 leaves it out
+    max_tokens: tokens of a conversation at most
+    n_held_out: conversations that are evaluated at most
+    seed: of everything random
+    dtype: that matrices are multiplied in, "float32" or "bfloat16"
+    """
+
+    steps: int = 600
+    batch: int = 4
+    k: int = 64
+    rank: int = 16
+    ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    attention_weight: float = 1.0
+    max_tokens: int = 1024
+    n_held_out: int = 16
+    seed: int = 0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One update, or one evaluation.
+
+    step: updates made
+    kl, attention: of an update, mean over its conversations
+    held_out: of an evaluation, mean KL by what was kept, such as "nexus@0.8", in nats per token; empty for an update
+    seconds: spent on it
+    """
+
+    step: int
+    kl: float = math.nan
+    attention: float = math.nan
+    held_out: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds besides parameters and optimiser; random numbers depend on seed and step alone."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Training:
+    """One training run.
+
+    Args:
+        base: the model, the very file that is used later.
+        base_name: what users call it.
+        examples: conversations.
+        settings: see Settings.
+        path: the Nexus file. It is written at every checkpoint; what is needed to go on is beside it, in PATH.partial, until all is done.
+        device: where to compute, such as "cpu" or "cuda".
+
+    Raises:
+        TrainingError: there is a checkpoint of a run with other settings.
+        WeightsError: the model is not one that the decoder knows.
+    """
+
+    def __init__(self, base: Container, base_name: str, examples: Examples, settings: Settings, path: Path, device: str) -> None:
+        self._base, self._base_name, self._examples, self._settings = base, base_name, examples, settings
+        self._path, self._checkpoint = path, path.with_name(path.name + ".partial")
+        self._base_hash = base_hash(base)
+        described = [asdict(settings), self._base_hash, examples.digests]
+        self._key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        self._decoder = Decoder(Weights.load(base, getattr(torch, settings.dtype), device))
+        self._parameters = Parameters.new(self._decoder.weights, settings.k, settings.rank, settings.seed)
+        groups = [{"params": [self._parameters.table], "lr": _TABLE_RATE}, {"params": self._parameters.adapter_leaves, "lr": _ADAPTER_RATE}]
+        self._optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._rate)
+        self._state = _State()
+        self._stopped = False
+        self._resume()
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return self._state.step
+
+    def stop(self) -> None:
+        """Makes `run` end after the update it is at, as when the time is over. May be called by a signal's handler."""
+        self._stopped = True
+
+    def run(
+        self,
+        report: Callable[[Measurement], None],
+        *,
+        evaluate_every: int = 100,
+        checkpoint_seconds: float = 300.0,
+        limit_seconds: float = math.inf,
+    ) -> NexusFile:
+        """Trains to the last update, or until the time is over, and writes the Nexus file.
+
+        Args:
+            report: gets every update and every evaluation.
+            evaluate_every: updates from one evaluation to the next; one more comes at the end.
+            checkpoint_seconds: from one checkpoint to the next.
+            limit_seconds: of training in this call; a run that it stops can be gone on with.
+
+        Raises:
+            TrainingError: a loss is not finite any more.
+        """
+        started = saved = time.monotonic()
+        steps = self._settings.steps
+        while self.step < steps and not self._stopped and time.monotonic() - started < limit_seconds:
+            report(self._update())
+            if self.step % evaluate_every == 0 and self.step < steps:
+                report(self._evaluate())
+            if time.monotonic() - saved >= checkpoint_seconds:
+                self._save_checkpoint()
+                saved = time.monotonic()
+        if self.step < steps:
+            self._save_checkpoint()
+        else:
+            report(self._evaluate())
+            self.file().save(self._path)
+            self._checkpoint.unlink(missing_ok=True)
+        return self.file()
+
+    def file(self) -> NexusFile:
+        """What is trained so far; the adapter in float16."""
+        record = {
+            "settings": asdict(self._settings),
+            "data": {"sha256": self._examples.digests, "dialogues": self._examples.n_dialogues, "training": len(self._examples.training),
+                     "held_out": len(self._examples.held_out), "left_out": self._examples.left_out},
+            "torch": torch.__version__,
+            "device": self._decoder.device.type,
+            "seconds": round(self._state.seconds, 1),
+            "steps": self.step,
+            "losses": _curve(self._state.losses),
+            "evaluations": self._state.evaluations,
+        }  # fmt: skip
+        return NexusFile(
+            table=self._parameters.table.detach().cpu().numpy().copy(),
+            adapter={name: tuple(half.detach().cpu().numpy().astype(np.float16) for half in pair) for name, pair in self._parameters.pairs.items()},
+            alpha=self._parameters.alpha,
+            architecture=self._decoder.hyper.family,
+            base_name=self._base_name,
+            base_hash=self._base_hash,
+            ratios=self._settings.ratios,
+            record=record,
+        )
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine."""
+        warm_up = max(1, round(_WARM_UP * self._settings.steps))
+        if step < warm_up:
+            return (step + 1) / warm_up
+        progress = (step - warm_up) / max(1, self._settings.steps - warm_up)
+        return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def _update(self) -> Measurement:
+        """One step of AdamW on the mean loss of a batch."""
+        started = time.monotonic()
+        settings, losses = self._settings, []
+        for i in range(settings.batch):
+            n = self.step * settings.batch + i
+            rng = np.random.default_rng([settings.seed, 1, n])
+            example = self._example(n)
+            compression = Compression.sample(rng, example, settings.ratios, settings.k)
+            reading = Distillation(self._decoder, example, n_gone=compression.n_gone, with_masses=settings.attention_weight > 0)
+            loss = reading.loss(self._parameters, compression, rng)
+            ((loss.kl + settings.attention_weight * loss.attention) / settings.batch).backward()
+            losses.append((loss.kl.item(), loss.attention.item()))
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.leaves, _CLIP)
+        if not torch.isfinite(norm):
+            raise TrainingError(f"the loss is not finite any more after {self.step} updates: start anew with another --seed or --dtype float32")
+        self._optimiser.step()
+        self._schedule.step()
+        self._optimiser.zero_grad()
+        state = self._state
+        state.step += 1
+        kl, attention = np.mean(losses, axis=0).tolist()
+        state.losses.append((kl, attention))
+        seconds = time.monotonic() - started
+        state.seconds += seconds
+        return Measurement(self.step, kl, attention, seconds=seconds)
+
+    def _example(self, n: int) -> Example:
+        """The n-th conversation: all of them in a new order in each round."""
+        training = self._examples.training
+        order = np.random.default_rng([self._settings.seed, 2, n // len(training)]).permutation(len(training))
+        return training[order[n % len(training)]]
+
+    @torch.no_grad()
+    def _evaluate(self) -> Measurement:
+        """Mean KL on held-out conversations, all segments but the last compressed."""
+        started = time.monotonic()
+        settings, found = self._settings, {}
+        for i, example in enumerate(self._examples.held_out[: settings.n_held_out]):
+            n_gone = len(example.segments) - 1
+            reading = Distillation(self._decoder, example, n_gone=n_gone, with_masses=False)
+            for name, compression in _evaluated(example, settings.k).items():
+                loss = reading.loss(self._parameters, compression, np.random.default_rng([settings.seed, 3, i]))
+                found.setdefault(name, []).append(loss.kl.item())
+        means = {name: float(np.mean(values)) for name, values in found.items()}
+        if means:
+            self._state.evaluations.append({"step": self.step} | {name: round(value, 5) for name, value in means.items()})
+        return Measurement(self.step, held_out=means, seconds=time.monotonic() - started)
+
+    def _save_checkpoint(self) -> None:
+        """Writes what the run goes on from, and the Nexus file as it is now."""
+        content = io.BytesIO()
+        torch.save(
+            {
+                "key": self._key,
+                "leaves": [leaf.detach().cpu() for leaf in self._parameters.leaves],
+                "optimiser": self._optimiser.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "state": asdict(self._state),
+            },
+            content,
+        )
+        atomic_write(self._checkpoint, content.getvalue())
+        self.file().save(self._path)
+
+    def _resume(self) -> None:
+        if not self._checkpoint.exists():
+            return
+        try:
+            saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+            key = saved["key"]
+        except Exception as error:
+            raise TrainingError(f"{self._checkpoint} is no checkpoint that can be read: remove it to start anew") from error
+        if key != self._key:
+            raise TrainingError(
+                f"{self._checkpoint} is of a run with other settings, data or another model: repeat that command to go on with it, "
+                "or remove the file to start anew"
+            )
+        with torch.no_grad():
+            for leaf, values in zip(self._parameters.leaves, saved["leaves"], strict=True):
+                leaf.copy_(values)
+        self._optimiser.load_state_dict(saved["optimiser"])
+        self._schedule.load_state_dict(saved["schedule"])
+        self._state = _State(**saved["state"])
+
+
+def _evaluated(example: Example, largest: int) -> dict[str, Compression]:
+    """What is evaluated, by name."""
+    ways = {
+        f"{name}@{ratio:g}": Compression.fixed(example, ratio, share, largest)
+        for ratio in EVALUATED_RATIOS
+        for name, share in EVALUATED_SHARES.items()
+    }
+    return {NOTHING: Compression.fixed(example, 1.0, 0.0, largest)} | ways
+
+
+def _curve(losses: Sequence[tuple[float, float]], n: int = 100) -> list[dict[str, float]]:
+    """Means of at most n stretches of updates, with the last update of each."""
+    found = []
+    for part in np.array_split(np.arange(len(losses)), min(n, len(losses))) if losses else ():
+        kl, attention = np.mean([losses[i] for i in part], axis=0).tolist()
+        found.append({"step": int(part[-1]) + 1, "kl": round(kl, 5), "attention": round(attention, 5)})
+    return found
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def best_dtype(device: str) -> str:
+    """bfloat16 where the hardware multiplies in it, otherwise float32."""
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if any(known.get(name) for name in _BF16_FEATURES) else "float32"
