@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvlocal.batch import Failure, LineWriter, Result, run_batch
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import Model
+from kvlocal.catalogue import DEFAULT_MODEL
 from kvlocal.session import SessionConfig
-from kvlocal_cli.options import session_options
-from kvlocal_cli.terminal import INTERRUPTED, waiting
+from kvlocal_cli.options import Loading, session_options
+from kvlocal_cli.terminal import INTERRUPTED
 
 REPORT_SECONDS = 10  # between two lines where there is no bar
 
@@ -31,7 +30,7 @@ REPORT_SECONDS = 10  # between two lines where there is no bar
 @click.option("--force", is_flag=True, help="Write over OUT.jsonl if it is there already.")
 @click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file.")
 @session_options
-def batch_command(source: BinaryIO, output: str, force: bool, model: str, gpu_layers: int, config: SessionConfig) -> None:
+def batch_command(source: BinaryIO, output: str, force: bool, model: str, loading: Loading, config: SessionConfig) -> None:
     """Answer every conversation of IN.jsonl, or of standard input if that is -.
 
     A line is {"id": ..., "messages": [{"role": ..., "content": ...}, ...]}. Every user turn without an answer after it is answered, in
@@ -44,12 +43,11 @@ def batch_command(source: BinaryIO, output: str, force: bool, model: str, gpu_la
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
         raise click.UsageError(f"{target} is the input: name another output")
     writer = LineWriter(target, replace=force)
-    report, path = _Report(source, with_bar=target is not None or not sys.stdout.isatty()), resolve(model)
+    report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
     with _Interrupt() as interrupt:
-        with waiting(f"loading {model}"):
-            loaded = Model(path, n_gpu_layers=gpu_layers)
-        with loaded:
-            outcomes = run_batch(interrupt.reading(report.lines()), loaded, config, poll=interrupt.poll)
+        with loading.model(model) as loaded:
+            config, nexus = loading.tokens(loaded, config)
+            outcomes = run_batch(interrupt.reading(report.lines()), loaded, config, poll=interrupt.poll, nexus=nexus)
             with writer, report:
                 try:
                     for outcome in outcomes:

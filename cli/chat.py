@@ -10,14 +10,15 @@ from typing import Self
 import click
 from rich.console import Console
 
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.catalogue import DEFAULT_MODEL
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import ChatSession, SessionConfig
 from kvlocal.transcript import Conversation, Transcript, chat_path, load
 from kvlocal_cli import chat_commands
 from kvlocal_cli.idle import Idle
-from kvlocal_cli.options import clean_text, session_options
+from kvlocal_cli.options import Loading, clean_text, session_options
 from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, waiting, write_answer
 from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 
@@ -32,7 +33,7 @@ from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 def chat_command(
     name: str,
     config: SessionConfig,
-    gpu_layers: int,
+    loading: Loading,
     load_path: Path | None,
     no_transcript: bool,
     verbose: bool,
@@ -49,13 +50,10 @@ def chat_command(
     \b
         printf 'Hello\\nWhat did I just say?\\n' | kvlocal chat
     """
-    path = resolve(name)
     begun = Conversation() if load_path is None else load(load_path)
     system = begun.system if config.system is None else clean_text(config.system)
     config = replace(config, system=system)
-    with waiting(f"loading {name}"):
-        model = Model(path, n_gpu_layers=gpu_layers)
-    with model, Chat(name, model, config, Screen(verbose=verbose)) as chat:
+    with loading.model(name) as model, Chat(name, model, *loading.tokens(model, config), Screen(verbose=verbose)) as chat:
         if begun.messages:
             # before there is a transcript: a file that does not fit leaves none
             chat.replace(config, begun.messages)
@@ -108,15 +106,15 @@ class Chat:
         failed: whether a command failed; on a terminal the user has seen it, a script needs the exit code.
     """
 
-    def __init__(self, name: str, model: Model, config: SessionConfig, screen: Screen) -> None:
+    def __init__(self, name: str, model: Model, config: SessionConfig, nexus: NexusTokens | None, screen: Screen) -> None:
         self.name = name
         self.config = config
         self.screen = screen
         self.failed = False
-        self._model = model
+        self._model, self._nexus = model, nexus
         self._bar = ReadingBar()
         self._transcript: Transcript | None = None
-        self.session = ChatSession(model, config, progress=self._bar.show)
+        self.session = ChatSession(model, config, progress=self._bar.show, nexus=nexus)
 
     def __enter__(self) -> Self:
         return self
@@ -167,6 +165,7 @@ class Chat:
                     with Idle(self.session):
                         text, literal = read_turn(lines)
                 else:
+                    self.session.finish_turn()
                     self.session.second_read()
                     text, literal = read_turn(lines)
                 if not text.strip():
@@ -242,7 +241,7 @@ class Chat:
         Raises:
             KvlocalError: they do not go together, or not with the model.
         """
-        session = ChatSession(self._model, config, progress=self._bar.show)
+        session = ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
         total = sum(len(message["content"]) for message in messages) or 1
         done = 0
         try:

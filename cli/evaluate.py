@@ -79,6 +79,7 @@ _OPTIONS = (
     click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
                  help="Layers that go to the GPU, -1 for all; without one it has no effect."),
     click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]"),
+    click.option("--nexus", metavar="FILE", help="Nexus tokens for the policies that use them, or off.  [default: as kvlocal chat finds them]"),
     click.option("--json", "json_path", type=_PATH, metavar="FILE",
                  help="Also write the results as one JSON object; unfinished ones are kept in FILE.partial."),
     click.option("--plot", "plot_path", type=_PATH, metavar="FILE", help="Draw quality against cells kept, as .png, .svg or .pdf."),

@@ -1,4 +1,4 @@
-"""What a chat does while the person types: the second read of finished turns."""
+"""What a chat does while the person types: Nexus tokens behind the answer, and the second read of finished turns."""
 
 import threading
 from typing import Self
@@ -8,7 +8,7 @@ from kvlocal.session import ChatSession
 
 
 class Idle:
-    """A context manager in which a session reads its finished turns again, in a thread, until the block is left.
+    """A context manager in which a session finishes its last turn and reads turns again, in a thread, until the block is left.
 
     A failure costs only scores, so it waits for the next call of the session, which meets it again if it is serious.
     """
@@ -19,6 +19,7 @@ class Idle:
 
     def _work(self) -> None:
         try:
+            self._session.finish_turn()
             self._session.second_read(self._stop.is_set)
         except KvlocalError:
             pass

@@ -2,15 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import click
 
 from kvlocal import policies
+from kvlocal.catalogue import resolve
 from kvlocal.compression import Positions
+from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.nexus.discovery import OFF, nexus_for
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
+from kvlocal_cli.terminal import waiting
 
 CACHE_TYPES = ("f16", "q8_0")
 
@@ -45,8 +51,9 @@ _OPTIONS = (
         help="Share of the conversation to remove, 0.8 keeps a fifth: the cache grows with it, up to --kv-budget.",
     ),
     click.option(
-        "--policy", type=click.Choice(list(policies.POLICIES)), default=_SESSION.policy, show_default=True,
-        help="What to keep when the cache is over its budget.",
+        "--policy", type=click.Choice(list(policies.POLICIES)),
+        help=f"What to keep when the cache is over its budget.  [default: {policies.WITH_NEXUS} where there are Nexus tokens for the model, "
+        f"else {_SESSION.policy}]",
     ),
     click.option(
         "--policy-arg", "policy_args", multiple=True, callback=_parse_policy_args, metavar="NAME=VALUE",
@@ -63,6 +70,10 @@ _OPTIONS = (
     click.option(
         "--idle", type=click.Choice(["on", "off"]), default="on", show_default=True,
         help="Read finished turns again while you type, for the policies that score by it.",
+    ),
+    click.option(
+        "--nexus", metavar="FILE",
+        help="Nexus tokens for the policies that use them, or off.  [default: a file for this model beside it, among the models, or shipped]",
     ),
     click.option("--system", metavar="TEXT", help="System prompt; it always stays in the cache."),
     click.option(
@@ -108,16 +119,56 @@ _OPTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a command gets its model.
+
+    gpu_layers: as in Model
+    nexus: a Nexus file, OFF, or None for one that is found
+    with_policy: whether a policy was asked for by name
+    """
+
+    gpu_layers: int
+    nexus: str | None
+    with_policy: bool
+
+    def model(self, name: str) -> Model:
+        """The model of that name or path.
+
+        Raises:
+            KvlocalError: there is none, or it cannot be loaded.
+        """
+        path = resolve(name)
+        with waiting(f"loading {name}"):
+            return Model(path, n_gpu_layers=self.gpu_layers)
+
+    def tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
+        """The Nexus tokens for a model, and the configuration, whose policy uses them if none was asked for.
+
+        Raises:
+            KvlocalError: a file that was named cannot be used.
+        """
+        if self.with_policy and "nexus" not in policies.make(config.policy, config.policy_args).needs:
+            return config, None
+        with waiting("loading the Nexus tokens"):
+            nexus = nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))
+        if nexus and not self.with_policy:
+            config = replace(config, policy=policies.WITH_NEXUS)
+        return config, nexus
+
+
 def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of a session to a command, which gets `config: SessionConfig` and `gpu_layers: int` of them."""
+    """Adds the options of a session to a command, which gets `config: SessionConfig` and `loading: Loading` of them."""
 
     @functools.wraps(command)
     def with_config(
         *args: Any,
         kv_budget: int | None,
         kv_ratio: float | None,
-        policy: str,
+        policy: str | None,
         policy_args: dict[str, str],
+        nexus: str | None,
+        gpu_layers: int,
         stride: int,
         positions: Positions,
         idle: str,
@@ -135,6 +186,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         try:
+            loading = Loading(gpu_layers, nexus, with_policy=policy is not None)
+            policy = policy or (_SESSION.policy if nexus in (None, OFF) else policies.WITH_NEXUS)
             policies.make(policy, policy_args)
             config = SessionConfig(
                 budget=kv_budget,
@@ -154,7 +207,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         except KvlocalError as error:
             # wrong without regard to any model
             raise click.UsageError(str(error)) from error
-        return command(*args, config=config, **others)
+        return command(*args, config=config, loading=loading, **others)
 
     for option in reversed(_OPTIONS):
         with_config = option(with_config)

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import click
 
-from kvlocal.catalogue import DEFAULT_MODEL, Catalogue, resolve
-from kvlocal.engine import Model
+from kvlocal.catalogue import DEFAULT_MODEL, Catalogue
 from kvlocal.sampling import MAX_SEED
 from kvlocal.session import ChatSession, KvStats, SessionConfig
-from kvlocal_cli.options import clean_text, session_options
+from kvlocal_cli.options import Loading, clean_text, session_options
 from kvlocal_cli.terminal import (
     INTERRUPTED,
     Interruptible,
     ReadingBar,
     decode_input,
     is_terminal,
-    waiting,
     write_answer,
 )
 
@@ -28,7 +26,7 @@ from kvlocal_cli.terminal import (
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
 @session_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
-def run_command(words: tuple[str, ...], config: SessionConfig, gpu_layers: int, as_json: bool) -> None:
+def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading, as_json: bool) -> None:
     """Answer one PROMPT and print nothing but the answer.
 
     MODEL is a name that `kvlocal models` lists or the path of a GGUF file. A single argument is taken for MODEL if it
@@ -41,26 +39,25 @@ def run_command(words: tuple[str, ...], config: SessionConfig, gpu_layers: int, 
         kvlocal run "Sum this up." < report.txt
     """
     name, prompt = _model_and_prompt(words)
-    path = resolve(name)
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
-    with waiting(f"loading {name}"):
-        model = Model(path, n_gpu_layers=gpu_layers)
     bar = ReadingBar()
-    with model, ChatSession(model, config, progress=bar.show) as session, Interruptible(session) as turn:
-        try:
-            pieces = session.send(prompt)
-        finally:
-            bar.close()
-        for piece in turn.answering(pieces):
-            if not as_json:
-                write_answer(piece)
-        answer = session.messages[-1]["content"]
-        if as_json:
-            click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))
-        elif not answer.endswith("\n"):
-            click.echo()
+    with loading.model(name) as model:
+        config, nexus = loading.tokens(model, config)
+        with ChatSession(model, config, progress=bar.show, nexus=nexus) as session, Interruptible(session) as turn:
+            try:
+                pieces = session.send(prompt)
+            finally:
+                bar.close()
+            for piece in turn.answering(pieces):
+                if not as_json:
+                    write_answer(piece)
+            answer = session.messages[-1]["content"]
+            if as_json:
+                click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))
+            elif not answer.endswith("\n"):
+                click.echo()
     if turn.interrupted:
         click.get_current_context().exit(INTERRUPTED)
 

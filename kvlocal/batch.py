@@ -15,6 +15,7 @@ from typing import Any, Self
 from kvlocal.compression import Seconds
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import ChatSession, Message, SessionConfig
 
 ROLES = ("system", "user", "assistant")
@@ -114,7 +115,12 @@ class Failure:
 
 
 def run_batch(
-    lines: Iterable[bytes], model: Model, config: SessionConfig, *, poll: Callable[[], None] = lambda: None
+    lines: Iterable[bytes],
+    model: Model,
+    config: SessionConfig,
+    *,
+    poll: Callable[[], None] = lambda: None,
+    nexus: NexusTokens | None = None,
 ) -> Iterator[Result | Failure]:
     """Completes each conversation, in order, and yields what became of it; blank lines are skipped.
 
@@ -125,31 +131,32 @@ def run_batch(
         lines: of the input, as bytes.
         model: the weights.
         config: of every session; a system message in a conversation replaces its system prompt.
+        nexus: for the policies that need Nexus tokens.
         poll: called before every conversation, token and micro-batch of a long text; an exception from it ends the batch.
 
     Raises:
         KvlocalError: no session is possible with this configuration. What concerns one conversation only is a Failure.
     """
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
-    with ChatSession(model, config) as session:
+    with ChatSession(model, config, nexus=nexus) as session:
         settled = replace(config, budget=session.budget)
-    return _outcomes(lines, model, settled, poll)
+    return _outcomes(lines, model, settled, nexus, poll)
 
 
 def _outcomes(
-    lines: Iterable[bytes], model: Model, config: SessionConfig, poll: Callable[[], None]
+    lines: Iterable[bytes], model: Model, config: SessionConfig, nexus: NexusTokens | None, poll: Callable[[], None]
 ) -> Iterator[Result | Failure]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            outcome = _complete(Job.parse(number, line), model, config, poll)
+            outcome = _complete(Job.parse(number, line), model, config, nexus, poll)
         except KvlocalError as error:
             outcome = Failure(number, error)
         yield outcome
 
 
-def _complete(job: Job, model: Model, config: SessionConfig, poll: Callable[[], None]) -> Result:
+def _complete(job: Job, model: Model, config: SessionConfig, nexus: NexusTokens | None, poll: Callable[[], None]) -> Result:
     unanswered = job.unanswered
     if not unanswered:
         kv = dict.fromkeys(_KV_FIELDS, 0) | {"budget": config.budget}
@@ -162,7 +169,7 @@ def _complete(job: Job, model: Model, config: SessionConfig, poll: Callable[[], 
     if job.system is not None:
         config = replace(config, system=job.system)
     poll()
-    with ChatSession(model, config, progress=lambda done, total: poll()) as session:
+    with ChatSession(model, config, progress=lambda done, total: poll(), nexus=nexus) as session:
         for i in range(first, end):
             message = job.messages[i]
             session.add_turn(message["role"], message["content"])
@@ -174,6 +181,7 @@ def _complete(job: Job, model: Model, config: SessionConfig, poll: Callable[[], 
                 stop_reasons.append(session.last.stop_reason)
                 answer_tokens += session.last.answer_tokens
                 answer_seconds += session.last.answer_seconds
+            session.finish_turn()
             session.second_read(lambda: poll() is not None)
         kv = {name: getattr(session.kv, name) for name in _KV_FIELDS}
         prompt_tokens = kv["history_tokens"] - answer_tokens

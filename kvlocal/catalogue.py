@@ -135,7 +135,7 @@ class Catalogue:
         Raises:
             KvlocalError: the installation has none.
         """
-        data = tomllib.loads(_catalogue_file().read_text(encoding="utf-8"))
+        data = tomllib.loads((shipped_dir() / "catalogue.toml").read_text(encoding="utf-8"))
         entries = {}
         for fields in data["model"]:
             parts = tuple(Part(**part) for part in fields.pop("part"))
@@ -212,13 +212,16 @@ def is_gguf(path: Path) -> bool:
         raise KvlocalError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _catalogue_file() -> Path:
-    """Installed, the catalogue lies in the package; in a checkout, in `models/` beside it."""
+def shipped_dir() -> Path:
+    """The directory of what comes with kvlocal: installed, it lies in the package; in a checkout, it is `models/` beside it.
+
+    Raises:
+        KvlocalError: the installation has none.
+    """
     for folder in map(Path, kvlocal.__path__):
         for candidate in (folder / "models", folder.parent / "models"):
-            file = candidate / "catalogue.toml"
-            if file.is_file():
-                return file
+            if (candidate / "catalogue.toml").is_file():
+                return candidate
     raise KvlocalError("models/catalogue.toml is missing from this installation: install kvlocal again")
 
 

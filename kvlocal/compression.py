@@ -34,6 +34,7 @@ class Seconds:
     plan: float = 0.0
     compact: float = 0.0
     reread: float = 0.0
+    nexus: float = 0.0
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Compressor:
         if self.ratio is None:
             return self.budget
         least = ledger.n_pinned + 2 * self.window
-        return min(self.budget, max(least, round((1 - self.ratio) * ledger.n_tokens)))
+        return min(self.budget, max(least, round((1 - self.ratio) * (ledger.n_tokens - ledger.n_nexus))))
 
     def make_room(self, ledger: Ledger, n: int) -> None:
         """Before n more tokens: moves the keys back if their positions would leave the trained context.

@@ -281,6 +281,23 @@ class Model:
         self.close()
 
 
+class Adapter:
+    """A LoRA adapter of a model, from a GGUF file; it lives as long as the model. Contexts that use it are to be made after it.
+
+    Raises:
+        EngineError: no such file, or not an adapter for this model.
+    """
+
+    def __init__(self, model: Model, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        _check_is_gguf(self.path)
+        lib = load().llama_cpp
+        with _Log(lib) as log:
+            self.pointer = lib.llama_adapter_lora_init(model.pointer, os.fsencode(self.path))
+        if not self.pointer:
+            raise EngineError(f"{self.path} is no adapter for {model.path}{log.reason}: name another file")
+
+
 class Context:
     """A KV cache of fixed size and the decoder over it.
 
@@ -426,6 +443,17 @@ class Context:
         self._tokens[:n] = array
         self._batch.token, self._batch.embd = self._token_pointer, self._embd_type()
         self._run(n, seq, logits)
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """What is decoded from now on is computed with this adapter on top of the weights, or with the weights alone.
+
+        Raises:
+            EngineError: llama.cpp refused it.
+        """
+        lib, n = self._lib, 0 if adapter is None else 1
+        pointers = (lib.llama_adapter_lora_p_ctypes * n)(*([] if adapter is None else [adapter.pointer]))
+        if lib.llama_set_adapters_lora(self.pointer, pointers, n, (ctypes.c_float * n)(*[1.0] * n)):
+            raise EngineError(f"the adapter {adapter.path if adapter else ''} cannot be used with this model: name another file")
 
     def decode_embeddings(self, embd: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "none") -> None:
         """Evaluate vectors in place of token embeddings and append them to a sequence.

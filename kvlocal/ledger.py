@@ -9,11 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 
+# what stands in the place of a vocabulary entry for a Nexus token
+NEXUS = -1
+
+
 @dataclass
 class Segment:
-    """A stretch of the conversation: one turn, or what comes before the first.
+    """A stretch of the conversation: one turn, what comes before the first, or the Nexus tokens behind an answer.
 
-    role: "system", "user" or "assistant"
+    role: "system", "user", "assistant" or "nexus"
     start, end: its tokens are start .. end - 1, counted over the whole conversation
     text: the beginning of its content
     """
@@ -56,8 +60,13 @@ class Ledger:
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:
-        """The whole conversation in the model's vocabulary, int32 [n_tokens]."""
+        """The whole conversation in the model's vocabulary, int32 [n_tokens], with NEXUS for each Nexus token."""
         return self._ids[: self.n_tokens]
+
+    @property
+    def n_nexus(self) -> int:
+        """How many of the tokens are Nexus tokens."""
+        return sum(segment.end - segment.start for segment in self.segments if segment.role == "nexus")
 
     def begin_segment(self, role: str) -> Segment:
         """Tokens appended from now on belong to a new segment."""
@@ -84,6 +93,10 @@ class Ledger:
     def pinned(self) -> npt.NDArray[np.bool_]:
         """Which cells must stay, [L, H, n_cells]."""
         return self.tokens[..., : self.n_cells] < self.n_pinned
+
+    def nexus(self) -> npt.NDArray[np.bool_]:
+        """Which cells hold Nexus tokens, [L, H, n_cells]."""
+        return (self.ids == NEXUS)[self.tokens[..., : self.n_cells]]
 
     def scores(self, name: str) -> npt.NDArray[np.float32]:
         """A carried score of the used cells, [L, H, n_cells]; a view."""

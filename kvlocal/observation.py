@@ -74,6 +74,8 @@ class Observer:
         if "blocks" in needs:
             self._split(ledger)
             arrays["blocks"] = ledger.blocks()
+        if "nexus" in needs:
+            arrays["nexus"] = ledger.nexus()
         for name in needs & {"sums", "reread"}:
             arrays[name] = ledger.scores(name)
         return CacheState(ledger.pinned(), ledger.scores("history"), self._window, **arrays)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kvlocal.compression import Compressor
 from kvlocal.engine import Context, Model
-from kvlocal.ledger import Ledger
+from kvlocal.ledger import NEXUS, Ledger
 from kvlocal.native import NativeCache
 from kvlocal.observation import REREAD_CHUNK
 from kvlocal.tail import taken_back
@@ -53,7 +53,7 @@ class SecondRead:
             if n <= 0:
                 return True
             self._compressor.make_room(ledger, len(self._instruction) + lead_in + n)
-            before = np.concatenate([self._instruction, ledger.ids[ledger.n_reread - lead_in : ledger.n_reread]])
+            before = np.concatenate([self._instruction, _words(ledger.ids[ledger.n_reread - lead_in : ledger.n_reread])])
             with taken_back(self._context, self._native):
                 self._read(before, ledger.n_reread + n, ledger)
         return True
@@ -68,10 +68,17 @@ class SecondRead:
         tokens, reread = ledger.tokens[..., : ledger.n_cells], ledger.scores("reread")
         again = (tokens >= ledger.n_reread) & (tokens < end)
         for start in range(ledger.n_reread, end, REREAD_CHUNK):
-            chunk = ledger.ids[start : min(start + REREAD_CHUNK, end)]
+            chunk = _words(ledger.ids[start : min(start + REREAD_CHUNK, end)])
+            if not len(chunk):
+                continue
             batch = np.concatenate([batch, chunk])
             self._context.decode(batch, position, logits="none")
             attention = self._native.scores(n_query=len(chunk), largest=True)[..., : ledger.n_cells]
             np.fmax(reread, attention, out=reread, where=again)
             position, batch = position + len(batch), batch[:0]
         ledger.n_reread = end
+
+
+def _words(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The tokens that can be read again: all but Nexus tokens."""
+    return ids[ids != NEXUS]

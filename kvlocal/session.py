@@ -15,13 +15,15 @@ from kvlocal import policies
 from kvlocal.compression import Compressor, Positions, Seconds
 from kvlocal.engine import Context, Model, Outputs
 from kvlocal.errors import KvlocalError
-from kvlocal.ledger import Ledger
+from kvlocal.ledger import NEXUS, Ledger
 from kvlocal.native import NativeCache
+from kvlocal.nexus.allotment import n_nexus
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.observation import Observer
 from kvlocal.reread import SecondRead
 from kvlocal.sampling import Sampler, SamplingParams
 from kvlocal.tail import taken_back
-from kvlocal.template import ChatTemplate, Piece
+from kvlocal.template import ChatTemplate, Piece, Role
 from kvlocal.textstream import TextStream
 
 Message = dict[str, str]
@@ -103,6 +105,7 @@ class KvStats:
     compressions: how often cells were removed
     evicted: cells removed so far
     next_position: where the next token goes
+    nexus: of the cells it holds, those of Nexus tokens, mean over layers and heads
     rotations: how often the keys were moved back to low positions
     """
 
@@ -114,6 +117,7 @@ class KvStats:
     compressions: int
     evicted: int
     next_position: int
+    nexus: float
     rotations: int
 
 
@@ -173,6 +177,7 @@ class ChatSession:
     progress: called with (tokens done, tokens in all) while a long text is read
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept; read_answer() needs them all
+    nexus: for the policies that need Nexus tokens: read behind every finished turn
 
     budget: the most cells of each layer and head after a compression
     messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
@@ -191,6 +196,7 @@ class ChatSession:
         progress: Progress | None = None,
         spare: int = 0,
         n_outputs: int = 1,
+        nexus: NexusTokens | None = None,
     ):
         self.model = model
         self.config = config
@@ -201,6 +207,10 @@ class ChatSession:
         self._progress = progress
         self._system = config.system
         self._policy = policies.make(config.policy, config.policy_args)
+        wants_nexus = "nexus" in self._policy.needs
+        if wants_nexus and nexus is None:
+            raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
+        self._nexus = nexus if wants_nexus else None
         slack = config.stride if self._policy.evicts else 0
         default = DEFAULT_BUDGET if self._policy.evicts and config.ratio is None else DEFAULT_FULL
         self.budget = config.budget or min(default, model.n_ctx_train - slack)
@@ -276,6 +286,45 @@ class ChatSession:
     def _read(self, pieces: Sequence[Piece]) -> int:
         """Evaluates pieces, each in a segment of its role; returns the number of tokens."""
         parts = self.template.tokens(self.model, pieces)
+        if self._ends_with("nexus"):
+            # the end of the last answer was read before its Nexus tokens
+            n = next(i for i, piece in enumerate(pieces) if piece.role != "assistant")
+            pieces, parts = pieces[n:], parts[n:]
+        return self._evaluate(pieces, parts)
+
+    def _ends_with(self, role: str) -> bool:
+        """Whether the last segment is of that role."""
+        return bool(self._ledger.segments) and self._ledger.segments[-1].role == role
+
+    def finish_turn(self) -> None:
+        """Reads what ends the last answer, and Nexus tokens behind it, if the policy has them: now instead of with the next user turn."""
+        if self._nexus and self._ends_with("assistant") and self.messages[-1]["role"] == "assistant":
+            self._finish_turn()
+
+    def _finish_turn(self) -> None:
+        pieces = self.template.close_assistant(self._history_for_template(), self.messages[-1]["content"])
+        self._evaluate(pieces, self.template.tokens(self.model, pieces))
+        self._read_nexus()
+
+    def _read_nexus(self) -> None:
+        """Reads Nexus tokens for the turn that has just ended: a user's and the answer to it."""
+        ledger, policy = self._ledger, self._policy
+        start = max((segment.end for segment in ledger.segments if segment.role in ("system", "nexus")), default=0)
+        ratio = policy.compression if self.config.ratio is None else self.config.ratio
+        k = n_nexus(ledger.n_tokens - start, ratio, policy.share, self._nexus.file.k)
+        if ledger.n_cells + k > self._capacity + self._spare:
+            self._compressor.compress(ledger)
+        self._compressor.make_room(ledger, k)
+        started = time.perf_counter()
+        self._nexus.read(self._context, k, ledger.next_position)
+        self.seconds.nexus += time.perf_counter() - started
+        ledger.begin_segment("nexus")
+        ledger.append(np.full(k, NEXUS, np.int32))
+        self._peak = max(self._peak, ledger.n_cells)
+        self._compressor.after_append(ledger)
+
+    def _evaluate(self, pieces: Sequence[Piece], parts: Sequence[tuple[Role, npt.NDArray[np.int32]]]) -> int:
+        """Evaluates pieces with their tokens; returns how many there are."""
         ids = np.concatenate([tokens for _, tokens in parts]) if parts else np.zeros(0, np.int32)
         ends = np.cumsum([len(tokens) for _, tokens in parts])
         start = 0
@@ -366,6 +415,8 @@ class ChatSession:
             pieces = self.template.given_assistant(self._history_for_template(), content)
         self.messages.append({"role": role, "content": content})
         try:
+            if role == "user" and self._nexus and self._ends_with("assistant"):
+                self._finish_turn()
             self._prompt_tokens = self._read_timed(pieces)
         except BaseException:
             self._take_back(role)
@@ -604,10 +655,11 @@ class ChatSession:
             ledger.n_cells,
             self._context.n_cells,
             self._peak,
-            ledger.n_tokens,
+            ledger.n_tokens - ledger.n_nexus,
             self._compressor.compressions,
             ledger.n_tokens - ledger.n_cells,
             ledger.next_position,
+            float(ledger.nexus().mean(axis=(0, 1)).sum()) if self._nexus else 0.0,
             self._compressor.rotations,
         )
 

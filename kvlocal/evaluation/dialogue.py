@@ -14,6 +14,7 @@ from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.reference import Reference, ReferenceCache, log_softmax
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import Message, SessionConfig
 from kvlocal.template import ChatTemplate
 
@@ -55,10 +56,12 @@ class DialogueTask:
     metrics = METRICS
 
     def __init__(
-        self, model: Model, base: SessionConfig, dialogues: Sequence[Dialogue], concat: int, cache: ReferenceCache, depends: object
+        self, model: Model, base: SessionConfig, dialogues: Sequence[Dialogue], concat: int, cache: ReferenceCache, depends: object,
+        nexus: NexusTokens | None = None,
     ) -> None:
-        """depends: what the full context's predictions depend on besides the tokens, see ReferenceCache.get."""
-        self._model, self._base, self._cache, self._depends = model, base, cache, depends
+        """depends: what the full context's predictions depend on besides the tokens, see ReferenceCache.get. nexus: for the policies that
+        need Nexus tokens."""
+        self._model, self._base, self._cache, self._depends, self._nexus = model, base, cache, depends, nexus
         self._template = ChatTemplate.from_model(model)
         self._chats: list[Chat] = []
         self.n_too_long = self.n_without_history = 0
@@ -107,7 +110,7 @@ class DialogueTask:
     def _read(self, chat: Chat, variant: Variant) -> tuple[float, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The compression reached, the answer's tokens int32 [n], and what was predicted for each, logits float32 [n, n_vocab]."""
         spare = len(chat.tokens) - chat.n_history
-        reading = read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, spare)
+        reading = read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, spare, self._nexus)
         with reading as (session, compression), session.hold():
             session.add_turn("user", chat.user)
             return compression, *session.read_answer(chat.answer)

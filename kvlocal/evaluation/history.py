@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kvlocal.engine import Model
 from kvlocal.evaluation.variants import Variant
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import ChatSession, Message, SessionConfig
 from kvlocal.template import ChatTemplate
 
@@ -31,7 +32,8 @@ def margin(config: SessionConfig) -> int:
 
 @contextmanager
 def read_history(
-    model: Model, base: SessionConfig, variant: Variant, history: Sequence[Message], n_history: int, n_prefix: int, spare: int
+    model: Model, base: SessionConfig, variant: Variant, history: Sequence[Message], n_history: int, n_prefix: int, spare: int,
+    nexus: NexusTokens | None,
 ) -> Iterator[tuple[ChatSession, float]]:
     """A session that has read the history and compressed it, and the share of the history's cells that were removed.
 
@@ -40,14 +42,16 @@ def read_history(
         history: whole turns, the last of them an answer.
         n_history, n_prefix: its tokens, with what comes before the first turn, and those of that alone.
         spare: tokens to be read in `ChatSession.hold`.
+        nexus: for the policies that need Nexus tokens.
     """
     config = variant.config(base)
     # no more than it will ever hold, instead of a cache for the longest conversation
     budget = max(max(n_prefix, config.n_sink) + 2 * config.window, round((1 - variant.ratio) * n_history))
-    with ChatSession(model, replace(config, budget=budget), spare=spare, n_outputs=config.n_ubatch) as session:
+    with ChatSession(model, replace(config, budget=budget), spare=spare, n_outputs=config.n_ubatch, nexus=nexus) as session:
         for message in history:
             session.add_turn(message["role"], message["content"])
             if message["role"] == "assistant":
+                session.finish_turn()
                 session.second_read()
         session.compress()
         kv = session.kv

@@ -16,6 +16,7 @@ from kvlocal.evaluation.recall_chats import Question, recall_chats
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import Variant
 from kvlocal.errors import KvlocalError
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import ChatSession, SessionConfig
 from kvlocal.template import ChatTemplate
 
@@ -40,14 +41,15 @@ class RecallTask:
                     for metric in ("choice", "greedy"))  # fmt: skip
 
     def __init__(
-        self, model: Model, base: SessionConfig, n_questions: int, n_tokens: int, seed: int, dialogues: Sequence[Dialogue] = ()
+        self, model: Model, base: SessionConfig, n_questions: int, n_tokens: int, seed: int, dialogues: Sequence[Dialogue] = (),
+        nexus: NexusTokens | None = None,
     ) -> None:
-        """Raises KvlocalError if the model was not trained for so long a history."""
+        """nexus: for the policies that need Nexus tokens. Raises KvlocalError if the model was not trained for so long a history."""
         longest = model.n_ctx_train - margin(base) - _SPARE
         if n_tokens > longest:
             raise KvlocalError(f"a history of {n_tokens} tokens is too long for a model trained on {model.n_ctx_train}: give at most {longest}")
         template = ChatTemplate.from_model(model)
-        self._model, self._base = model, base
+        self._model, self._base, self._nexus = model, base, nexus
         self._chats = recall_chats(
             n_questions, n_tokens, seed, lambda messages: [len(tokens) for tokens in turn_tokens(model, template, messages)], dialogues
         )
@@ -61,7 +63,7 @@ class RecallTask:
         """
         chat = self._chats[index]
         values: dict[str, list[float]] = {}
-        with read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, _SPARE) as (session, compression):
+        with read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, _SPARE, self._nexus) as (session, compression):
             session.max_tokens = MAX_ANSWER
             for question in chat.questions:
                 for metric, right in (("choice", chooses(session, question)), ("greedy", answers(session, question))):

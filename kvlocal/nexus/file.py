@@ -29,6 +29,10 @@ class NexusError(KvlocalError):
     """A Nexus file cannot be used, or not with this model."""
 
 
+class WrongBase(NexusError):
+    """A Nexus file was made for another model."""
+
+
 @dataclass(frozen=True)
 class NexusFile:
     """What training gives.
@@ -169,15 +173,17 @@ class NexusFile:
         """Whether the file was made for this model.
 
         Raises:
-            NexusError: it was made for another one.
+            WrongBase: it was made for another one.
+            NexusError: it says that it was made for this one, and its parts do not fit.
         """
-        if base_hash(base) != self.base_hash:
-            raise NexusError(f"the Nexus file was trained for {self.base_name}, not for {base.path.name}: train one for it or use that model")
+        n_embd = base.metadata.get(f"{self.architecture}.embedding_length")
+        # what is different is nearly always seen without reading the weights
+        if n_embd is None or base_hash(base) != self.base_hash:
+            raise WrongBase(f"the Nexus file was trained for {self.base_name}, not for {base.path.name}: train one for it or use that model")
         for name, (a, b) in self.adapter.items():
             shape = base.tensors[name].shape if name in base.tensors else ()
             if shape != (len(b), a.shape[1]):
                 raise NexusError(f"the Nexus file's adapter for {name} does not fit {base.path.name}: train or fetch it again")
-        n_embd = base.metadata.get(f"{self.architecture}.embedding_length")
         if n_embd != self.n_embd:
             raise NexusError(f"the Nexus file has embeddings of {self.n_embd} numbers and {base.path.name} has {n_embd}: train or fetch it again")
 

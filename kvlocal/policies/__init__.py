@@ -13,14 +13,16 @@ from kvlocal.policies.dynsplit import DynSplit
 from kvlocal.policies.full import Full
 from kvlocal.policies.gkv import GKV
 from kvlocal.policies.h2o import H2O
+from kvlocal.policies.hybrid import Hybrid
 from kvlocal.policies.kvzip import KVzip
 from kvlocal.policies.kvzip_gkv import KVzipGKV
 from kvlocal.policies.kvzip_snapkv import KVzipSnapKV
+from kvlocal.policies.nexus import Nexus
 from kvlocal.policies.rkv import RKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "CacheState", "Plan", "Policy", "PolicyError", "make"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "WITH_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "make"]
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -33,9 +35,12 @@ POLICIES: dict[str, type[Policy]] = {
     "kvzip-gkv": KVzipGKV,
     "kvzip-snapkv": KVzipSnapKV,
     "dynsplit": DynSplit,
+    "nexus": Nexus,
+    "hybrid": Hybrid,
 }
 
 DEFAULT_POLICY = "kvzip-snapkv"
+WITH_NEXUS = "hybrid"  # where there are Nexus tokens for the model
 
 _BOOL = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 

@@ -24,6 +24,7 @@ class CacheState:
     reread: float32, the largest attention in the second read of a cell's turn, NaN where there was none yet
     blocks: int32, the block each cell belongs to, ascending along C, the same numbers for all heads
     values: float32, the L2 norm of each value
+    nexus: bool, which cells hold Nexus tokens
     """
 
     pinned: npt.NDArray[np.bool_]
@@ -35,6 +36,7 @@ class CacheState:
     reread: npt.NDArray[np.float32] | None = None
     blocks: npt.NDArray[np.int32] | None = None
     values: npt.NDArray[np.float32] | None = None
+    nexus: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""Which Nexus file goes with a model: one that was named, or one that lies where it is looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvlocal.catalogue import models_dir, shipped_dir
+from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
+from kvlocal.nexus.file import WrongBase
+from kvlocal.nexus.tokens import NexusTokens
+
+SUFFIX = ".nexus.gguf"
+OFF = "off"
+
+
+def nexus_for(model: Model, choice: str | None, warn: Callable[[str], None]) -> NexusTokens | None:
+    """The Nexus tokens to use with a model.
+
+    Args:
+        choice: a Nexus file, OFF for none, or None for the first file that fits, of those beside the model, among the user's models and
+            among those that come with kvlocal.
+        warn: told why a file that was not named is not used, unless it is for another model.
+
+    Raises:
+        KvlocalError: the named file cannot be used.
+    """
+    if choice == OFF:
+        return None
+    if choice is not None:
+        return NexusTokens(model, choice)
+    for path in _candidates(model.path):
+        try:
+            return NexusTokens(model, path)
+        except WrongBase:
+            continue
+        except KvlocalError as error:
+            warn(f"{error}; going on without Nexus tokens")
+    return None
+
+
+def _candidates(model: Path) -> Iterator[Path]:
+    places = dict.fromkeys(place.resolve() for place in (model.parent, models_dir(), shipped_dir()))
+    for place in places:
+        if place.is_dir():
+            yield from sorted(path for path in place.iterdir() if path.name.endswith(SUFFIX))

@@ -1,0 +1,39 @@
+"""NexusTokens: a Nexus file loaded beside its model, and how its tokens get into a cache."""
+
+from __future__ import annotations
+
+import os
+
+from kvlocal.engine import Adapter, Context, Model
+from kvlocal.nexus.container import Container
+from kvlocal.nexus.file import NexusFile
+
+
+class NexusTokens:
+    """The trained soft tokens of one model (SONIC, arXiv 2601.21927). Contexts that read them are to be made after it.
+
+    model: the weights
+    path: the Nexus file
+
+    file: what it holds
+
+    Raises:
+        NexusError: the file cannot be used, or not with this model.
+        EngineError: llama.cpp does not take its adapter.
+    """
+
+    def __init__(self, model: Model, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.file = NexusFile.load(path)
+        self.file.check_base(Container(model.path))
+        self._adapter = Adapter(model, path) if self.file.adapter else None
+
+    def read(self, context: Context, k: int, position: int) -> None:
+        """Decodes the first k rows of the table at the positions from `position` on; the adapter is on for this alone."""
+        context.use_adapter(self._adapter)
+        try:
+            for start in range(0, k, context.n_ubatch):
+                rows = self.file.table[start : min(start + context.n_ubatch, k)]
+                context.decode_embeddings(rows, position + start)
+        finally:
+            context.use_adapter(None)

@@ -1,0 +1,47 @@
+"""Nexus tokens alone (SONIC, arXiv 2601.21927): they stand for finished turns, whose raw cells go, the oldest first."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.scoring import check_weight
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """How much of the budget Nexus tokens get; hyper-parameters of every policy that has them.
+
+    share: of the cells that are kept, at most so many are Nexus tokens, 0 to 1; beyond that the oldest lose their place and compete with raw
+        cells
+    compression: with a budget in cells, the ratio by which the number of a turn's Nexus tokens is found; with a ratio it is that one
+    """
+
+    share: float = 1.0
+    compression: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_weight("share", self.share)
+        check_weight("compression", self.compression)
+
+    def standing(self, state: CacheState, budget: int) -> CacheState:
+        """The state with the newest Nexus cells pinned, as far as their share of the budget goes."""
+        # [L, H, C], how many there are from a cell on
+        n_newer = np.cumsum(state.nexus[..., ::-1], axis=-1)[..., ::-1]
+        room = min(self.share * budget, budget - state.window - state.pinned.sum(axis=-1).max())
+        return replace(state, pinned=state.pinned | state.nexus & (n_newer <= room))
+
+
+@dataclass(frozen=True)
+class Nexus(Allotment):
+    """Keeps the Nexus cells, and of the raw cells the newest. The hyper-parameters are those of Allotment."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"nexus"})
+    evicts: ClassVar[bool] = True
+    rotates: ClassVar[bool] = False
+
+    def plan(self, state: CacheState, budget: int) -> Plan:
+        age: npt.NDArray[np.float32] = np.arange(state.nexus.shape[-1], dtype=np.float32)
+        return Plan(keep_best(np.broadcast_to(age, state.nexus.shape), self.standing(state, budget), budget))
