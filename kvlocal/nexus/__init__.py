@@ -1,0 +1,1 @@
+"""Nexus tokens: trained embeddings that stand for finished turns of a conversation."""
