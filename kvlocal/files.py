@@ -37,7 +37,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 class LineFile:
     """A file of JSON objects, one a line, that grows: every line is on the disk before the next one begins; a context manager.
 
-    The file is made if it is not there. A last line that was cut off is dropped.
+    The file is made if it is not there. One that ends with half a line has to be mended before it grows.
 
     path: where it is
     lines: the whole lines that it held on entering, with their ends
@@ -51,13 +51,14 @@ class LineFile:
         try:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            self.lines = whole.splitlines(keepends=True)
-            if len(whole) < len(content):
-                os.ftruncate(self._handle, len(whole))
         except OSError as error:
             raise KvlocalError(f"cannot keep results in {self.path} ({error.strerror}): name another file") from error
+        self.lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
         return self
+
+    def mend(self) -> None:
+        """Drops a last line that was cut off. To be called once the other lines are known to be what they should be."""
+        os.ftruncate(self._handle, sum(map(len, self.lines)))
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one line.

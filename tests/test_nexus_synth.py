@@ -252,10 +252,10 @@ def test_another_run_s_file_is_refused(model, written, tmp_path):
         with pytest.raises(KvlocalError, match="name another file"), DataFile(written[1], settings.key(model), settings):
             pass
     other = tmp_path / "other"
-    other.write_text("a line\n")
+    other.write_text("a line\nand half a")
     with pytest.raises(KvlocalError, match="name another file"), DataFile(other, "k", SETTINGS):
         pass
-    assert other.read_text() == "a line\n"
+    assert other.read_text() == "a line\nand half a"
 
 
 @pytest.mark.parametrize(

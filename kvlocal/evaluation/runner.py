@@ -57,7 +57,7 @@ Results = dict[tuple[str, float], dict[int, Measurement]]
 class WorkFile:
     """The finished measurements of a run, a JSON line each, so that nothing is measured twice; a context manager.
 
-    A line carries the key of its run, and lines of another key are left alone.
+    A line carries the key of its run, and lines of another key are left alone. A last line that was cut off is dropped.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -71,6 +71,7 @@ class WorkFile:
         self._file.__enter__()
         for line in self._file.lines:
             self._take(line)
+        self._file.mend()
         return self
 
     def _take(self, line: bytes) -> None:

@@ -107,6 +107,7 @@ class DataFile:
             raise KvlocalError(
                 f"{self._file.path} holds something else than dialogues of this model and these settings: name another file"
             ) from None
+        self._file.mend()
         return self
 
     def add(self, dialogue: Dialogue) -> None:
