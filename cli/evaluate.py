@@ -27,6 +27,8 @@ from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.figure import check
 from kvlocal.files import atomic_write
 from kvlocal.library import load as load_library
+from kvlocal.nexus.discovery import nexus_for
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import SessionConfig
 from kvlocal_cli.options import CACHE_TYPES
@@ -63,7 +65,7 @@ _OPTIONS = (
     click.option(
         "--policy", "specs", default=ALL, show_default=True, metavar="LIST",
         help="Policies to compare, comma separated, each as name[:arg=value[:arg=value]]; an argument is a hyper-parameter of the policy, or "
-        "positions, window, stride or n_sink. all is every policy. The full context is always measured, as the ceiling.",
+        "positions, window, stride or n_sink. all is every policy there is what it needs for. The full context is always measured, as the ceiling.",
     ),
     click.option("--ratio", "ratios", default="0.5,0.8", show_default=True, callback=_parse_ratios, metavar="LIST",
                  help="Shares of the history to remove, comma separated."),
@@ -105,7 +107,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         cache: Path | None,
         **others: Any,
     ) -> Any:
-        own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "json_path")}
+        own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "nexus", "json_path")}
         try:
             variants = parse_all(specs, ratios)
             base = SessionConfig(window=window, stride=stride, type_k=type_k, type_v=type_v, n_threads=threads, sampling=_GREEDY)
@@ -146,7 +148,7 @@ def dialogue_command(run: "_Run", data_path: Path, concat: int, limit: int | Non
         dialogues = shuffled(data.dialogues, run.seed)[:limit]
         depends = {"llama.cpp": load_library().bindings_version, "model": run.fingerprint, "types": [run.base.type_k, run.base.type_v]}
         with waiting("reading the dialogues"):
-            task = DialogueTask(model, run.base, dialogues, concat, ReferenceCache(run.cache), depends)
+            task = DialogueTask(model, run.base, dialogues, concat, ReferenceCache(run.cache), depends, run.nexus)
         left_out = {"empty": data.n_empty, "too_long": task.n_too_long, "without_history": task.n_without_history}
         run.note(data.n_empty, "dialogue", "left out because a text is empty or there is no answer")
         run.note(task.n_too_long, "chat", f"left out as too long for a model trained on {model.n_ctx_train} tokens")
@@ -176,7 +178,7 @@ def recall_command(run: "_Run", data_path: Path | None, questions: int, tokens: 
     data = load(data_path) if data_path else None
     with run.loaded() as model:
         with waiting("making the chats"):
-            task = RecallTask(model, run.base, questions, tokens, run.seed, data.dialogues if data else ())
+            task = RecallTask(model, run.base, questions, tokens, run.seed, data.dialogues if data else (), run.nexus)
         run.measure(task, {**(_source(data_path, data) if data else {}), "questions": questions, "tokens": tokens}, {})
 
 
@@ -193,6 +195,7 @@ class _Run:
         model: str,
         seed: int,
         gpu_layers: int,
+        nexus: str | None,
         json_path: Path | None,
         variants: list[Variant],
         base: SessionConfig,
@@ -204,10 +207,20 @@ class _Run:
         self._json_path, self._plot_path = json_path, plot_path
         self._variants = variants
         self.fingerprint = fingerprint(self._path)
+        self._nexus_choice = nexus
+        self.nexus: NexusTokens | None = None
 
     def loaded(self) -> Model:
+        """The model; its Nexus tokens, if there is a use for them, are then in `nexus`, and variants that lack them are left out."""
         with waiting(f"loading {self._name}"):
-            return Model(self._path, n_gpu_layers=self._gpu_layers)
+            model = Model(self._path, n_gpu_layers=self._gpu_layers)
+        if any(variant.wants_nexus for variant in self._variants):
+            self.nexus = nexus_for(model, self._nexus_choice, _say)
+            if not self.nexus:
+                left_out = dict.fromkeys(variant.spec for variant in self._variants if variant.wants_nexus)
+                _say(f"there are no Nexus tokens for {self._name}, so {' and '.join(left_out)} cannot be measured: give --nexus FILE")
+                self._variants = [variant for variant in self._variants if not variant.wants_nexus]
+        return model
 
     def note(self, n: int, what: str, why: str) -> None:
         """Says how many were left out, if any."""
@@ -227,6 +240,7 @@ class _Run:
             "model": self._path.name,
             "model_sha256_of_blocks": self.fingerprint,
             **own,
+            **({"nexus_sha256": fingerprint(Path(self.nexus.path))} if self.nexus else {}),
             "seed": self.seed,
             **{name: getattr(self.base, name) for name in ("window", "stride", "n_sink", "n_ubatch", "type_k", "type_v")},
         }

@@ -20,6 +20,7 @@ from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.nexus.container import Container
 from kvlocal.nexus.file import NexusFile
+from kvlocal_cli.nexus_synth import synth_command
 from kvlocal_cli.terminal import INTERRUPTED, waiting
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.group("nexus")
 def nexus_group() -> None:
     """Nexus tokens: trained soft tokens that stand for finished turns of a conversation."""
+
+
+nexus_group.add_command(synth_command)
 
 
 def _parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[float, ...]:

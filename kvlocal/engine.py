@@ -438,11 +438,44 @@ class Context:
         if array.ndim != 1:
             raise EngineError(f"tokens must be an array of one dimension, not {array.ndim}")
         n = self._fill_batch(len(array), pos, seq, logits)
-        if array.min() < 0 or array.max() >= self.model.n_vocab:
-            raise EngineError(f"a token is outside the vocabulary: tokens go from 0 to {self.model.n_vocab - 1}")
+        self._check_tokens(array)
         self._tokens[:n] = array
         self._batch.token, self._batch.embd = self._token_pointer, self._embd_type()
-        self._run(n, seq, logits)
+        self._run(n)
+
+    def decode_sequences(self, tokens: npt.ArrayLike, positions: npt.ArrayLike, sequences: npt.ArrayLike) -> None:
+        """Evaluate tokens of several sequences in one batch and keep the logits of all of them.
+
+        llama.cpp works on sequences with consecutive numbers and equally many tokens together, on others one after another.
+
+        Args:
+            tokens: [n] int32, 1 <= n <= n_ubatch.
+            positions: [n] int32, each one behind the last of its sequence.
+            sequences: [n] int32, the sequence of each token.
+
+        Raises:
+            CacheFull: a sequence has not enough free cells; nothing has changed.
+            EngineError: wrong arguments, or llama.cpp failed.
+        """
+        arrays = [np.asarray(array, dtype=np.int32) for array in (tokens, positions, sequences)]
+        shapes = {array.shape for array in arrays}
+        if len(shapes) > 1 or arrays[0].ndim != 1:
+            raise EngineError("tokens, positions and sequences must be arrays of one dimension and of the same length")
+        token, pos, seq = arrays
+        n = len(token)
+        self._check_batch(n, n)
+        if pos.min() < 0:
+            raise EngineError(f"a position is {pos.min()}, but must be at least 0")
+        for outermost in (int(seq.min()), int(seq.max())):
+            self._check_seq(outermost)
+        self._check_tokens(token)
+        self._batch.n_tokens = n
+        self._tokens[:n], self._positions[:n] = token, pos
+        np.multiply(seq, self._seq_ids.itemsize, out=self._seq_id_pointers[:n], casting="unsafe")
+        self._seq_id_pointers[:n] += np.uintp(self._seq_ids_address)
+        self._flags[:n] = 1
+        self._batch.token, self._batch.embd = self._token_pointer, self._embd_type()
+        self._run(n)
 
     def use_adapter(self, adapter: Adapter | None) -> None:
         """What is decoded from now on is computed with this adapter on top of the weights, or with the weights alone.
@@ -475,20 +508,16 @@ class Context:
             raise EngineError(f"{self.model.path} takes several positions per vector: give it tokens instead")
         n = self._fill_batch(len(array), pos, seq, logits)
         self._batch.token, self._batch.embd = self._token_type(), ctypes.cast(array.ctypes.data, self._embd_type)
-        self._run(n, seq, logits)
+        self._run(n)
 
     def _fill_batch(self, n: int, pos: int, seq: int, logits: Outputs) -> int:
-        _ = self.pointer
-        if not 1 <= n <= self.n_ubatch:
-            raise EngineError(f"a batch holds 1 to {self.n_ubatch} tokens, not {n}: split it")
-        if pos < 0:
-            raise EngineError(f"the position is {pos}, but must be at least 0")
-        self._check_seq(seq)
         n_outputs = {"last": 1, "all": n, "none": 0}.get(logits)
         if n_outputs is None:
             raise EngineError(f"logits are kept for 'last', 'all' or 'none' of the tokens, not for {logits!r}")
-        if n_outputs > self.n_outputs:
-            raise EngineError(f"the context keeps logits for {self.n_outputs} tokens: raise n_outputs or ask for fewer")
+        self._check_batch(n, n_outputs)
+        if pos < 0:
+            raise EngineError(f"the position is {pos}, but must be at least 0")
+        self._check_seq(seq)
         self._batch.n_tokens = n
         np.add(self._offsets[:n], pos, out=self._positions[:n])
         self._seq_id_pointers[:n] = self._seq_ids_address + seq * self._seq_ids.itemsize
@@ -496,25 +525,42 @@ class Context:
         self._flags[n - n_outputs : n] = 1
         return n
 
-    def _run(self, n: int, seq: int, logits: Outputs) -> None:
+    def _check_batch(self, n: int, n_outputs: int) -> None:
+        _ = self.pointer
+        if not 1 <= n <= self.n_ubatch:
+            raise EngineError(f"a batch holds 1 to {self.n_ubatch} tokens, not {n}: split it")
+        if n_outputs > self.n_outputs:
+            raise EngineError(f"the context keeps logits for {self.n_outputs} tokens: raise n_outputs or ask for fewer")
+
+    def _check_tokens(self, tokens: npt.NDArray[np.int32]) -> None:
+        if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
+            raise EngineError(f"a token is outside the vocabulary: tokens go from 0 to {self.model.n_vocab - 1}")
+
+    def _run(self, n: int) -> None:
         self._outputs = range(0)
         status = self._lib.llama_decode(self.pointer, self._batch)
         if status == 0:
             self._batch_size = n
             self._outputs = range(n - int(self._flags[:n].sum()), n)
         elif status == 1:
-            raise CacheFull(
-                f"{n} more tokens do not fit into the {self.n_cells} cells of sequence {seq}: free some first"
-            )
+            seq, more = self._first_sequence(n)
+            which = f"sequence {seq}" + (" or of another of this batch" if more else "")
+            raise CacheFull(f"{n} more tokens do not fit into the {self.n_cells} cells of {which}: free some first")
         elif status == 2:
             raise EngineError("decoding was aborted: remove the unfinished tokens from the cache and decode again")
         elif status == -1:
+            seq, more = self._first_sequence(n)
             raise EngineError(
                 f"llama.cpp refused the batch: position {int(self._positions[0])} does not continue sequence {seq}, "
-                f"which ends at {self.pos_max(seq)}"
+                f"which ends at {self.pos_max(seq)}" + (", or another sequence is not continued" if more else "")
             )
         else:
             raise EngineError(f"decoding failed with llama.cpp's code {status}: clear the cache and start again")
+
+    def _first_sequence(self, n: int) -> tuple[int, bool]:
+        """The sequence of the batch's first token, and whether there are others."""
+        addresses = self._seq_id_pointers[:n]
+        return int(addresses[0] - self._seq_ids_address) // self._seq_ids.itemsize, bool((addresses != addresses[0]).any())
 
     def check_output(self, i: int = -1) -> None:
         """Raise EngineError unless the last decode kept logits for token `i` of its batch.

@@ -1,8 +1,10 @@
 """Writes files so that a reader, or a crash, never sees half of one."""
 
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any, Self
 
 from kvlocal.errors import KvlocalError
 
@@ -30,6 +32,52 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             staged.unlink(missing_ok=True)
     except OSError as error:
         raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class LineFile:
+    """A file of JSON objects, one a line, that grows: every line is on the disk before the next one begins; a context manager.
+
+    The file is made if it is not there. One that ends with half a line has to be mended before it grows.
+
+    path: where it is
+    lines: the whole lines that it held on entering, with their ends
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[bytes] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise KvlocalError(f"cannot keep results in {self.path} ({error.strerror}): name another file") from error
+        self.lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        return self
+
+    def mend(self) -> None:
+        """Drops a last line that was cut off. To be called once the other lines are known to be what they should be."""
+        os.ftruncate(self._handle, sum(map(len, self.lines)))
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds one line.
+
+        Raises:
+            KvlocalError: it cannot be written; the file then ends where it did before.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        before = os.fstat(self._handle).st_size
+        try:
+            if os.write(self._handle, line) < len(line):
+                raise OSError(None, "the disk is full")
+            os.fsync(self._handle)
+        except OSError as error:
+            os.ftruncate(self._handle, before)
+            raise KvlocalError(f"cannot write {self.path} ({error.strerror}): make room and run the same command again") from error
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
 
 
 def publish(staged: Path, target: Path) -> None:

@@ -203,21 +203,39 @@ class ChatTemplate:
             messages: the conversation so far, ending with an assistant turn, or without any turn.
             user: what the user wrote.
         """
-        if _has_turns(messages):
-            turn, header = self._later, self._user_header
-            before, closing = _ASSISTANT, self._closing
+        return self.user_start(messages, user) + self.user_end(messages)
+
+    def user_start(self, messages: Sequence[Message], user: str) -> list[Piece]:
+        """The part of a user turn up to the end of what is known of its content, which may go on; `user_end` gives the rest.
+
+        Args:
+            messages: as for `user_turn`.
+            user: what the user wrote so far.
+        """
+        turn = self._next_turn(messages)
+        if turn is self._later:
+            header, before, closing = self._user_header, _ASSISTANT, self._closing
         else:
-            has_system = self._has_system(messages)
-            turn, header = self._first[has_system], self._first_header(has_system)
+            header = self._first_header(self._has_system(messages))
             before, closing = turn.before.removesuffix(header), ""
         return _pieces(
             before,
             ("assistant", closing, "markup"),
             ("user", header, "markup"),
             ("user", self._user_content(turn, user), "content"),
-            ("user", turn.after, "markup"),
-            ("assistant", turn.opening, "markup"),
         )
+
+    def user_end(self, messages: Sequence[Message]) -> list[Piece]:
+        """What follows the content of a user turn: its end, and the start of the answer.
+
+        Args:
+            messages: the conversation before that turn.
+        """
+        turn = self._next_turn(messages)
+        return _pieces(_USER, ("user", turn.after, "markup"), ("assistant", turn.opening, "markup"))
+
+    def _next_turn(self, messages: Sequence[Message]) -> _Turn:
+        return self._later if _has_turns(messages) else self._first[self._has_system(messages)]
 
     def given_assistant(self, messages: Sequence[Message], text: str) -> list[Piece]:
         """What an answer that is given, not generated, appends. The next `user_turn` closes it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Protocol, Self
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.variants import Variant
-from kvlocal.files import atomic_write
+from kvlocal.files import LineFile, atomic_write
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,21 @@ Results = dict[tuple[str, float], dict[int, Measurement]]
 class WorkFile:
     """The finished measurements of a run, a JSON line each, so that nothing is measured twice; a context manager.
 
-    A line carries the key of its run, and lines of another key are left alone. Every line is on the disk before the next one begins; a last
-    line that was cut off is dropped.
+    A line carries the key of its run, and lines of another key are left alone. A last line that was cut off is dropped.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
+        self._file = LineFile(path)
         self._key = key
         self._others: list[bytes] = []
         self.results: Results = {}
 
     def __enter__(self) -> Self:
-        try:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            for line in whole.splitlines(keepends=True):
-                self._take(line)
-            os.ftruncate(self._handle, len(whole))
-        except OSError as error:
-            raise KvlocalError(f"cannot keep results in {self.path} ({error.strerror}): name another file") from error
+        self._file.__enter__()
+        for line in self._file.lines:
+            self._take(line)
+        self._file.mend()
         return self
 
     def _take(self, line: bytes) -> None:
@@ -98,16 +92,7 @@ class WorkFile:
         Raises:
             KvlocalError: it cannot be written; the file then ends where it did before.
         """
-        record = {"run": self._key, "chat": chat, "policy": variant.spec, "ratio": variant.ratio} | vars(measurement)
-        line = (json.dumps(record) + "\n").encode()
-        before = os.fstat(self._handle).st_size
-        try:
-            if os.write(self._handle, line) < len(line):
-                raise OSError(None, "the disk is full")
-            os.fsync(self._handle)
-        except OSError as error:
-            os.ftruncate(self._handle, before)
-            raise KvlocalError(f"cannot write {self.path} ({error.strerror}): make room and run the same command again") from error
+        self._file.append({"run": self._key, "chat": chat, "policy": variant.spec, "ratio": variant.ratio} | vars(measurement))
         self.results.setdefault((variant.spec, variant.ratio), {})[chat] = measurement
 
     def has(self, chat: int, variant: Variant) -> bool:
@@ -121,7 +106,7 @@ class WorkFile:
             self.path.unlink(missing_ok=True)
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+        self._file.__exit__()
 
 
 def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterator[Measurement | Failure]:

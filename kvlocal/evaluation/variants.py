@@ -68,6 +68,11 @@ class Variant:
             raise VariantError(f"{spec!r} cannot be run: {error}") from None
         return cls(spec, ratio, name, own, others)
 
+    @property
+    def wants_nexus(self) -> bool:
+        """Whether it cannot do without Nexus tokens."""
+        return "nexus" in policies.make(self.policy, self.policy_args).needs
+
     def config(self, base: SessionConfig) -> SessionConfig:
         """The configuration of a session of this variant."""
         changes = {"ratio": self.ratio or None, "policy": self.policy, "policy_args": self.policy_args}

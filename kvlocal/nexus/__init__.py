@@ -1,1 +1,1 @@
-"""Nexus tokens: trained soft tokens that stand for finished segments of a conversation."""
+"""Nexus tokens: trained soft tokens that stand for finished turns of a conversation."""
