@@ -1,0 +1,209 @@
+"""Nexus tokens in a conversation: where they come, what they leave alone, which of them stay."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from kvlocal.engine import EngineError, Model
+from kvlocal.ledger import NEXUS
+from kvlocal.nexus.base import base_hash
+from kvlocal.nexus.container import Container
+from kvlocal.nexus.discovery import nexus_for
+from kvlocal.nexus.file import NexusError, NexusFile, WrongBase
+from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.policies import make
+from kvlocal.policies.base import CacheState
+from kvlocal.sampling import SamplingParams
+from kvlocal.session import ChatSession, SessionConfig, SessionError
+
+K = 8
+CONFIG = SessionConfig(
+    budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
+)
+STORY = "The keeper wrote down the weather, then walked to the harbour to count the ships. "
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    with Model(smollm2) as loaded:
+        yield loaded
+
+
+def nexus_file(base, seed=0):
+    """A file that fits the base model; a random table and a random adapter for two of its layers."""
+    container, rng = Container(base), np.random.default_rng(seed)
+    adapter = {}
+    for name in ("blk.0.attn_q.weight", "blk.3.ffn_down.weight"):
+        n_out, n_in = container.tensors[name].shape
+        a, b = rng.standard_normal((4, n_in)) / n_in**0.5, rng.standard_normal((n_out, 4))
+        adapter[name] = a.astype(np.float16), b.astype(np.float16)
+    table = rng.standard_normal((K, container.metadata["llama.embedding_length"])).astype(np.float32) / 10
+    return NexusFile(table, adapter, 4.0, "llama", base.stem, base_hash(container), (0.5, 0.8))
+
+
+@pytest.fixture(scope="module")
+def path(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("nexus") / "test.nexus.gguf"
+    nexus_file(smollm2).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def nexus(model, path):
+    return NexusTokens(model, path)
+
+
+def session(model, nexus, **fields):
+    return ChatSession(model, dataclasses.replace(CONFIG, **fields), nexus=nexus)
+
+
+def roles(chat):
+    return [segment.role for segment in chat.segments()]
+
+
+def test_every_finished_turn_gets_its_tokens(model, nexus):
+    """Behind the markup that closes an answer, in every head, as many as the segment's length and the ratio ask for."""
+    with session(model, nexus, ratio=0.5, policy_args={"share": 0.2}) as chat:
+        chat.add_turn("user", "Name a bird.")
+        chat.add_turn("assistant", "An owl.")
+        assert roles(chat) == ["system", "user", "assistant"]
+        n_turn = chat._ledger.n_tokens - chat.segments()[0].n_tokens
+        chat.add_turn("user", "Another one.")
+        assert roles(chat) == ["system", "user", "assistant", "nexus", "user", "assistant"]
+        closing = len(model.tokenize("<|im_end|>\n", parse_special=True))
+        n = chat.segments()[3].n_tokens
+        assert n == -(-(n_turn + closing) // 10) and chat.kv.nexus == n
+        assert (chat._ledger.ids == NEXUS).sum() == n
+        assert chat.kv.history_tokens == chat.kv.used - n
+        np.testing.assert_array_equal(chat._ledger.nexus().sum(axis=-1), n)
+
+
+def test_a_turn_can_be_finished_at_once(model, nexus):
+    """The next logits are the same whether the end of the answer is read now or with the next user turn."""
+    logits = []
+    for at_once in (False, True):
+        with session(model, nexus) as chat:
+            chat.add_turn("user", "Name a bird.")
+            chat.add_turn("assistant", "An owl.")
+            if at_once:
+                chat.finish_turn()
+                chat.finish_turn()
+                assert roles(chat)[-1] == "nexus"
+            chat.add_turn("user", "Another one.")
+            logits.append(chat._context.logits().copy())
+    np.testing.assert_array_equal(*logits)
+
+
+def test_before_the_first_one_nothing_is_different(model, nexus):
+    answers = []
+    for policy, tokens in (("kvzip-snapkv", None), ("hybrid", nexus)):
+        with session(model, tokens, policy=policy) as chat:
+            text = "".join(chat.send("What is the tallest animal?"))
+            answers.append((text, chat._context.logits().copy()))
+    assert answers[0][0] == answers[1][0]
+    np.testing.assert_array_equal(answers[0][1], answers[1][1])
+
+
+def test_they_change_what_follows_and_the_adapter_is_off_again(model, nexus, path, smollm2, tmp_path):
+    """With the adapter, Nexus cells are others than without it; tokens before them are the same."""
+    bare = dataclasses.replace(NexusFile.load(path), adapter={})
+    bare.save(tmp_path / "bare.nexus.gguf")
+    keys = []
+    for tokens in (nexus, NexusTokens(model, tmp_path / "bare.nexus.gguf")):
+        with session(model, tokens) as chat:
+            chat.add_turn("user", "Name a bird.")
+            chat.add_turn("assistant", "An owl.")
+            chat.finish_turn()
+            n = chat.segments()[-1].n_tokens
+            values = chat._native.read_values(5)
+            keys.append(values)
+            assert np.isfinite(values).all()
+    assert not np.allclose(keys[0][:, -n:], keys[1][:, -n:], atol=1e-3)
+    np.testing.assert_array_equal(keys[0][:, :-n], keys[1][:, :-n])
+
+
+@pytest.mark.parametrize("policy", ["nexus", "hybrid"])
+def test_raw_cells_go_and_nexus_cells_stay(model, nexus, policy):
+    with session(model, nexus, policy=policy) as chat:
+        for i in range(8):
+            chat.add_turn("user", f"Turn {i}. " + STORY * 2)
+            chat.add_turn("assistant", STORY)
+            chat.finish_turn()
+            chat.second_read()
+            assert chat.kv.used <= 192 + 32
+        chat.compress()
+        segments = chat.segments()
+        assert chat.kv.compressions > 3 and all(one.n_cells == one.n_tokens for one in segments if one.role == "nexus")
+        first = segments[1:3]
+        assert all(one.n_cells < one.n_tokens / 2 for one in first)
+        if policy == "nexus":
+            assert all(one.n_cells == 0 for one in first)
+        ledger = chat._ledger
+        assert chat._native.n_cells() == ledger.n_cells
+
+
+def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
+    """After /undo the chat is as it was, and the next logits are those of a chat in which nothing was taken back."""
+    logits = []
+    for takes_back in (False, True):
+        with session(model, nexus) as chat:
+            chat.add_turn("user", "Name a bird.")
+            chat.add_turn("assistant", "An owl.")
+            if takes_back:
+                chat.add_turn("user", STORY * 12)
+                chat.add_turn("assistant", "Well.")
+                chat.finish_turn()
+                chat.undo()
+                assert roles(chat) == ["system", "user", "assistant"] and chat.kv.nexus == 0
+            chat.add_turn("user", "Another one.")
+            logits.append(chat._context.logits().copy())
+    np.testing.assert_array_equal(*logits)
+
+
+def test_old_ones_compete_when_their_share_is_full():
+    """The newest Nexus cells are pinned up to their share of the budget; the others stay only by their score."""
+    C, budget, window = 100, 40, 8
+    is_nexus = np.zeros((2, 3, C), bool)
+    is_nexus[..., 10:90:2] = True
+    pinned = np.zeros((2, 3, C), bool)
+    pinned[..., :4] = True
+    scores = np.ones((2, 3, C), np.float32)
+    scores[..., 11] = scores[..., 12] = 9
+    state = CacheState(pinned, np.full((2, 3, C), np.nan, np.float32), window, scores=scores, reread=np.zeros((2, 3, C), np.float32), nexus=is_nexus)
+    keep = make("hybrid", {"share": 0.5}).plan(state, budget).keep
+    newest = np.flatnonzero(is_nexus[0, 0])[-20:]
+    for cells in keep.reshape(-1, budget):
+        assert set(newest) <= set(cells) and {11, 12} <= set(cells) and {0, 1, 2, 3} <= set(cells)
+    crowded = make("nexus", {"share": 1.0}).plan(state, budget).keep
+    assert crowded.shape[-1] == budget and {0, 99} <= set(crowded[0, 0])
+
+
+def test_a_policy_that_needs_them_says_so(model):
+    with pytest.raises(SessionError, match="needs Nexus tokens"):
+        session(model, None)
+
+
+def test_files_are_found_beside_the_model_and_refused_for_another(model, nexus, path, smollm2, gemma3, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path))
+    said = []
+    assert nexus_for(model, "off", said.append) is None
+    shutil.copy(path, tmp_path / "b.nexus.gguf")
+    (tmp_path / "a.nexus.gguf").write_bytes(path.read_bytes()[:5000])
+    assert nexus_for(model, None, said.append).path == str(tmp_path / "b.nexus.gguf")
+    assert len(said) == 1 and "a.nexus.gguf" in said[0]
+    assert nexus_for(model, str(path), said.append).file.k == K
+    with pytest.raises(NexusError):
+        nexus_for(model, str(tmp_path / "a.nexus.gguf"), said.append)
+    with Model(gemma3) as other:
+        assert nexus_for(other, None, said.append) is None or other.path.parent != tmp_path
+        with pytest.raises(WrongBase, match="trained for"):
+            nexus_for(other, str(path), said.append)
+
+
+def test_an_adapter_of_another_model_is_refused(path, gemma3):
+    from kvlocal.engine import Adapter
+
+    with Model(gemma3) as other, pytest.raises(EngineError, match="adapter"):
+        Adapter(other, path)
