@@ -80,8 +80,9 @@ def _kv(chat: Chat, argument: str) -> None:
         line = (turn.rjust(widths[0]), role.ljust(widths[1]), seen.rjust(widths[2]), kept.rjust(widths[3]), bar.ljust(widths[4]))
         chat.screen.show("  ".join((*line, text)).rstrip())
     kv = chat.session.kv
+    nexus = f" ({kv.nexus:.1f} of them Nexus tokens)" if kv.nexus else ""
     chat.screen.show(
-        f"total: {kv.history_tokens} tokens seen, {kv.used} cells kept of a budget of {kv.budget}, "
+        f"total: {kv.history_tokens} tokens seen, {kv.used} cells kept{nexus} of a budget of {kv.budget}, "
         f"{kv.evicted} evicted in {kv.compressions} compressions; peak {kv.peak_cells} of {kv.capacity} cells"
     )
 

@@ -10,7 +10,7 @@ import click
 
 from kvlocal.catalogue import DEFAULT_MODEL, Catalogue
 from kvlocal.sampling import MAX_SEED
-from kvlocal.session import ChatSession, KvStats, SessionConfig
+from kvlocal.session import ChatSession, SessionConfig
 from kvlocal_cli.options import Loading, clean_text, session_options
 from kvlocal_cli.terminal import (
     INTERRUPTED,
@@ -94,7 +94,7 @@ def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[s
         "model": name,
         "prompt": prompt,
         "answer": answer,
-        "kv": _kv_report(session.kv),
+        "kv": session.kv.report(),
         "timings": {
             "prompt_tokens": last.prompt_tokens,
             "answer_tokens": last.answer_tokens,
@@ -107,6 +107,3 @@ def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[s
         "stop_reason": last.stop_reason,
     }
 
-
-def _kv_report(kv: KvStats) -> dict[str, int]:
-    return {name: getattr(kv, name) for name in ("budget", "peak_cells", "history_tokens", "compressions", "evicted")}

@@ -16,11 +16,10 @@ from kvlocal.compression import Seconds
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.session import ChatSession, Message, SessionConfig
+from kvlocal.session import REPORTED, ChatSession, Message, SessionConfig
 
 ROLES = ("system", "user", "assistant")
 
-_KV_FIELDS = ("budget", "peak_cells", "history_tokens", "compressions", "evicted")
 
 
 class LineError(KvlocalError):
@@ -159,7 +158,7 @@ def _outcomes(
 def _complete(job: Job, model: Model, config: SessionConfig, nexus: NexusTokens | None, poll: Callable[[], None]) -> Result:
     unanswered = job.unanswered
     if not unanswered:
-        kv = dict.fromkeys(_KV_FIELDS, 0) | {"budget": config.budget}
+        kv = dict.fromkeys(REPORTED, 0) | {"budget": config.budget}
         return Result(job.number, job.id, job.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
 
     started = time.perf_counter()
@@ -183,7 +182,7 @@ def _complete(job: Job, model: Model, config: SessionConfig, nexus: NexusTokens 
                 answer_seconds += session.last.answer_seconds
             session.finish_turn()
             session.second_read(lambda: poll() is not None)
-        kv = {name: getattr(session.kv, name) for name in _KV_FIELDS}
+        kv = session.kv.report()
         prompt_tokens = kv["history_tokens"] - answer_tokens
         timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
         return Result(job.number, job.id, messages + job.messages[end:], stop_reasons, session.seed, kv, timings)

@@ -120,6 +120,14 @@ class KvStats:
     nexus: float
     rotations: int
 
+    def report(self) -> dict[str, float]:
+        """What is told with a result."""
+        return {name: getattr(self, name) for name in REPORTED}
+
+
+# the numbers of KvStats that are told with a result
+REPORTED = ("budget", "peak_cells", "history_tokens", "compressions", "evicted", "nexus")
+
 
 @dataclass(frozen=True)
 class TurnStats:

@@ -29,7 +29,8 @@ def random_state(seed, n_pinned=N_PINNED, with_history=True):
     reread[rng.random((L, H, C)) < 0.05] = np.nan
     blocks = np.broadcast_to(np.arange(C, dtype=np.int32) // 6, (L, H, C)).copy()
     values = (0.2 + rng.random((L, H, C)) * 3).astype(np.float32)
-    return CacheState(pinned, history, W, scores, redundancy, sums, reread, blocks, values)
+    nexus = rng.random((L, H, C)) < 0.1
+    return CacheState(pinned, history, W, scores, redundancy, sums, reread, blocks, values, nexus)
 
 
 def reference_normalised(values, first=0):
