@@ -1,0 +1,189 @@
+"""Attention of a few tokens on the CPU by our own operation, against ggml's."""
+
+import numpy as np
+import pytest
+
+from kvlocal.engine import Context, Model
+from kvlocal.library import load
+from kvlocal.native import NativeCache
+from shallow_model import write_shallow_model
+
+L = 4  # layers of the shallow model
+
+
+@pytest.fixture(scope="module")
+def model(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
+    write_shallow_model(smollm2, path, L)
+    with Model(path) as m:
+        yield m
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return np.random.default_rng(11).integers(100, model.n_vocab, 2048).astype(np.int32)
+
+
+def make(model, tokens, n, *, n_cells=1024, n_threads=2, **options):
+    """A context with n tokens in sequence 0."""
+    context = Context(model, n_cells=n_cells, n_ubatch=128, n_threads=n_threads, **options)
+    for start in range(0, n, 128):
+        context.decode(tokens[start : min(start + 128, n)], start, logits="none")
+    return context, NativeCache(context.pointer)
+
+
+def probabilities(context):
+    logits = context.logits_all().astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def decode(context, native, tokens, pos, ours):
+    """The probabilities after each of the tokens, which are removed again."""
+    native.enable_attention(ours)
+    context.decode(tokens, pos, logits="all")
+    result = probabilities(context)
+    context.remove(0, pos, -1)
+    return result
+
+
+def assert_same(context, native, tokens, pos):
+    ours, ggml = (decode(context, native, tokens, pos, ours) for ours in (True, False))
+    np.testing.assert_allclose(ours, ggml, rtol=0, atol=1e-3)
+    assert (ours != ggml).any(), "our operation was not used"
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+def test_agrees_with_ggml(model, tokens, n_threads):
+    context, native = make(model, tokens, 600, n_threads=n_threads)
+    with context:
+        assert_same(context, native, tokens[600:601], 600)
+        native.enable_ring(16)
+        assert_same(context, native, tokens[600:601], 600)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 255])
+def test_few_cells(model, tokens, n):
+    """With four threads some see no cell; the last block is not full."""
+    context, native = make(model, tokens, n, n_threads=4)
+    with context:
+        assert_same(context, native, tokens[n : n + 1], n)
+
+
+@pytest.mark.parametrize("n", [2, 5, 16])
+def test_several_tokens_see_different_cells(model, tokens, n):
+    context, native = make(model, tokens, 300)
+    with context:
+        assert_same(context, native, tokens[300 : 300 + n], 300)
+
+
+def test_larger_batches_are_left_to_ggml(model, tokens):
+    context, native = make(model, tokens, 300)
+    with context:
+        ours, ggml = (decode(context, native, tokens[300:317], 300, ours) for ours in (True, False))
+        np.testing.assert_array_equal(ours, ggml)
+
+
+def test_quantised_caches_are_left_to_ggml(model, tokens):
+    context, native = make(model, tokens, 300, type_k="q8_0", type_v="q8_0")
+    with context:
+        ours, ggml = (decode(context, native, tokens[300:301], 300, ours) for ours in (True, False))
+        np.testing.assert_array_equal(ours, ggml)
+
+
+def test_repeats_bit_by_bit(model, tokens):
+    def run():
+        context, native = make(model, tokens, 500, n_threads=2)
+        with context:
+            results = []
+            for i in range(500, 520):  # the graph is reused, and made again at 512 cells
+                context.decode(tokens[i : i + 1], i)
+                results.append(probabilities(context))
+            native.enable_attention(False)
+            native.enable_attention(True)
+            context.decode(tokens[520:521], 520)
+            return np.array([*results, probabilities(context)])
+
+    np.testing.assert_array_equal(run(), run())
+
+
+def test_a_long_decode_stays_with_ggml(model, tokens):
+    """Graphs that are reused, compaction and scores in between."""
+    contexts = [make(model, tokens, 400) for _ in range(2)]
+    for (_, native), ours in zip(contexts, (True, False), strict=True):
+        native.enable_ring(16)
+        native.enable_attention(ours)
+    keep = np.r_[0:4, 100:424:2]
+    pos = 400
+    for step in range(60):
+        results = []
+        for context, native in contexts:
+            if step == 24:
+                native.scores()
+                native.compact(np.broadcast_to(keep, (L, 3, len(keep))), keep)
+            context.decode(tokens[pos : pos + 1], pos)
+            results.append(probabilities(context))
+        np.testing.assert_allclose(*results, rtol=0, atol=1e-3)
+        pos += 1
+    for context, _ in contexts:
+        context.close()
+
+
+def test_holes_and_compacted_heads(model, tokens):
+    context, native = make(model, tokens, 700)
+    with context:
+        native.remove(np.r_[10:40, 64:300, 301:600:2])
+        assert_same(context, native, tokens[700:701], 700)
+        used = np.flatnonzero(native.positions() >= 0)
+        rng = np.random.default_rng(3)
+        gather = np.sort([[rng.permutation(used)[:150] for _ in range(3)] for _ in range(L)], axis=-1)
+        native.compact(gather, np.arange(150) + 550)
+        assert_same(context, native, tokens[700:703], 700)
+
+
+def test_masked_cells_never_contribute(model, tokens):
+    """Keys and values that are no numbers, in cells that were freed."""
+    context, native = make(model, tokens, 200)
+    with context:
+        clean = decode(context, native, tokens[200:201], 200, True)
+        context.decode_embeddings(np.full((100, model.n_embd), np.nan, np.float32), 200)
+        assert np.isnan(native.read_values(0)[:, 200:]).all()
+        context.remove(0, 200, -1)
+        np.testing.assert_array_equal(decode(context, native, tokens[200:201], 200, True), clean)
+
+
+def test_sequences_side_by_side(model, tokens):
+    """One token for each of two sequences: two streams in one graph."""
+    context, native = make(model, tokens, 300, n_seq_max=2)
+    with context:
+        context.decode(tokens[50:90], 0, seq=1)
+        results = []
+        for ours in (True, False):
+            native.enable_attention(ours)
+            context._fill_batch(2, 300, 0, "all")
+            context._tokens[:2], context._positions[:2] = tokens[:2], (300, 40)
+            context._seq_id_pointers[1] += context._seq_ids.itemsize
+            context._batch.token, context._batch.embd = context._token_pointer, context._embd_type()
+            context._run(2, 0, "all")
+            results.append(probabilities(context))
+            context.remove(0, 300, -1)
+            context.remove(1, 40, -1)
+        np.testing.assert_allclose(*results, rtol=0, atol=1e-3)
+        assert (results[0] != results[1]).any()
+
+
+def test_sliding_window_model(gemma3, tokens):
+    with Model(gemma3) as model:
+        n = 700  # past the window of 512
+        context, native = make(model, tokens, n)
+        with context:
+            ours, ggml = (decode(context, native, tokens[n : n + 1], n, ours) for ours in (True, False))
+            assert (ours != ggml).any()
+            # quantised weights: the activations are rounded
+            assert (ggml * np.log(ggml / ours)).sum() < 0.01 and ours.argmax() == ggml.argmax()
+
+
+def test_refuses_no_context():
+    library = load()
+    assert library.lib.kvl_attention_enable(library.ffi.NULL, 1) == library.lib.KVL_ERR_ARGUMENT
