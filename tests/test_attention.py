@@ -1,4 +1,4 @@
-"""Attention of a few tokens on the CPU by our own operation, against ggml's."""
+"""Attention of a few tokens on the CPU by our own operation, against what ggml's computes in float32: ggml does that for large batches only."""
 
 import numpy as np
 import pytest
@@ -39,28 +39,35 @@ def probabilities(context):
     return p / p.sum(-1, keepdims=True)
 
 
-def decode(context, native, tokens, pos, ours):
+def decode(context, native, tokens, pos, ours=True, seq=0):
     """The probabilities after each of the tokens, which are removed again."""
     native.enable_attention(ours)
-    context.decode(tokens, pos, logits="all")
+    context.decode(tokens, pos, seq=seq, logits="all")
     result = probabilities(context)
-    context.remove(0, pos, -1)
+    context.remove(seq, pos, -1)
     return result
 
 
-def assert_same(context, native, tokens, pos):
-    ours, ggml = (decode(context, native, tokens, pos, ours) for ours in (True, False))
-    np.testing.assert_allclose(ours, ggml, rtol=0, atol=1e-3)
+def exact(context, native, tokens, pos, seq=0):
+    """The same, computed together with 64 later tokens, which the first ones do not see."""
+    later = np.arange(500, 564, dtype=np.int32)
+    return decode(context, native, np.r_[tokens, later], pos, False, seq)[: len(tokens)]
+
+
+def assert_exact(context, native, tokens, pos):
+    ours, reference = decode(context, native, tokens, pos), exact(context, native, tokens, pos)
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-4)
+    ggml = decode(context, native, tokens, pos, False)
     assert (ours != ggml).any(), "our operation was not used"
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
-def test_agrees_with_ggml(model, tokens, n_threads):
+def test_is_exact(model, tokens, n_threads):
     context, native = make(model, tokens, 600, n_threads=n_threads)
     with context:
-        assert_same(context, native, tokens[600:601], 600)
+        assert_exact(context, native, tokens[600:601], 600)
         native.enable_ring(16)
-        assert_same(context, native, tokens[600:601], 600)
+        assert_exact(context, native, tokens[600:601], 600)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 255])
@@ -68,14 +75,14 @@ def test_few_cells(model, tokens, n):
     """With four threads some see no cell; the last block is not full."""
     context, native = make(model, tokens, n, n_threads=4)
     with context:
-        assert_same(context, native, tokens[n : n + 1], n)
+        assert_exact(context, native, tokens[n : n + 1], n)
 
 
 @pytest.mark.parametrize("n", [2, 5, 16])
 def test_several_tokens_see_different_cells(model, tokens, n):
     context, native = make(model, tokens, 300)
     with context:
-        assert_same(context, native, tokens[300 : 300 + n], 300)
+        assert_exact(context, native, tokens[300 : 300 + n], 300)
 
 
 def test_larger_batches_are_left_to_ggml(model, tokens):
@@ -94,7 +101,7 @@ def test_quantised_caches_are_left_to_ggml(model, tokens):
 
 def test_repeats_bit_by_bit(model, tokens):
     def run():
-        context, native = make(model, tokens, 500, n_threads=2)
+        context, native = make(model, tokens, 500)
         with context:
             results = []
             for i in range(500, 520):  # the graph is reused, and made again at 512 cells
@@ -108,38 +115,31 @@ def test_repeats_bit_by_bit(model, tokens):
     np.testing.assert_array_equal(run(), run())
 
 
-def test_a_long_decode_stays_with_ggml(model, tokens):
-    """Graphs that are reused, compaction and scores in between."""
-    contexts = [make(model, tokens, 400) for _ in range(2)]
-    for (_, native), ours in zip(contexts, (True, False), strict=True):
-        native.enable_ring(16)
-        native.enable_attention(ours)
-    keep = np.r_[0:4, 100:424:2]
-    pos = 400
-    for step in range(60):
+def test_stays_exact_while_graphs_are_reused(model, tokens):
+    context, native = make(model, tokens, 400)
+    with context:
+        keep = np.r_[0:4, 100:424:2]
         results = []
-        for context, native in contexts:
-            if step == 24:
-                native.scores()
+        for pos in range(400, 460):
+            if pos == 424:
                 native.compact(np.broadcast_to(keep, (L, 3, len(keep))), keep)
             context.decode(tokens[pos : pos + 1], pos)
             results.append(probabilities(context))
-        np.testing.assert_allclose(*results, rtol=0, atol=1e-3)
-        pos += 1
-    for context, _ in contexts:
-        context.close()
+        context.remove(0, 424, -1)
+        reference = exact(context, native, tokens[424:460], 424)
+    np.testing.assert_allclose(np.concatenate(results[24:]), reference, rtol=0, atol=1e-4)
 
 
 def test_holes_and_compacted_heads(model, tokens):
     context, native = make(model, tokens, 700)
     with context:
         native.remove(np.r_[10:40, 64:300, 301:600:2])
-        assert_same(context, native, tokens[700:701], 700)
+        assert_exact(context, native, tokens[700:701], 700)
         used = np.flatnonzero(native.positions() >= 0)
         rng = np.random.default_rng(3)
         gather = np.sort([[rng.permutation(used)[:150] for _ in range(3)] for _ in range(L)], axis=-1)
         native.compact(gather, np.arange(150) + 550)
-        assert_same(context, native, tokens[700:703], 700)
+        assert_exact(context, native, tokens[700:703], 700)
 
 
 def test_masked_cells_never_contribute(model, tokens):
@@ -158,19 +158,14 @@ def test_sequences_side_by_side(model, tokens):
     context, native = make(model, tokens, 300, n_seq_max=2)
     with context:
         context.decode(tokens[50:90], 0, seq=1)
-        results = []
-        for ours in (True, False):
-            native.enable_attention(ours)
-            context._fill_batch(2, 300, 0, "all")
-            context._tokens[:2], context._positions[:2] = tokens[:2], (300, 40)
-            context._seq_id_pointers[1] += context._seq_ids.itemsize
-            context._batch.token, context._batch.embd = context._token_pointer, context._embd_type()
-            context._run(2, 0, "all")
-            results.append(probabilities(context))
-            context.remove(0, 300, -1)
-            context.remove(1, 40, -1)
-        np.testing.assert_allclose(*results, rtol=0, atol=1e-3)
-        assert (results[0] != results[1]).any()
+        reference = [exact(context, native, tokens[:1], 300), exact(context, native, tokens[1:2], 40, seq=1)]
+        native.enable_attention(True)
+        context._fill_batch(2, 300, 0, "all")
+        context._tokens[:2], context._positions[:2] = tokens[:2], (300, 40)
+        context._seq_id_pointers[1] += context._seq_ids.itemsize
+        context._batch.token, context._batch.embd = context._token_pointer, context._embd_type()
+        context._run(2, 0, "all")
+        np.testing.assert_allclose(probabilities(context), np.concatenate(reference), rtol=0, atol=1e-4)
 
 
 def test_sliding_window_model(gemma3, tokens):
@@ -180,8 +175,8 @@ def test_sliding_window_model(gemma3, tokens):
         with context:
             ours, ggml = (decode(context, native, tokens[n : n + 1], n, ours) for ours in (True, False))
             assert (ours != ggml).any()
-            # quantised weights: the activations are rounded
-            assert (ggml * np.log(ggml / ours)).sum() < 0.01 and ours.argmax() == ggml.argmax()
+            # quantised activations make ggml's rounding larger
+            assert (ggml * np.log(ggml / ours)).sum() < 0.03 and ours.argmax() == ggml.argmax()
 
 
 def test_refuses_no_context():
