@@ -348,7 +348,7 @@ ggml_tensor * kvl_attention(
                  ggml_tensor * sinks,
                  ggml_tensor * v_mla,
                        float   kq_scale) {
-    constexpr int64_t MAX_TOKENS = 16; // per stream
+    constexpr int64_t MAX_TOKENS = 63; // per stream; from 64 on ggml works with tiles in float32 too
 
     // without such an instruction ggml's, which may be compiled for a better machine than this file, is the faster one
     if (!LOADS_HALF || !cparams.kvl_attention || !cparams.flash_attn || hparams.attn_soft_cap || hparams.f_max_alibi_bias > 0.0f || sinks || v_mla) {
