@@ -66,6 +66,10 @@ class NativeCache:
         """Keeps the last n_window queries of every layer and sequence; 0 switches that off."""
         self._check(self._lib.kvl_ring_enable(self._context, n_window))
 
+    def enable_attention(self, on: bool) -> None:
+        """Whether the attention of a few tokens to an f16 cache on the CPU is our own operation, as at first, or always ggml's."""
+        self._check(self._lib.kvl_attention_enable(self._context, on))
+
     def layout(self) -> Layout:
         out = self._ffi.new("struct kvl_layout *")
         self._check(self._lib.kvl_get_layout(self._context, out))

@@ -480,7 +480,9 @@ def test_sliding_window_model_compacts_its_global_layers(gemma3, tokens):
         chat.context.decode(tokens[n + 1 : n + 2], n + 51)
         plain.feed(1)
         p, q = log_softmax(plain.context.logits()), log_softmax(chat.context.logits())
-        assert (np.exp(p) * (p - q)).sum() < 0.02 and p.argmax() == q.argmax()
+        assert (np.exp(p) * (p - q)).sum() < 0.02
+        # the first two of these random tokens' successors are nearly equal, at 3 %
+        np.testing.assert_allclose(np.exp(p), np.exp(q), rtol=0, atol=0.01)
         chat.native.compact(chat.everywhere(np.r_[0:4, 400 : n + 2]), np.r_[0:4, 400 : n + 2] + 50)
         assert chat.native.n_cells() == n + 2 - 396
         chat.context.decode(tokens[n + 2 : n + 3], n + 52)

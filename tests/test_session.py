@@ -179,13 +179,16 @@ def test_an_exception_in_an_answer_leaves_the_session_usable(model):
         with pytest.raises(KeyboardInterrupt):
             answer.throw(KeyboardInterrupt)
         check_ledger(chat)
-        # in the worst moment: the cache is compacted, the ledger not yet
-        chat._ledger.compact, interrupted = raise_interrupt, False
-        try:
-            "".join(chat.send("Go on."))
-        except KeyboardInterrupt:
-            interrupted = True
-        assert interrupted
+        # in the worst moment: the cache is compacted, the ledger not yet; the second token of the answer makes that due
+        used = chat.kv.used
+        chat.add_turn("user", "Go on.")
+        n_other, due = chat.kv.used - used, SMALL.budget + SMALL.stride
+        chat.undo()
+        chat.add_turn("user", "Go on." + " on" * (due - 2 - used - n_other))
+        assert chat.kv.used == due - 2
+        chat._ledger.compact = raise_interrupt
+        with pytest.raises(KeyboardInterrupt):
+            "".join(chat.answer())
         check_ledger(chat)
         assert "".join(chat.send("And now?"))
 

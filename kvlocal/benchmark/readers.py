@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from kvlocal.benchmark.script import Script, Tokens, Turn
 from kvlocal.engine import Context, EngineError, Model
 from kvlocal.library import load

@@ -25,7 +25,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 2
+    KVL_API_VERSION = 3
 };
 
 enum kvl_status {
@@ -68,6 +68,10 @@ const char * kvl_last_error(void);
 // keep the last n_window queries of every layer and sequence beside the KV cache; 0 switches the ring off
 // n_window <= n_ubatch; the next decode reserves its graphs again
 int32_t kvl_ring_enable(struct llama_context * ctx, int32_t n_window);
+
+// compute the attention of a few tokens to an f16 cache on the CPU by our own operation (on != 0, as at first) or always by ggml's
+// the next decode reserves its graphs again
+int32_t kvl_attention_enable(struct llama_context * ctx, int32_t on);
 
 int32_t kvl_get_layout(struct llama_context * ctx, struct kvl_layout * layout);
 

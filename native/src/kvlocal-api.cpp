@@ -158,6 +158,19 @@ int32_t kvl_ring_enable(llama_context * ctx, int32_t n_window) {
     });
 }
 
+int32_t kvl_attention_enable(llama_context * ctx, int32_t on) {
+    return guard([&]() -> int32_t {
+        check_pointer(ctx, "ctx");
+
+        ctx->synchronize();
+
+        kvl_access::cparams(*ctx).kvl_attention = on != 0;
+        kvl_access::reserve_again(*ctx);
+
+        return KVL_OK;
+    });
+}
+
 int32_t kvl_get_layout(llama_context * ctx, kvl_layout * layout) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);

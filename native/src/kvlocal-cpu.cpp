@@ -1,6 +1,7 @@
 // Scores and redundancy on the CPU: one pass per head through the caches of a core, where ggml's operations take many through memory.
 
 #include "kvlocal-cpu.h"
+#include "kvlocal-simd.h"
 
 #include "ggml-cpu.h"
 
@@ -12,70 +13,11 @@
 namespace {
 
 // ROWS vectors meet COLUMNS others at a time, as many as the registers hold
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-constexpr int64_t ROWS  = 8;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8;
-constexpr int64_t ROWS  = 4;
-#else
-constexpr int64_t LANES = 4;
-constexpr int64_t ROWS  = 8;
-#endif
+constexpr int64_t ROWS    = LANES == 8 ? 4 : 8;
 constexpr int64_t COLUMNS = 2*LANES;
 
 static_assert(COLUMNS%ROWS == 0, "the rows of one step are in one panel");
 static_assert(KVL_CPU_PAD%COLUMNS == 0, "masks reach to the end of the last panel");
-
-typedef float   vector  __attribute__((vector_size(LANES*sizeof(float))));
-typedef int32_t ivector __attribute__((vector_size(LANES*sizeof(int32_t))));
-
-vector load(const float * p) {
-    vector v;
-    memcpy(&v, p, sizeof(v));
-    return v;
-}
-
-void store(float * p, vector v) {
-    memcpy(p, &v, sizeof(v));
-}
-
-vector larger(vector a, vector b) {
-    return a > b ? a : b;
-}
-
-float sum_of(vector v) {
-    float res = 0.0f;
-    for (int64_t t = 0; t < LANES; ++t) {
-        res += v[t];
-    }
-    return res;
-}
-
-float largest_of(vector v) {
-    float res = v[0];
-    for (int64_t t = 1; t < LANES; ++t) {
-        res = std::max(res, v[t]);
-    }
-    return res;
-}
-
-// e^x for x <= 0, within 3e-6 of it; 0 below -87
-vector exp_of(vector x) {
-    const vector  t = x < -87.0f ? vector{} - 87.0f : x;
-    const ivector n = __builtin_convertvector(t*1.44269504f - 0.5f, ivector); // rounds, because t is not positive
-    const vector  m = __builtin_convertvector(n, vector);
-    const vector  f = t - m*0.693359375f + m*2.12194440e-4f; // ln 2 in two parts
-
-    const vector p = 1.0f + f*(1.0f + f*(0.5f + f*(1.0f/6 + f*(1.0f/24 + f*(1.0f/120)))));
-
-    const ivector bits = (n + 127) << 23; // 2^n
-
-    vector power;
-    memcpy(&power, &bits, sizeof(power));
-
-    return x < -87.0f ? vector{} : p*power;
-}
 
 void half_to_float(const void * x, float * y, int64_t n) {
     ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) x, y, n);

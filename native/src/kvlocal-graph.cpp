@@ -173,10 +173,20 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
     return res;
 }
 
+bool kvl_is_on_cpu(const ggml_tensor * t) {
+    auto * buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    if (!buffer) {
+        return false;
+    }
+
+    auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
+
+    return !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 bool kvl_is_on_cpu(const kvl_cache & cache) {
     for (const auto & layer : kvl_access::layers(*cache.kv)) {
-        auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
-        if (dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+        if (!kvl_is_on_cpu(layer.k)) {
             return false;
         }
     }

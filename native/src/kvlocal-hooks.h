@@ -1,4 +1,4 @@
-// What the patched files of llama.cpp see of kvlocal: the query ring.
+// What the patched files of llama.cpp see of kvlocal: the query ring and the attention of single tokens.
 
 #pragma once
 
@@ -9,8 +9,11 @@ struct ggml_context;
 struct ggml_cgraph;
 struct ggml_tensor;
 
+struct llama_cparams;
+struct llama_hparams;
 struct llama_ubatch;
 class  llama_kv_cache_context;
+class  llm_graph_result;
 
 struct kvl_access;  // reads and writes the private parts of the caches and of the context
 struct kvl_ring;    // the query ring of one KV cache
@@ -42,3 +45,18 @@ void kvl_ring_set_input(
 
 // forget the recorded queries of a sequence (-1: of all)
 void kvl_ring_invalidate(kvl_ring * ring, int32_t seq_id);
+
+// attention of a few tokens to a half precision cache on the CPU, as ggml_flash_attn_ext returns it
+// q, k, v: permuted as that one wants them; nullptr where only that one will do
+ggml_tensor * kvl_attention(
+                    ggml_context * ctx,
+                llm_graph_result * res,
+             const llama_hparams & hparams,
+             const llama_cparams & cparams,
+                     ggml_tensor * q,
+                     ggml_tensor * k,
+                     ggml_tensor * v,
+                     ggml_tensor * kq_mask,
+                     ggml_tensor * sinks,
+                     ggml_tensor * v_mla,
+                           float   kq_scale);

@@ -96,6 +96,8 @@ struct kvl_access {
         }
     }
 
+    static llama_cparams & cparams(llama_context & lctx) { return lctx.cparams; }
+
     static void reserve_again(llama_context & lctx) { lctx.sched_need_reserve = true; }
 };
 
@@ -130,6 +132,7 @@ kvl_cache kvl_find_cache(llama_context * lctx);
 
 // custom operations, which save most of the passes over memory, run on the CPU only
 bool kvl_is_on_cpu(const kvl_cache & cache);
+bool kvl_is_on_cpu(const ggml_tensor * t);
 
 void kvl_check_seq  (const kvl_cache & cache, int32_t seq_id);
 void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
