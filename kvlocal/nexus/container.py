@@ -82,7 +82,7 @@ class Container:
         self.tensors: dict[str, Tensor] = {}
         try:
             self._read()
-        except (struct.error, ValueError, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+        except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, MemoryError):
             raise ContainerError(f"{self.path} is damaged or cut off: fetch it again") from None
 
     def _read(self) -> None:

@@ -141,7 +141,7 @@ class Decoder:
         if pair is None:
             return y
         a, b = pair
-        return y.index_add_(0, adapter.rows, F.linear(F.linear(x[adapter.rows], a), b), alpha=adapter.scale)
+        return y.index_add_(0, adapter.rows, F.linear(F.linear(x.index_select(0, adapter.rows), a), b), alpha=adapter.scale)
 
     def _project(
         self, i: int, layer: dict[str, Tensor], x: Tensor, rotation: tuple[Tensor, Tensor], adapter: Adapter | None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlocal.nexus.allotment import n_nexus
-from kvlocal.nexus.decoder import Cells, Decoder
+from kvlocal.nexus.decoder import Decoder
 from kvlocal.nexus.examples import Example
 from kvlocal.nexus.parameters import Parameters
 
@@ -167,7 +167,7 @@ class Distillation:
         is_nexus = layout.nexus[rows] >= 0
         nexus_rows = torch.from_numpy(np.flatnonzero(is_nexus)).to(device)
         x = decoder.embed(torch.from_numpy(layout.tokens[rows]).to(device))
-        x = x.index_copy(0, nexus_rows, parameters.table[torch.from_numpy(layout.nexus[rows][is_nexus]).to(device)])
+        x = x.index_copy(0, nexus_rows, F.embedding(torch.from_numpy(layout.nexus[rows][is_nexus]).to(device), parameters.table))
         with_masses = self._pass.masses is not None
         positions = torch.arange(n, device=device)
         out = decoder.forward(
@@ -176,12 +176,12 @@ class Distillation:
             layout.visible(self._kept(layout, compression, rng)).to(device)[:, :, shared:],
             past=[cells.first(shared) for cells in self._pass.cells],
             past_positions=positions[:shared],
-            adapter=parameters.adapter(decoder.dtype, nexus_rows),
+            adapter=parameters.adapter(decoder.dtype, nexus_rows) if len(nexus_rows) else None,
             columns=self._columns(layout) if with_masses else None,
         )
         # what the teacher has too: its own rows behind the first segment, in the same order
         judged = torch.from_numpy(np.flatnonzero(~is_nexus)).to(device)
-        kl = _RowsKL.apply(out.hidden[judged], self._pass.hidden[shared:], decoder)
+        kl = _RowsKL.apply(out.hidden.index_select(0, judged), self._pass.hidden[shared:], decoder)
         attention = kl.new_zeros(())
         if with_masses and self._full:
             later = torch.from_numpy(layout.segments[rows][~is_nexus][:, None] > np.arange(len(compression.ks))).to(device)

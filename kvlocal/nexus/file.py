@@ -149,7 +149,7 @@ class NexusFile:
             table=table.reshape(metadata[_PREFIX + "k"], metadata[_PREFIX + "n_embd"]),
             adapter={name: (halves[name + _A], halves[name + _B]) for name in names},
             alpha=float(metadata["adapter.lora.alpha"]),
-            ratios=tuple(map(float, np.float32(metadata[_PREFIX + "ratios"]).round(6).tolist())),
+            ratios=tuple(round(ratio, 6) for ratio in metadata[_PREFIX + "ratios"].tolist()),
             record=record,
             **{name: _text(metadata[key]) for name, key in _TEXTS.items()},
         )

@@ -1,0 +1,313 @@
+import builtins
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from shallow_model import write_shallow_model
+from tiny_model import N_VOCAB, write_tiny_model
+
+from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.data import load as load_dialogues
+from kvlocal.evaluation.history import turn_tokens
+from kvlocal.nexus.container import Container
+from kvlocal.nexus.examples import Example, Examples, read
+from kvlocal.nexus.file import NexusFile
+from kvlocal.template import ChatTemplate
+from kvlocal_cli.main import main
+
+MESSAGES = [
+    {"role": "user", "content": "My cat is called Noodle. What is a good food for her?"},
+    {"role": "assistant", "content": "Fish, and a little chicken."},
+    {"role": "user", "content": "How often?"},
+    {"role": "assistant", "content": "Twice a day."},
+    {"role": "user", "content": "What is her name?"},
+    {"role": "assistant", "content": "Her name is Noodle."},
+]
+
+
+def write_data(path: Path, *dialogues: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in dialogues))
+    return path
+
+
+# Without PyTorch
+
+
+def test_segments_are_what_a_session_reads(smollm2: Path, tmp_path: Path) -> None:
+    path = write_data(tmp_path / "a.jsonl", MESSAGES)
+    with Model(smollm2) as model:
+        examples = read(model, [path], max_tokens=1024, held_out=0.0)
+        template = ChatTemplate.from_model(model)
+        prefix, *turns = turn_tokens(model, template, load_dialogues(path).dialogues[0].messages)
+        (closing,) = [tokens for _, tokens in template.tokens(model, template.close_assistant(MESSAGES, ""))]
+        (example,) = examples.training
+        assert np.array_equal(example.prefix, prefix)
+        assert np.array_equal(np.concatenate(example.segments), np.concatenate([*turns, closing]))
+        texts = [b"".join(model.token_bytes(token, special=True) for token in segment.tolist()).decode() for segment in example.segments]
+    assert [text.startswith("<|im_start|>user\n") and text.endswith("<|im_end|>\n") for text in texts] == [True] * 3
+    assert "Twice a day." in texts[1] and "Noodle" in texts[2]
+
+
+def test_nothing_is_left_out_in_silence(smollm2: Path, tmp_path: Path) -> None:
+    long = [{"role": "user", "content": "Go on. " * 200}, {"role": "assistant", "content": "No."}]
+    numbered = [
+        {"role": role, "content": f"This is turn {i} of the conversation, which goes on and on for a while, as conversations do."}
+        for i in range(12)
+        for role in ("user", "assistant")
+    ]
+    dialogues = [MESSAGES, MESSAGES, MESSAGES[:2], [*MESSAGES[:2], *long, *MESSAGES[4:]], [{"role": "user", "content": "Hello"}], numbered]
+    path = write_data(tmp_path / "a.jsonl", *dialogues)
+    with Model(smollm2) as model:
+        found = read(model, [path], max_tokens=200, held_out=0.0)
+    assert (found.n_dialogues, found.n_empty, found.n_split, found.n_too_long, found.n_repeated) == (5, 1, 1, 1, 1)
+    assert all(example.n_tokens <= 200 and len(example.segments) >= 2 for example in found.training)
+    # 3 of the first, 1 of the third, 2 of the fourth, 12 of the last; those that are alone are counted
+    assert sum(len(example.segments) for example in found.training) + found.n_single == 3 + 1 + 2 + 12
+    assert found.left_out["single"] == found.n_single >= 1
+
+
+def test_what_is_held_out_depends_on_the_conversation_alone(smollm2: Path, tmp_path: Path) -> None:
+    dialogues = [[{**MESSAGES[0], "content": f"My number is {i}."}, *MESSAGES[1:]] for i in range(40)]
+    with Model(smollm2) as model:
+        found = read(model, [write_data(tmp_path / "a.jsonl", *dialogues)], max_tokens=1024, held_out=0.3)
+        fewer = read(model, [write_data(tmp_path / "a.jsonl", *dialogues[::-2])], max_tokens=1024, held_out=0.3)
+    assert len(found.training) + len(found.held_out) == 40 and 3 < len(found.held_out) < 25
+    held_out, training = ({example.key for example in part} for part in (found.held_out, found.training))
+    assert not held_out & training
+    assert {example.key for example in fewer.held_out} <= held_out and {example.key for example in fewer.training} <= training
+
+
+def test_data_without_a_second_turn(smollm2: Path, tmp_path: Path) -> None:
+    with Model(smollm2) as model, pytest.raises(KvlocalError, match="no conversation of two turns"):
+        read(model, [write_data(tmp_path / "a.jsonl", MESSAGES[:2])], max_tokens=1024, held_out=0.0)
+
+
+def test_pytorch_is_asked_for(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = builtins.__import__
+
+    def without_torch(name, *args, **kwargs):
+        if name == "torch":
+            raise ImportError(name)
+        return genuine(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    data = write_data(tmp_path / "a.jsonl", MESSAGES)
+    result = CliRunner().invoke(main, ["nexus", "train", str(smollm2), "--data", str(data), "-o", str(tmp_path / "a.gguf")])
+    assert (result.exit_code, result.stderr) == (1, "kvlocal: training needs PyTorch: install it with `pip install kvlocal[train]`\n")
+
+
+# With it
+
+torch = pytest.importorskip("torch")
+
+from kvlocal.nexus.decoder import Decoder  # noqa: E402
+from kvlocal.nexus.distil import Compression, Distillation, Layout, _RowsKL  # noqa: E402
+from kvlocal.nexus.parameters import Parameters  # noqa: E402
+from kvlocal.nexus.training import Settings, Training, TrainingError  # noqa: E402
+from kvlocal.nexus.weights import Weights  # noqa: E402
+
+
+def example(seed: int, *lengths: int) -> Example:
+    rng = np.random.default_rng(seed)
+    prefix, *segments = (rng.integers(0, N_VOCAB, n).astype(np.int32) for n in lengths)
+    return Example(prefix, tuple(segments))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Container:
+    path = tmp_path_factory.mktemp("base") / "tiny.gguf"
+    write_tiny_model(path, "llama")
+    return Container(path)
+
+
+@pytest.fixture(scope="module")
+def decoder(base: Container) -> Decoder:
+    return Decoder(Weights.load(base, torch.float32, "cpu"))
+
+
+def test_visibility_against_a_slow_loop() -> None:
+    conversation = example(0, 3, 5, 4, 6)
+    layout = Layout.of(conversation, Compression((2, 3), 2, 0.5))
+    n = len(layout.tokens)
+    assert n == 3 + 5 + 2 + 4 + 3 + 6 and layout.n_shared == 8
+    kept = torch.rand(2, 3, n, generator=torch.Generator().manual_seed(0)) < 0.5
+    some, none = layout.visible(kept), layout.visible(None)
+    # who wrote each row: (segment, Nexus or not)
+    rows = [(-1, False)] * 3 + [(0, False)] * 5 + [(0, True)] * 2 + [(1, False)] * 4 + [(1, True)] * 3 + [(2, False)] * 6
+    for i, (segment, _) in enumerate(rows):
+        for j, (other, is_nexus) in enumerate(rows):
+            for layer in range(2):
+                for head in range(3):
+                    if j > i:
+                        expected = expected_bare = False
+                    elif other == -1 or is_nexus or other == segment:
+                        expected = expected_bare = True
+                    else:
+                        expected, expected_bare = bool(kept[layer, head, j]), False
+                    assert some[layer, head, i, j] == expected and none[0, 0, i, j] == expected_bare
+
+
+def test_segments_that_are_not_gone_stay_in_view() -> None:
+    layout = Layout.of(example(0, 3, 5, 4, 6), Compression((2, 3), 1, 0.0))
+    seen = layout.visible(None)[0, 0]
+    assert seen[-1].tolist() == [True] * 3 + [False] * 5 + [True] * 15
+
+
+def test_all_raw_cells_and_no_nexus_tokens_is_the_teacher(decoder: Decoder) -> None:
+    conversation = example(1, 4, 20, 15, 18)
+    reading = Distillation(decoder, conversation, n_gone=2, with_masses=True)
+    parameters = Parameters.new(decoder.weights, 8, 2, 0)
+    rng = np.random.default_rng(0)
+    same = reading.loss(parameters, Compression((0, 0), 2, 1.0), rng)
+    assert same.kl.item() == pytest.approx(0, abs=1e-6) and same.attention.item() == pytest.approx(0, abs=1e-5)
+    half, none = (reading.loss(parameters, Compression((0, 0), 2, raw), rng) for raw in (0.5, 0.0))
+    assert 1e-4 < half.kl.item() < none.kl.item() and 0 < half.attention.item() < none.attention.item()
+
+
+def test_chosen_cells_are_the_teachers_best(decoder: Decoder) -> None:
+    conversation = example(1, 4, 30, 25, 18)
+    reading = Distillation(decoder, conversation, n_gone=2, with_masses=False)
+    compression = Compression((3, 2), 2, 0.4)
+    layout = Layout.of(conversation, compression)
+    kept = reading._kept(layout, compression, np.random.default_rng(0))
+    raw = np.flatnonzero((layout.nexus < 0) & (layout.segments >= 0) & (layout.segments < 2))
+    assert (kept.sum(-1) == round(0.4 * 55)).all() and not np.delete(kept.numpy(), raw, axis=-1).any()
+    with torch.no_grad():
+        plain = torch.from_numpy(np.concatenate([conversation.prefix, *conversation.segments])).long()
+        n = len(plain)
+        out = decoder.forward(decoder.embed(plain), torch.arange(n), torch.ones(1, 1, n, n, dtype=torch.bool).tril(), watch=torch.arange(43, 59))
+    scores = out.watched.mean(2)[:, :, 4:59]
+    for layer in range(scores.shape[0]):
+        for head in range(scores.shape[1]):
+            best = set(scores[layer, head].topk(22).indices.tolist())
+            assert {int(np.flatnonzero(raw == cell)[0]) for cell in kept[layer, head].nonzero().flatten()} == best
+
+
+def test_the_gradient_of_the_divergence(decoder: Decoder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(150, decoder.hyper.n_embd, generator=generator) for _ in range(2))
+    student.requires_grad_()
+    p, q = (decoder.logits(hidden).log_softmax(-1) for hidden in (teacher, student))
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(expected, student)
+    found = _RowsKL.apply(student, teacher, decoder)
+    (found_gradient,) = torch.autograd.grad(3 * found, student)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(found_gradient, 3 * gradient, atol=1e-6)
+
+
+def test_samples_cover_what_is_promised() -> None:
+    conversation = example(0, 4, 40, 60, 30, 50, 40)
+    drawn = [Compression.sample(np.random.default_rng(i), conversation, (0.5, 0.9), 64) for i in range(400)]
+    shares = [compression.raw for compression in drawn]
+    assert 0.3 < np.mean(np.array(shares) == 0) < 0.5 and 1.0 in shares and min(share for share in shares if share) < 0.05
+    assert {compression.n_gone for compression in drawn} == {2, 3, 4}
+    assert max(compression.ks[1] for compression in drawn) == 30 and min(compression.ks[1] for compression in drawn) < 6
+
+
+SETTINGS = Settings(steps=6, batch=2, k=8, rank=2, ratios=(0.5, 0.8), seed=1)
+
+
+@pytest.fixture
+def examples() -> Examples:
+    training = tuple(example(i, 4, 20, 15 + i, 18) for i in range(5))
+    return Examples(training, (example(9, 4, 20, 20, 20),), 6, 0, 0, 0, 0, 0, ("a",))
+
+
+def train(base: Container, examples: Examples, path: Path, settings: Settings = SETTINGS, **options) -> tuple[list, NexusFile]:
+    measured = []
+    file = Training(base, "tiny", examples, settings, path, "cpu").run(measured.append, **options)
+    return measured, file
+
+
+def assert_same(a: NexusFile, b: NexusFile) -> None:
+    assert np.array_equal(a.table, b.table) and a.adapter.keys() == b.adapter.keys()
+    assert all(np.array_equal(x, y) for name in a.adapter for x, y in zip(a.adapter[name], b.adapter[name], strict=True))
+    assert a.record["losses"] == b.record["losses"]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(base: Container, examples: Examples, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed_after(step: int):
+        def report(measurement) -> None:
+            if measurement.step == step:
+                raise Killed
+
+        return report
+
+    measured, expected = train(base, examples, tmp_path / "whole.gguf")
+    assert [m.step for m in measured] == [1, 2, 3, 4, 5, 6, 6] and measured[-1].held_out.keys() >= {"nothing", "nexus@0.8", "mixed@0.5", "raw@0.9"}
+    path = tmp_path / "a.gguf"
+    for step in (2, 5):
+        run = Training(base, "tiny", examples, SETTINGS, path, "cpu")
+        with pytest.raises(Killed):
+            run.run(killed_after(step), checkpoint_seconds=0)
+    # the file is there to be tried while training goes on
+    NexusFile.load(path).check_base(base)
+    # the update it was killed at is made again
+    resumed = Training(base, "tiny", examples, SETTINGS, path, "cpu")
+    assert resumed.step == 4
+    assert_same(resumed.run(lambda measurement: None), expected)
+    assert_same(NexusFile.load(path), NexusFile.load(tmp_path / "whole.gguf"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
+
+
+def test_a_stopped_run_goes_on(base: Container, examples: Examples, tmp_path: Path) -> None:
+    _, expected = train(base, examples, tmp_path / "whole.gguf")
+    run = Training(base, "tiny", examples, SETTINGS, tmp_path / "a.gguf", "cpu")
+    run.run(lambda measurement: run.stop())
+    assert run.step == 1
+    measured, found = train(base, examples, tmp_path / "a.gguf", limit_seconds=0)
+    assert not measured and found.record["steps"] == 1
+    assert_same(train(base, examples, tmp_path / "a.gguf")[1], expected)
+
+
+def test_a_checkpoint_of_another_run_is_refused(base: Container, examples: Examples, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    train(base, examples, path, limit_seconds=0)
+    with pytest.raises(TrainingError, match="other settings"):
+        train(base, examples, path, replace(SETTINGS, seed=2))
+    (tmp_path / "a.gguf.partial").write_bytes(b"no")
+    with pytest.raises(TrainingError, match="no checkpoint that can be read"):
+        train(base, examples, path)
+
+
+@pytest.mark.parametrize("change", [{}, {"rank": 0}, {"attention_weight": 0.0}])
+def test_it_learns(base: Container, examples: Examples, tmp_path: Path, change: dict) -> None:
+    settings = replace(SETTINGS, steps=60, batch=2, k=8, ratios=(0.6,), **change)
+    measured, file = train(base, examples, tmp_path / "a.gguf", settings)
+    kl = [measurement.kl for measurement in measured[:-1]]
+    assert np.mean(kl[-15:]) < 0.9 * np.mean(kl[:15])
+    assert file.rank == settings.rank and file.record["evaluations"][-1]["step"] == 60
+
+
+def test_nothing_held_out(base: Container, examples: Examples, tmp_path: Path) -> None:
+    measured, file = train(base, replace(examples, held_out=()), tmp_path / "a.gguf", replace(SETTINGS, steps=1))
+    assert measured[-1].held_out == {} and file.record["evaluations"] == []
+
+
+# The command
+
+
+def test_train_command(smollm2: Path, tmp_path: Path) -> None:
+    write_shallow_model(smollm2, tmp_path / "shallow.gguf", 1)
+    dialogues = [[{**MESSAGES[0], "content": f"My number is {i}."}, *MESSAGES[1:]] for i in range(20)]
+    data, out = write_data(tmp_path / "a.jsonl", *dialogues), tmp_path / "a.nexus.gguf"
+    command = ["nexus", "train", str(tmp_path / "shallow.gguf"), "--data", str(data), "-o", str(out), "--threads", "1", "--steps", "2"]
+    command += ["--batch", "1", "--held-out", "1", "--fixed-ratio", "0.8"]
+    stopped = CliRunner().invoke(main, [*command, "--minutes", "0.0001"])
+    assert stopped.exit_code == 0 and "stopped after 1 of 2 updates" in stopped.stderr and (tmp_path / "a.nexus.gguf.partial").exists()
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.stderr
+    assert "going on after 1 updates" in result.stderr and "held out nothing" in result.stderr and result.stdout == f"{out}\n"
+    file = NexusFile.load(out)
+    file.check_base(Container(tmp_path / "shallow.gguf"))
+    assert (file.k, file.rank, file.ratios, file.record["steps"]) == (64, 16, (0.8,), 2)
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 1 and "exists: remove it or name another file" in again.stderr
