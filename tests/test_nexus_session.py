@@ -171,7 +171,8 @@ def test_old_ones_compete_when_their_share_is_full():
     pinned[..., :4] = True
     scores = np.ones((2, 3, C), np.float32)
     scores[..., 11] = scores[..., 12] = 9
-    state = CacheState(pinned, np.full((2, 3, C), np.nan, np.float32), window, scores=scores, reread=np.zeros((2, 3, C), np.float32), nexus=is_nexus)
+    none = np.zeros((2, 3, C), np.float32)
+    state = CacheState(pinned, np.full_like(none, np.nan), window, scores=scores, redundancy=none, reread=none, nexus=is_nexus)
     keep = make("hybrid", {"share": 0.5}).plan(state, budget).keep
     newest = np.flatnonzero(is_nexus[0, 0])[-20:]
     for cells in keep.reshape(-1, budget):
