@@ -160,11 +160,7 @@ def test_sequences_side_by_side(model, tokens):
         context.decode(tokens[50:90], 0, seq=1)
         reference = [exact(context, native, tokens[:1], 300), exact(context, native, tokens[1:2], 40, seq=1)]
         native.enable_attention(True)
-        context._fill_batch(2, 300, 0, "all")
-        context._tokens[:2], context._positions[:2] = tokens[:2], (300, 40)
-        context._seq_id_pointers[1] += context._seq_ids.itemsize
-        context._batch.token, context._batch.embd = context._token_pointer, context._embd_type()
-        context._run(2, 0, "all")
+        context.decode_sequences(tokens[:2], [300, 40], [0, 1])
         np.testing.assert_allclose(probabilities(context), np.concatenate(reference), rtol=0, atol=1e-4)
 
 
