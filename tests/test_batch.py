@@ -334,7 +334,7 @@ def test_command(smollm2, tmp_path):
     assert records[1]["messages"][0] == user("Grüße 👋")
     for record in records:
         assert set(record) == {"id", "messages", "stop_reasons", "seed", "kv", "timings"}
-        assert set(record["kv"]) == {"budget", "peak_cells", "history_tokens", "compressions", "evicted"}
+        assert set(record["kv"]) == {"budget", "peak_cells", "history_tokens", "compressions", "evicted", "nexus"}
         assert record["kv"]["budget"] == 128
 
     piped = subprocess.run(command(smollm2, "-"), input=given[3], capture_output=True)
