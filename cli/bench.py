@@ -36,6 +36,7 @@ _EVICTING = [name for name, policy in policies.POLICIES.items() if policy.evicts
               help="Where `make stock` has put llama.cpp without our patches.")  # fmt: skip
 @click.option("--policy", type=click.Choice(_EVICTING), default=Settings.policy, show_default=True, help="What the session keeps.")
 @click.option("--policy-arg", "policy_args", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the policy; can be repeated.")
+@click.option("--nexus", metavar="FILE", help="Nexus tokens for the policies that use them.  [default: as kvlocal chat finds them]")
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=Settings.ratio, show_default=True, metavar="X",
               help="Share of the history that is removed.")  # fmt: skip
 @click.option("--only", metavar="NAME[,NAME]", default="",

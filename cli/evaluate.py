@@ -31,7 +31,7 @@ from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import SessionConfig
-from kvlocal_cli.options import CACHE_TYPES
+from kvlocal_cli.options import CACHE_TYPES, parse_ratios
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 
 REPORT_SECONDS = 10  # between two lines where there is no bar
@@ -49,16 +49,6 @@ def eval_group() -> None:
     """
 
 
-def _parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> list[float]:
-    try:
-        ratios = [float(part) for part in text.split(",")]
-    except ValueError:
-        ratios = []
-    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-        raise click.BadParameter(f"{text!r} is not a list of numbers between 0 and 1 such as 0.5,0.8")
-    return ratios
-
-
 _PATH = click.Path(dir_okay=False, path_type=Path)
 _OPTIONS = (
     click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file."),
@@ -67,7 +57,7 @@ _OPTIONS = (
         help="Policies to compare, comma separated, each as name[:arg=value[:arg=value]]; an argument is a hyper-parameter of the policy, or "
         "positions, window, stride or n_sink. all is every policy there is what it needs for. The full context is always measured, as the ceiling.",
     ),
-    click.option("--ratio", "ratios", default="0.5,0.8", show_default=True, callback=_parse_ratios, metavar="LIST",
+    click.option("--ratio", "ratios", default="0.5,0.8", show_default=True, callback=parse_ratios, metavar="LIST",
                  help="Shares of the history to remove, comma separated."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random."),
     click.option("--window", type=click.IntRange(min=1), default=_SESSION.window, show_default=True, metavar="N",
@@ -97,7 +87,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_run(
         *,
         specs: str,
-        ratios: list[float],
+        ratios: tuple[float, ...],
         window: int,
         stride: int,
         type_k: str,

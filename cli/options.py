@@ -40,6 +40,21 @@ def split_policy_arg(text: str) -> tuple[str, str]:
     return name.replace("-", "_"), value
 
 
+def parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[float, ...]:
+    """`0.5,0.8` as numbers, each more than 0 and less than 1.
+
+    Raises:
+        click.BadParameter: it is something else.
+    """
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        ratios = ()
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise click.BadParameter(f"{text!r} is not a list of numbers between 0 and 1 such as 0.5,0.8")
+    return ratios
+
+
 _OPTIONS = (
     click.option(
         "--kv-budget", type=click.IntRange(min=1), metavar="N",

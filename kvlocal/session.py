@@ -18,7 +18,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.ledger import NEXUS, Ledger
 from kvlocal.native import NativeCache
 from kvlocal.nexus.allotment import n_nexus
-from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.nexus.tokens import LONG_TEXT, NexusTokens
 from kvlocal.observation import Observer
 from kvlocal.reread import SecondRead
 from kvlocal.sampling import Sampler, SamplingParams
@@ -315,7 +315,7 @@ class ChatSession:
         self._read_nexus()
 
     def _read_nexus(self) -> None:
-        """Reads Nexus tokens for the turn that has just ended: a user's and the answer to it."""
+        """Reads Nexus tokens for what came since the last ones: a user's turn and the answer to it, or a block of a long text."""
         ledger, policy = self._ledger, self._policy
         start = max((segment.end for segment in ledger.segments if segment.role in ("system", "nexus")), default=0)
         ratio = policy.compression if self.config.ratio is None else self.config.ratio
@@ -335,9 +335,10 @@ class ChatSession:
         """Evaluates pieces with their tokens; returns how many there are."""
         ids = np.concatenate([tokens for _, tokens in parts]) if parts else np.zeros(0, np.int32)
         ends = np.cumsum([len(tokens) for _, tokens in parts])
+        breaks = self._breaks(pieces, parts) if self._nexus else []
         start = 0
         while True:
-            stop = min(start + self._room(), len(ids))
+            stop = min(start + self._room(), breaks[0] if breaks else len(ids))
             # what of each piece is in this chunk; one without tokens counts where it stands
             inside = [
                 (piece, min(end, stop) - max(end - len(tokens), start))
@@ -352,7 +353,20 @@ class ChatSession:
                 self._progress(stop, len(ids))
             if stop == len(ids):
                 return stop
+            if breaks and stop == breaks[0]:
+                del breaks[0]
+                self._read_nexus()
             start = stop
+
+    def _breaks(self, pieces: Sequence[Piece], parts: Sequence[tuple[Role, npt.NDArray[np.int32]]]) -> list[int]:
+        """After which tokens of the pieces Nexus tokens come: at ends of blocks in texts of the user that are long."""
+        found, start = [], 0
+        for piece, (_, tokens) in zip(pieces, parts, strict=True):
+            if piece.role == "user" and len(tokens) > LONG_TEXT.max_block:
+                ends = LONG_TEXT.split([self.model.token_bytes(token) for token in tokens.tolist()], None)
+                found += (start + ends[:-1]).tolist()
+            start += len(tokens)
+        return found
 
     def _room(self) -> int:
         """How many tokens may be evaluated at once; at least one, which is refused where no cell is free."""
@@ -679,9 +693,11 @@ class ChatSession:
     def segments(self) -> list[SegmentStats]:
         """What is left of each turn, in order."""
         counts = self._ledger.cells_per_segment()
-        stats, turn = [], 0
+        stats, turn, before = [], 0, ""
         for segment, cells in zip(self._ledger.segments, counts, strict=True):
-            turn += segment.role == "user"
+            # Nexus tokens divide a long text
+            turn += segment.role == "user" != before
+            before = before if segment.role == "nexus" else segment.role
             stats.append(
                 SegmentStats(
                     segment.role,

@@ -96,6 +96,25 @@ def test_a_turn_can_be_finished_at_once(model, nexus):
     np.testing.assert_array_equal(*logits)
 
 
+def test_a_long_text_gets_them_at_ends_of_its_blocks(model, nexus):
+    """At the end of a sentence, every 256 to 512 tokens; the parts are one turn."""
+    with session(model, nexus) as chat:
+        chat.add_turn("user", STORY * 70)
+        user = [segment for segment in chat.segments() if segment.role == "user"]
+        assert roles(chat) == ["system", "user", *["nexus", "user"] * (len(user) - 1), "assistant"] and len(user) >= 3
+        assert all(256 <= segment.n_tokens <= 512 + 8 for segment in user[:-1]) and {segment.turn for segment in user} == {1}
+        ids = chat._ledger.ids
+        ends = [segment.end for segment in chat._ledger.segments if segment.role == "user"][:-1]
+        assert all(model.token_bytes(int(ids[end - 1])).endswith(b".") for end in ends)
+        assert chat.kv.used <= chat.kv.budget + CONFIG.stride
+        chat.add_turn("assistant", "I see.")
+        chat.add_turn("user", "Go on.")
+        assert chat.segments()[-1].turn == chat.segments()[-2].turn == 2
+    with session(model, None, policy="kvzip-snapkv") as chat:
+        chat.add_turn("user", STORY * 70)
+        assert roles(chat) == ["system", "user", "assistant"]
+
+
 def test_before_the_first_one_nothing_is_different(model, nexus):
     answers = []
     for policy, tokens in (("kvzip-snapkv", None), ("hybrid", nexus)):

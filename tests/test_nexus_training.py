@@ -70,6 +70,22 @@ def test_nothing_is_left_out_in_silence(smollm2: Path, tmp_path: Path) -> None:
     assert found.left_out["single"] == found.n_single >= 1
 
 
+def test_a_conversation_behind_another_takes_the_last_segments_there_is_room_for() -> None:
+    def example(*lengths: int) -> Example:
+        return Example(np.zeros(3, np.int32), tuple(np.full(n, n, np.int32) for n in lengths))
+
+    own = example(5, 6)
+    for room, expected in ((0, ()), (7, ()), (8, (8,)), (16, (8,)), (17, (9, 8)), (100, (7, 9, 8))):
+        joined = own.behind(example(7, 9, 8), own.n_tokens + room)
+        assert tuple(map(len, joined.segments)) == (*expected, 5, 6) and len(joined.prefix) == 3
+
+
+def test_a_segment_cut_in_two() -> None:
+    segments = tuple(np.arange(n, dtype=np.int32) for n in (5, 6, 7))
+    cut = Example(np.zeros(3, np.int32), segments).cut(1, 4)
+    assert [part.tolist() for part in cut.segments] == [list(range(5)), [0, 1, 2, 3], [4, 5], list(range(7))]
+
+
 def test_what_is_held_out_depends_on_the_conversation_alone(smollm2: Path, tmp_path: Path) -> None:
     dialogues = [[{**MESSAGES[0], "content": f"My number is {i}."}, *MESSAGES[1:]] for i in range(40)]
     with Model(smollm2) as model:

@@ -39,7 +39,7 @@ class Bench:
         """
         settings = self.settings
         host = {"model": str(settings.model), "n_answer": settings.answer}
-        ours = [stack.enter_context(Worker(OURS, stock=None, **host)) for _ in range(n_ours)]
+        ours = [stack.enter_context(Worker(OURS, stock=None, nexus=settings.nexus, **host)) for _ in range(n_ours)]
         stock = [stack.enter_context(Worker(STOCK, stock=str(settings.stock), **host)) for _ in range(n_stock)]
         self.versions = ours[0].call("version")
         if stock[0].call("version")["llama_cpp"] != self.versions["llama_cpp"]:
@@ -169,15 +169,15 @@ def measure_cells(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
 
 def chat_names(settings: Settings) -> list[str]:
     name = f"chat{settings.turns}"
-    return [name, f"{name}@context-shift", "share.score", "share.plan", "share.compact", "share.reread"]
+    return [name, f"{name}@context-shift", "share.score", "share.plan", "share.compact", "share.nexus", "share.reread"]
 
 
 def measure_chat(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
     """A whole chat, turn by turn in alternation: the session, stock llama.cpp with room for everything, and stock llama.cpp with a context
     as large as the session's, which throws away the older half of what comes after the system prompt whenever it is full.
 
-    share.score, .plan, .compact are of the session's time for the chat. A second read is done between the turns and is not in that time;
-    share.reread says how long it takes in comparison, if the policy wants one.
+    share.score, .plan, .compact are of the session's time for the chat. Nexus tokens and a second read come between the turns and are not in
+    that time; share.nexus and share.reread say how long they take in comparison, if the policy wants them.
     """
     settings = bench.settings
     chat, shift, *shares = chat_names(settings)
@@ -208,7 +208,7 @@ def measure_chat(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
         yield of_speeds(shift, n_read, seconds["session"], seconds["shift"])
     for name in shares:
         parts = [turn[name.removeprefix("share.")] for turn in turns["session"]]
-        if name in wanted and (any(parts) or name != "share.reread"):
+        if name in wanted and (any(parts) or name not in ("share.nexus", "share.reread")):
             yield of_totals(name, parts, seconds["session"], "s")
 
 

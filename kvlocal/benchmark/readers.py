@@ -13,6 +13,7 @@ from kvlocal.benchmark.script import Script, Tokens, Turn
 from kvlocal.engine import Context, EngineError, Model
 from kvlocal.library import load
 from kvlocal.native import Layout, NativeCache
+from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import ChatSession, SessionConfig
 
 Figures = dict[str, float]
@@ -175,11 +176,14 @@ class _ScriptedSession(ChatSession):
 
 
 class SessionReader(Reader):
-    """A ChatSession, compressed as it goes; a slice stays in the conversation. A second read, if the policy wants one, is between turns."""
+    """A ChatSession, compressed as it goes; a slice stays in the conversation.
 
-    def __init__(self, model: Model, script: Script, config: SessionConfig):
+    Nexus tokens and a second read, if the policy wants them, come between turns.
+    """
+
+    def __init__(self, model: Model, script: Script, config: SessionConfig, nexus: NexusTokens | None):
         super().__init__(script, config.n_ubatch)
-        self._session = _ScriptedSession(model, config)
+        self._session = _ScriptedSession(model, config, nexus=nexus)
 
     @property
     def history(self) -> int:
@@ -192,15 +196,16 @@ class SessionReader(Reader):
         self._session.feed(tokens, at_once)
 
     def idle(self) -> None:
+        self._session.finish_turn()
         self._session.second_read()
 
     def turn(self) -> Figures:
-        """Besides, the seconds for each part of a compression, and for the second read after the turn, which the turn's do not include."""
+        """Besides, the seconds for each part of a compression, and for what comes after the turn, which the turn's do not include."""
         before = dict(vars(self._session.seconds))
         figures = super().turn()
         parts = {name: getattr(self._session.seconds, name) - before[name] for name in ("score", "plan", "compact")}
         self.idle()
-        return figures | parts | {"reread": self._session.seconds.reread - before["reread"]}
+        return figures | parts | {name: getattr(self._session.seconds, name) - before[name] for name in ("nexus", "reread")}
 
     def figures(self) -> Figures:
         """Besides, how many tokens more make a compression due, how many there were, and how many queries the ring holds."""

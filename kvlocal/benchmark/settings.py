@@ -19,6 +19,7 @@ class Settings:
 
     model: the GGUF file
     stock: the directory that holds libllama without our patches
+    nexus: Nexus tokens for the policies that need them: a file, or None for one that is found (kvlocal.nexus.discovery)
     policy, policy_args, stride, window, n_ubatch, type_k, type_v, n_threads: of the session (SessionConfig); micro-batch, types and threads
         are the same for stock llama.cpp
     ratio: the share of the history that there is no room for in the session's cache (see budget), and that it removes
@@ -32,6 +33,7 @@ class Settings:
 
     model: Path
     stock: Path
+    nexus: str | None = None
     policy: str = policies.DEFAULT_POLICY
     policy_args: Mapping[str, Any] = field(default_factory=dict)
     ratio: float = 0.8

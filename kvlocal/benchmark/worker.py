@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvlocal import policies
 from kvlocal.benchmark.readers import Figures, PlainReader, Reader, SessionReader
 from kvlocal.benchmark.script import Script
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.library import load, load_stock
+from kvlocal.nexus.discovery import nexus_for
 from kvlocal.session import SessionConfig
 
 
@@ -23,13 +25,15 @@ class Host:
     stock: directory of the stock library; None for ours
     model: the GGUF file
     n_answer: of the script
+    nexus: of the sessions whose policy needs Nexus tokens, as in kvlocal.nexus.discovery
     """
 
-    def __init__(self, stock: str | None, model: str, n_answer: int):
+    def __init__(self, stock: str | None, model: str, n_answer: int, nexus: str | None = None):
         self._library = load_stock(stock) if stock else load()
         self._model = Model(model)
         self._script = Script(self._model, n_answer)
         self._readers: dict[str, Reader] = {}
+        self._nexus = nexus
 
     def version(self) -> dict[str, str]:
         return {"llama_cpp": self._library.bindings_version, "patches": self._library.patch_level, "model": self._model.description}
@@ -38,7 +42,10 @@ class Host:
         return self._script.n_tokens(n_turns)
 
     def open_session(self, reader: str, config: dict[str, Any]) -> None:
-        self._readers[reader] = SessionReader(self._model, self._script, SessionConfig(**config))
+        made = SessionConfig(**config)
+        wanted = "nexus" in policies.make(made.policy, made.policy_args).needs
+        nexus = nexus_for(self._model, self._nexus, warn=lambda message: print(message, file=sys.stderr)) if wanted else None
+        self._readers[reader] = SessionReader(self._model, self._script, made, nexus)
 
     def open_plain(self, reader: str, context: dict[str, Any], shift: bool = False, window: int = 0) -> None:
         self._readers[reader] = PlainReader(self._model, self._script, context, shift, window)

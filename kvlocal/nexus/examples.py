@@ -33,6 +33,18 @@ class Example:
     def n_tokens(self) -> int:
         return len(self.prefix) + sum(map(len, self.segments))
 
+    def behind(self, other: Example, max_tokens: int) -> Example:
+        """This conversation as it goes on from the other one, of which the last segments are taken that there is room for."""
+        room = max_tokens - self.n_tokens
+        ends = np.cumsum([len(segment) for segment in other.segments[::-1]])
+        n = int((ends <= room).sum())
+        return Example(self.prefix, other.segments[len(other.segments) - n :] + self.segments)
+
+    def cut(self, segment: int, at: int) -> Example:
+        """The same conversation with one segment in two, the first of `at` tokens, as a long turn is in a session."""
+        parts = np.split(self.segments[segment], [at])
+        return Example(self.prefix, (*self.segments[:segment], *parts, *self.segments[segment + 1 :]))
+
     @property
     def key(self) -> bytes:
         """Names the example by what it says."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvlocal.nexus.decoder import Adapter
+from kvlocal.nexus.file import NexusFile
 from kvlocal.nexus.weights import LINEAR, Weights
 
 _N_SAMPLED = 4096  # token embeddings that the table's first values are drawn after
@@ -40,17 +43,19 @@ class Parameters:
         chosen = torch.from_numpy(rng.integers(0, hyper.n_vocab, _N_SAMPLED)).to(device)
         sample = (weights.embedding[chosen].float() * hyper.embedding_scale).cpu().numpy()
         table = sample.mean(0) + sample.std(0) * rng.standard_normal((k, hyper.n_embd))
-
-        def leaf(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values.astype(np.float32)).to(device).requires_grad_()
-
         pairs = {}
         for i, layer in enumerate(weights.layers if rank else ()):
             for name in LINEAR:
                 n_out, n_in = layer[name + ".weight"].shape
                 a = rng.uniform(-1, 1, (rank, n_in)) / math.sqrt(n_in)
-                pairs[f"blk.{i}.{name}.weight"] = leaf(a), leaf(np.zeros((n_out, rank)))
-        return cls(leaf(table), pairs, float(rank))
+                pairs[f"blk.{i}.{name}.weight"] = _leaf(a, device), _leaf(np.zeros((n_out, rank)), device)
+        return cls(_leaf(table, device), pairs, float(rank))
+
+    @classmethod
+    def of(cls, file: NexusFile, device: torch.device) -> Parameters:
+        """What a Nexus file holds."""
+        pairs = {name: (_leaf(a, device), _leaf(b, device)) for name, (a, b) in file.adapter.items()}
+        return cls(_leaf(file.table, device), pairs, file.alpha)
 
     @property
     def adapter_leaves(self) -> list[Tensor]:
@@ -67,3 +72,7 @@ class Parameters:
         pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in self.pairs.items()}
         rank = len(next(iter(self.pairs.values()))[0])
         return Adapter(pairs, self.alpha / rank, rows)
+
+
+def _leaf(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32)).to(device).requires_grad_()

@@ -7,6 +7,10 @@ import os
 from kvlocal.engine import Adapter, Context, Model
 from kvlocal.nexus.container import Container
 from kvlocal.nexus.file import NexusFile
+from kvlocal.segmentation import Dynamic
+
+# where Nexus tokens come within a text of the user that is longer than a block
+LONG_TEXT = Dynamic(min_block=256, max_block=512)
 
 
 class NexusTokens:

@@ -21,21 +21,20 @@ from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.container import Container
 from kvlocal.nexus.decoder import Decoder
 from kvlocal.nexus.distil import Compression, Distillation
+from kvlocal.nexus.divergence import divergences
 from kvlocal.nexus.examples import Example, Examples
 from kvlocal.nexus.file import NexusFile
 from kvlocal.nexus.parameters import Parameters
 from kvlocal.nexus.weights import Weights
 
 EVALUATED_RATIOS = (0.5, 0.8, 0.9)
-# Nexus tokens' share of the cells kept, by the name a measurement has
-EVALUATED_SHARES = {"nexus": 1.0, "mixed": 0.5, "raw": 0.0}
-NOTHING = "nothing"  # no cell of the history is kept
 
 _TABLE_RATE, _ADAPTER_RATE = 3e-3, 1e-3
 _CLIP = 1.0
+# so often one segment of a conversation is cut in two, neither of them shorter than so many tokens
+_CUT, _SHORTEST_PART = 0.2, 16
 _WARM_UP = 0.05  # of all updates
 _LAST_RATE = 0.05  # of the full rate
-_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # as PyTorch names them, of x86 and of Arm
 
 
 class TrainingError(KvlocalError):
@@ -53,6 +52,7 @@ class Settings:
     ratios: compression ratios that conversations are trained with
     attention_weight: of the attention term beside KL; 0 leaves it out
     max_tokens: tokens of a conversation at most
+    join: up to so many conversations are joined into one, as far as max_tokens allows
     n_held_out: conversations that are evaluated at most
     seed: of everything random
     dtype: that matrices are multiplied in, "float32" or "bfloat16"
@@ -65,6 +65,7 @@ class Settings:
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     attention_weight: float = 1.0
     max_tokens: int = 1024
+    join: int = 2
     n_held_out: int = 16
     seed: int = 0
     dtype: str = "float32"
@@ -212,7 +213,7 @@ class Training:
         for i in range(settings.batch):
             n = self.step * settings.batch + i
             rng = np.random.default_rng([settings.seed, 1, n])
-            example = self._example(n)
+            example = self._example(n, rng)
             compression = Compression.sample(rng, example, settings.ratios, settings.k)
             reading = Distillation(self._decoder, example, n_gone=compression.n_gone, with_masses=settings.attention_weight > 0)
             loss = reading.loss(self._parameters, compression, rng)
@@ -232,24 +233,24 @@ class Training:
         state.seconds += seconds
         return Measurement(self.step, kl, attention, seconds=seconds)
 
-    def _example(self, n: int) -> Example:
-        """The n-th conversation: all of them in a new order in each round."""
+    def _example(self, n: int, rng: np.random.Generator) -> Example:
+        """The n-th conversation, all of them in a new order in each round, behind others that are drawn; sometimes with a segment cut in two."""
         training = self._examples.training
         order = np.random.default_rng([self._settings.seed, 2, n // len(training)]).permutation(len(training))
-        return training[order[n % len(training)]]
+        example = training[order[n % len(training)]]
+        for i in rng.integers(0, len(training), rng.integers(0, self._settings.join)):
+            example = example.behind(training[i], self._settings.max_tokens)
+        segment = int(rng.integers(len(example.segments)))
+        n = len(example.segments[segment])
+        if rng.random() < _CUT and n >= 2 * _SHORTEST_PART:
+            example = example.cut(segment, int(rng.integers(_SHORTEST_PART, n - _SHORTEST_PART + 1)))
+        return example
 
-    @torch.no_grad()
     def _evaluate(self) -> Measurement:
-        """Mean KL on held-out conversations, all segments but the last compressed."""
         started = time.monotonic()
-        settings, found = self._settings, {}
-        for i, example in enumerate(self._examples.held_out[: settings.n_held_out]):
-            n_gone = len(example.segments) - 1
-            reading = Distillation(self._decoder, example, n_gone=n_gone, with_masses=False)
-            for name, compression in _evaluated(example, settings.k).items():
-                loss = reading.loss(self._parameters, compression, np.random.default_rng([settings.seed, 3, i]))
-                found.setdefault(name, []).append(loss.kl.item())
-        means = {name: float(np.mean(values)) for name, values in found.items()}
+        examples = self._examples.held_out[: self._settings.n_held_out]
+        found = [divergences(self._decoder, self._parameters, example, EVALUATED_RATIOS) for example in examples]
+        means = {name: float(np.mean([one[name] for one in found])) for name in (found[0] if found else ())}
         if means:
             self._state.evaluations.append({"step": self.step} | {name: round(value, 5) for name, value in means.items()})
         return Measurement(self.step, held_out=means, seconds=time.monotonic() - started)
@@ -291,16 +292,6 @@ class Training:
         self._state = _State(**saved["state"])
 
 
-def _evaluated(example: Example, largest: int) -> dict[str, Compression]:
-    """What is evaluated, by name."""
-    ways = {
-        f"{name}@{ratio:g}": Compression.fixed(example, ratio, share, largest)
-        for ratio in EVALUATED_RATIOS
-        for name, share in EVALUATED_SHARES.items()
-    }
-    return {NOTHING: Compression.fixed(example, 1.0, 0.0, largest)} | ways
-
-
 def _curve(losses: Sequence[tuple[float, float]], n: int = 100) -> list[dict[str, float]]:
     """Means of at most n stretches of updates, with the last update of each."""
     found = []
@@ -308,15 +299,3 @@ def _curve(losses: Sequence[tuple[float, float]], n: int = 100) -> list[dict[str
         kl, attention = np.mean([losses[i] for i in part], axis=0).tolist()
         found.append({"step": int(part[-1]) + 1, "kl": round(kl, 5), "attention": round(attention, 5)})
     return found
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def best_dtype(device: str) -> str:
-    """bfloat16 where the hardware multiplies in it, otherwise float32."""
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bfloat16" if any(known.get(name) for name in _BF16_FEATURES) else "float32"

@@ -1,0 +1,235 @@
+"""`kvlocal nexus train`."""
+
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvlocal.catalogue import resolve
+from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
+from kvlocal.nexus.container import Container
+from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.terminal import INTERRUPTED, waiting
+
+if TYPE_CHECKING:
+    from kvlocal.nexus.examples import Examples
+    from kvlocal.nexus.training import Measurement, Training
+
+REPORT_SECONDS = 30  # between two lines about updates
+HELD_OUT = 0.1  # of the conversations, for evaluation
+RATIOS = "0.5,0.6,0.7,0.8,0.9"
+
+NEXUS_FILE = click.Path(dir_okay=False, path_type=Path)
+_DATA = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+_TORCH_OPTIONS = (
+    click.option("--data", "data", type=_DATA, required=True, multiple=True, metavar="FILE",
+                 help='Conversations, one JSON object a line: {"messages": [{"role", "content"}]}; can be repeated.'),
+    click.option("--max-tokens", type=click.IntRange(min=64), default=1024, show_default=True, metavar="N",
+                 help="Longest conversation; longer ones are cut between turns."),
+    click.option("--device", metavar="NAME", help="cpu or cuda.  [default: cuda if there is one]"),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
+                 help="What matrices are multiplied in.  [default: bfloat16 where the hardware has it]"),
+    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a command that needs PyTorch is given: conversations, and where and how to compute.
+
+    path, container: the base model
+    examples: kvlocal.nexus.examples.Examples
+    device, dtype: as PyTorch names them
+    """
+
+    path: Path
+    container: Container
+    examples: "Examples"
+    device: str
+    dtype: str
+
+
+def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of commands that need PyTorch; the command gets them and its `model` as `place: Workplace`."""
+
+    @functools.wraps(command)
+    def with_place(
+        *, model: str, data: tuple[Path, ...], max_tokens: int, device: str | None, dtype: str | None, threads: int | None, **others: Any
+    ) -> Any:
+        try:
+            import torch
+        except ImportError as error:
+            raise KvlocalError("training and its evaluation need PyTorch: install it with `pip install kvlocal[train]`") from error
+        from kvlocal.nexus import examples, hardware
+
+        path = resolve(model)
+        if threads:
+            torch.set_num_threads(threads)
+        device = device or hardware.best_device()
+        with waiting("reading the conversations"), Model(path) as tokenizer:
+            found = examples.read(tokenizer, data, max_tokens=max_tokens, held_out=HELD_OUT)
+        place = Workplace(path, Container(path), found, device, dtype or hardware.best_dtype(device))
+        return command(place=place, max_tokens=max_tokens, **others)
+
+    for option in reversed(_TORCH_OPTIONS):
+        with_place = option(with_place)
+    return with_place
+
+
+@click.command("train")
+@click.argument("model")
+@click.option("-o", "--output", type=NEXUS_FILE, required=True, metavar="FILE",
+              help="The Nexus file. It is rewritten at every checkpoint; FILE.partial beside it is what a run goes on from.")
+@click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True, metavar="N", help="Updates.")
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Conversations an update.")
+@click.option("--k", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Nexus tokens of a turn at most.")
+@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, metavar="N", help="Rank of the LoRA adapter.")
+@click.option("--no-lora", is_flag=True, help="Train the embeddings alone.")
+@click.option("--ratios", default=RATIOS, show_default=True, callback=parse_ratios, metavar="LIST",
+              help="Compression ratios, one of which each conversation is trained with.")
+@click.option("--fixed-ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="X", help="Train for this ratio alone.")
+@click.option("--attention-weight", type=click.FloatRange(min=0), default=1.0, show_default=True, metavar="X",
+              help="Weight of the attention term beside the KL divergence; 0 leaves it out.")
+@click.option("--join", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
+              help="Join up to N conversations into one, within --max-tokens.")
+@click.option("--held-out", type=click.IntRange(min=0), default=16, show_default=True, metavar="N",
+              help="Conversations to evaluate on; a tenth of the data is kept for that.")
+@click.option("--evaluate-every", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Updates between evaluations.")
+@click.option("--checkpoint-minutes", type=click.FloatRange(min=0), default=5.0, show_default=True, metavar="X", help="Minutes between checkpoints.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="X",
+              help="Stop after so long; the same command goes on from there.  [default: no limit]")
+@torch_options
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random.")
+def train_command(
+    place: Workplace, output: Path, rank: int, no_lora: bool, ratios: tuple[float, ...], fixed_ratio: float | None, held_out: int,
+    evaluate_every: int, checkpoint_minutes: float, minutes: float | None, **settings: Any,
+) -> None:
+    """Train Nexus tokens for MODEL, a name from the catalogue or a GGUF file.
+
+    The model itself teaches: with Nexus tokens in place of finished turns it learns to predict what it predicts with all of the conversation.
+    Its own weights stay as they are. Printed are the divergence from the full context (kl, in nats per token) and the difference of the
+    attention on compressed turns; on held-out conversations the kl for each ratio with Nexus tokens only, with half of the kept cells
+    raw (mixed), with raw cells only, and with nothing.
+
+    A run that was interrupted, also by kill -9, goes on when the same command is given again.
+    """
+    from kvlocal.nexus.training import Settings, Training
+
+    if output.exists() and not output.with_name(output.name + ".partial").exists():
+        raise KvlocalError(f"{output} exists: remove it or name another file")
+    found = place.examples
+    _say(f"{len(found.training)} conversations to train on, {len(found.held_out)} held out")
+    for why, n in found.left_out.items():
+        if n:
+            _say(f"{n} {_REASONS[why]}")
+    chosen = Settings(
+        **settings, rank=0 if no_lora else rank, ratios=(fixed_ratio,) if fixed_ratio else ratios, n_held_out=held_out, dtype=place.dtype
+    )
+    with waiting("loading the weights"):
+        run = Training(place.container, place.path.stem, found, chosen, output, place.device)
+    _say(f"{chosen.dtype} on {place.device}" + (f", going on after {run.step} updates" if run.step else ""))
+    with _Progress(run.step, chosen.steps) as progress, _stops(run) as interrupted:
+        run.run(
+            progress.add,
+            evaluate_every=evaluate_every,
+            checkpoint_seconds=60 * checkpoint_minutes,
+            limit_seconds=60 * minutes if minutes else math.inf,
+        )
+    if run.step < chosen.steps:
+        _say(f"stopped after {run.step} of {chosen.steps} updates; the same command goes on from here")
+    click.echo(output)
+    if interrupted:
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _stops(run: "Training") -> Iterator[list[int]]:
+    """Ctrl-C in this block ends the run after the update it is at; a second one ends it at once. The list gets what came."""
+    came: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, previous)
+        run.stop()
+        _say("stopping after this update")
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+_REASONS = {
+    "empty": "left out because a text is empty or there is no answer",
+    "split": "cut into parts because they are longer than --max-tokens",
+    "single": "left out because they have only one turn",
+    "too_long": "turns left out because they are longer than --max-tokens",
+    "repeated": "left out because they are there twice",
+}
+
+
+class _Progress:
+    """How far training is, on stderr: a bar on a terminal, and lines with losses now and then."""
+
+    def __init__(self, done: int, steps: int) -> None:
+        console = Console(stderr=True, highlight=False, markup=False)
+        columns = (TextColumn("updates"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False)
+        self._task = self._bar.add_task("", total=steps, completed=done)
+        self._steps = steps
+        self._recent: list[Measurement] = []
+
+    def __enter__(self) -> Self:
+        self._reported = time.monotonic()
+        self._bar.start()
+        return self
+
+    def add(self, found: "Measurement") -> None:
+        if found.held_out:
+            self._flush(found.step)
+            self._print(f"update {found.step}: held out {held_out_text(found.held_out)}")
+            return
+        if math.isnan(found.kl):
+            return
+        self._bar.update(self._task, completed=found.step)
+        self._recent.append(found)
+        if time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._flush(found.step)
+
+    def _flush(self, step: int) -> None:
+        n = len(self._recent)
+        if n:
+            kl, attention, seconds = (sum(getattr(one, name) for one in self._recent) / n for name in ("kl", "attention", "seconds"))
+            left = (self._steps - step) * seconds / 60
+            self._print(f"update {step} of {self._steps}: kl {kl:.4f}, attention {attention:.4f}, {seconds:.2f} s an update, {left:.0f} min left")
+        self._recent = []
+        self._reported = time.monotonic()
+
+    def _print(self, text: str) -> None:
+        self._bar.console.print(f"kvlocal: {text}", soft_wrap=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def held_out_text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def _say(text: str) -> None:
+    click.echo(f"kvlocal: {text}", err=True)
