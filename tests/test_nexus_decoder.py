@@ -1,4 +1,3 @@
-import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +5,8 @@ import pytest
 from shallow_model import write_shallow_model
 from tiny_model import HEAD, N_EMBD, N_HEAD, N_HEAD_KV, N_VOCAB, WINDOW, write_tiny_model
 
+from kvlocal.engine import Adapter as RuntimeAdapter
 from kvlocal.engine import Context, Model
-from kvlocal.library import load
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.container import Container
 from kvlocal.nexus.file import NexusFile
@@ -25,7 +24,7 @@ TEXT = (
 
 
 class RoundedDecoder(Decoder):
-    """Rounds keys and values to float16, as llama.cpp's flash attention does whatever the type of the cache."""
+    """Rounds keys and values to float16, as an f16 cache does."""
 
     def _project(self, *args):
         q, cells = super()._project(*args)
@@ -41,7 +40,7 @@ def causal(n: int) -> "torch.Tensor":
 
 
 def context_of(model: Model) -> Context:
-    return Context(model, n_cells=512, n_ubatch=256, type_k="f32", type_v="f32", n_threads=1, n_outputs=256)
+    return Context(model, n_cells=512, n_ubatch=256, n_threads=1, n_outputs=256)
 
 
 def assert_same_predictions(found: "torch.Tensor", expected: np.ndarray) -> None:
@@ -121,18 +120,16 @@ def assert_injection_agrees(path: Path, tokens: np.ndarray, tmp_path: Path, half
     decoder = decoder_of(path)
     parameters, file = nexus_file(path, decoder, k, half)
     file.save(tmp_path / "a.nexus.gguf")
-    lib = load().llama_cpp
-    with Model(path) as model, context_of(model) as context:
-        adapter = lib.llama_adapter_lora_init(model.pointer, bytes(tmp_path / "a.nexus.gguf"))
-        assert adapter
-        context.decode(tokens, 0, logits="none")
-        adapters, scales = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
-        assert lib.llama_set_adapters_lora(context.pointer, adapters, 1, scales) == 0
-        context.decode_embeddings(file.table, n, logits="all")
-        injected = context.logits_all()
-        assert lib.llama_set_adapters_lora(context.pointer, adapters, 0, scales) == 0
-        context.decode(tokens, n + k, logits="all")
-        after = context.logits_all()
+    with Model(path) as model:
+        adapter = RuntimeAdapter(model, tmp_path / "a.nexus.gguf")
+        with context_of(model) as context:
+            context.decode(tokens, 0, logits="none")
+            context.use_adapter(adapter)
+            context.decode_embeddings(file.table, n, logits="all")
+            injected = context.logits_all()
+            context.use_adapter(None)
+            context.decode(tokens, n + k, logits="all")
+            after = context.logits_all()
     with torch.no_grad():
         x = decoder.embed(torch.from_numpy(tokens).long())
         rows = torch.arange(n, n + k)

@@ -113,7 +113,7 @@ def test_pytorch_is_asked_for(smollm2: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(builtins, "__import__", without_torch)
     data = write_data(tmp_path / "a.jsonl", MESSAGES)
     result = CliRunner().invoke(main, ["nexus", "train", str(smollm2), "--data", str(data), "-o", str(tmp_path / "a.gguf")])
-    assert (result.exit_code, result.stderr) == (1, "kvlocal: training needs PyTorch: install it with `pip install kvlocal[train]`\n")
+    assert (result.exit_code, result.stderr) == (1, "kvlocal: training and its evaluation need PyTorch: install it with `pip install kvlocal[train]`\n")
 
 
 # With it
@@ -225,7 +225,7 @@ def test_samples_cover_what_is_promised() -> None:
     assert max(compression.ks[1] for compression in drawn) == 30 and min(compression.ks[1] for compression in drawn) < 6
 
 
-SETTINGS = Settings(steps=6, batch=2, k=8, rank=2, ratios=(0.5, 0.8), seed=1)
+SETTINGS = Settings(steps=6, batch=2, k=8, rank=2, ratios=(0.5, 0.8), join=1, seed=1)
 
 
 @pytest.fixture
@@ -296,11 +296,11 @@ def test_a_checkpoint_of_another_run_is_refused(base: Container, examples: Examp
 
 @pytest.mark.parametrize("change", [{}, {"rank": 0}, {"attention_weight": 0.0}])
 def test_it_learns(base: Container, examples: Examples, tmp_path: Path, change: dict) -> None:
-    settings = replace(SETTINGS, steps=60, batch=2, k=8, ratios=(0.6,), **change)
+    settings = replace(SETTINGS, steps=90, batch=2, k=8, ratios=(0.6,), **change)
     measured, file = train(base, examples, tmp_path / "a.gguf", settings)
     kl = [measurement.kl for measurement in measured[:-1]]
     assert np.mean(kl[-15:]) < 0.9 * np.mean(kl[:15])
-    assert file.rank == settings.rank and file.record["evaluations"][-1]["step"] == 60
+    assert file.rank == settings.rank and file.record["evaluations"][-1]["step"] == 90
 
 
 def test_nothing_held_out(base: Container, examples: Examples, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
-N_VOCAB, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, HEAD = 256, 48, 64, 4, 2, 16
+N_VOCAB, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, HEAD = 256, 64, 96, 4, 2, 16
 WINDOW = 24  # of gemma3's layers with a sliding window
 
 
