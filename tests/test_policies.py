@@ -199,7 +199,7 @@ def test_kvzip_gkv_counts_the_second_read():
 
 def test_kvzip_snapkv_is_snapkv_for_most_of_the_budget_and_kvzip_gkv_for_the_rest():
     state = random_state(1)
-    for_now = make("kvzip-gkv", {"now": 0.6})
+    for_now = make("kvzip-gkv", {"now": 0.5, "fresh": 0.5})
     np.testing.assert_array_equal(make("kvzip-snapkv").plan(state, 40).keep, for_now.plan(state, 40).keep)
     assert (make("kvzip-snapkv").plan(state, 40).keep != make("kvzip-gkv").plan(state, 40).keep).any()
 
@@ -324,3 +324,24 @@ def test_a_share_of_the_budget_goes_to_what_counts_now(name, now):
             others = sorted((j for j in free if j not in best), key=lambda j: -select[j])
             expected = [*range(N_PINNED), *best, *others[: budget - N_PINNED - W - n_now], *range(C - W, C)]
             assert kept[layer, head].tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize(("now", "fresh"), [(0.0, 0.2), (0.5, 0.5), (0.3, 1.0)])
+@pytest.mark.parametrize("budget", [37, 40, 41])
+def test_a_share_of_the_budget_goes_to_what_was_not_read_again_yet(now, fresh, budget):
+    """The newest of these cells; what counts now comes before them, and the best by sel of the others after them."""
+    state = random_state(5)
+    kept = make("kvzip-gkv", {"now": now, "fresh": fresh}).plan(state, budget).keep
+    room = budget - N_PINNED - W
+    n_now = round(now * room)
+    n_fresh = min(round(fresh * room), room - n_now)
+    for layer in range(L):
+        for head in range(H):
+            cells = arrays_of(state, layer, head)
+            free = range(N_PINNED, C - W)
+            first = set(sorted(free, key=lambda j: -cells["scores"][j])[:n_now])
+            unread = [j for j in free if np.isnan(cells["reread"][j])]
+            first |= set(unread[len(unread) - min(n_fresh, len(unread)) :])
+            select = reference_gkv(cells, reread=True)[1]
+            others = sorted((j for j in free if j not in first), key=lambda j: -select[j])
+            assert kept[layer, head].tolist() == sorted([*range(N_PINNED), *first, *others[: room - len(first)], *range(C - W, C)])

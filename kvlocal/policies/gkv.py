@@ -52,11 +52,18 @@ class GKV:
     def plan(self, state: CacheState, budget: int) -> Plan:
         score = global_score(state.history, self.local(state), self.alpha)
         select = score.copy() if self.lam == 1 else against_redundancy(score, state.redundancy, state.window, self.lam)
-        if self.now:
-            n_fixed = int(state.pinned[0, 0].sum()) + state.window
-            now = keep_best(self.local_of(state.scores, state), state, n_fixed + round(self.now * (budget - n_fixed)))
-            np.put_along_axis(select, now, np.inf, axis=-1)
+        n_fixed = int(state.pinned.sum(axis=-1).max()) + state.window
+        self.reserve(select, state, n_fixed, budget - n_fixed)
         return Plan(keep_best(select, state, budget), score)
+
+    def reserve(self, select: Scores, state: CacheState, n_fixed: int, room: int) -> None:
+        """Sets `select` to infinity where a share of the room keeps a cell; n_fixed: pinned cells and window of a head.
+
+        At most `room` cells of a head, or pinned cells would have to go.
+        """
+        if self.now:
+            now = keep_best(self.local_of(state.scores, state), state, n_fixed + round(self.now * room))
+            np.put_along_axis(select, now, np.inf, axis=-1)
 
     def local(self, state: CacheState) -> Scores:
         """The score of this compression alone, [L, H, C]."""

@@ -16,13 +16,17 @@ class KVzipGKV(GKV):
     Cells that were not read again yet have the attention of the last queries alone. The hyper-parameters are those of G-KV, for both, and
 
     weight: of the second read, 0 to 1; less than 1 leaves more of the budget to what was said last
+    fresh: the share of the budget, without pinned cells and window, that the newest cells get which were not read again yet, if there are so
+        many: what the second read says of them is not known (not in the paper)
     """
 
     weight: float = 1.0
+    fresh: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("weight", self.weight)
+        check_weight("fresh", self.fresh)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -30,3 +34,12 @@ class KVzipGKV(GKV):
 
     def local(self, state: CacheState) -> Scores:
         return np.maximum(super().local(state), self.weight * self.local_of(np.nan_to_num(state.reread), state))
+
+    def reserve(self, select: Scores, state: CacheState, n_fixed: int, room: int) -> None:
+        super().reserve(select, state, n_fixed, room)
+        n_fresh = min(round(self.fresh * room), room - round(self.now * room))
+        before = slice(0, select.shape[-1] - state.window)
+        unread = (np.isnan(state.reread) & ~state.pinned)[..., before]
+        # how many there are from a cell on
+        n_newer = np.cumsum(unread[..., ::-1], axis=-1)[..., ::-1]
+        select[..., before][unread & (n_newer <= n_fresh)] = np.inf

@@ -7,9 +7,11 @@ from kvlocal.policies.kvzip_gkv import KVzipGKV
 
 @dataclass(frozen=True)
 class KVzipSnapKV(KVzipGKV):
-    """The share `now` of the budget goes by the attention of the last queries alone, the rest as in KVzipGKV, which has the hyper-parameters.
+    """Half of the budget goes by the attention of the last queries alone, up to half to what was not read again yet, the rest as in KVzipGKV.
 
-    The present alone (SnapKV) forgets, and memory alone (KVzipGKV) loses the thread; docs/results.md has the numbers.
+    The present alone (SnapKV) forgets, and memory alone (KVzipGKV) loses the thread; docs/results.md has the numbers. KVzipGKV has the
+    hyper-parameters.
     """
 
-    now: float = 0.6
+    now: float = 0.5
+    fresh: float = 0.5
