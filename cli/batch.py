@@ -45,7 +45,7 @@ def batch_command(source: BinaryIO, output: str, force: bool, model: str, loadin
     writer = LineWriter(target, replace=force)
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
     with _Interrupt() as interrupt:
-        with loading.model(model) as loaded:
+        with loading.model(model, config) as loaded:
             config, nexus = loading.tokens(loaded, config)
             outcomes = run_batch(interrupt.reading(report.lines()), loaded, config, poll=interrupt.poll, nexus=nexus)
             with writer, report:

@@ -65,6 +65,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("compressible", f"{model['compressible_layers']} layers of {model['kv_heads']} KV heads{rotates}"))
             cost = ", ".join(f"{kind} {decimal(size)}" for kind, size in model["kv_bytes_per_1000_cells"].items() if size)
             rows.append(("1,000 cells", f"take {cost}"))
+            if model["largest_budget"] is not None:
+                rows.append(("largest budget", f"{model['largest_budget']:,} cells in the memory that is free"))
         else:
             rows.append(("compressible", "no"))
     rows += [("hint", hint) for hint in report["hints"]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from kvlocal.catalogue import resolve
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 from kvlocal.nexus.file import NexusFile
 from kvlocal_cli.nexus_eval import eval_command
 from kvlocal_cli.nexus_synth import synth_command

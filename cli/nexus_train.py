@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvlocal.catalogue import resolve
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.terminal import INTERRUPTED, waiting
 

@@ -7,11 +7,12 @@ from typing import Any, get_args
 
 import click
 
-from kvlocal import policies
+from kvlocal import footprint, policies
 from kvlocal.catalogue import resolve
 from kvlocal.compression import Positions
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.library import load as load_library
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import REPEAT_PENALTY, SamplingParams
@@ -147,13 +148,15 @@ class Loading:
     nexus: str | None
     with_policy: bool
 
-    def model(self, name: str) -> Model:
-        """The model of that name or path.
+    def model(self, name: str, config: SessionConfig) -> Model:
+        """The model of that name or path, if a conversation with it fits into memory.
 
         Raises:
-            KvlocalError: there is none, or it cannot be loaded.
+            KvlocalError: there is none, or it cannot be loaded, or it takes too much memory.
         """
         path = resolve(name)
+        if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
+            footprint.check(path, config)
         with waiting(f"loading {name}"):
             return Model(path, n_gpu_layers=self.gpu_layers)
 

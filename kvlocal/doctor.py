@@ -15,8 +15,10 @@ import kvlocal
 from kvlocal.catalogue import Catalogue, HubFile, models_dir
 from kvlocal.engine import Context, Model
 from kvlocal.errors import KvlocalError
+from kvlocal.footprint import available_memory, largest_budget
 from kvlocal.library import Library, load
 from kvlocal.native import NativeCache, NativeError
+from kvlocal.session import SessionConfig
 from kvlocal.template import ChatTemplate
 
 CACHE_TYPES = ("f16", "q8_0")
@@ -127,17 +129,7 @@ def _describe_machine() -> dict[str, int | None]:
     cores = os.cpu_count()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cores": cores, "usable_cores": usable, "memory_total": total, "memory_available": _available_memory()}
-
-
-def _available_memory() -> int | None:
-    """What can be allocated without swapping; only Linux tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+    return {"cores": cores, "usable_cores": usable, "memory_total": total, "memory_available": available_memory()}
 
 
 def _describe_models(problems: list[str], hints: list[str]) -> dict[str, Any]:
@@ -170,7 +162,8 @@ def _describe_model(problems: list[str], library: Library, name: str) -> dict[st
 
     Keys: path, description, architecture, parameters, size (bytes of the weights), trained_context (tokens), sliding_window (tokens, 0 for none),
     template (ChatTemplate.source, None if it cannot be used), compressible, compressible_layers, kv_heads, can_rotate, kv_bytes_per_1000_cells
-    (of the compressible cache, by cache type; None for a type that does not fit the heads).
+    (of the compressible cache, by cache type; None for a type that does not fit the heads), largest_budget (cells that fit into the memory that is
+    free, with an f16 cache and the default policy, at most what the model was trained for; None where the system does not say how much is free).
     """
     path = Catalogue.load().resolve(name)
     with Model(path) as model:
@@ -205,4 +198,5 @@ def _describe_model(problems: list[str], library: Library, name: str) -> dict[st
             "kv_heads": layout and layout.n_head_kv,
             "can_rotate": layout and layout.can_rotate,
             "kv_bytes_per_1000_cells": cost,
+            "largest_budget": largest_budget(path, SessionConfig()),
         }

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -91,8 +91,35 @@ class SessionConfig:
             raise SessionError(f"the positions are {self.positions!r}: they must be one of {', '.join(get_args(Positions))}")
         if self.window > self.n_ubatch:
             raise SessionError(f"the window of {self.window} must not be larger than the micro-batch of {self.n_ubatch}: make it smaller")
-        if self.budget is not None and self.budget < 2 * self.window + self.n_sink:
-            raise SessionError(f"a budget of {self.budget} cells is too small: give at least {2 * self.window + self.n_sink}")
+        if self.budget is not None and self.budget < self.least_budget:
+            raise SessionError(f"a budget of {self.budget} cells is too small: give at least {self.least_budget}")
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget there can be."""
+        return 2 * self.window + self.n_sink
+
+
+class Allocation(NamedTuple):
+    """What a configuration needs for a model.
+
+    budget: the most cells of each layer and head after a compression
+    n_cells: cells that are allocated
+    evicts: whether cells are ever removed
+    """
+
+    budget: int
+    n_cells: int
+    evicts: bool
+
+
+def allocation(config: SessionConfig, n_ctx_train: int) -> Allocation:
+    """How large a cache is made for a model that was trained on so many positions; a budget that is too large for it is left as it is."""
+    evicts = policies.make(config.policy, config.policy_args).evicts
+    slack = config.stride if evicts else 0
+    default = DEFAULT_BUDGET if evicts and config.ratio is None else DEFAULT_FULL
+    budget = config.budget or min(default, n_ctx_train - slack)
+    return Allocation(budget, budget + slack, evicts)
 
 
 @dataclass(frozen=True)
@@ -219,14 +246,11 @@ class ChatSession:
         if wants_nexus and nexus is None:
             raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
         self._nexus = nexus if wants_nexus else None
-        slack = config.stride if self._policy.evicts else 0
-        default = DEFAULT_BUDGET if self._policy.evicts and config.ratio is None else DEFAULT_FULL
-        self.budget = config.budget or min(default, model.n_ctx_train - slack)
-        self._capacity = self.budget + slack
+        self.budget, self._capacity, _ = allocation(config, model.n_ctx_train)
         if self._capacity > model.n_ctx_train:
             raise SessionError(
                 f"a budget of {self.budget} cells is too large for a model trained on {model.n_ctx_train} positions: "
-                f"give at most {model.n_ctx_train - slack}"
+                f"give at most {model.n_ctx_train - (self._capacity - self.budget)}"
             )
         self._context = Context(
             model,

@@ -8,7 +8,7 @@ from tiny_model import HEAD, N_EMBD, N_HEAD, N_HEAD_KV, N_VOCAB, WINDOW, write_t
 from kvlocal.engine import Adapter as RuntimeAdapter
 from kvlocal.engine import Context, Model
 from kvlocal.nexus.base import base_hash
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 from kvlocal.nexus.file import NexusFile
 
 torch = pytest.importorskip("torch")

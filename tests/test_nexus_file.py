@@ -12,7 +12,7 @@ from tiny_model import N_EMBD, N_FF, write_tiny_model
 from kvlocal.errors import KvlocalError
 from kvlocal.nexus.allotment import n_nexus
 from kvlocal.nexus.base import base_hash
-from kvlocal.nexus.container import Container, ContainerError
+from kvlocal.container import Container, ContainerError
 from kvlocal.nexus.file import NexusError, NexusFile
 from kvlocal_cli.main import main
 

@@ -13,7 +13,7 @@ from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.data import load as load_dialogues
 from kvlocal.evaluation.history import turn_tokens
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 from kvlocal.nexus.examples import Example, Examples, read
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template import ChatTemplate

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 
 
 def base_hash(base: Container) -> str:

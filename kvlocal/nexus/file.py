@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 from kvlocal.errors import KvlocalError
 from kvlocal.files import publish
 from kvlocal.nexus.base import base_hash
-from kvlocal.nexus.container import Container, ContainerError
+from kvlocal.container import Container, ContainerError
 
 VERSION = 1
 TURN_RULE = "turn"  # a segment is a user's turn and the answer to it, up to the markup that closes the answer

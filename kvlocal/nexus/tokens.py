@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from kvlocal.engine import Adapter, Context, Model
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 from kvlocal.nexus.file import NexusFile
 from kvlocal.segmentation import Dynamic
 

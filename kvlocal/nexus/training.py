@@ -18,7 +18,7 @@ import torch
 from kvlocal.errors import KvlocalError
 from kvlocal.files import atomic_write
 from kvlocal.nexus.base import base_hash
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 from kvlocal.nexus.decoder import Decoder
 from kvlocal.nexus.distil import Compression, Distillation
 from kvlocal.nexus.divergence import divergences

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlocal.errors import KvlocalError
-from kvlocal.nexus.container import Container
+from kvlocal.container import Container
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 
