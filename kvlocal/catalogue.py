@@ -22,13 +22,19 @@ def models_dir() -> Path:
     """The absolute directory that holds the models.
 
     `KVLOCAL_MODELS_DIR`, else `kvlocal/models` in `XDG_DATA_HOME`, else in `~/.local/share`. It need not exist.
+
+    Raises:
+        KvlocalError: there is no home directory.
     """
     if chosen := os.environ.get("KVLOCAL_MODELS_DIR"):
-        return Path(chosen).expanduser().absolute()
+        return Path(os.path.expanduser(chosen)).absolute()
     data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
     # The XDG base directory specification says to ignore relative paths.
     if not data_home.is_absolute():
-        data_home = Path.home() / ".local" / "share"
+        try:
+            data_home = Path.home() / ".local" / "share"
+        except RuntimeError as error:
+            raise KvlocalError("there is no home directory: set KVLOCAL_MODELS_DIR") from error
     return data_home / "kvlocal" / "models"
 
 
@@ -172,7 +178,7 @@ class Catalogue:
             raise KvlocalError(f"{model.name} is not on this machine yet: run `kvlocal pull {model.name}`")
         if not name:
             raise self._unknown(name)
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         # os.path, unlike pathlib, takes any text for a path, however long.
         if os.path.isdir(path):
             raise KvlocalError(f"{path} is a directory: name the GGUF file in it")

@@ -88,7 +88,9 @@ class _Log:
     def reason(self) -> str:
         """The first error as " (message)", without the name of the function it comes from; "" if there is none."""
         error = next((text for level, text in self._lines if level == _ERROR_LEVEL), "")
-        return f" ({(error.partition(': ')[2] or error).rstrip('.')})" if error else ""
+        # it may quote from a damaged file
+        error = "".join(c if c.isprintable() else "?" for c in error.partition(": ")[2] or error)
+        return f" ({error.rstrip('.')})" if error else ""
 
     @property
     def kv_bytes(self) -> int:

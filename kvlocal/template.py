@@ -2,8 +2,12 @@
 
 import itertools
 import re
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -47,6 +51,8 @@ _FOLD_SEPARATOR = "\n\n"
 _SYSTEM, _USER, _ASSISTANT = "Kvlsys0Q", "Kvlusr1Q", "Kvlast1Q"
 _USER_2, _ASSISTANT_2, _USER_3 = "Kvlusr2Q", "Kvlast2Q", "Kvlusr3Q"
 _THOUGHT = "Kvlthk1Q"
+
+_LIMIT_SECONDS = 10.0  # for one rendering; templates take thousandths of that
 
 _C_WHITESPACE = " \t\n\v\f\r"
 
@@ -175,7 +181,8 @@ class ChatTemplate:
         if self.system_folded:
             messages = _fold(messages)
         try:
-            text = self._formatters[opening](messages=[dict(message) for message in messages]).prompt
+            with _limited(_LIMIT_SECONDS):
+                text = self._formatters[opening](messages=[dict(message) for message in messages]).prompt
         except Exception as error:
             raise TemplateError(
                 f"the model's chat template refuses this conversation ({_line(error)}): change its roles or their order"
@@ -552,3 +559,21 @@ def _utf8(text: str) -> bytes:
 
 def _is_one_token(model: Model, text: str) -> bool:
     return len(model.tokenize(text, parse_special=True)) == 1
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Ends Python code in the block with a TimeoutError after so long: the sandbox limits a loop, but not loops in loops."""
+    end = time.monotonic() + seconds
+
+    def watch(_frame: FrameType, _event: str, _argument: object) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes more than {seconds:g} seconds")
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

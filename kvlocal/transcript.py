@@ -33,7 +33,7 @@ def state_dir() -> Path:
         TranscriptError: there is no home directory.
     """
     if chosen := os.environ.get("KVLOCAL_STATE_DIR"):
-        return Path(chosen).expanduser().absolute()
+        return Path(os.path.expanduser(chosen)).absolute()
     state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
     # The XDG base directory specification says to ignore relative paths.
     if not state_home.is_absolute():

@@ -1,0 +1,235 @@
+"""The doors that are fuzzed (see fuzzing)."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+from fuzzing import Door
+from gguf import GGUFWriter, TokenType
+from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
+
+from kvlocal import transcript
+from kvlocal.batch import Job
+from kvlocal.container import Container
+from kvlocal.errors import KvlocalError
+from kvlocal.evaluation import data as dialogues
+from kvlocal.nexus.base import base_hash
+from kvlocal.nexus.file import NexusFile
+from kvlocal.template import ChatTemplate
+from kvlocal_cli.main import main
+
+NAMES = ("gguf", "model", "nexus", "transcript", "batch line", "dialogues", "template", "arguments")
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LONGER = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if loop.first and system %}<<{{ system }}>>{% endif %}"
+    "[{{ m.role }}]{{ m['content'] | trim }}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Who are you?"}]
+JSON_WORDS = [b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"NaN", b"1e999", b"-0", b"\\u0000", b"\\ud800", b"\xff", b"\n", b'"role"', b'"content"', b"[" * 3000]
+TEMPLATE_WORDS = [
+    b"{{ ", b" }}", b"{% ", b" %}", b"{% for x in range(99999) %}", b"{% endfor %}", b"messages", b".__class__", b".__mro__", b"|attr('__init__')",
+    b"{{ self }}", b"{{ cycler.__init__.__globals__ }}", b"{{ raise_exception(1) }}", b"{% include 'x' %}", b"{% set a = a ~ a %}", b"[0]", b" * 9999",
+]  # fmt: skip
+ARGUMENTS = [
+    b"chat", b"run", b"batch", b"eval", b"bench", b"models", b"pull", b"doctor", b"nexus", b"info", b"--kv-budget", b"--kv-ratio", b"--policy", b"gkv",
+    b"--policy-arg", b"alpha=2", b"--temp", b"nan", b"inf", b"-1", b"0", b"1e400", b"--json", b"--system", b"--help", b"--nope", b"-m", b"no-such-model",
+    b"", b"/", b"--", b"-", b"\xff", b"--seed", b"99999999999999999999", b"--ctk", b"q8_0", b"--version", b"hf:", b"hf:a/b:c", b"--threads", b"--stride",
+]  # fmt: skip
+
+
+@contextmanager
+def doors(directory: Path) -> Iterator[list[Door]]:
+    """All of them; files are made in the directory."""
+    model = directory / "model.gguf"
+    write_chat_model(model)
+    whole = model.read_bytes()
+    nexus = directory / "seed.nexus.gguf"
+    write_nexus(nexus, model)
+    with Loader() as loader:
+        yield [
+            Door("gguf", [whole], file_door(directory / "a.gguf", _container)),
+            Door("model", [whole], file_door(directory / "b.gguf", loader.load)),
+            Door("nexus", [nexus.read_bytes()], file_door(directory / "c.nexus.gguf", NexusFile.load)),
+            Door("transcript", [_transcript(directory), _saved(directory)], file_door(directory / "d.jsonl", transcript.load), JSON_WORDS),
+            Door("batch line", [json.dumps({"id": 1, "messages": MESSAGES}).encode()], _line, JSON_WORDS),
+            Door("dialogues", [_lines([{"messages": MESSAGES}] * 3), _lines([{"history": [{"user": "a", "bot": "b"}]}] * 3)],
+                 file_door(directory / "e.jsonl", dialogues.load), JSON_WORDS),
+            Door("template", [CHATML.encode(), LONGER.encode()], _template, TEMPLATE_WORDS),
+            Door("arguments", [b"\n".join((b"run", b"--kv-budget", b"64", b"no-such-model", b"Hello")), b"models"], _arguments,
+                 [b"\n" + word + b"\n" for word in ARGUMENTS], whole=False),
+        ]  # fmt: skip
+
+
+def file_door(path: Path, take: Callable[[Path], object]) -> Callable[[bytes], None]:
+    """A door that takes a file."""
+
+    def enter(data: bytes) -> None:
+        path.write_bytes(data)
+        take(path)
+
+    return enter
+
+
+def write_chat_model(target: Path) -> None:
+    """The tiny model with a vocabulary of bytes and a chat template."""
+    bare = target.with_suffix(".bare")
+    write_tiny_model(bare, "llama")
+    source = Container(bare)
+    writer = GGUFWriter(target, "llama")
+    for key, value in source.metadata.items():
+        if key.startswith("llama."):
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    # byte-level BPE writes the bytes as printable characters; those from U+0100 on stand for the others
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    texts = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    special = ["<s>", "</s>"]
+    tokens = [*special, *(texts[byte] for byte in range(256))][:N_VOCAB]
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (N_VOCAB - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(CHATML)
+    for tensor in source.tensors.values():
+        writer.add_tensor(tensor.name, tensor.values())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_nexus(target: Path, model: Path) -> None:
+    rng = np.random.default_rng(0)
+    halves = rng.standard_normal((2, N_EMBD)).astype(np.float16), rng.standard_normal((N_FF, 2)).astype(np.float16)
+    table = rng.standard_normal((4, N_EMBD)).astype(np.float32)
+    NexusFile(table, {"blk.0.ffn_up.weight": halves}, 2.0, "llama", "tiny", base_hash(Container(model)), (0.5, 0.8)).save(target)
+
+
+def _container(path: Path) -> None:
+    for tensor in Container(path).tensors.values():
+        tensor.values()
+
+
+def _lines(records: list[dict]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def _transcript(directory: Path) -> bytes:
+    path = directory / "seed.jsonl"
+    with transcript.Transcript.open(path, model="m", system=None) as chat:
+        for message in MESSAGES:
+            if message["role"] == "user":
+                chat.add_user(message["content"])
+            else:
+                chat.add_piece(message["content"])
+                chat.end_answer("end")
+        chat.add_undo()
+        chat.add_system("Be brief.")
+        chat.add_load(MESSAGES, "Be kind.")
+        chat.add_clear()
+        chat.add_user("Once more.")
+        chat.add_piece("Well")
+        return path.read_bytes()
+
+
+def _saved(directory: Path) -> bytes:
+    path = directory / "saved.json"
+    transcript.save(path, transcript.Conversation(messages=MESSAGES, system="Be brief.", model="m", settings={}))
+    return path.read_bytes()
+
+
+def _line(data: bytes) -> None:
+    Job.parse(1, data)
+
+
+def _template(data: bytes) -> None:
+    template = ChatTemplate(data.decode("utf-8", "replace"), bos_token="<s>", eos_token="</s>")
+    template.user_turn(MESSAGES[:2], "Who are you?")
+
+
+def _arguments(data: bytes) -> None:
+    """Each line is an argument."""
+    arguments = [part.decode("utf-8", "surrogateescape") for part in data.split(b"\n")]
+    if any(argument in ("chat", "batch", "pull", "synth", "train") for argument in arguments):
+        # these read, fetch or write; a word before them makes them an argument
+        arguments.append("--nope")
+    result = CliRunner().invoke(main, arguments, input="")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    if result.exit_code not in (0, 1, 2):
+        raise AssertionError(f"exit code {result.exit_code}")
+    if result.exit_code and "Traceback" in result.output:
+        raise AssertionError(result.output)
+    if result.exit_code:
+        raise KvlocalError(f"exit code {result.exit_code}")
+
+
+class Loader:
+    """A process that loads models, reads their templates and decodes a few tokens; a crash is its own only."""
+
+    def __enter__(self) -> "Loader":
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
+        )
+
+    def load(self, path: Path) -> None:
+        """Raises KvlocalError with what the process was told, or AssertionError if it died."""
+        try:
+            self._process.stdin.write(f"{path}\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            code = self._process.wait()
+            self._start()
+            raise AssertionError(f"the process ended with {code}")
+        kind, text = json.loads(answer)
+        if kind == "refused":
+            raise KvlocalError(text)
+        if kind == "wrong":
+            raise AssertionError(text)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve() -> None:
+    from kvlocal.engine import Context, Model
+
+    for line in iter(sys.stdin.readline, ""):
+        try:
+            with Model(line.rstrip("\n")) as model:
+                ChatTemplate.from_model(model)
+                with Context(model, n_cells=256, n_ubatch=32, n_threads=1) as context:
+                    context.decode(np.arange(4, dtype=np.int32) % model.n_vocab, 0)
+                    context.logits()
+            answer = ["accepted", ""]
+        except KvlocalError as error:
+            answer = ["refused", str(error)]
+        except Exception as error:
+            answer = ["wrong", f"{type(error).__name__}: {error}"]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
