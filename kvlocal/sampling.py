@@ -118,9 +118,13 @@ class Sampler:
         """Draw the token that follows token `i` of the last batch (-1: its last) and remember it.
 
         Raises:
-            EngineError: that token has no logits.
+            EngineError: that token has no logits, or some that are not finite.
         """
-        context.check_output(i)
+        # the largest is NaN if any is
+        if not math.isfinite(context.logits(i).max()):
+            raise EngineError(
+                "the model's predictions are not numbers any more: its file is damaged or a device failed; fetch it again or use --gpu-layers 0"
+            )
         return self._lib.llama_sampler_sample(self._open_chain, context.pointer, i)
 
     def accept(self, token: int) -> None:

@@ -3,10 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from doors import write_chat_model
 
+from kvlocal.container import Container
 from kvlocal.engine import Context, EngineError, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.sampling import REPEAT_PENALTY, MAX_SEED, Sampler, SamplingError, SamplingParams
+from kvlocal.session import ChatSession, SessionConfig
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,17 @@ def test_values_out_of_range_name_the_parameter(wrong: dict[str, float]) -> None
         SamplingParams(**wrong)
     assert isinstance(caught.value, KvlocalError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_predictions_that_are_not_numbers_are_reported(smollm2: Path, tmp_path: Path) -> None:
+    """A weight of a damaged file is NaN; what was said stays in the session."""
+    path = tmp_path / "tiny.gguf"
+    write_chat_model(path)
+    norm = Container(path).tensors["output_norm.weight"].values()
+    damaged = path.read_bytes().replace(norm.tobytes(), np.full_like(norm, np.nan).tobytes())
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+    with Model(path) as model, ChatSession(model, SessionConfig(budget=128, n_ubatch=64, n_threads=1)) as session:
+        with pytest.raises(EngineError, match="predictions are not numbers"):
+            list(session.send("Hello"))
+        assert session.messages[0] == {"role": "user", "content": "Hello"}
