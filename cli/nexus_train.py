@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvlocal.catalogue import resolve
+from kvlocal.container import Container
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
-from kvlocal.container import Container
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.terminal import INTERRUPTED, waiting
 

@@ -5,10 +5,10 @@ import pytest
 from shallow_model import write_shallow_model
 from tiny_model import HEAD, N_EMBD, N_HEAD, N_HEAD_KV, N_VOCAB, WINDOW, write_tiny_model
 
+from kvlocal.container import Container
 from kvlocal.engine import Adapter as RuntimeAdapter
 from kvlocal.engine import Context, Model
 from kvlocal.nexus.base import base_hash
-from kvlocal.container import Container
 from kvlocal.nexus.file import NexusFile
 
 torch = pytest.importorskip("torch")

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
+from kvlocal.container import Container
 from kvlocal.engine import EngineError, Model
 from kvlocal.ledger import NEXUS
 from kvlocal.nexus.base import base_hash
-from kvlocal.container import Container
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.file import NexusError, NexusFile, WrongBase
 from kvlocal.nexus.tokens import NexusTokens

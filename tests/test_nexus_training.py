@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from shallow_model import write_shallow_model
 from tiny_model import N_VOCAB, write_tiny_model
 
+from kvlocal.container import Container
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.data import load as load_dialogues
 from kvlocal.evaluation.history import turn_tokens
-from kvlocal.container import Container
 from kvlocal.nexus.examples import Example, Examples, read
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template import ChatTemplate

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter
 
+from kvlocal.container import Container, ContainerError
 from kvlocal.errors import KvlocalError
 from kvlocal.files import publish
 from kvlocal.nexus.base import base_hash
-from kvlocal.container import Container, ContainerError
 
 VERSION = 1
 TURN_RULE = "turn"  # a segment is a user's turn and the answer to it, up to the markup that closes the answer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from kvlocal.engine import Adapter, Context, Model
 from kvlocal.container import Container
+from kvlocal.engine import Adapter, Context, Model
 from kvlocal.nexus.file import NexusFile
 from kvlocal.segmentation import Dynamic
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvlocal.container import Container
 from kvlocal.errors import KvlocalError
 from kvlocal.files import atomic_write
 from kvlocal.nexus.base import base_hash
-from kvlocal.container import Container
 from kvlocal.nexus.decoder import Decoder
 from kvlocal.nexus.distil import Compression, Distillation
 from kvlocal.nexus.divergence import divergences

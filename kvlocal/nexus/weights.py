@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlocal.errors import KvlocalError
 from kvlocal.container import Container
+from kvlocal.errors import KvlocalError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 
