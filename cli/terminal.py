@@ -77,7 +77,7 @@ class ReadingBar:
         if not self._console.is_terminal:
             if self.lines and now - self._since > _LINE_SECONDS:
                 self._since = now
-                click.echo(f"kvlocal: read {share:.0%}", err=True)
+                click.echo(f"kvlocal: {share:.0%} read", err=True)
             return
         if self._bar is None and now - self._since > _SOON:
             self._bar = Progress(

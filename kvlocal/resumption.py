@@ -21,13 +21,14 @@ def read_on(
     Raises:
         KvlocalError: they do not go together with the session.
     """
-    n, n_all = len(session.messages), len(conversation.messages)
-    exact = sum(len(conversation.drawn.get(i, ())) for i in range(n, n_all)) <= EXACT
-    for i, message in enumerate(measured(conversation.messages[n:]), n):
-        if message["role"] == "assistant" and exact and i in conversation.drawn:
-            session.add_answer(message["content"], conversation.drawn[i])
-        else:
-            session.add_turn(message["role"], message["content"])
-        if i + 1 < n_all:
+    start = len(session.messages)
+    exact = sum(len(conversation.drawn.get(i, ())) for i in range(start, len(conversation.messages))) <= EXACT
+    for i, message in enumerate(measured(conversation.messages[start:]), start):
+        if message["role"] == "user":
             session.finish_turn()
             session.second_read()
+            session.add_turn("user", message["content"])
+        elif exact and i in conversation.drawn:
+            session.add_answer(message["content"], conversation.drawn[i])
+        else:
+            session.add_turn("assistant", message["content"])
