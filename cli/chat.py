@@ -14,7 +14,10 @@ from kvlocal.catalogue import DEFAULT_MODEL
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.resumption import read_on
 from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.sessions import session_path
+from kvlocal.snapshot import SnapshotError, Snapshots, snapshot_path
 from kvlocal.transcript import Conversation, Transcript, chat_path, load
 from kvlocal_cli import chat_commands
 from kvlocal_cli.idle import Idle
@@ -24,23 +27,26 @@ from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 
 
 @click.command("chat")
-@click.argument("name", default=DEFAULT_MODEL, metavar="[MODEL]")
+@click.argument("name", required=False, metavar="[MODEL]")
 @session_options
+@click.option("--session", "session_name", metavar="NAME|FILE",
+              help="Begin a conversation that is kept under this name or in this file, or go on with it where it ended.")
 @click.option("--load", "load_path", type=click.Path(path_type=Path), metavar="FILE",
               help="Go on with a saved chat or a transcript.")
 @click.option("--no-transcript", is_flag=True, help="Keep no file of this chat.")
 @click.option("--verbose", is_flag=True, help="Without a terminal, say on stderr what a terminal would show.")
 def chat_command(
-    name: str,
+    name: str | None,
     config: SessionConfig,
     loading: Loading,
+    session_name: str | None,
     load_path: Path | None,
     no_transcript: bool,
     verbose: bool,
 ) -> None:
     """Chat with a model.
 
-    MODEL is a name that `kvlocal models` lists, or the path of a GGUF file.
+    MODEL is a name that `kvlocal models` lists, or the path of a GGUF file. Without it a session goes on with its own model.
 
     The chat never ends: what it was about stays in the KV cache as far as the budget goes. Type /help for the commands.
     Every chat is kept in a transcript, word by word.
@@ -50,20 +56,31 @@ def chat_command(
     \b
         printf 'Hello\\nWhat did I just say?\\n' | kvlocal chat
     """
+    if session_name is not None and no_transcript:
+        raise click.UsageError("a session is its transcript: give --session or --no-transcript")
     begun = Conversation() if load_path is None else load(load_path)
-    system = begun.system if config.system is None else clean_text(config.system)
-    config = replace(config, system=system)
-    with loading.model(name, config) as model, Chat(name, model, *loading.tokens(model, config), Screen(verbose=verbose)) as chat:
-        if begun.messages:
-            # before there is a transcript: a file that does not fit leaves none
-            chat.replace(config, begun.messages)
-        if not no_transcript:
-            chat.keep_transcript()
-        if begun.messages:
-            chat.record(lambda transcript: transcript.add_load(begun.messages, system))
-            chat_commands.note_loaded(chat, load_path, begun)
-        chat.run()
-        failed = chat.failed
+    kept = None if session_name is None else Transcript.resume(session_path(session_name))
+    with kept or nullcontext():
+        earlier = (kept and kept.conversation) or Conversation()
+        if earlier.messages and load_path:
+            raise click.UsageError(f"the session {session_name} has begun already: load the file into another one, or in the chat with /load")
+        name = name or earlier.model or DEFAULT_MODEL
+        before = begun if load_path else earlier
+        system = before.system if config.system is None else clean_text(config.system)
+        config = replace(config, system=system)
+        with loading.model(name, config) as model, Chat(name, model, *loading.tokens(model, config), Screen(verbose=verbose)) as chat:
+            if begun.messages:
+                # before there is a transcript: a file that does not fit leaves none
+                chat.replace(config, begun.messages)
+            if kept:
+                chat.keep_session(kept)
+            elif not no_transcript:
+                chat.keep_transcript()
+            if begun.messages:
+                chat.record(lambda transcript: transcript.add_load(begun.messages, system))
+                chat_commands.note_loaded(chat, load_path, begun)
+            chat.run()
+            failed = chat.failed
     if failed:
         click.get_current_context().exit(1)
 
@@ -114,6 +131,9 @@ class Chat:
         self._model, self._nexus = model, nexus
         self._bar = ReadingBar()
         self._transcript: Transcript | None = None
+        self._snapshots: Snapshots | None = None
+        # of failures to write: what is to be said, and what has been
+        self._unsaid, self._said = "", set()
         self.session = ChatSession(model, config, progress=self._bar.show, nexus=nexus)
 
     def __enter__(self) -> Self:
@@ -133,16 +153,83 @@ class Chat:
         except KvlocalError as error:
             self._go_on_without_transcript(error)
 
+    def keep_session(self, transcript: Transcript) -> None:
+        """Keep this chat in a session, and first take up what was said there before.
+
+        Raises:
+            KvlocalError: that does not go together with the model or the configuration, or nothing can be written.
+        """
+        snapshots, earlier = Snapshots(snapshot_path(transcript.path)), transcript.conversation
+        # a file is found from anywhere
+        model = str(Path(self.name).absolute()) if Path(self.name).is_file() else self.name
+        if earlier is None:
+            transcript.begin(model=model, system=self.config.system)
+        else:
+            if earlier.model != model:
+                earlier.drawn.clear()
+            self._take_up(earlier, snapshots)
+            if earlier.model != model:
+                transcript.add_model(model)
+            if earlier.system != self.config.system:
+                transcript.add_system(self.config.system)
+            if earlier.messages:
+                self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
+        self._transcript, self._snapshots = transcript, snapshots
+
+    def _take_up(self, earlier: Conversation, snapshots: Snapshots) -> None:
+        try:
+            if earlier.messages:
+                snapshots.load(self.session, earlier.messages)
+        except SnapshotError as error:
+            say = self.screen.note if self.screen.interactive else self.screen.warn
+            say(f"{error}: {len(earlier.messages)} messages are read again")
+        self._bar.lines = True
+        try:
+            read_on(self.session, earlier, self._measured)
+        finally:
+            self._bar.lines = False
+            self._bar.close()
+
     def record(self, add: Callable[[Transcript], None]) -> None:
-        """Add to the transcript, as long as there is one."""
+        """Add to the transcript, as long as there is one. In a session, what cannot be written now is written with what comes next."""
         if self._transcript is None:
             return
         try:
             add(self._transcript)
         except KvlocalError as error:
+            if self._snapshots:
+                self._tell(f"{error}; there is no room for what was said last: it is lost if the chat ends before there is")
+                return
             self._transcript.close()
             self._transcript = None
             self._go_on_without_transcript(error)
+
+    def _record_user(self, text: str) -> None:
+        """Add a user turn to the transcript.
+
+        Raises:
+            KvlocalError: a session cannot keep it, so it must not be answered.
+        """
+        if not self._snapshots:
+            return self.record(lambda transcript: transcript.add_user(text))
+        try:
+            self._transcript.add_user(text)
+        except KvlocalError as error:
+            raise KvlocalError(f"{error}; your turn is not taken: make room and send it again") from error
+
+    def keep_snapshot(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Write the snapshot of a session, until `stop` says so. What hinders it is said by the next `_tell`, as this may be a thread."""
+        try:
+            if self._snapshots:
+                self._snapshots.save(self.session, stop)
+        except KvlocalError as error:
+            self._unsaid = f"{error}; the session goes on, but the way back to it will be slow"
+
+    def _tell(self, problem: str) -> None:
+        """Warn of something that stays as it is until somebody does something about it: once."""
+        if problem and problem not in self._said:
+            self.screen.warn(problem)
+            self._said.add(problem)
 
     def _go_on_without_transcript(self, error: KvlocalError) -> None:
         self.screen.warn(f"{error}; the chat goes on without a transcript, /save keeps it")
@@ -162,12 +249,14 @@ class Chat:
         while True:
             try:
                 if screen.interactive:
-                    with Idle(self.session):
+                    with Idle(self.session, self.keep_snapshot):
                         text, literal = read_turn(lines)
                 else:
                     self.session.finish_turn()
+                    self.keep_snapshot()
                     self.session.second_read()
                     text, literal = read_turn(lines)
+                self._tell(self._unsaid)
                 if not text.strip():
                     continue
                 if text.startswith("/") and not literal:
@@ -175,6 +264,8 @@ class Chat:
                 else:
                     self.ask(text)
             except EOFError:
+                self.keep_snapshot()
+                self._tell(self._unsaid)
                 return
             except KeyboardInterrupt:
                 if not screen.interactive:
@@ -195,11 +286,14 @@ class Chat:
             # one that was loaded without an answer; turns alternate
             session.add_turn("assistant", "")
             self.record(lambda transcript: transcript.end_answer("stopped"))
-        self.record(lambda transcript: transcript.add_user(text))
         compressions = session.kv.compressions
+
+        def begin() -> Iterator[str]:
+            self._record_user(text)
+            return session.send(text)
+
         with self._interruptible() as turn:
-            pieces = self._read(lambda: session.send(text), n_messages=len(session.messages) + 1)
-            self._show(pieces, turn)
+            self._show(self._read(begin, n_messages=len(session.messages) + 1), turn)
         self._show_status(compressions)
 
     def regenerate(self) -> None:
@@ -210,12 +304,17 @@ class Chat:
         """
         session = self.session
         compressions = session.kv.compressions
+
+        def begin() -> Iterator[str]:
+            if session.messages:
+                self.record(Transcript.add_regen)
+            return session.regenerate()
+
         with self._interruptible() as turn:
             if session.messages and session.messages[-1]["role"] == "user":
                 pieces = session.answer()
             else:
-                pieces = self._read(session.regenerate, n_messages=len(session.messages) - 1)
-                self.record(Transcript.add_regen)
+                pieces = self._read(begin, n_messages=len(session.messages) - 1)
             self._show(pieces, turn)
         self._show_status(compressions)
 
@@ -242,14 +341,9 @@ class Chat:
             KvlocalError: they do not go together, or not with the model.
         """
         session = ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
-        total = sum(len(message["content"]) for message in messages) or 1
-        done = 0
         try:
-            for message in messages:
-                self._bar.begin, done = done / total, done + len(message["content"])
-                self._bar.end = done / total
+            for message in self._measured(messages):
                 session.add_turn(message["role"], message["content"])
-                self._bar.show(1, 1)
         except BaseException:
             session.close()
             raise
@@ -257,6 +351,16 @@ class Chat:
             self._bar.close()
         self.session.close()
         self.session, self.config = session, config
+
+    def _measured(self, messages: Sequence[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
+        """These messages one after another; the bar tells how far the reading of them has come."""
+        total = sum(len(message["content"]) for message in messages) or 1
+        done = 0
+        for message in messages:
+            self._bar.begin, done = done / total, done + len(message["content"])
+            self._bar.end = done / total
+            yield message
+            self._bar.show(1, 1)
 
     def _interruptible(self) -> AbstractContextManager[Interruptible | None]:
         return Interruptible(self.session) if self.screen.interactive else nullcontext()
@@ -266,7 +370,7 @@ class Chat:
         try:
             return begin()
         except BaseException as error:
-            if len(self.session.messages) < n_messages:
+            if len(self.session.messages) < n_messages and self._transcript and self._transcript.awaits_answer:
                 self.record(Transcript.add_undo)
             if isinstance(error, KeyboardInterrupt) and self.screen.interactive:
                 raise KvlocalError("stopped while your turn was read: it is taken back, send it again") from None
@@ -275,18 +379,18 @@ class Chat:
             self._bar.close()
 
     def _show(self, pieces: Iterator[str], turn: Interruptible | None) -> None:
-        piece, reason = "", "error"
+        piece, reason, drawn = "", "error", []
         try:
             for piece in turn.answering(pieces) if turn else pieces:
                 # first what outlives the program
                 self.record(lambda transcript, piece=piece: transcript.add_piece(piece))
                 write_answer(piece)
-            reason = self.session.last.stop_reason
+            reason, drawn = self.session.last.stop_reason, self.session.last.drawn
         except KeyboardInterrupt:
             reason = "stopped"
             raise
         finally:
-            self.record(lambda transcript: transcript.end_answer(reason))
+            self.record(lambda transcript: transcript.end_answer(reason, drawn, self.session.kv.history_tokens))
             if not piece.endswith("\n"):
                 write_answer("\n")
 

@@ -250,13 +250,15 @@ def _load(chat: Chat, argument: str) -> None:
 
 def note_loaded(chat: Chat, path: Path, conversation: Conversation) -> None:
     """Say what was read."""
+    chat.screen.note(f"read {len(conversation.messages)} messages from {path}{open_end(conversation)}")
+
+
+def open_end(conversation: Conversation) -> str:
+    """What to say of a last turn that has no whole answer."""
     messages = conversation.messages
-    state = ""
     if messages and messages[-1]["role"] == "user":
-        state = "; the last turn has no answer yet: /regen makes one"
-    elif len(messages) - 1 in conversation.cut_off:
-        state = "; the last answer was cut off"
-    chat.screen.note(f"read {len(messages)} messages from {path}{state}")
+        return "; the last turn has no answer yet: /regen makes one"
+    return "; the last answer was cut off: /regen makes another" if len(messages) - 1 in conversation.cut_off else ""
 
 
 def _path(argument: str, command: str) -> Path:

@@ -15,6 +15,7 @@ from kvlocal_cli.evaluate import eval_group
 from kvlocal_cli.models import models_command, pull_command
 from kvlocal_cli.nexus import nexus_group
 from kvlocal_cli.run import run_command
+from kvlocal_cli.sessions import sessions_group
 from kvlocal_cli.terminal import INTERRUPTED
 
 FAILURE = 1
@@ -70,5 +71,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (chat_command, run_command, batch_command, models_command, pull_command, bench_command, doctor_command, eval_group, nexus_group):
+for command in (chat_command, run_command, batch_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group, nexus_group):
     main.add_command(command)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kvlocal.catalogue import Catalogue, Entry, HubFile, models_dir
 from kvlocal.pull import pull
+from kvlocal_cli.terminal import print_aligned
 
 COLUMNS = ("name", "size", "licence", "status", "path", "what for")
 
@@ -40,7 +41,7 @@ def models_command(as_json: bool) -> None:
                 table.add_row(name, size, licence, status, summary, style="dim")
         console.print(table)
     else:
-        _print_aligned([COLUMNS, *rows])
+        print_aligned([COLUMNS, *rows])
 
 
 @click.command("pull")
@@ -113,10 +114,3 @@ def _row(model: dict[str, str | int | None], default: str) -> tuple[str, ...]:
         model["path"] or "-",
         summary,
     )
-
-
-def _print_aligned(rows: list[tuple[str, ...]]) -> None:
-    """Rich would cut the lines to the width of a terminal that is not there."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Self, TextIO
@@ -18,6 +18,7 @@ from kvlocal.session import ChatSession
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _SOON = 0.3  # seconds; what is done by then needs no bar
+_LINE_SECONDS = 5.0  # between two lines where there is no bar
 
 
 class Interruptible:
@@ -35,7 +36,7 @@ class Interruptible:
     def answering(self, pieces: Iterator[str]) -> Iterator[str]:
         """These pieces of the answer, until Ctrl-C."""
         self._answering = True
-        yield from pieces
+        return pieces
 
     def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         first, self.interrupted = not self.interrupted, True
@@ -53,9 +54,14 @@ class Interruptible:
 
 
 class ReadingBar:
-    """How far long texts have been read, on stderr if that is a terminal, and gone when it is over."""
+    """How far long texts have been read, on stderr if that is a terminal, and gone when it is over.
+
+    Attributes:
+        lines: without a terminal, say it in a line now and then.
+    """
 
     def __init__(self) -> None:
+        self.lines = False
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._since: float | None = None
@@ -64,11 +70,15 @@ class ReadingBar:
 
     def show(self, done: int, total: int) -> None:
         """`done` of `total` tokens of this text have been read."""
-        if not self._console.is_terminal:
-            return
+        share = self.begin + (self.end - self.begin) * done / total
         now = time.monotonic()
         if self._since is None:
             self._since = now
+        if not self._console.is_terminal:
+            if self.lines and now - self._since > _LINE_SECONDS:
+                self._since = now
+                click.echo(f"kvlocal: {share:.0%} read", err=True)
+            return
         if self._bar is None and now - self._since > _SOON:
             self._bar = Progress(
                 TextColumn("reading"), BarColumn(), TaskProgressColumn(), console=self._console, transient=True
@@ -76,7 +86,7 @@ class ReadingBar:
             self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.begin + (self.end - self.begin) * done / total)
+            self._bar.update(self._task, completed=share)
 
     def close(self) -> None:
         """Take it away."""
@@ -104,6 +114,13 @@ def is_terminal(stream: TextIO | None) -> bool:
 def write_answer(text: str) -> None:
     """A piece of an answer on stdout, at once. On a terminal control characters are left out: they could command it."""
     click.echo(printable(text) if is_terminal(sys.stdout) else text, nl=False)
+
+
+def print_aligned(rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout. Rich would cut its lines to the width of a terminal that is not there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def printable(text: str) -> str:

@@ -3,8 +3,6 @@
 import ctypes
 import os
 import re
-import signal
-import threading
 import weakref
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
+from kvlocal.interrupts import CtrlCWaits
 from kvlocal.library import load
 
 # What a KV cache can be made of, and ggml's name for it.
@@ -66,23 +65,15 @@ class _Log:
             self._previous(level, text, self._user_data)
 
     def __enter__(self) -> Self:
-        # an exception in a callback is lost, so Ctrl-C waits until the block is left
-        self._interrupted, self._handler = False, None
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        # an exception in a callback is lost
+        self._ctrl_c = CtrlCWaits().__enter__()
         self._lib.llama_log_get(ctypes.byref(self._previous), ctypes.byref(self._user_data))
         self._lib.llama_log_set(self._callback, ctypes.c_void_p())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lib.llama_log_set(self._previous, self._user_data)
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            if self._interrupted:
-                signal.raise_signal(signal.SIGINT)
-
-    def _interrupt(self, *_: object) -> None:
-        self._interrupted = True
+        self._ctrl_c.__exit__()
 
     @property
     def reason(self) -> str:

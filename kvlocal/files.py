@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +33,36 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             staged.unlink(missing_ok=True)
     except OSError as error:
         raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def replace_at_leisure(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Replace the file at `path`, which only its owner may read, by these chunks one after another, or leave it exactly as it was.
+
+    It does not wait for the disk: after a power failure the file may hold anything, and who reads it has to check. What a killed process leaves
+    behind has `staging_of(path)` for its name and goes the next time; the caller sees to it that no two write at once.
+
+    Raises:
+        KvlocalError: the file cannot be written.
+    """
+    staged = staging_of(path)
+    try:
+        try:
+            staged.unlink(missing_ok=True)
+            with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
+                for chunk in chunks:
+                    rest = memoryview(chunk)
+                    while rest:
+                        rest = rest[file.write(rest) :]
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
+    except OSError as error:
+        raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def staging_of(path: Path) -> Path:
+    """Where `replace_at_leisure` keeps what is not whole yet."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 class LineFile:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,3 +159,46 @@ class Ledger:
         other.carried = {name: array.copy() for name, array in self.carried.items()}
         other.segments = [Segment(**vars(segment)) for segment in self.segments]
         return other
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """All it holds, for a file; `take` reads it.
+
+        numbers: int64 [4]; ids: int32 [n_tokens]; block_of: int32 [n_split]; segments: uint8 [bytes], JSON; tokens, positions: int32 [L, H, n_cells];
+        each carried score by its name, float32 [L, H, n_cells]
+        """
+        return {
+            "numbers": np.array([self.n_pinned, self.n_summed, self.n_reread, self.next_position], np.int64),
+            "ids": self.ids,
+            "block_of": self.block_of,
+            "segments": np.frombuffer(json.dumps([vars(segment) for segment in self.segments]).encode(), np.uint8),
+            "tokens": self.tokens[..., : self.n_cells],
+            "positions": self.positions[..., : self.n_cells],
+            **{name: self.scores(name) for name in self.carried},
+        }
+
+    def take(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Takes over what `arrays` of a ledger with the same carried scores and at most this capacity gave.
+
+        Raises:
+            ValueError: they contradict each other, and cannot have come from a ledger.
+        """
+        ids, tokens, positions = arrays["ids"], arrays["tokens"], arrays["positions"]
+        n_pinned, n_summed, n_reread, next_position = arrays["numbers"].tolist()
+        n_cells, n_tokens, n_split = tokens.shape[-1], len(ids), len(arrays["block_of"])
+        segments = [Segment(**fields) for fields in json.loads(arrays["segments"].tobytes())]
+        ends = [segment.end for segment in segments]
+        consistent = (
+            all(arrays[name].shape == tokens.shape for name in ("positions", *self.carried))
+            and 0 < n_cells <= n_tokens
+            and (np.diff(tokens, axis=-1) > 0).all() and tokens[..., 0].min() >= 0 and (tokens[..., -1] == n_tokens - 1).all()
+            and (np.diff(positions, axis=-1) > 0).all() and positions[..., 0].min() >= 0 and (positions[..., -1] == next_position - 1).all()
+            and n_pinned == self.n_pinned and 0 <= n_summed <= n_tokens and 0 <= n_reread <= n_tokens
+            and n_split <= n_tokens and (np.diff(arrays["block_of"], prepend=0) >= 0).all()
+            and [segment.start for segment in segments] == [0, *ends[:-1]] and ends[-1] == n_tokens
+        )  # fmt: skip
+        if not consistent:
+            raise ValueError("the ledger contradicts itself")
+        self.n_summed, self.n_reread, self.next_position = n_summed, n_reread, next_position
+        self.n_cells, self.n_tokens, self._ids, self.block_of, self.segments = n_cells, n_tokens, ids.copy(), arrays["block_of"].copy(), segments
+        for name, array in {"tokens": self.tokens, "positions": self.positions, **self.carried}.items():
+            array[..., :n_cells] = arrays[name]

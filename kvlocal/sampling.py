@@ -3,6 +3,7 @@
 import math
 import secrets
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Self
 
@@ -77,6 +78,7 @@ class Sampler:
 
     Attributes:
         seed: the seed in use, also when the parameters left it open.
+        recent: the tokens that the repeat penalty looks at, the oldest first.
     """
 
     def __init__(self, model: Model, params: SamplingParams) -> None:
@@ -84,6 +86,7 @@ class Sampler:
         self.params = params
         self.seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
 
+        self.recent: deque[int] = deque(maxlen=params.repeat_last_n)
         chain_params = lib.llama_sampler_chain_default_params()
         chain_params.no_perf = True
         chain = lib.llama_sampler_chain_init(chain_params)
@@ -125,15 +128,19 @@ class Sampler:
             raise EngineError(
                 "the model's predictions are not numbers any more: its file is damaged or a device failed; fetch it again or use --gpu-layers 0"
             )
-        return self._lib.llama_sampler_sample(self._open_chain, context.pointer, i)
+        token = self._lib.llama_sampler_sample(self._open_chain, context.pointer, i)
+        self.recent.append(token)
+        return token
 
     def accept(self, token: int) -> None:
         """Remember a token that was not drawn here."""
         self._lib.llama_sampler_accept(self._open_chain, token)
+        self.recent.append(token)
 
     def reset(self) -> None:
         """Forget the tokens and start the random numbers again from the seed."""
         self._lib.llama_sampler_reset(self._open_chain)
+        self.recent.clear()
 
     def close(self) -> None:
         """Free the chain. Closing twice is harmless."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -158,13 +158,18 @@ REPORTED = ("budget", "peak_cells", "history_tokens", "compressions", "evicted",
 
 @dataclass(frozen=True)
 class TurnStats:
-    """The last answer in numbers. stop_reason: "end" by itself, "length" at max_tokens, "stopped" by the caller."""
+    """The last answer in numbers.
+
+    stop_reason: "end" by itself, "length" at max_tokens, "stopped" by the caller
+    drawn: its tokens, with the one that ended it
+    """
 
     prompt_tokens: int
     answer_tokens: int
     prompt_seconds: float
     answer_seconds: float
     stop_reason: Literal["end", "length", "stopped"]
+    drawn: Sequence[int]
 
     @property
     def tokens_per_second(self) -> float:
@@ -281,7 +286,7 @@ class ChatSession:
             before=self._save_checkpoint,
         )
         # for a copy of the cache (see _Checkpoint), taken now so that memory stays what it is from the first turn on
-        self._copy = np.full(self._context.kv_bytes() + self._context.kv_bytes() // 50 + 2**16 if self._policy.evicts else 0, 0, np.uint8)
+        self._copy = np.full(_copy_bytes(self._context) if self._policy.evicts else 0, 0, np.uint8)
         rereads = config.idle and "reread" in self._policy.needs
         self._second_read = SecondRead(model, self._context, self._native, self._compressor, self.template) if rereads else None
         self._sampler = Sampler(model, config.sampling)
@@ -294,7 +299,6 @@ class ChatSession:
     def _begin(self) -> None:
         """An empty cache with the system prompt in it."""
         self._context.clear()
-        self._ledger = Ledger(self._layout.n_layer, self._layout.n_head_kv, self._capacity + self._spare, self._observer.carries)
         self._checkpoint: _Checkpoint | None = None
         self._prediction: npt.NDArray[np.float32] | None = None  # logits after the last turn that was read
         self._peak = 0
@@ -304,16 +308,21 @@ class ChatSession:
         self._compressor.compressions = self._compressor.rotations = 0
         pieces = self.template.prefix(self._system)
         n_system = sum(len(tokens) for _, tokens in self.template.tokens(self.model, pieces))
-        n_pinned = max(self.config.n_sink, n_system)
-        least = n_pinned + 2 * self.config.window
+        self._n_pinned = max(self.config.n_sink, n_system)
+        self._ledger = self._empty_ledger()
+        least = self._n_pinned + 2 * self.config.window
         if self._policy.evicts and least > self.budget:
             raise SessionError(
                 f"the system prompt takes {n_system} tokens, which always stay, and leaves too little of a budget of {self.budget}: "
                 f"shorten it or give a budget of at least {least}"
             )
-        self._ledger.n_pinned = n_pinned
         self._read(pieces)
         self._ledger.n_reread = self._ledger.n_tokens
+
+    def _empty_ledger(self) -> Ledger:
+        ledger = Ledger(self._layout.n_layer, self._layout.n_head_kv, self._capacity + self._spare, self._observer.carries)
+        ledger.n_pinned = self._n_pinned
+        return ledger
 
     def _read(self, pieces: Sequence[Piece]) -> int:
         """Evaluates pieces, each in a segment of its role; returns the number of tokens."""
@@ -501,7 +510,7 @@ class ChatSession:
         stream = TextStream(self.template.stop_strings)
         message = {"role": "assistant", "content": ""}
         self.messages.append(message)
-        n, reason, started = 0, "stopped", time.perf_counter()
+        n, drawn, reason, started = 0, [], "stopped", time.perf_counter()
         try:
             while not self._stop:
                 if n >= self.max_tokens:
@@ -509,6 +518,7 @@ class ChatSession:
                     break
                 sampling = time.perf_counter()
                 token = self._sampler.sample(self._context)
+                drawn.append(token)
                 self.seconds.sample += time.perf_counter() - sampling
                 if token in self.model.end_tokens:
                     reason = "end"
@@ -531,7 +541,28 @@ class ChatSession:
             raise
         finally:
             self._ledger.segments[-1].text = message["content"].strip()[:_EXCERPT]
-            self.last = TurnStats(self._prompt_tokens, n, self._prompt_seconds, time.perf_counter() - started, reason)
+            self.last = TurnStats(self._prompt_tokens, n, self._prompt_seconds, time.perf_counter() - started, reason, drawn)
+
+    def add_answer(self, content: str, drawn: Sequence[int]) -> None:
+        """As add_turn("assistant", content), for an answer that was drawn as these tokens (TurnStats.drawn): they are evaluated one by one, so
+        that the cache becomes what it was then, and not only nearly so. If they are not the tokens of that text, it is added as any other.
+        """
+        stream = TextStream(self.template.stop_strings)
+        if max(drawn, default=0) >= self.model.n_vocab or min(drawn, default=0) < 0:
+            drawn = ()
+        text = "".join(stream.push(self.model.token_bytes(token)) for token in drawn if token not in self.model.end_tokens) + stream.flush()
+        if text != content or not self.messages or self.messages[-1]["role"] != "user":
+            return self.add_turn("assistant", content)
+        self.messages.append({"role": "assistant", "content": content})
+        try:
+            for token in drawn:
+                self._sampler.accept(token)
+                if token not in self.model.end_tokens:
+                    self._append(np.array([token], np.int32), "decode")
+        except BaseException:
+            self._take_back("assistant")
+            raise
+        self._ledger.segments[-1].text = content.strip()[:_EXCERPT]
 
     def second_read(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Reads the finished turns that were not read again yet a second time, for a policy that scores cells by it (KVzip).
@@ -674,6 +705,93 @@ class ChatSession:
         for message in messages:
             self.add_turn(message["role"], message["content"])
 
+    # a copy of the cache that outlives the process
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """All settings that decide what is in the cache besides the model, the messages and the system prompt, as JSON can hold them."""
+        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
+        settings = {name: getattr(self.config, name) for name in names}
+        return settings | {"policy_args": asdict(self._policy), "budget": self.budget, "cells": self._capacity + self._spare}
+
+    @property
+    def nexus(self) -> NexusTokens | None:
+        """The Nexus tokens in use."""
+        return self._nexus
+
+    def snapshot(self) -> dict[str, npt.NDArray[np.generic]]:
+        """What the answers to come depend on, after an answer and besides `signature`, model, messages and system prompt; `resume` takes it.
+
+        numbers: int64 [3]; recent: int32 [n], tokens the repeat penalty looks at; cache, ring: uint8 [bytes]; ledger.*: Ledger.arrays; and if the
+        last turn can be taken back, checkpoint.numbers: int64 [2], checkpoint.ring, and checkpoint.cache and checkpoint.ledger.* if need be
+        """
+        if self._layout.is_swa:
+            # the cells of the window get the order that they have after `resume`: sums of floats depend on it
+            with taken_back(self._context, self._native):
+                pass
+        compressor, checkpoint = self._compressor, self._checkpoint
+        arrays = {
+            "numbers": np.array([compressor.compressions, compressor.rotations, self._peak], np.int64),
+            "recent": np.array(self._sampler.recent, np.int32),
+            "cache": self._context.state_get(),
+            "ring": self._native.ring_state(),
+            **_named("ledger", self._ledger),
+        }
+        if checkpoint:
+            arrays |= {"checkpoint.numbers": np.array([checkpoint.n_tokens, checkpoint.n_messages], np.int64), "checkpoint.ring": checkpoint.ring}
+            if checkpoint.ledger:
+                arrays |= {"checkpoint.cache": checkpoint.state, **_named("checkpoint.ledger", checkpoint.ledger)}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def snapshot_limits(self, n_text: int) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+        """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
+        cells = self._ledger.tokens.shape
+        n_ring = 0 if (ring := self._native.ring_state()) is None else len(ring)
+        ledger = {"numbers": ("<i8", (4,)), "ids": ("<i4", (n_text,)), "block_of": ("<i4", (n_text,)), "segments": ("u1", (n_text,))}
+        ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **{name: ("<f4", cells) for name in self._ledger.carried}}
+        limits = {"numbers": ("<i8", (3,)), "recent": ("<i4", (self._sampler.recent.maxlen,)), "checkpoint.numbers": ("<i8", (2,))}
+        for prefix in ("", "checkpoint."):
+            limits |= {f"{prefix}cache": ("u1", (_copy_bytes(self._context),)), f"{prefix}ring": ("u1", (n_ring,))}
+            limits |= {f"{prefix}ledger.{name}": limit for name, limit in ledger.items()}
+        return limits
+
+    def resume(self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Goes on from a `snapshot` that a session with the same signature, model and system prompt gave after these messages.
+
+        Raises:
+            SessionError: it does not fit; the session is then at its beginning.
+        """
+        self._begin()
+        try:
+            self._ledger.take(_of("ledger", arrays))
+            self._context.clear()
+            self._context.state_set(0, arrays["cache"])
+            self._native.set_ring_state(arrays.get("ring"))
+            if self._native.n_cells() != self._ledger.n_cells or self._context.pos_max(0) != self._ledger.next_position - 1:
+                raise ValueError("cache and ledger differ")
+            self._compressor.compressions, self._compressor.rotations, self._peak = arrays["numbers"].tolist()
+            for token in arrays["recent"].tolist():
+                self.model.check_token(token)
+                self._sampler.accept(token)
+            if "checkpoint.numbers" in arrays:
+                self._checkpoint = self._checkpoint_of(arrays)
+        except (KvlocalError, LookupError, TypeError, ValueError, AttributeError) as error:
+            self._begin()
+            raise SessionError(f"this is no state of such a session ({error}): read the messages again") from error
+        self.messages[:] = [dict(message) for message in messages]
+
+    def _checkpoint_of(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> _Checkpoint:
+        n_tokens, n_messages = arrays["checkpoint.numbers"].tolist()
+        checkpoint = _Checkpoint(n_tokens, n_messages, arrays.get("checkpoint.ring"))
+        ledger = self._ledger
+        if "checkpoint.cache" in arrays:
+            ledger = checkpoint.ledger = self._empty_ledger()
+            ledger.take(_of("checkpoint.ledger", arrays))
+            checkpoint.state = arrays["checkpoint.cache"]
+        if not 0 < n_tokens <= ledger.n_tokens or ledger.n_tokens - n_tokens > ledger.n_cells:
+            raise ValueError("the last turn is not in the cache")
+        return checkpoint
+
     def set_sampling(self, sampling: SamplingParams) -> None:
         """Draws tokens in another way from the next answer on."""
         sampler = Sampler(self.model, sampling)
@@ -748,3 +866,16 @@ class ChatSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _copy_bytes(context: Context) -> int:
+    """What a copy of a cache takes at most."""
+    return context.kv_bytes() + context.kv_bytes() // 50 + 2**16
+
+
+def _named(prefix: str, ledger: Ledger) -> dict[str, npt.NDArray[np.generic]]:
+    return {f"{prefix}.{name}": array for name, array in ledger.arrays().items()}
+
+
+def _of(prefix: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+    return {name.removeprefix(f"{prefix}."): array for name, array in arrays.items() if name.startswith(f"{prefix}.")}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -114,6 +115,158 @@ def test_what_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(KvlocalError, match="cannot write"):
         Transcript.open(tmp_path / "file" / "x.jsonl", model="m", system=None)
+
+
+def resume(path: Path) -> Transcript:
+    return Transcript.resume(path)
+
+
+def test_a_session_goes_on(path):
+    with resume(path) as first:
+        assert first.conversation is None
+        first.begin(model="m", system="Be brief.")
+        say(first, "a", "1")
+    with resume(path) as second:
+        assert texts(second.conversation) == ["a", "1"] and second.conversation.system == "Be brief."
+        second.add_user("b")
+        second.add_piece("2")
+        second.end_answer("end", [5, 6], 40)
+    chat = Transcript.read(path)
+    assert texts(chat) == ["a", "1", "b", "2"] and chat.drawn == {3: [5, 6]} and chat.n_tokens == 40 and chat.started
+
+
+def test_a_session_in_which_nothing_was_said_leaves_no_file(path):
+    resume(path).close()
+    assert not path.exists()
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+    assert not path.exists()
+
+
+def test_a_session_is_open_in_one_place(path):
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+        say(session, "a", "1")
+        content = path.read_bytes()
+        with pytest.raises(KvlocalError, match="in use by another kvlocal"):
+            resume(path)
+        assert path.read_bytes() == content
+    resume(path).close()
+
+
+@pytest.mark.parametrize("n_lost", [0, 1, 5, 20])
+def test_what_a_crash_left_is_mended_and_marked(path, n_lost):
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+        session.add_user("a")
+        session.add_piece("one ☃ ")
+        session.add_piece("two ☃ ☃ ☃")
+    os.truncate(path, path.stat().st_size - n_lost)
+    with resume(path) as session:
+        assert texts(session.conversation) == ["a", "one ☃ " if n_lost else "one ☃ two ☃ ☃ ☃"] and session.conversation.cut_off == [1]
+        assert json.loads(path.read_text().splitlines()[-1]) == {"record": "end", "reason": "cut"}
+    with resume(path) as session:
+        assert session.conversation.cut_off == [1]
+        say(session, "b", "2")
+    assert texts(Transcript.read(path))[2:] == ["b", "2"] and Transcript.read(path).cut_off == [1]
+
+
+def test_the_mark_goes_with_the_answer(path):
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+        session.add_user("a")
+        session.add_piece("1")
+    with resume(path) as session:
+        assert not session.awaits_answer
+        session.add_regen()
+        assert session.awaits_answer
+        session.add_piece("2")
+        session.end_answer("end", [7])
+    chat = Transcript.read(path)
+    assert texts(chat) == ["a", "2"] and chat.cut_off == [] and chat.drawn == {1: [7]}
+
+
+@pytest.mark.parametrize("n_left", [0, 1, 10, 60])
+def test_a_torn_first_line_begins_anew(path, n_left):
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+        session.add_user("a")
+    os.truncate(path, n_left)
+    with resume(path) as session:
+        assert session.conversation is None
+        session.begin(model="m", system=None)
+        session.add_user("b")
+    assert texts(Transcript.read(path)) == ["b"]
+
+
+@pytest.mark.parametrize("content", ["hello", "hello\n", '{"format": "kvlocal-chat"}\n', '{"record": "user"'])
+def test_files_of_others_are_no_sessions(path, content):
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(KvlocalError, match="neither a saved chat nor a transcript"):
+        resume(path)
+    assert path.read_text() == content
+
+
+def test_another_model_makes_tokens_worthless(path):
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+        session.add_user("a")
+        session.add_piece("1")
+        session.end_answer("end", [5])
+        session.add_model("n")
+    chat = Transcript.read(path)
+    assert chat.model == "n" and chat.drawn == {}
+
+
+def test_ctrl_c_waits_until_a_record_is_written(path, monkeypatch):
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda handle: (signal.raise_signal(signal.SIGINT), fsync(handle)))
+        with pytest.raises(KeyboardInterrupt):
+            session.add_user("a")
+        monkeypatch.undo()
+        assert session.awaits_answer
+        session.add_piece("1")
+        session.end_answer("end")
+    assert texts(Transcript.read(path)) == ["a", "1"]
+
+
+def test_what_finds_no_room_leaves_whole_lines_and_comes_later(path, monkeypatch):
+    """Half a record is cut off again; a user turn is refused, an answer that was given already waits."""
+    write, room = os.write, 0
+
+    def write_a_little(handle: int, data: memoryview) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(28, "No space left on device")
+        n = write(handle, data[:room])
+        room -= n
+        return n
+
+    with resume(path) as session:
+        session.begin(model="m", system=None)
+        say(session, "a", "1")
+        monkeypatch.setattr(os, "write", write_a_little)
+        for n in (0, 7):
+            room, content = n, path.read_bytes()
+            with pytest.raises(KvlocalError, match="No space"):
+                session.add_user("b")
+            assert path.read_bytes() == content and not session.awaits_answer
+        room = 10_000
+        session.add_user("c")
+        session.add_piece("2")
+        room = 5
+        for _ in range(2):
+            with pytest.raises(KvlocalError, match="No space"):
+                session.add_piece("3")
+        with pytest.raises(KvlocalError, match="No space"):
+            session.end_answer("end")
+        assert texts(Transcript.read(path)) == ["a", "1", "c", "2"] and Transcript.read(path).cut_off == [3]
+        room = 10_000
+        session.add_user("d")
+        assert texts(Transcript.read(path)) == ["a", "1", "c", "233", "d"] and Transcript.read(path).cut_off == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")

@@ -1,0 +1,340 @@
+"""`kvlocal chat --session` and `kvlocal sessions`: a conversation outlives its process, whatever ends it."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from terminal import Terminal
+
+from kvlocal.snapshot import snapshot_path
+from kvlocal.transcript import Transcript, load
+from kvlocal_cli.idle import Idle
+from kvlocal_cli.main import main
+
+# one thread: two that wait for each other crawl when the machine is busy
+OPTIONS = ("--threads", "1", "--temp", "0", "--max-tokens", "12", "--kv-budget", "96", "--stride", "32")
+STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
+ASKED = ["Name a bird.", STORY * 3, "Name a tree.", STORY * 2 + "What is it?"]
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("KVLOCAL_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def path(state) -> Path:
+    return state / "sessions" / "trip.jsonl"
+
+
+@pytest.fixture
+def chat(smollm2):
+    """A chat through pipes; `limit`: no file may become larger."""
+
+    def run(*args: str, stdin: list[str], limit: int | None = None, model: str | None = str(smollm2)) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "kvlocal_cli", "chat", *([model] if model else []), *OPTIONS, *args]
+        confine = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit is not None else None
+        return subprocess.run(command, input="\n".join(stdin), capture_output=True, text=True, timeout=120, preexec_fn=confine)
+
+    return run
+
+
+def messages(path: Path) -> list[str]:
+    return [message["content"] for message in Transcript.read(path).messages]
+
+
+def test_two_processes_say_what_one_says(chat, path, tmp_path):
+    """The second goes on from the snapshot, with the model of the first; nothing is read again."""
+    together = chat("--session", str(tmp_path / "one.jsonl"), stdin=ASKED)
+    first = chat("--session", "trip", "--verbose", stdin=ASKED[:2])
+    assert (first.returncode, together.returncode, together.stderr) == (0, 0, "")
+    second = chat("--session", "trip", "--verbose", stdin=[*ASKED[2:], "/kv"], model=None)
+    assert second.returncode == 0, second.stderr
+    assert "back in trip: 4 messages" in second.stderr and "again" not in second.stderr
+    answers, _, _ = second.stdout.partition("turn  role")
+    assert first.stdout + answers == together.stdout
+    assert messages(path) == messages(tmp_path / "one.jsonl")
+    assert int(re.search(r"evicted in (\d+) compressions", second.stdout)[1]) > 1
+    assert path.stat().st_mode & 0o777 == snapshot_path(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_without_its_snapshot_or_with_other_options_it_is_read_again(chat, path):
+    chat("--session", "trip", stdin=ASKED[:2])
+    said = messages(path)
+    content = snapshot_path(path).read_bytes()
+    for spoil, why in (
+        (lambda: snapshot_path(path).unlink(), "there is no snapshot"),
+        (lambda: snapshot_path(path).write_bytes(content[:-1]), "the snapshot is incomplete"),
+    ):
+        spoil()
+        result = chat("--session", "trip", stdin=["/kv"])
+        assert result.returncode == 0 and f"kvlocal: {why}: 4 messages are read again" in result.stderr
+        assert "Name a bird." in result.stdout and messages(path) == said
+        # and is as good as new
+        assert chat("--session", "trip", stdin=[]).stderr == ""
+    result = chat("--session", "trip", "--kv-budget", "128", stdin=["Go on."])
+    assert result.returncode == 0 and "made with another budget" in result.stderr and messages(path)[:4] == said
+
+
+def test_a_turn_that_a_crash_left_open_is_kept_and_marked(chat, path):
+    chat("--session", "trip", stdin=ASKED[:3])
+    whole = messages(path)
+    with Transcript.resume(path) as transcript:
+        transcript.add_undo()
+        transcript.add_user(ASKED[2])
+        transcript.add_piece("An o")
+    result = chat("--session", "trip", "--verbose", stdin=["/regen"])
+    assert "the last answer was cut off: /regen makes another" in result.stderr and "again" not in result.stderr
+    assert messages(path) == whole
+    with Transcript.resume(path) as transcript:
+        transcript.add_user(ASKED[3])
+    result = chat("--session", "trip", "--verbose", stdin=["/regen"])
+    assert "has no answer yet" in result.stderr and len(messages(path)) == 8
+
+
+def test_a_second_process_is_told(chat, path):
+    chat("--session", "trip", stdin=ASKED[:1])
+    with Transcript.resume(path):
+        content = path.read_bytes()
+        result = chat("--session", "trip", stdin=["Hello"])
+        assert result.returncode == 1 and result.stdout == ""
+        assert re.fullmatch(r"kvlocal: .*trip\.jsonl is in use by another kvlocal: leave that chat first, or .*\n", result.stderr)
+        for args in (["delete", "trip", "--yes"], ["rename", "trip", "other"]):
+            assert failure(*args).startswith(f"kvlocal: {path} is in use")
+        assert path.read_bytes() == content
+    assert chat("--session", "trip", stdin=["Hello"]).returncode == 0
+
+
+def test_options_that_do_not_go_together(chat, path, tmp_path):
+    chat("--session", "trip", stdin=ASKED[:1])
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"format": "kvlocal-chat", "version": 1, "system": "Be kind.", "messages": [{"role": "user", "content": "Hello"}]}))
+    for args in (("--no-transcript",), ("--load", str(path))):
+        result = chat("--session", "trip", *args, stdin=[])
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "is no name for a session" in chat("--session", "a:b", stdin=[]).stderr
+    assert chat("--session", "new", "--load", str(other), stdin=["/regen"]).returncode == 0
+    assert messages(path.with_name("new.jsonl"))[0] == "Hello" and Transcript.read(path.with_name("new.jsonl")).system == "Be kind."
+
+
+def test_another_system_prompt_goes_into_the_transcript(chat, path):
+    chat("--session", "trip", "--system", "Be kind.", stdin=ASKED[:1])
+    assert "Be kind." in chat("--session", "trip", stdin=["/system"]).stdout
+    result = chat("--session", "trip", "--system", "Be rude.", stdin=["/system"])
+    assert "another conversation" in result.stderr and Transcript.read(path).system == "Be rude."
+
+
+def test_no_room_for_the_snapshot_is_said_once_and_nothing_else_is_lost(chat, path):
+    result = chat("--session", "trip", stdin=ASKED[:3], limit=2**16)
+    assert result.returncode == 0 and result.stderr.count("\n") == 1
+    assert re.search(r"cannot write .*snapshot: File too large; the session goes on, but the way back to it will be slow", result.stderr)
+    assert messages(path)[::2] == ASKED[:3] and result.stdout == "".join(f"{text}\n" for text in messages(path)[1::2])
+    assert sorted(os.listdir(path.parent)) == ["trip.jsonl"]
+
+
+@pytest.mark.parametrize("room", [0, 30, 400])
+def test_a_turn_that_finds_no_room_is_refused(chat, path, room):
+    """What there is no room for is not taken, or shown with a warning; the file stays whole, and the chat goes on when there is room."""
+    chat("--session", "trip", stdin=ASKED[:1])
+    before = messages(path)
+    limit = path.stat().st_size + room
+    result = chat("--session", "trip", stdin=ASKED[2:], limit=limit)
+    assert result.returncode == 1 and "File too large; your turn is not taken: make room and send it again" in result.stderr
+    kept = messages(path)
+    assert kept[:2] == before and len(kept) == (4 if room == 400 else 2)
+    if room == 400:
+        assert kept[2] == ASKED[2] and "is lost if the chat ends before there is" in result.stderr and result.stdout.startswith(kept[3])
+    again = chat("--session", "trip", stdin=["/regen", *ASKED[3:]] if room == 400 else ASKED[2:])
+    assert again.returncode == 0 and messages(path)[::2] == [ASKED[0], *ASKED[2:]]
+
+
+def test_a_small_file_system_that_is_full(chat, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", small], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        path = small / "one.jsonl"
+        result = chat("--session", str(path), stdin=ASKED[:1])
+        assert result.returncode == 0 and "No space left on device; the session goes on" in result.stderr
+        said = messages(path)
+        (small / "filling").write_bytes(bytes(64 * 2**10 - 2 * 4096 - path.stat().st_size // 4096 * 4096))
+        result = chat("--session", str(path), stdin=["Hello " * 2000])
+        assert result.returncode == 1 and "No space left on device; your turn is not taken" in result.stderr
+        assert messages(path) == said and result.stdout == ""
+        (small / "filling").unlink()
+        assert chat("--session", str(path), stdin=ASKED[1:2]).returncode == 0 and len(messages(path)) == 4
+        subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+        result = chat("--session", str(path), stdin=["Hello"])
+        assert result.returncode == 1 and re.fullmatch(r"kvlocal: cannot write .*one\.jsonl: Read-only file system\n", result.stderr)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_killed_at_the_prompt_and_in_an_answer(smollm2, path, number):
+    """On a terminal: the first time while the person types, the second in an answer; all that was shown is there."""
+
+    def start() -> Terminal:
+        return Terminal("chat", str(smollm2), *OPTIONS, "--session", "trip", "--max-tokens", "200", env=os.environ)
+
+    with start() as first:
+        first.wait_for_prompt()
+        first.type("Name a bird.\r")
+        first.wait_for_prompt()
+        first.type("not sen")
+        wait_until(lambda: snapshot_path(path).exists())
+        first.kill(number)
+        assert first.wait_for_end() == -number
+    with start() as second:
+        assert "back in trip: 2 messages" in second.wait_for_prompt()
+        second.type("Write a long story about a cat.\r")
+        second.wait_for(r"\?2004l")
+        second.wait_for(r"(\w+ ){12}")
+        second.kill(number)
+        assert second.wait_for_end() == -number
+        shown = second.output.rpartition("\x1b[?2004l")[2].replace("\r\n", "\n")
+    kept = Transcript.read(path)
+    assert kept.messages[0]["content"] == "Name a bird." and kept.cut_off == [3]
+    assert kept.messages[3]["content"].startswith(shown) and len(shown) > 30
+    with start() as third:
+        assert "the last answer was cut off" in third.wait_for_prompt()
+        third.type("\x04")
+        assert third.wait_for_end() == 0
+    assert "again" not in third.output.replace("/regen makes another", "")
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_is_written_does_not_hold_up_the_next_turn():
+    """The thread is told to stop when the line is sent, and stops."""
+    told = threading.Event()
+
+    class Session:
+        def finish_turn(self): ...
+        def second_read(self, stop): ...
+
+    def keep(stop):
+        while not stop():
+            time.sleep(0.01)
+        told.set()
+
+    with Idle(Session(), keep):
+        time.sleep(0.05)
+        assert not told.is_set()
+    assert told.is_set()
+
+
+def test_a_few_kills(smollm2):
+    script = Path(__file__).parent / "measure" / "kill_chat.py"
+    result = subprocess.run([sys.executable, script, "3", "--model", smollm2], capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout)["kills"] == 3
+
+
+# kvlocal sessions
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["sessions", *args])
+    return end.value.code
+
+
+def failure(*args: str) -> str:
+    command = [sys.executable, "-m", "kvlocal_cli", "sessions", *args]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert result.returncode and result.stdout == ""
+    return result.stderr
+
+
+def make(path: Path, *texts: str, model: str = "m") -> None:
+    with Transcript.resume(path) as transcript:
+        transcript.begin(model=model, system="Be brief.")
+        for text in texts:
+            transcript.add_user(text)
+            transcript.add_piece(f"{text}!")
+            transcript.end_answer("end", [1], 12)
+    snapshot_path(path).write_bytes(bytes(1000))
+
+
+def test_list_shows_what_there_is(path, capsys):
+    assert run("list") == 0 and capsys.readouterr().out == ""
+    make(path, "a", "b", model="/models/some.gguf")
+    make(path.with_name("älter.jsonl"))
+    make(path.with_name("talk 2.jsonl"), "c")
+    path.with_name("broken.jsonl").write_text("x\n")
+    os.utime(path, (2**30, 2**30))
+    assert run("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("name +model +turns +tokens +last used +size", lines[0])
+    assert any(re.match(r"talk 2 +m +1 +12 +20\d\d-", line) for line in lines)
+    assert any(re.match(r"broken +- +damaged +- ", line) for line in lines)
+    assert re.match(r"trip +some\.gguf +2 +12 +2004-01-10 \d\d:37 +1\.[4-9] kB", lines[-1])
+    assert run("list", "--json") == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["sessions"]}
+    assert found["trip"]["turns"] == 2 and found["trip"]["bytes"] == path.stat().st_size + 1000 and found["broken"]["turns"] is None
+
+
+def test_show_and_export(path, capsys, tmp_path):
+    make(path, "a", "Was\nnun? ☃")
+    with Transcript.resume(path) as transcript:
+        transcript.add_user("b")
+        transcript.add_piece("half")
+    assert run("show", "trip") == 0
+    shown = capsys.readouterr()
+    assert re.search(r"^system +Be brief\.$", shown.out, re.M) and shown.out.endswith("\n>>> b\n\nhalf\n") and "cut off" in shown.err
+    assert run("export", "trip") == 0
+    assert capsys.readouterr().out == (
+        "# trip\n\n## System\n\nBe brief.\n\n## You\n\na\n\n## Answer\n\na!\n\n## You\n\nWas\nnun? ☃\n\n## Answer\n\nWas\nnun? ☃!\n\n"
+        "## You\n\nb\n\n## Answer (cut off)\n\nhalf\n"
+    )
+    out = tmp_path / "out.json"
+    assert run("export", str(path), "--format", "json", "-o", str(out)) == 0
+    assert load(out).messages == Transcript.read(path).messages and load(out).system == "Be brief."
+    assert "is there already" in failure("export", "trip", "-o", str(out)) and load(out).messages
+    assert run("export", "trip", "-o", str(out), "--force") == 0 and out.read_text().startswith("# trip")
+    assert "cannot write" in failure("export", "trip", "-o", str(tmp_path / "no" / "where"))
+
+
+def test_rename(path):
+    make(path, "a")
+    content = path.read_bytes()
+    make(path.with_name("taken.jsonl"), "b")
+    assert "is there already" in failure("rename", "trip", "taken")
+    assert "is there already" in failure("rename", "trip", "trip")
+    assert "is no name" in failure("rename", "trip", ".hidden")
+    assert path.read_bytes() == content
+    assert run("rename", "trip", "new name") == 0
+    new = path.with_name("new name.jsonl")
+    assert new.read_bytes() == content and snapshot_path(new).stat().st_size == 1000
+    assert not path.exists() and not snapshot_path(path).exists()
+
+
+def test_delete_asks_first(path):
+    make(path, "a")
+    assert "confirm with --yes" in failure("delete", "trip") and path.exists()
+    for answer, stays in (("n\r", True), ("y\r", False)):
+        with Terminal("sessions", "delete", "trip", env=os.environ) as terminal:
+            terminal.wait_for(r"\[y/N\]")
+            terminal.type(answer)
+            assert terminal.wait_for_end() == (130 if stays else 0)
+        assert path.exists() == stays and snapshot_path(path).exists() == stays
+    make(path, "a")
+    assert run("delete", "trip", "--yes") == 0 and os.listdir(path.parent) == []
+    for command in (["delete", "trip", "--yes"], ["show", "trip"], ["export", "trip"], ["rename", "trip", "a"]):
+        assert failure(*command).startswith("kvlocal: there is no session trip: ")

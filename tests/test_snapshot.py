@@ -1,0 +1,342 @@
+"""A snapshot brings a conversation back bit by bit, and one that does not fit is found out before anything is done with it."""
+
+import dataclasses
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_nexus_session import nexus_file
+
+from kvlocal import snapshot as module
+from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
+from kvlocal.files import staging_of
+from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.resumption import EXACT, read_on
+from kvlocal.sampling import SamplingParams
+from kvlocal.session import ChatSession, SessionConfig, SessionError
+from kvlocal.snapshot import SnapshotError, Snapshots
+from kvlocal.transcript import Conversation
+
+GREEDY = SamplingParams(temperature=0, repeat_penalty=1.1)
+SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=24, n_threads=1, sampling=GREEDY, system="Be brief.")
+STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
+ASKED = ["Name a bird.", STORY * 5 + "What did the keeper write down?", "Name a tree.", STORY * 3 + "Who wrote?", "And when?"]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    with Model(smollm2) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def nexus(smollm2, model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("nexus") / "test.nexus.gguf"
+    nexus_file(smollm2).save(path)
+    return NexusTokens(model, path)
+
+
+@pytest.fixture
+def snapshots(tmp_path):
+    return Snapshots(tmp_path / "one.snapshot")
+
+
+def session(model, nexus=None, **changes):
+    return ChatSession(model, dataclasses.replace(SMALL, **changes), nexus=nexus)
+
+
+def ask(chat, texts, keep=lambda: None):
+    """The answers, with all that a chat does between its turns."""
+    answers = []
+    for text in texts:
+        answers.append("".join(chat.send(text)))
+        chat.finish_turn()
+        keep()
+        chat.second_read()
+    return answers
+
+
+def check_equal(one, other):
+    assert one.messages == other.messages and one.segments() == other.segments()
+    assert dataclasses.replace(one.kv, nexus=0.0) == dataclasses.replace(other.kv, nexus=0.0)
+    arrays, others = one.snapshot(), other.snapshot()
+    assert arrays.keys() == others.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, others[name], err_msg=name)
+
+
+KINDS = {
+    "default": {},
+    "q8_0": {"type_k": "q8_0", "type_v": "q8_0", "policy": "gkv"},
+    "sums": {"policy": "h2o", "positions": "cache"},
+    "blocks": {"policy": "dynsplit"},
+    "ratio": {"ratio": 0.6, "budget": 400},
+    "nexus": {"policy": "hybrid", "budget": 192},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_after_a_restore_are_those_without_the_interruption(model, nexus, snapshots, kind):
+    """Also over compressions, before and after it, with a second read and with Nexus tokens."""
+    tokens = nexus if kind == "nexus" else None
+    with session(model, tokens, **KINDS[kind]) as through, session(model, tokens, **KINDS[kind]) as back:
+        ask(through, ASKED[:3], lambda: snapshots.save(through))
+        before = through.kv
+        assert before.compressions > 0 or kind in ("ratio", "nexus")
+        assert Snapshots(snapshots.path).load(back, through.messages) == 6
+        back.second_read()
+        check_equal(through, back)
+        assert ask(through, ASKED[3:]) == ask(back, ASKED[3:])
+        assert through.kv.compressions > before.compressions
+        check_equal(through, back)
+
+
+def test_a_sliding_window_comes_back(gemma3, snapshots):
+    with Model(gemma3) as model, session(model, n_ubatch=128, budget=256) as through, session(model, n_ubatch=128, budget=256) as back:
+        ask(through, [STORY * 20, "Go on."], lambda: snapshots.save(through))
+        snapshots.load(back, through.messages)
+        back.second_read()
+        assert ask(through, ASKED[3:]) == ask(back, ASKED[3:])
+        check_equal(through, back)
+
+
+@pytest.mark.parametrize("turn", ["Name a tree.", STORY * 6])
+def test_the_last_turn_can_be_taken_back_after_a_restore(model, snapshots, turn):
+    """Whether something was removed in it or not, and nothing is read again."""
+    with session(model) as through, session(model) as back:
+        ask(through, [*ASKED[:2], turn], lambda: snapshots.save(through))
+        snapshots.load(back, through.messages)
+        back.second_read()
+        back._begin = back.restore = None
+        assert through.undo() == back.undo()
+        check_equal(through, back)
+        assert ask(through, ASKED[3:]) == ask(back, ASKED[3:])
+
+
+def test_turns_behind_a_snapshot_are_read_as_they_were_drawn(model, snapshots):
+    """The cache becomes what it was, bit by bit; without the tokens, or with others, the words are read."""
+    with session(model) as through, session(model) as back, session(model) as other:
+        drawn = {}
+        for i, text in enumerate(ASKED):
+            ask(through, [text], lambda i=i: snapshots.save(through) if i < 3 else None)
+            drawn[2 * i + 1] = through.last.drawn
+        conversation = Conversation(through.messages, drawn=drawn)
+        assert snapshots.load(back, through.messages) == 6
+        read_on(back, conversation)
+        back.second_read()
+        check_equal(through, back)
+        for wrong in ({9: [5, 6]}, {9: [2**31]}, {9: [-1]}, {9: through.last.drawn * EXACT}, {}):
+            assert snapshots.load(other, through.messages) == 6
+            read_on(other, dataclasses.replace(conversation, drawn=wrong))
+            assert other.messages == through.messages
+
+
+def test_another_last_turn_gives_the_one_before(model, snapshots):
+    """A process that died while it answered a turn anew has a snapshot with the answer that was given up."""
+    plain = SamplingParams(temperature=0)
+    with session(model, sampling=plain) as through, session(model, sampling=plain) as back:
+        ask(through, ASKED[:3], lambda: snapshots.save(through))
+        messages = [*through.messages[:-1], {"role": "assistant", "content": "An o"}]
+        assert snapshots.load(back, messages) == 4
+        assert back.messages == through.messages[:4]
+        read_on(back, Conversation(messages))
+        assert back.messages == messages
+        assert "".join(back.regenerate()) == through.messages[-1]["content"]
+
+
+@pytest.fixture
+def kept(model, snapshots):
+    """A conversation of two turns with a snapshot."""
+    with session(model, budget=64) as chat:
+        ask(chat, ["Name a bird.", "Name a tree."])
+        snapshots.save(chat)
+        return list(chat.messages)
+
+
+def check_refused(model, snapshots, messages, match, **changes):
+    with session(model, **{"budget": 64, **changes}) as chat:
+        with pytest.raises(SnapshotError, match=match):
+            snapshots.load(chat, messages)
+        assert chat.messages == [] and chat.kv.history_tokens == chat.segments()[0].n_tokens
+        assert "".join(chat.send("Hello!"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"budget": 80}, "another budget"),
+        ({"stride": 33}, "another stride"),
+        ({"window": 8}, "another window"),
+        ({"policy": "kvzip"}, "another policy"),
+        ({"policy_args": {"now": 0.5}}, "another policy args"),
+        ({"type_k": "q8_0"}, "another type k"),
+        ({"positions": "cache"}, "another positions"),
+        ({"n_ubatch": 32}, "another n ubatch"),
+        ({"system": "Be kind."}, "another conversation"),
+    ],
+)
+def test_other_settings_are_found_out(model, snapshots, kept, changes, match):
+    check_refused(model, snapshots, kept, match, **changes)
+
+
+def test_another_model_or_version_or_conversation_is_found_out(model, snapshots, kept, monkeypatch):
+    shorter, other = kept[:1], [{"role": "user", "content": "Name a fish."}, *kept[1:]]
+    for messages in ([], shorter, other):
+        check_refused(model, snapshots, messages, "another conversation")
+    monkeypatch.setattr(module, "fingerprint", lambda path: "other")
+    check_refused(model, snapshots, kept, "another model")
+    monkeypatch.undo()
+    monkeypatch.setattr("kvlocal.__version__", "0.0.1")
+    check_refused(model, snapshots, kept, "another kvlocal")
+    snapshots.path.unlink()
+    check_refused(model, snapshots, kept, "there is no snapshot")
+    snapshots.path.mkdir()
+    check_refused(model, snapshots, kept, "cannot be read")
+
+
+def test_samples_of_a_large_file_tell_it_from_others(tmp_path):
+    path, size = tmp_path / "large", module._HEAD * 2
+    seen = set()
+    for i, offset in enumerate((None, 0, module._HEAD, size - 1)):
+        path = tmp_path / f"large{i}"
+        with open(path, "wb") as file:
+            file.truncate(size)
+            if offset is not None:
+                file.seek(offset)
+                file.write(b"x")
+        seen.add(module.fingerprint(path))
+    (tmp_path / "longer").write_bytes(bytes(size + 1))
+    assert len(seen | {module.fingerprint(tmp_path / "longer")}) == 5
+
+
+def test_no_part_of_the_file_can_be_lost_or_changed(model, snapshots, kept):
+    """Nothing is taken from it then: neither cut off, longer, nor with a byte changed anywhere."""
+    content = snapshots.path.read_bytes()
+    n_header = content.index(b"\n") + 1
+    rng = np.random.default_rng(0)
+    with session(model, budget=64) as chat:
+        chat.resume = lambda *_: pytest.fail("it was given to the cache")
+        for n in (0, 1, n_header - 1, n_header, n_header + 100, len(content) - 33, len(content) - 1):
+            snapshots.path.write_bytes(content[:n])
+            with pytest.raises(SnapshotError):
+                snapshots.load(chat, kept)
+        snapshots.path.write_bytes(content + b"x")
+        with pytest.raises(SnapshotError, match="incomplete"):
+            snapshots.load(chat, kept)
+        for at in [*rng.integers(0, n_header, 60), *rng.integers(n_header, len(content), 20), len(content) - 1]:
+            changed = bytearray(content)
+            changed[at] ^= 1 << int(rng.integers(8))
+            snapshots.path.write_bytes(changed)
+            with pytest.raises(SnapshotError):
+                snapshots.load(chat, kept)
+    snapshots.path.write_bytes(content)
+    with session(model, budget=64) as chat:
+        assert snapshots.load(chat, kept) == 4
+
+
+FORGED = [
+    {"format": 1}, {"version": 2}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
+    {"conversations": [[True, "x"]]}, {"conversations": [["4"]]}, {"arrays": None}, {"arrays": {}}, {"arrays": [["cache", "|u1"]]},
+    {"arrays": [["cache", "|u1", [2**62]]]}, {"arrays": [["cache", "|u1", [-1]]]}, {"arrays": [["cache", "|O", [1]]]},
+    {"arrays": [["cache", "|u1", 1]]}, {"arrays": [["ledger.tokens", "<i4", [30, 3, 2**40]]]}, {"arrays": [["ledger.tokens", "<i4", [2**31, 3, 1]]]},
+    {"arrays": [["ledger.ids", "<i4", [2**40]]]}, {"arrays": [["cache", "|u1", [1.0]]]}, {"arrays": [["cache", "|u1", [True]]]},
+    {"arrays": [["none", "|u1", [1]]]}, {"arrays": [[[], "|u1", [1]]]}, {"arrays": [["cache", "|u1", [1]]] * 2},
+]  # fmt: skip
+
+
+def test_a_forged_header_is_refused_before_anything_is_allocated(model, snapshots, kept, monkeypatch):
+    header, _, rest = snapshots.path.read_bytes().partition(b"\n")
+    with session(model, budget=64) as chat:
+        assert snapshots.load(chat, kept) == 4
+        # numpy without anything that allocates
+        monkeypatch.setattr(module, "np", SimpleNamespace(dtype=np.dtype))
+        for change in FORGED:
+            snapshots.path.write_bytes(json.dumps(json.loads(header) | change).encode() + b"\n" + rest)
+            with pytest.raises(SnapshotError):
+                snapshots.load(chat, kept)
+
+
+def test_other_files_are_refused(model, snapshots, kept):
+    with session(model, budget=64) as chat:
+        for line in (b"", b"\n", b"[]\n", b"{}\n", b"[" * 60_000 + b"\n", b"\xff\xfe\n", b"x" * 100_000, b'{"version": ' + b"9" * 5000 + b"}\n"):
+            snapshots.path.write_bytes(line)
+            with pytest.raises(SnapshotError, match="damaged"):
+                snapshots.load(chat, kept)
+
+
+def forged(chat, **changes):
+    arrays = chat.snapshot()
+    for name, array in changes.items():
+        arrays[name.replace("__", ".")] = array
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def test_arrays_that_contradict_each_other_are_refused(model):
+    """As they could come from a forged file with the right checksum."""
+    with session(model) as chat, session(model) as other:
+        ask(chat, ASKED[:3])
+        tokens, numbers = chat.snapshot()["ledger.tokens"].copy(), chat.snapshot()["ledger.numbers"]
+        backwards = tokens[..., ::-1].copy()
+        ids = chat.snapshot()["ledger.ids"]
+        for arrays in (
+            forged(chat, ledger__tokens=backwards),
+            forged(chat, ledger__tokens=tokens[..., :-1]),
+            forged(chat, ledger__tokens=tokens + 2**20),
+            forged(chat, ledger__numbers=numbers + 1),
+            forged(chat, ledger__numbers=numbers[:2]),
+            forged(chat, ledger__ids=ids[:0]),
+            forged(chat, ledger__segments=np.frombuffer(b"{", np.uint8)),
+            forged(chat, ledger__segments=np.frombuffer(b'[{"role": 1}]', np.uint8)),
+            forged(chat, ledger__history=None),
+            forged(chat, ledger__block_of=np.array([3, 1], np.int32)),
+            forged(chat, numbers=np.zeros(1, np.int64)),
+            forged(chat, recent=np.array([2**30], np.int32)),
+            forged(chat, cache=chat.snapshot()["cache"][:1000]),
+            forged(chat, cache=np.zeros(0, np.uint8)),
+            forged(chat, cache=None),
+            forged(chat, ring=np.zeros(8, np.uint8)),
+            forged(chat, ring=np.full_like(chat.snapshot()["ring"], 77)),
+            forged(chat, checkpoint__numbers=np.array([10**6, 4])),
+            forged(chat, checkpoint__ledger__tokens=backwards),
+        ):
+            with pytest.raises(SessionError, match="no state of such a session"):
+                other.resume(chat.messages, arrays)
+            assert other.messages == [] and other.kv.used == other.segments()[0].n_tokens
+        other.resume(chat.messages, chat.snapshot())
+        chat.second_read()
+        other.second_read()
+        check_equal(chat, other)
+
+
+def test_only_what_is_worth_it_is_written(model, snapshots):
+    with session(model) as chat:
+        snapshots.save(chat)
+        chat.add_turn("user", "Name a bird.")
+        snapshots.save(chat)
+        assert not snapshots.path.exists()
+        chat.add_turn("assistant", "An owl.")
+        snapshots.save(chat, lambda: True)
+        assert not snapshots.path.exists()
+        asked = iter([False, False, True])
+        snapshots.save(chat, lambda: next(asked))
+        assert not snapshots.path.exists() and not staging_of(snapshots.path).exists()
+        staging_of(snapshots.path).write_bytes(b"left behind")
+        snapshots.save(chat)
+        assert snapshots.path.stat().st_mode & 0o777 == 0o600 and not staging_of(snapshots.path).exists()
+        first = os.stat(snapshots.path).st_ino
+        snapshots.save(chat)
+        assert os.stat(snapshots.path).st_ino == first
+
+
+def test_what_cannot_be_written_is_an_error_and_the_older_one_stays(model, snapshots, kept, tmp_path):
+    content = snapshots.path.read_bytes()
+    staging_of(snapshots.path).mkdir()
+    with session(model, budget=64) as chat:
+        snapshots.load(chat, kept)
+        "".join(chat.send("Hello!"))
+        with pytest.raises(KvlocalError, match="cannot write"):
+            snapshots.save(chat)
+    assert snapshots.path.read_bytes() == content
