@@ -120,8 +120,7 @@ class Sampler:
         Raises:
             EngineError: that token has no logits.
         """
-        context.check_output(i)
-        return self._lib.llama_sampler_sample(self._open_chain, context.pointer, i)
+        return context.sample(self._open_chain, i)
 
     def accept(self, token: int) -> None:
         """Remember a token that was not drawn here."""

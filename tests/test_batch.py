@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from kvlocal.batch import Failure, Job, LineError, LineWriter, Result, run_batch
+from kvlocal.batch import run_batch
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.jobs import Failure, Job, LineError, Result
 from kvlocal.ledger import Ledger
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import ChatSession, SessionConfig
