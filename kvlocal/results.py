@@ -81,10 +81,10 @@ class Results:
         self._file.mend()
 
     def _note(self, number: int, key: int) -> None:
-        if number < 1:
-            raise ValueError
         if number >= len(self._keys):
             self._keys.frombytes(bytes(_KEY_BYTES * (number + 1 - len(self._keys))))
+        if number < 1 or self._keys[number]:
+            raise ValueError("a line is counted from 1, and has one record")
         self._keys[number] = key
         self.n_done += 1
 
