@@ -6,6 +6,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import BinaryIO, Self
@@ -14,74 +15,76 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvlocal.batch import Failure, LineWriter, Result, run_batch
+from kvlocal.batch import MAX_PARALLEL, run_batch
 from kvlocal.catalogue import DEFAULT_MODEL
+from kvlocal.jobs import Failure, Result
+from kvlocal.results import Results, settings_key
 from kvlocal.session import SessionConfig
 from kvlocal_cli.options import Loading, session_options
 from kvlocal_cli.terminal import INTERRUPTED
 
 REPORT_SECONDS = 10  # between two lines where there is no bar
 
+_BLOCK = 2**16
+
 
 @click.command("batch")
 @click.argument("source", metavar="IN.jsonl", type=click.File("rb"))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, allow_dash=True), default="-", metavar="OUT.jsonl",
               help="Where the results go.  [default: standard output]")  # fmt: skip
+@click.option("--parallel", type=click.IntRange(1, MAX_PARALLEL), default=1, show_default=True, metavar="N",
+              help="Conversations that decode together, each with a budget of its own.")  # fmt: skip
+@click.option("--ordered", is_flag=True, help="Write results in the order of the lines instead of the order of completion.")
 @click.option("--force", is_flag=True, help="Write over OUT.jsonl if it is there already.")
 @click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file.")
 @session_options
-def batch_command(source: BinaryIO, output: str, force: bool, model: str, loading: Loading, config: SessionConfig) -> None:
+def batch_command(
+    source: BinaryIO, output: str, parallel: int, ordered: bool, force: bool, model: str, loading: Loading, config: SessionConfig
+) -> None:
     """Answer every conversation of IN.jsonl, or of standard input if that is -.
 
     A line is {"id": ..., "messages": [{"role": ..., "content": ...}, ...]}. Every user turn without an answer after it is answered, in
-    order; given answers are taken as they are. A system message replaces --system; without an id the line's number is taken; other keys are
-    left out. A result is a line with the id, all messages, what became of the KV cache, and timings.
+    order; given answers are taken as they are. A system message replaces --system; without an id the line's number is taken. A line can
+    have its own "max_tokens", "temperature", "seed", "system", "policy" and "kv_budget"; other keys are left out. A result is a line with
+    the line's number, the id, all messages, what became of the KV cache, and timings.
 
-    A line that cannot be answered is reported with its number and the others go on; the exit code is then 1.
+    A line that cannot be answered gives a line with an "error" and is reported; the others go on; the exit code is then 1.
+
+    Run again with the same OUT.jsonl, it goes on where it stopped, however that was. Errors are not tried again; for that, take their lines
+    out of OUT.jsonl.
     """
     target = None if output == "-" else output
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
         raise click.UsageError(f"{target} is the input: name another output")
-    writer = LineWriter(target, replace=force)
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
-    with _Interrupt() as interrupt:
-        with loading.model(model, config) as loaded:
-            config, nexus = loading.tokens(loaded, config)
-            outcomes = run_batch(interrupt.reading(report.lines()), loaded, config, poll=interrupt.poll, nexus=nexus)
-            with writer, report:
-                try:
-                    for outcome in outcomes:
-                        if isinstance(outcome, Result):
-                            writer.write(outcome.record())
-                        report.add(outcome)
-                except KeyboardInterrupt:
-                    report.interrupted = True
+    with _Interrupt() as interrupt, loading.model(model, config, parallel) as loaded:
+        config, nexus = loading.tokens(loaded, config)
+        results = Results(target, settings_key(loaded, config, nexus), replace=force)
+        outcomes = run_batch(
+            report.lines(), loaded, config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll, nexus=nexus
+        )
+        with results, report, closing(outcomes):
+            report.begin(results)
+            try:
+                for outcome in outcomes:
+                    results.write(outcome)
+                    report.add(outcome)
+            except KeyboardInterrupt:
+                report.interrupted = True
     if report.interrupted:
         sys.exit(INTERRUPTED)
-    if report.failed:
+    if report.failed or results.n_failed:
         sys.exit(1)
 
 
 class _Interrupt:
-    """Turns Ctrl-C into a KeyboardInterrupt where it does no harm: while a line is waited for, or when the batch polls.
+    """Turns Ctrl-C into a KeyboardInterrupt where it does no harm: when the batch polls.
 
     Elsewhere it could come between writing a result and counting it, or in a callback from the library, which loses it.
     """
 
     def __init__(self) -> None:
-        self._came = self._reading = False
-
-    def reading(self, lines: Iterator[bytes]) -> Iterator[bytes]:
-        """These lines; Ctrl-C ends the wait for one."""
-        while True:
-            self._reading = True
-            # It may have come just before.
-            self.poll()
-            line = next(lines, None)
-            self._reading = False
-            if line is None:
-                return
-            yield line
+        self._came = False
 
     def poll(self) -> None:
         """Raises KeyboardInterrupt if there was a Ctrl-C."""
@@ -90,8 +93,6 @@ class _Interrupt:
 
     def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         self._came = True
-        if self._reading:
-            raise KeyboardInterrupt
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
@@ -129,10 +130,23 @@ class _Report:
             self._say(f"{'interrupted, ' if self.interrupted else ''}{self._counts()} in {time.monotonic() - self.started:.1f} s")
 
     def lines(self) -> Iterator[bytes]:
-        """The lines of the input; one is behind us when the next is asked for."""
-        for line in self.source:
-            yield line
-            self.bar.advance(self.task, len(line))
+        """The lines of the input; one is behind us when the next is asked for.
+
+        They are not read through the file object: a thread that waits in one for a line would keep the process from ending.
+        """
+        rest = b""
+        while block := os.read(self.source.fileno(), _BLOCK):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                yield line
+                self.bar.advance(self.task, len(line) + 1)
+        yield rest
+
+    def begin(self, results: Results) -> None:
+        """Tells what is there already."""
+        if results.n_done:
+            failed = f", {results.n_failed} failed" if results.n_failed else ""
+            self._say(f"going on behind {results.n_done} lines{failed}")
 
     def add(self, outcome: Result | Failure) -> None:
         if isinstance(outcome, Failure):

@@ -296,6 +296,9 @@ class Context:
 
     Each sequence has its own stream of cells. One context serves one thread at a time.
 
+    Attributes:
+        seq: the sequence that is meant where none is named.
+
     Args:
         model: the weights.
         n_cells: cells per sequence; llama.cpp rounds up to a multiple of 256.
@@ -311,6 +314,8 @@ class Context:
     Raises:
         EngineError: wrong arguments, or not enough memory.
     """
+
+    seq = 0
 
     def __init__(
         self,
@@ -579,6 +584,11 @@ class Context:
         self.check_output(0)
         pointer = self._lib.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(pointer, (self._batch_size, self.model.n_vocab)).copy()
+
+    def sample(self, chain: int, i: int = -1) -> int:
+        """Let a llama_sampler chain draw the token that follows token `i` of the last batch, and remember it."""
+        self.check_output(i)
+        return self._lib.llama_sampler_sample(chain, self.pointer, i)
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
         """Free the cells of a sequence at positions p0 to p1 - 1; a negative bound is open. Logits are forgotten."""

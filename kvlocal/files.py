@@ -1,9 +1,10 @@
 """Writes files so that a reader, or a crash, never sees half of one."""
 
+import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,28 +69,44 @@ def staging_of(path: Path) -> Path:
 class LineFile:
     """A file of JSON objects, one a line, that grows: every line is on the disk before the next one begins; a context manager.
 
-    The file is made if it is not there. One that ends with half a line has to be mended before it grows.
+    The file is made if it is not there. One that ends with half a line has to be mended before it grows. Only one process at a time has it.
 
     path: where it is
-    lines: the whole lines that it held on entering, with their ends
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[bytes] = []
+        self._n_bytes = 0  # of the lines that were read
 
     def __enter__(self) -> Self:
+        """Raises KvlocalError if the file cannot be read and written, or another process has it."""
         try:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            content = self.path.read_bytes()
         except OSError as error:
             raise KvlocalError(f"cannot keep results in {self.path} ({error.strerror}): name another file") from error
-        self.lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise KvlocalError(f"another run keeps its results in {self.path}: wait for its end or name another file") from None
+        except OSError:
+            # a file system without locks
+            pass
         return self
 
+    @property
+    def lines(self) -> Iterator[bytes]:
+        """The whole lines, with their ends, one after another."""
+        self._n_bytes = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._n_bytes += len(line)
+                    yield line
+
     def mend(self) -> None:
-        """Drops a last line that was cut off. To be called once the other lines are known to be what they should be."""
-        os.ftruncate(self._handle, sum(map(len, self.lines)))
+        """Drops what was not read from `lines`: a last line that was cut off, or all if nothing was read."""
+        os.ftruncate(self._handle, self._n_bytes)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one line.
@@ -97,7 +114,10 @@ class LineFile:
         Raises:
             KvlocalError: it cannot be written; the file then ends where it did before.
         """
-        line = (json.dumps(record) + "\n").encode()
+        self.append_line((json.dumps(record) + "\n").encode())
+
+    def append_line(self, line: bytes) -> None:
+        """Adds one line that is written out already, as `append` does."""
         before = os.fstat(self._handle).st_size
         try:
             if os.write(self._handle, line) < len(line):

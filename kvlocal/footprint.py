@@ -72,8 +72,8 @@ def _bytes_of(kind: str) -> float:
     return size / block
 
 
-def check(path: Path, config: SessionConfig) -> None:
-    """Whether a conversation with this model fits into the memory that is free; nothing where that cannot be found out.
+def check(path: Path, config: SessionConfig, parallel: int = 1) -> None:
+    """Whether so many conversations with this model fit into the memory that is free; nothing where that cannot be found out.
 
     Raises:
         OutOfMemory: it does not; says the largest budget that fits.
@@ -85,11 +85,12 @@ def check(path: Path, config: SessionConfig) -> None:
         return
     footprint, n_ctx_train = found
     asked = allocation(config, n_ctx_train)
-    need = footprint.total(asked.n_cells)
+    need = footprint.total(parallel * asked.n_cells)
     if need <= free:
         return
-    most = footprint.most_cells(free) - (asked.n_cells - asked.budget)
-    wanted = f"a budget of {asked.budget} cells with {path.name} takes about {_megabytes(need)} of memory and {_megabytes(free)} are free"
+    most = footprint.most_cells(free) // parallel - (asked.n_cells - asked.budget)
+    times = f"{parallel} times " if parallel > 1 else ""
+    wanted = f"{times}a budget of {asked.budget} cells with {path.name} takes about {_megabytes(need)} of memory and {_megabytes(free)} are free"
     if most >= config.least_budget:
         raise OutOfMemory(f"{wanted}: give --kv-budget {most} or less")
     raise OutOfMemory(f"{wanted}, too little for any budget: close other programs or choose a smaller model")

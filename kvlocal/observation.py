@@ -18,11 +18,19 @@ _MAP_LAYERS = 4
 REREAD_CHUNK = 32
 
 
+def n_recorded(policy: Policy, window: int, n_ubatch: int) -> int:
+    """How many queries the ring must hold for a policy, 0 for none.
+
+    Those of the window where the last queries count, of a whole micro-batch where every query does, of a chunk of a second read.
+    """
+    at_once = {"sums": n_ubatch, "blocks": n_ubatch, "reread": max(window, REREAD_CHUNK), "scores": window}
+    return max((at_once.get(name, 0) for name in policy.needs), default=0)
+
+
 class Observer:
     """Looks at one sequence on behalf of a policy.
 
-    The query ring is switched on if the policy needs it: over the window where the last queries count, over a whole micro-batch where every
-    query does, over a chunk of a second read.
+    The query ring is switched on if the policy needs it and it is not large enough yet.
 
     native, layout: the cache
     policy: says what it needs
@@ -35,9 +43,8 @@ class Observer:
         self, native: NativeCache, layout: Layout, policy: Policy, window: int, n_ubatch: int, text_of: Callable[[int], bytes]
     ):
         self._native, self._layout, self._policy, self._window, self._text_of = native, layout, policy, window, text_of
-        at_once = {"sums": n_ubatch, "blocks": n_ubatch, "reread": max(window, REREAD_CHUNK), "scores": window}
-        self._n_ring = max((at_once.get(name, 0) for name in policy.needs), default=0)
-        if self._n_ring:
+        self._n_ring = n_recorded(policy, window, n_ubatch)
+        if self._n_ring > layout.n_window:
             native.enable_ring(self._n_ring)
 
     @property

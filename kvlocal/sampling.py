@@ -128,7 +128,7 @@ class Sampler:
             raise EngineError(
                 "the model's predictions are not numbers any more: its file is damaged or a device failed; fetch it again or use --gpu-layers 0"
             )
-        token = self._lib.llama_sampler_sample(self._open_chain, context.pointer, i)
+        token = context.sample(self._open_chain, i)
         self.recent.append(token)
         return token
 

@@ -218,6 +218,7 @@ class ChatSession:
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept; read_answer() needs them all
     nexus: for the policies that need Nexus tokens: read behind every finished turn
+    make_context: makes the cache: Context, or what gives a stream beside others (kvlocal.streams)
 
     budget: the most cells of each layer and head after a compression
     messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
@@ -237,6 +238,7 @@ class ChatSession:
         spare: int = 0,
         n_outputs: int = 1,
         nexus: NexusTokens | None = None,
+        make_context: Callable[..., Context] = Context,
     ):
         self.model = model
         self.config = config
@@ -257,7 +259,7 @@ class ChatSession:
                 f"a budget of {self.budget} cells is too large for a model trained on {model.n_ctx_train} positions: "
                 f"give at most {model.n_ctx_train - (self._capacity - self.budget)}"
             )
-        self._context = Context(
+        self._context = make_context(
             model,
             # llama.cpp cuts the sliding-window cache to the size of the other one, and it has to hold the window beside a micro-batch
             n_cells=max(self._capacity + spare, model.n_swa + config.n_ubatch if model.n_swa else 0),
@@ -267,7 +269,7 @@ class ChatSession:
             n_threads=config.n_threads,
             n_outputs=n_outputs,
         )
-        self._native = NativeCache(self._context.pointer)
+        self._native = NativeCache(self._context.pointer, self._context.seq)
         self._layout = self._native.layout()
         self._observer = Observer(self._native, self._layout, self._policy, config.window, config.n_ubatch, model.token_bytes)
         self._compressor = Compressor(

@@ -1,27 +1,28 @@
-"""A batch answers what is unanswered, each conversation for itself, and neither a bad line nor a kill costs any other line."""
+"""A batch answers what is unanswered, each conversation for itself, whatever decodes beside it; neither a bad line nor a kill costs any other."""
 
 import dataclasses
 import gc
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from kvlocal.batch import Failure, Job, LineError, LineWriter, Result, run_batch
+from kvlocal.batch import run_batch
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.jobs import Failure, Job, LineError, Result
 from kvlocal.ledger import Ledger
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import ChatSession, SessionConfig
 
 # One thread: two would wait for each other wherever the cores are shared.
-SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_tokens=8, sampling=SamplingParams(temperature=0))
+SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_tokens=8, sampling=SamplingParams(temperature=0, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,14 @@ def line(*messages, **others):
     return json.dumps(others | {"messages": list(messages)}).encode() + b"\n"
 
 
-def run(model, *lines, **changes):
+def run(model, *lines, parallel=1, ordered=False, **changes):
     """What becomes of each line."""
-    return list(run_batch(iter(lines), model, dataclasses.replace(SMALL, **changes)))
+    return list(run_batch(iter(lines), model, dataclasses.replace(SMALL, **changes), parallel=parallel, ordered=ordered))
+
+
+def same(one, other):
+    """Whether two results are of the same conversation, up to the time it took."""
+    return (one.id, one.messages, one.stop_reasons, one.kv, one.seed) == (other.id, other.messages, other.stop_reasons, other.kv, other.seed)
 
 
 def parse(text):
@@ -83,6 +89,11 @@ def parse(text):
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "message 2 is a system"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 answers nothing"),
         ('{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]}', "message 2 answers nothing"),
+        ('{"messages": [{"role": "user", "content": "a"}], "max_tokens": "8"}', 'max_tokens is "8": give a whole number'),
+        ('{"messages": [{"role": "user", "content": "a"}], "seed": 1.5}', "seed is 1.5"),
+        ('{"messages": [{"role": "user", "content": "a"}], "kv_budget": true}', "kv_budget is true"),
+        ('{"messages": [{"role": "user", "content": "a"}], "temperature": [0]}', "temperature is .0.: give a number"),
+        ('{"messages": [{"role": "system", "content": "a"}], "system": "b"}', "a system prompt and a system message"),
     ],
 )
 def test_a_bad_line_is_one_sentence(text, problem):
@@ -113,6 +124,17 @@ def test_what_is_unanswered():
     assert Job.parse(1, line(*turns[1:4])).system is None
     assert Job.parse(1, line(*turns[2:4])).unanswered == []
     assert Job.parse(1, line(turns[0])).unanswered == []
+
+
+def test_wishes():
+    job = Job.parse(1, line(user("a"), max_tokens=3, temperature=0, seed=4, system="s", policy="h2o", kv_budget=99, other=1))
+    config = SessionConfig(policy="gkv", policy_args={"alpha": 0.5})
+    granted = job.configure(config)
+    sampling = SamplingParams(temperature=0, seed=4)
+    assert granted == dataclasses.replace(config, max_tokens=3, sampling=sampling, system="s", policy="h2o", policy_args={}, budget=99)
+    assert Job.parse(1, line(user("a"), seed=None, policy="gkv")).configure(config) == config
+    asked_for = dataclasses.replace(config, sampling=SamplingParams(repeat_penalty=1.3))
+    assert job.configure(asked_for).sampling.repeat_penalty == 1.3
 
 
 # Answers
@@ -213,6 +235,39 @@ def test_lines_that_fail_are_numbered_and_the_others_go_on(model):
     assert outcomes[1].messages == outcomes[4].messages
 
 
+def test_wishes_that_fail_concern_their_line_only(model):
+    asked = [{"policy": "magic"}, {"kv_budget": 3}, {"kv_budget": 10**9}, {"temperature": -1}, {"temperature": 10**400}, {"max_tokens": 0}, {"seed": -1}]
+    asked.append({"policy": "nexus"})
+    outcomes = run(model, *[line(user("Hi"), **wish) for wish in asked], line(user("Hi"), id="last"), parallel=3, ordered=True)
+    assert all(isinstance(outcome, Failure) for outcome in outcomes[:-1])
+    assert outcomes[-1].id == "last"
+
+
+def test_wishes_are_what_a_session_of_their_own_would_do(model):
+    text = " ".join(f"Item {i} costs {i * 7 % 23} coins." for i in range(16))
+    wishes = [
+        {"max_tokens": 3},
+        {"temperature": 1.2, "seed": 5},
+        {"system": "Be rude."},
+        # these two do not fit a stream of the command's settings
+        {"kv_budget": 700},
+        {"policy": "h2o"},
+        {"policy": "full", "kv_budget": 2048},
+        {"policy": "streaming", "kv_budget": 64},
+    ]
+    lines = [line(user(text), user("Which is the cheapest?"), id=i, **wish) for i, wish in enumerate(wishes)]
+    together = run(model, *lines, parallel=4, ordered=True, policy="snapkv")
+    for job, result in zip((Job.parse(i, text) for i, text in enumerate(lines)), together, strict=True):
+        config = job.configure(dataclasses.replace(SMALL, policy="snapkv"))
+        with ChatSession(model, config) as chat:
+            for message in job.messages:
+                "".join(chat.send(message["content"]))
+            assert result.messages == chat.messages
+            assert result.kv == chat.kv.report()
+    assert [result.kv["budget"] for result in together] == [128, 128, 128, 700, 128, 2048, 64]
+    assert together[2].messages[0] == user(text)
+
+
 def test_a_configuration_that_cannot_work_fails_before_the_first_line(model):
     def lines():
         raise AssertionError("read")
@@ -222,7 +277,8 @@ def test_a_configuration_that_cannot_work_fails_before_the_first_line(model):
         run_batch(lines(), model, dataclasses.replace(SMALL, budget=100_000))
 
 
-def test_one_line_is_read_at_a_time(model):
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_no_line_is_read_before_there_is_place_for_it(model, parallel):
     taken = []
 
     def lines():
@@ -230,11 +286,102 @@ def test_one_line_is_read_at_a_time(model):
             taken.append(i)
             yield line(user("Hi"), assistant("Hello"))
 
-    outcomes = run_batch(lines(), model, SMALL)
+    outcomes = run_batch(lines(), model, SMALL, parallel=parallel)
     assert taken == []
-    for _ in range(3):
+    for n in range(1, 20):
         assert isinstance(next(outcomes), Result)
-    assert taken == [0, 1, 2]
+        assert n <= len(taken) <= n + parallel - 1
+    outcomes.close()
+
+
+def test_a_slow_conversation_holds_back_so_many(model, monkeypatch):
+    monkeypatch.setattr("kvlocal.batch.HELD_BACK", 4)
+    taken = []
+
+    def lines():
+        yield line(user("Tell me a story."), max_tokens=40)
+        for i in range(1_000_000):
+            taken.append(i)
+            yield line(user("Hi"), assistant("Hello"))
+
+    outcomes = run_batch(lines(), model, SMALL, parallel=2, ordered=True)
+    assert next(outcomes).number == 1
+    # one place is for the slow one
+    assert len(taken) == 5
+    assert [next(outcomes).number for _ in range(9)] == list(range(2, 11))
+    outcomes.close()
+
+
+# Together
+
+
+def conversations(n):
+    """Long and short ones, some of which are compressed on the way."""
+    for i in range(n):
+        text = " ".join(f"Item {k} costs {(k * 7 + i) % 23} coins." for k in range(10 * (i % 3)))
+        yield line(user(f"{text} What about {i}?"), user("Go on."), id=i)
+
+
+# KVzip reads twice, H2O records every query, G-KV scores by the last ones
+@pytest.mark.parametrize("policy", ["gkv", "h2o", "kvzip-snapkv"])
+def test_a_conversation_is_answered_as_alone(model, policy):
+    alone = run(model, *conversations(6), policy=policy)
+    together = run(model, *conversations(6), policy=policy, parallel=3)
+    assert sum(result.kv["compressions"] for result in alone) >= 4
+    # llama.cpp computes the rows of this model's matrices one by one, so that not even the last bit differs
+    for one, other in zip(alone, sorted(together, key=lambda result: result.number), strict=True):
+        assert same(one, other)
+
+
+def test_sampled_answers_are_those_of_their_seed(model):
+    sampling = SamplingParams(temperature=1.0, seed=3)
+    alone, together = (run(model, *conversations(6), sampling=sampling, parallel=n, ordered=True) for n in (1, 3))
+    assert all(map(same, alone, together))
+
+
+def test_a_model_with_a_sliding_window(gemma3):
+    with Model(gemma3) as model:
+        settings = {"budget": 256, "max_tokens": 6}
+        alone = run(model, *conversations(4), **settings)
+        together = run(model, *conversations(4), parallel=2, ordered=True, **settings)
+        for one, other in zip(alone, together, strict=True):
+            # two rows of a product may be rounded otherwise than one, so that words can differ
+            assert [message["role"] for message in one.messages] == [message["role"] for message in other.messages]
+            assert other.kv["peak_cells"] <= 256 + SMALL.stride
+
+
+def test_in_the_order_of_completion_or_of_the_lines(model):
+    lines = [line(user("Tell me a story."), id="slow", max_tokens=30), *(line(user("Hi"), id=i, max_tokens=1) for i in range(4))]
+    assert run(model, *lines, parallel=2)[-1].id == "slow"
+    assert [outcome.id for outcome in run(model, *lines, parallel=2, ordered=True)] == ["slow", 0, 1, 2, 3]
+
+
+def test_a_long_text_does_not_keep_the_others_waiting(model):
+    """While one conversation reads 12 micro-batches, the other ones go on by a token each time."""
+    lines = [line(user("word " * 12 * 64), id="long"), *(line(user(f"Hi {i}"), id=i, max_tokens=3) for i in range(2))]
+    outcomes = run(model, *lines, parallel=3, max_tokens=1)
+    assert [outcome.id for outcome in outcomes][-1] == "long"
+
+
+def test_an_error_where_the_lines_come_from_ends_the_batch(model):
+    def lines():
+        yield line(user("Hi"))
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        list(run_batch(lines(), model, SMALL, parallel=2))
+
+
+def test_an_abandoned_batch_leaves_no_thread_and_no_cache(model):
+    n = threading.active_count()
+    outcomes = run_batch(conversations(9), model, SMALL, parallel=3)
+    next(outcomes)
+    outcomes.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > n and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == n
+    assert all(context.closed for context in model._contexts)
 
 
 def test_conversations_that_are_done_take_no_memory(model):
@@ -260,53 +407,6 @@ def test_poll_ends_the_batch_in_the_middle_of_an_answer_and_of_a_text(model):
             list(run_batch([line(user(content))], model, SMALL, poll=poll))
 
 
-# Output
-
-
-def test_written_lines_are_what_was_given(tmp_path):
-    records = [{"text": "日本語 👍🏽 é \u2028 \n"}, {"text": "half \ud800 a pair"}]
-    with LineWriter(tmp_path / "out.jsonl") as writer:
-        for record in records:
-            writer.write(record)
-            assert (tmp_path / "out.jsonl").read_bytes().endswith(b"}\n")
-    content = (tmp_path / "out.jsonl").read_bytes()
-    assert [json.loads(part) for part in content.split(b"\n")[:-1]] == records
-    assert "日本語 👍🏽".encode() in content
-
-
-def test_a_file_with_something_in_it_is_kept_unless_it_may_be_replaced(tmp_path):
-    path = tmp_path / "out.jsonl"
-    path.touch()
-    with LineWriter(path) as writer:
-        writer.write({"id": 1})
-    with pytest.raises(KvlocalError, match="--force"):
-        LineWriter(path)
-    replacing = LineWriter(path, replace=True)
-    assert path.read_text() == '{"id": 1}\n'
-    with replacing as writer:
-        writer.write({"id": 2})
-    assert path.read_text() == '{"id": 2}\n'
-
-
-def test_a_file_that_cannot_be_written(tmp_path):
-    with pytest.raises(KvlocalError, match="No such file or directory"):
-        LineWriter(tmp_path / "no" / "out.jsonl").__enter__()
-
-
-def test_a_full_disk_leaves_the_lines_before(tmp_path):
-    path = tmp_path / "out.jsonl"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with LineWriter(path) as writer:
-        writer.write({"id": 1})
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
-        try:
-            with pytest.raises(KvlocalError, match="cannot write .*out.jsonl"):
-                writer.write({"id": 2, "text": "x" * 100})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_text() == '{"id": 1}\n'
-
-
 # The command
 
 
@@ -320,6 +420,10 @@ def write_many(path: Path, n: int) -> Path:
     return path
 
 
+def records_of(path):
+    return [json.loads(part) for part in path.read_bytes().split(b"\n")[:-1]]
+
+
 def test_command(smollm2, tmp_path):
     given = [line(user("Hello"), user("Again")), b'{"id": "no"}\n', b"\n", line(user("Grüße 👋"), id="é"), b"nonsense"]
     (tmp_path / "in.jsonl").write_bytes(b"".join(given))
@@ -328,25 +432,27 @@ def test_command(smollm2, tmp_path):
     told = done.stderr.splitlines()
     assert told[0].startswith("kvlocal: line 2: it has no messages") and told[1].startswith("kvlocal: line 5: it is not JSON")
     assert "2 done, 2 failed, 6 tokens written" in told[-1] and "Traceback" not in done.stderr
-    records = [json.loads(part) for part in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [record["id"] for record in records] == [1, "é"]
+    records = records_of(tmp_path / "out.jsonl")
+    assert [record["line"] for record in records] == [1, 2, 4, 5]
+    assert [record["id"] for record in records] == [1, 2, "é", 5]
+    assert records[1]["error"].startswith("it has no messages") and set(records[1]) == {"line", "key", "id", "error"}
     assert [message["role"] for message in records[0]["messages"]] == ["user", "assistant", "user", "assistant"]
-    assert records[1]["messages"][0] == user("Grüße 👋")
-    for record in records:
-        assert set(record) == {"id", "messages", "stop_reasons", "seed", "kv", "timings"}
+    assert records[2]["messages"][0] == user("Grüße 👋")
+    for record in records[::2]:
+        assert set(record) == {"line", "key", "id", "messages", "stop_reasons", "seed", "kv", "timings"}
         assert set(record["kv"]) == {"budget", "peak_cells", "history_tokens", "compressions", "evicted", "nexus"}
         assert record["kv"]["budget"] == 128
 
-    piped = subprocess.run(command(smollm2, "-"), input=given[3], capture_output=True)
+    piped = subprocess.run(command(smollm2, "-", "--parallel", "2"), input=given[3], capture_output=True)
     assert piped.returncode == 0
-    assert json.loads(piped.stdout)["messages"] == records[1]["messages"]
+    assert json.loads(piped.stdout)["messages"] == records[2]["messages"]
 
 
 def test_refused_before_anything_is_touched(smollm2, tmp_path):
     source = write_many(tmp_path / "in.jsonl", 1)
     (tmp_path / "out.jsonl").write_text("precious\n")
     for arguments, code, sentence in [
-        (["-o", tmp_path / "out.jsonl"], 1, "is there already"),
+        (["-o", tmp_path / "out.jsonl"], 1, "holds something else"),
         (["-o", source, "--force"], 2, "is the input"),
         (["-o", tmp_path / "new.jsonl", "--kv-budget", "100000"], 1, "too large"),
     ]:
@@ -355,6 +461,42 @@ def test_refused_before_anything_is_touched(smollm2, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "precious\n"
     assert source.stat().st_size > 0
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_the_same_command_goes_on_where_it_stopped(smollm2, tmp_path):
+    source, out = write_many(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
+    run_again = command(smollm2, source, "-o", out, "--parallel", "2", "--ordered")
+    assert subprocess.run(run_again).returncode == 0
+    whole = out.read_bytes()
+    parts = whole.splitlines(keepends=True)
+    # two lines, and a torn one
+    out.write_bytes(b"".join(parts[:2]) + parts[2][:40])
+    done = subprocess.run(run_again, capture_output=True, text=True)
+    assert done.returncode == 0 and "going on behind 2 lines" in done.stderr and "3 done" in done.stderr
+    assert out.read_bytes().startswith(b"".join(parts[:2]))
+    strip = [{name: value for name, value in record.items() if name != "timings"} for record in records_of(out)]
+    assert strip == [{name: value for name, value in json.loads(part).items() if name != "timings"} for part in parts]
+    done = subprocess.run(run_again, capture_output=True, text=True)
+    assert done.returncode == 0 and "0 done" in done.stderr
+    before = out.read_bytes()
+    for change in (["--temp", "1"], ["--system", "Be brief."]):
+        done = subprocess.run([*run_again, *change], capture_output=True, text=True)
+        assert done.returncode == 1 and "with these settings" in done.stderr and "Traceback" not in done.stderr
+    source.write_bytes(source.read_bytes().replace(b"Hi 0", b"Ho 0"))
+    assert subprocess.run(run_again, capture_output=True).returncode == 1
+    assert out.read_bytes() == before
+    assert subprocess.run([*run_again, "--force"], capture_output=True).returncode == 0
+    assert records_of(out)[0]["messages"][0] == user("Ho 0")
+
+
+def test_a_kill_costs_no_conversation(smollm2):
+    script = Path(__file__).parent / "measure" / "kill_batch.py"
+    arguments = ["3", "--model", smollm2, "--lines", "12", "--parallel", "3", "--threads", "1"]
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kills"] == 3
+    assert (result["lost"], result["doubled"], result["answers_that_differ"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

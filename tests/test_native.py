@@ -38,7 +38,7 @@ class Chat:
 
     def __init__(self, model, tokens, n=N, window=W, n_ubatch=128, n_cells=512, seq=0, **options):
         self.context = Context(model, n_cells=n_cells, n_ubatch=n_ubatch, **options)
-        self.native = NativeCache(self.context.pointer)
+        self.native = NativeCache(self.context.pointer, seq)
         if window:
             self.native.enable_ring(window)
         self.tokens, self.n_past, self.seq = tokens, 0, seq
@@ -60,7 +60,7 @@ class Chat:
 
     def random_keep(self, n_keep, seed=0):
         """A random choice of n_keep cells per layer and head that holds the last W, ascending, [L, H, n_keep]."""
-        layout, n = self.native.layout(), self.native.n_cells(self.seq)
+        layout, n = self.native.layout(), self.native.n_cells()
         keys = np.random.default_rng(seed).random((layout.n_layer, layout.n_head_kv, n))
         keys[..., n - W :] = 2
         return np.sort(np.argsort(-keys, axis=-1)[..., :n_keep], axis=-1)
@@ -69,9 +69,9 @@ class Chat:
 def reference_weights(chat, layer, n_query):
     """Softmax weights [n_query, query heads, C] in float64, from what is stored."""
     native = chat.native
-    k = native.read_keys(layer, chat.seq).astype(np.float64)
-    q = native.read_queries(layer, chat.seq).astype(np.float64)[-n_query:]
-    pos, q_pos = native.positions(chat.seq), native.query_positions(chat.seq)[-n_query:]
+    k = native.read_keys(layer).astype(np.float64)
+    q = native.read_queries(layer).astype(np.float64)[-n_query:]
+    pos, q_pos = native.positions(), native.query_positions()[-n_query:]
     k = np.repeat(k, q.shape[1] // k.shape[0], axis=0)
     logits = np.einsum("whd,hcd->whc", q, k) * native.kq_scale(layer)
     visible = (pos >= 0) & (pos[None] <= q_pos[:, None])
@@ -322,20 +322,19 @@ def test_rotating_everything_by_the_same_amount_changes_nothing(model, tokens):
 
 def test_sequences_compact_independently(model, tokens):
     context = Context(model, n_cells=512, n_ubatch=128, n_seq_max=3)
-    native = NativeCache(context.pointer)
-    native.enable_ring(W)
+    natives = [NativeCache(context.pointer, seq) for seq in range(3)]
+    natives[0].enable_ring(W)
     for seq in range(3):
         for start in (0, 128):
             context.decode(tokens[seq * 10 + start :][:128], start, seq=seq)
-    kept = native.read_keys(3, seq=2)
-    queries = native.read_queries(3, seq=2)
-    layout = native.layout()
-    assert layout.n_seq_max == 3
+    kept = natives[2].read_keys(3)
+    queries = natives[2].read_queries(3)
+    assert natives[1].layout().n_seq_max == 3
     gather = np.broadcast_to(np.r_[0:4, 200:256], (L, 3, 60))
-    native.compact(gather, np.r_[0:4, 200:256], seq=1)
-    assert [native.n_cells(s) for s in range(3)] == [256, 60, 256]
-    np.testing.assert_array_equal(native.read_keys(3, seq=2), kept)
-    np.testing.assert_array_equal(native.read_queries(3, seq=2), queries)
+    natives[1].compact(gather, np.r_[0:4, 200:256])
+    assert [native.n_cells() for native in natives] == [256, 60, 256]
+    np.testing.assert_array_equal(natives[2].read_keys(3), kept)
+    np.testing.assert_array_equal(natives[2].read_queries(3), queries)
     context.decode(tokens[:1], 256, seq=2)
     three = context.logits()
     alone = Chat(model, tokens[20:], n=256)

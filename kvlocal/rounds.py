@@ -1,0 +1,84 @@
+"""Rounds: conversations in threads of their own take turns, and what they wait for is carried out together."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+Request = Any
+
+
+class Stopped(BaseException):
+    """The rounds are over. It ends a conversation wherever it is, and is no failure of it."""
+
+
+class Rounds:
+    """Lets threads run one at a time, and carries out what they wait for once all of them wait.
+
+    A thread runs in its turn alone and hands over when it waits, so nothing that the threads share needs a lock. The thread that made this
+    object drives it: whatever uses the model's cores runs there, as OpenMP keeps helpers for each thread that asks for them. A round carries out
+    one request of every thread, so that each of them goes on, whatever the others ask for.
+
+    carry_out: gets the requests of a round
+    """
+
+    def __init__(self, carry_out: Callable[[Sequence[Request]], None]) -> None:
+        self._carry_out = carry_out
+        lock = threading.Lock()
+        self._driver, self._round_over = threading.Condition(lock), threading.Condition(lock)
+        self._n_taking_part = 0
+        self._requests: list[Request] = []
+        self._n_rounds = 0
+        self._stopped = False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A thread takes part inside.
+
+        Raises:
+            Stopped: the rounds are over.
+        """
+        with self._round_over:
+            if self._stopped:
+                raise Stopped
+            self._n_taking_part += 1
+            try:
+                yield
+            finally:
+                self._n_taking_part -= 1
+                self._driver.notify()
+
+    def wait(self, request: Request) -> None:
+        """Hands over until a request of this thread has been carried out.
+
+        Raises:
+            Stopped: the rounds are over.
+        """
+        round_before = self._n_rounds
+        self._requests.append(request)
+        if self._all_wait():
+            self._driver.notify()
+        while self._n_rounds == round_before and not self._stopped:
+            self._round_over.wait()
+        if self._stopped:
+            raise Stopped
+
+    def advance(self, seconds: float) -> None:
+        """For the driver: carries out a round as soon as all threads wait; ends without one when a thread leaves, or after so many seconds."""
+        with self._driver:
+            if self._all_wait() or self._driver.wait(seconds) and self._all_wait():
+                requests, self._requests = self._requests, []
+                self._carry_out(requests)
+                self._n_rounds += 1
+                self._round_over.notify_all()
+
+    def stop(self) -> None:
+        """For the driver: ends what the threads are doing, and returns when none takes part any more."""
+        with self._driver:
+            self._stopped = True
+            self._round_over.notify_all()
+            while self._n_taking_part:
+                self._driver.wait()
+
+    def _all_wait(self) -> bool:
+        return 0 < self._n_taking_part == len(self._requests)

@@ -1,0 +1,130 @@
+"""The file of results: whole lines only, taken up where it ends, and never one of something else."""
+
+import json
+import resource
+
+import pytest
+
+from kvlocal.errors import KvlocalError
+from kvlocal.jobs import Failure, Result
+from kvlocal.results import Results
+
+KEY = "0" * 32
+TIMINGS = {"answer_tokens": 1}
+
+
+def result(number, text="Hello"):
+    return Result(number, f"id {number}", [{"role": "assistant", "content": text}], ["end"], 1, {}, TIMINGS)
+
+
+def fill(path, numbers, settings=KEY):
+    with Results(path, settings) as results:
+        for number in numbers:
+            assert results.wants(number, b"line %d\n" % number)
+            results.write(result(number))
+
+
+def records(path):
+    return [json.loads(part) for part in path.read_bytes().split(b"\n")[:-1]]
+
+
+def test_written_lines_are_what_was_given(tmp_path):
+    path = tmp_path / "out.jsonl"
+    texts = ["日本語 👍🏽 é \u2028 \n", "half \ud800 a pair"]
+    with Results(path, KEY) as results:
+        for number, text in enumerate(texts, 1):
+            results.wants(number, b"x")
+            results.write(result(number, text))
+            assert path.read_bytes().endswith(b"}\n")
+        results.wants(3, b"y")
+        results.write(Failure(3, "c", KvlocalError("it is bad: mend it")))
+    written = records(path)
+    assert [record["messages"][0]["content"] for record in written[:2]] == texts
+    assert written[2] == {"line": 3, "key": written[2]["key"], "id": "c", "error": "it is bad: mend it"}
+    assert "日本語 👍🏽".encode() in path.read_bytes()
+
+
+def test_goes_on_behind_what_is_there(tmp_path):
+    path = tmp_path / "out.jsonl"
+    fill(path, [1, 5, 2])
+    with path.open("ab") as file:
+        file.write(b'{"line": 3, "key": "00')
+    with Results(path, KEY) as results:
+        assert (results.n_done, results.n_failed) == (3, 0)
+        # the end of a line is no part of it: the last one may get it later
+        assert [results.wants(number, b"line %d" % number) for number in range(1, 7)] == [False, False, True, True, False, True]
+        results.write(result(3))
+    assert [record["line"] for record in records(path)] == [1, 5, 2, 3]
+
+
+def test_another_input_or_other_settings(tmp_path):
+    path = tmp_path / "out.jsonl"
+    fill(path, [1])
+    before = path.read_bytes()
+    for settings, line in [(KEY, b"line 2"), ("1" * 32, b"line 1")]:
+        with Results(path, settings) as results, pytest.raises(KvlocalError, match="these settings: name another file"):
+            results.wants(1, line)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "precious\n",
+        "[]\n",
+        '{"id": 1}\n',
+        '{"line": 0, "key": "1"}\n',
+        '{"line": "1", "key": "1"}\n',
+        '{"line": 1, "key": 1}\n',
+        '{"line": 1, "key": "-1"}\n',
+        '{"line": 1, "key": "' + "f" * 17 + '"}\n',
+        '{"line": 1, "key": "1"}\n' * 2,
+    ],
+)
+def test_something_else_is_left_alone(tmp_path, content):
+    path = tmp_path / "out.jsonl"
+    path.write_text(content)
+    with pytest.raises(KvlocalError, match="something else"):
+        Results(path, KEY).__enter__()
+    assert path.read_text() == content
+    with Results(path, KEY, replace=True) as results:
+        assert results.n_done == 0
+    assert path.read_text() == ""
+
+
+def test_one_run_at_a_time(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with Results(path, KEY), pytest.raises(KvlocalError, match="another run"):
+        Results(path, KEY).__enter__()
+    with Results(path, KEY):
+        pass
+
+
+def test_a_million_lines_take_eight_bytes_each(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(f'{{"line": {number}, "key": "{number:016x}"}}\n' for number in range(1, 100_001)))
+    with Results(path, KEY) as results:
+        assert results.n_done == 100_000
+        assert results._keys.itemsize * len(results._keys) <= 8 * 100_001
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(KvlocalError, match="No such file or directory"):
+        Results(tmp_path / "no" / "out.jsonl", KEY).__enter__()
+
+
+def test_a_full_disk_leaves_the_lines_before(tmp_path):
+    path = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Results(path, KEY) as results:
+        for number in (1, 2):
+            results.wants(number, b"x")
+        results.write(result(1))
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+        try:
+            with pytest.raises(KvlocalError, match="cannot write .*out.jsonl"):
+                results.write(result(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
