@@ -21,11 +21,12 @@ from kvlocal.evaluation import plot, report
 from kvlocal.evaluation.data import Data, load, shuffled
 from kvlocal.evaluation.dialogue import DialogueTask
 from kvlocal.evaluation.recall import RecallTask
-from kvlocal.evaluation.reference import ReferenceCache, cache_dir, fingerprint, make_directory
+from kvlocal.evaluation.reference import ReferenceCache, cache_dir, make_directory
 from kvlocal.evaluation.runner import Failure, Task, WorkFile, outcomes, pending, run_key
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.figure import check
 from kvlocal.files import atomic_write
+from kvlocal.fingerprint import fingerprint
 from kvlocal.library import load as load_library
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens

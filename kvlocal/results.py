@@ -13,9 +13,9 @@ from typing import Any, Self
 import kvlocal
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.reference import fingerprint
 from kvlocal.evaluation.runner import run_key
 from kvlocal.files import LineFile
+from kvlocal.fingerprint import fingerprint
 from kvlocal.jobs import Failure, Result
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import SessionConfig

@@ -6,7 +6,6 @@ foreign, outdated, cut off or made by somebody else, and the conversation is the
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import kvlocal
 from kvlocal.errors import KvlocalError
 from kvlocal.files import replace_at_leisure
+from kvlocal.fingerprint import fingerprint
 from kvlocal.library import load as load_library
 from kvlocal.session import ChatSession, Message, SessionError
 
@@ -30,8 +30,6 @@ VERSION = 1
 _MAX_HEADER = 2**16  # bytes
 _CHUNK = 2**22  # bytes that are written before the next look at whether to stop
 _N_DIGEST = hashlib.sha256().digest_size
-# of a model's file: the beginning, with its metadata, and blocks spread evenly over the rest, of which every large tensor has some
-_HEAD, _N_BLOCKS, _BLOCK = 2**24, 1024, 2**12
 
 
 class SnapshotError(KvlocalError):
@@ -105,20 +103,6 @@ class Snapshots:
         else:
             self._kept = _key(session)
         return n
-
-
-@functools.cache
-def fingerprint(path: Path) -> str:
-    """A hash of a file's size, its beginning and samples of the rest: quick, also for a model of many gigabytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(f"{size}\0".encode())
-        digest.update(file.read(_HEAD))
-        for offset in np.linspace(min(_HEAD, size), max(size - _BLOCK, 0), _N_BLOCKS).astype(np.int64) if size > _HEAD else ():
-            file.seek(offset)
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def _made_with(session: ChatSession) -> dict[str, Any]:

@@ -197,21 +197,6 @@ def test_another_model_or_version_or_conversation_is_found_out(model, snapshots,
     check_refused(model, snapshots, kept, "cannot be read")
 
 
-def test_samples_of_a_large_file_tell_it_from_others(tmp_path):
-    path, size = tmp_path / "large", module._HEAD * 2
-    seen = set()
-    for i, offset in enumerate((None, 0, module._HEAD, size - 1)):
-        path = tmp_path / f"large{i}"
-        with open(path, "wb") as file:
-            file.truncate(size)
-            if offset is not None:
-                file.seek(offset)
-                file.write(b"x")
-        seen.add(module.fingerprint(path))
-    (tmp_path / "longer").write_bytes(bytes(size + 1))
-    assert len(seen | {module.fingerprint(tmp_path / "longer")}) == 5
-
-
 def test_no_part_of_the_file_can_be_lost_or_changed(model, snapshots, kept):
     """Nothing is taken from it then: neither cut off, longer, nor with a byte changed anywhere."""
     content = snapshots.path.read_bytes()

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.engine import Model
+from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.data import Dialogue
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.recall_chats import Question, recall_chats
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import Variant
-from kvlocal.errors import KvlocalError
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import ChatSession, SessionConfig
 from kvlocal.template import ChatTemplate

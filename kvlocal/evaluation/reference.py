@@ -18,8 +18,6 @@ import numpy.typing as npt
 from kvlocal.errors import KvlocalError
 from kvlocal.files import atomic_write
 
-_BLOCK = 2**20
-_N_BLOCKS = 16
 
 
 def cache_dir() -> Path:
@@ -36,17 +34,6 @@ def cache_dir() -> Path:
         except RuntimeError as error:
             raise KvlocalError("there is no home directory: name a directory with --cache") from error
     return cache_home / "kvlocal" / "eval"
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size and of 16 blocks of 1 MiB spread evenly from its first byte to its last; of all of a small file."""
-    with path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        for i in range(_N_BLOCKS):
-            file.seek(i * max(0, size - _BLOCK) // (_N_BLOCKS - 1))
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:

@@ -15,9 +15,9 @@ import numpy as np
 import kvlocal
 from kvlocal.engine import Context, Model
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.reference import fingerprint
 from kvlocal.evaluation.runner import run_key
 from kvlocal.files import LineFile
+from kvlocal.fingerprint import fingerprint
 from kvlocal.library import load
 from kvlocal.nexus.draw import draw
 from kvlocal.nexus.plan import MIN_PAIRS, Pair, Part, draw_plan
