@@ -14,10 +14,10 @@ from gguf import GGUFWriter, TokenType
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
 from kvlocal import transcript
-from kvlocal.batch import Job
 from kvlocal.container import Container
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import data as dialogues
+from kvlocal.jobs import Job
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template import ChatTemplate
