@@ -109,15 +109,24 @@ class Snapshots:
 
 @functools.cache
 def fingerprint(path: Path) -> str:
-    """A hash of a file's size, its beginning and samples of the rest: quick, also for a model of many gigabytes."""
+    """A hash of a file's size, its beginning and samples of the rest: quick, also for a model of many gigabytes.
+
+    Raises:
+        SnapshotError: the file cannot be read any more.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(f"{size}\0".encode())
-        digest.update(file.read(_HEAD))
-        for offset in np.linspace(min(_HEAD, size), max(size - _BLOCK, 0), _N_BLOCKS).astype(np.int64) if size > _HEAD else ():
-            file.seek(offset)
-            digest.update(file.read(_BLOCK))
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{size}\0".encode())
+            digest.update(file.read(_HEAD))
+            for offset in np.linspace(_HEAD, size - _BLOCK, _N_BLOCKS).astype(np.int64) if size > _HEAD + _BLOCK else ():
+                file.seek(offset)
+                digest.update(file.read(_BLOCK))
+            # of a file little longer than its beginning there is more to hash
+            digest.update(file.read())
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read for the snapshot ({error.strerror})") from error
     return digest.hexdigest()
 
 
@@ -199,7 +208,7 @@ def _common(conversations: object, system: str | None, messages: Sequence[Messag
     pairs = conversations if isinstance(conversations, list) else []
     for i, pair in enumerate(pairs[:2]):
         n = pair[0] if isinstance(pair, list) and len(pair) == 2 else None
-        if type(n) is int and 0 <= n <= len(messages) and pair[1] == _digest(system, messages[:n]):
+        if type(n) is int and 0 < n <= len(messages) and pair[1] == _digest(system, messages[:n]):
             return n, i > 0
     raise SnapshotError("the snapshot is of another conversation")
 
