@@ -49,7 +49,7 @@ def chat_command(
     MODEL is a name that `kvlocal models` lists, or the path of a GGUF file. Without it a session goes on with its own model.
 
     The chat never ends: what it was about stays in the KV cache as far as the budget goes. Type /help for the commands.
-    Every chat is kept in a transcript, word by word.
+    Every chat is kept in a transcript, word by word; --session goes on with one where it ended, whatever ended it.
 
     Without a terminal turns are read from stdin, one a line, and the answers are plain text on stdout:
 
@@ -210,8 +210,9 @@ class Chat:
         Raises:
             KvlocalError: a session cannot keep it, so it must not be answered.
         """
-        if not self._snapshots:
-            return self.record(lambda transcript: transcript.add_user(text))
+        if self._snapshots is None:
+            self.record(lambda transcript: transcript.add_user(text))
+            return
         try:
             self._transcript.add_user(text)
         except KvlocalError as error:

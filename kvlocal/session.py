@@ -300,6 +300,11 @@ class ChatSession:
 
     def _begin(self) -> None:
         """An empty cache with the system prompt in it."""
+        self._read(self._reset())
+        self._ledger.n_reread = self._ledger.n_tokens
+
+    def _reset(self) -> Sequence[Piece]:
+        """An empty cache; returns what a conversation begins with."""
         self._context.clear()
         self._checkpoint: _Checkpoint | None = None
         self._prediction: npt.NDArray[np.float32] | None = None  # logits after the last turn that was read
@@ -318,8 +323,7 @@ class ChatSession:
                 f"the system prompt takes {n_system} tokens, which always stay, and leaves too little of a budget of {self.budget}: "
                 f"shorten it or give a budget of at least {least}"
             )
-        self._read(pieces)
-        self._ledger.n_reread = self._ledger.n_tokens
+        return pieces
 
     def _empty_ledger(self) -> Ledger:
         ledger = Ledger(self._layout.n_layer, self._layout.n_head_kv, self._capacity + self._spare, self._observer.carries)
@@ -763,10 +767,9 @@ class ChatSession:
         Raises:
             SessionError: it does not fit; the session is then at its beginning.
         """
-        self._begin()
+        self._reset()
         try:
             self._ledger.take(_of("ledger", arrays))
-            self._context.clear()
             self._context.state_set(0, arrays["cache"])
             self._native.set_ring_state(arrays.get("ring"))
             if self._native.n_cells() != self._ledger.n_cells or self._context.pos_max(0) != self._ledger.next_position - 1:

@@ -105,13 +105,25 @@ class Snapshots:
         return n
 
 
+def _fingerprint(path: Path) -> str:
+    """As fingerprint.
+
+    Raises:
+        SnapshotError: the file cannot be read any more.
+    """
+    try:
+        return fingerprint(path)
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read for the snapshot ({error.strerror})") from error
+
+
 def _made_with(session: ChatSession) -> dict[str, Any]:
     library = load_library()
     return {
         "kvlocal": kvlocal.__version__,
         "llama.cpp": f"{library.bindings_version} {library.patch_level}",
-        "model": fingerprint(session.model.path),
-        "Nexus tokens": fingerprint(Path(session.nexus.path)) if session.nexus else None,
+        "model": _fingerprint(session.model.path),
+        "Nexus tokens": _fingerprint(Path(session.nexus.path)) if session.nexus else None,
         **session.signature,
     }
 
@@ -183,7 +195,7 @@ def _common(conversations: object, system: str | None, messages: Sequence[Messag
     pairs = conversations if isinstance(conversations, list) else []
     for i, pair in enumerate(pairs[:2]):
         n = pair[0] if isinstance(pair, list) and len(pair) == 2 else None
-        if type(n) is int and 0 <= n <= len(messages) and pair[1] == _digest(system, messages[:n]):
+        if type(n) is int and 0 < n <= len(messages) and pair[1] == _digest(system, messages[:n]):
             return n, i > 0
     raise SnapshotError("the snapshot is of another conversation")
 

@@ -171,8 +171,10 @@ class Transcript:
         self._empty = False
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise TranscriptError(f"{self.path} is in use by another kvlocal: leave that chat first, or choose another session") from error
+        except OSError as error:
+            raise TranscriptError(f"cannot lock {self.path}: {error.strerror}") from error
         with contextlib.suppress(OSError):
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         return False

@@ -5,11 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from random_nexus import K, nexus_file
 
-from kvlocal.container import Container
 from kvlocal.engine import EngineError, Model
 from kvlocal.ledger import NEXUS
-from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.file import NexusError, NexusFile, WrongBase
 from kvlocal.nexus.tokens import NexusTokens
@@ -18,7 +17,6 @@ from kvlocal.policies.base import CacheState
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import ChatSession, SessionConfig, SessionError
 
-K = 8
 CONFIG = SessionConfig(
     budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
 )
@@ -29,18 +27,6 @@ STORY = "The keeper wrote down the weather, then walked to the harbour to count 
 def model(smollm2):
     with Model(smollm2) as loaded:
         yield loaded
-
-
-def nexus_file(base, seed=0):
-    """A file that fits the base model; a random table and a random adapter for two of its layers."""
-    container, rng = Container(base), np.random.default_rng(seed)
-    adapter = {}
-    for name in ("blk.0.attn_q.weight", "blk.3.ffn_down.weight"):
-        n_out, n_in = container.tensors[name].shape
-        a, b = rng.standard_normal((4, n_in)) / n_in**0.5, rng.standard_normal((n_out, 4))
-        adapter[name] = a.astype(np.float16), b.astype(np.float16)
-    table = rng.standard_normal((K, container.metadata["llama.embedding_length"])).astype(np.float32) / 10
-    return NexusFile(table, adapter, 4.0, "llama", base.stem, base_hash(container), (0.5, 0.8))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from kvlocal.snapshot import snapshot_path
 from kvlocal.transcript import Transcript, load
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.main import main
+from kvlocal_cli.terminal import ReadingBar
 
 # one thread: two that wait for each other crawl when the machine is busy
 OPTIONS = ("--threads", "1", "--temp", "0", "--max-tokens", "12", "--kv-budget", "96", "--stride", "32")
@@ -218,6 +219,18 @@ def wait_until(holds) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_without_a_terminal_reading_is_told_in_lines(monkeypatch, capsys):
+    now = iter(range(0, 100, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    bar = ReadingBar()
+    bar.show(1, 8)
+    assert capsys.readouterr().err == ""
+    bar.lines = True
+    for i in range(2, 9):
+        bar.show(i, 8)
+    assert capsys.readouterr().err == "kvlocal: 38% read\nkvlocal: 62% read\nkvlocal: 88% read\n"
 
 
 def test_what_is_written_does_not_hold_up_the_next_turn():

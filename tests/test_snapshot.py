@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_nexus_session import nexus_file
+from random_nexus import nexus_file
 
 from kvlocal import snapshot as module
 from kvlocal.engine import Model
