@@ -176,8 +176,9 @@ class _Batch:
                     stop_reasons.append(session.last.stop_reason)
                     answer_tokens += session.last.answer_tokens
                     answer_seconds += session.last.answer_seconds
-                session.finish_turn()
-                session.second_read()
+                if i < end - 1:
+                    session.finish_turn()
+                    session.second_read()
             kv = session.kv.report()
             prompt_tokens = kv["history_tokens"] - answer_tokens
             timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
