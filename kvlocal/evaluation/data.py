@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvlocal.batch import Job, LineError
 from kvlocal.errors import KvlocalError
+from kvlocal.jobs import Job, LineError
 from kvlocal.session import Message
 
 
