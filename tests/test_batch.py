@@ -268,6 +268,15 @@ def test_wishes_are_what_a_session_of_their_own_would_do(model):
     assert together[2].messages[0] == user(text)
 
 
+def test_streams_that_cannot_be_made_fail_before_the_first_line(model, monkeypatch):
+    def too_large(*arguments, **options):
+        raise KvlocalError("a cache of 64 x 256 cells cannot be made")
+
+    monkeypatch.setattr("kvlocal.batch.Streams", too_large)
+    with pytest.raises(KvlocalError, match="64 x 256"):
+        run_batch([line(user("Hi"))], model, SMALL, parallel=64)
+
+
 def test_a_configuration_that_cannot_work_fails_before_the_first_line(model):
     def lines():
         raise AssertionError("read")

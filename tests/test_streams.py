@@ -27,7 +27,7 @@ def tokens(model):
 
 def together(model, *tasks, n=3, **changes):
     """What each task returns, which gets a stream and runs beside the others."""
-    streams, results = Streams(n), [None] * len(tasks)
+    streams, results = Streams(n, 0, model, **OPTIONS | changes), [None] * len(tasks)
 
     def run(i):
         with streams.rounds.turn():
@@ -91,7 +91,7 @@ def test_a_full_stream_fails_alone(model, tokens):
 
 
 def test_what_does_not_fit_gets_a_context_of_its_own(model):
-    streams = Streams(2)
+    streams = Streams(2, 0, model, **OPTIONS)
     with streams.rounds.turn():
         first = streams.open(0, model, **OPTIONS)
         second = streams.open(0, model, **OPTIONS | {"n_cells": 100})
