@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from kvlocal import policies
 from kvlocal.compression import Seconds
-from kvlocal.engine import Model
+from kvlocal.engine import Context, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.jobs import Failure, Job, Result
 from kvlocal.nexus.tokens import NexusTokens
@@ -63,9 +64,16 @@ def run_batch(
     if not 1 <= parallel <= MAX_PARALLEL:
         raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_PARALLEL}")
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
-    with ChatSession(model, config, nexus=nexus) as session:
+    asked: dict[str, Any] = {}
+
+    def make_context(model: Model, **options: Any) -> Context:
+        asked.update(options)
+        return Context(model, **options)
+
+    with ChatSession(model, config, nexus=nexus, make_context=make_context) as session:
         budget = session.budget
-    return _Batch(lines, model, config, budget, parallel, ordered, wanted, poll, nexus).outcomes()
+    streams = Streams(parallel, _n_recorded(config), model, **asked)
+    return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
 
 
 class _Batch:
@@ -77,6 +85,7 @@ class _Batch:
         model: Model,
         config: SessionConfig,
         budget: int,
+        streams: Streams,
         parallel: int,
         ordered: bool,
         wanted: Callable[[int, bytes], bool],
@@ -85,8 +94,7 @@ class _Batch:
     ) -> None:
         self._model, self._config, self._budget, self._nexus = model, config, budget, nexus
         self._ordered, self._poll = ordered, poll
-        self._streams = Streams(parallel)
-        self._rounds = self._streams.rounds
+        self._streams, self._rounds = streams, streams.rounds
         # of the lines; one thread at a time waits for the next
         self._reading = threading.Lock()
         self._lines = ((number, line) for number, line in enumerate(lines, 1) if line.strip() and wanted(number, line))
@@ -106,12 +114,15 @@ class _Batch:
         try:
             ready: list[tuple[int, Outcome]] = []
             n_yielded = 0
-            while self._n_working or not self._finished.empty() or ready:
+            while True:
+                ended = not self._n_working
                 self._poll()
                 if self._error:
                     raise self._error
                 while not self._finished.empty():
                     heapq.heappush(ready, self._finished.get())
+                if ended and not ready:
+                    return
                 if ready and (not self._ordered or ready[0][0] == n_yielded):
                     yield heapq.heappop(ready)[1]
                     n_yielded += 1
@@ -176,8 +187,9 @@ class _Batch:
                     stop_reasons.append(session.last.stop_reason)
                     answer_tokens += session.last.answer_tokens
                     answer_seconds += session.last.answer_seconds
-                session.finish_turn()
-                session.second_read()
+                if i < end - 1:
+                    session.finish_turn()
+                    session.second_read()
             kv = session.kv.report()
             prompt_tokens = kv["history_tokens"] - answer_tokens
             timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
@@ -185,8 +197,11 @@ class _Batch:
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a stream."""
-        queries = n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)
-        return ChatSession(self._model, config, nexus=self._nexus, make_context=partial(self._streams.open, queries))
+        return ChatSession(self._model, config, nexus=self._nexus, make_context=partial(self._streams.open, _n_recorded(config)))
+
+
+def _n_recorded(config: SessionConfig) -> int:
+    return n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)
 
 
 def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:

@@ -15,9 +15,9 @@ class Stopped(BaseException):
 class Rounds:
     """Lets threads run one at a time, and carries out what they wait for once all of them wait.
 
-    A thread runs in its turn alone and hands over when it waits, so nothing that the threads share needs a lock. The thread that made this
-    object drives it: whatever uses the model's cores runs there, as OpenMP keeps helpers for each thread that asks for them. A round carries out
-    one request of every thread, so that each of them goes on, whatever the others ask for.
+    A thread runs in its turn alone and hands over when it waits, so nothing that the threads share needs a lock. One more thread, the driver,
+    carries rounds out: decoding from one thread alone spares OpenMP helpers for each of them. A round holds one request of every thread, so that
+    each goes on, whatever the others ask for.
 
     carry_out: gets the requests of a round
     """

@@ -95,32 +95,33 @@ def _decode_together(context: Context, requests: list[_Request]) -> None:
 class Streams:
     """Gives each conversation a stream in one context, or in a context of its own if it needs more than a stream of that one holds.
 
-    The context is made for what the first conversation asks. Conversations run in rounds, in whose turn everything here is called.
+    Conversations run in rounds, in whose turns streams are opened, used and closed.
 
     n: streams of the context
+    n_recorded: queries that their rings hold
+    model, n_cells and options: as for Context
     rounds: carry out what is decoded
+
+    Raises:
+        EngineError: there is not enough memory.
     """
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, n_recorded: int, model: Model, **options: Any) -> None:
         self.rounds = Rounds(carry_out)
-        self._n = n
-        self._context: Context | None = None
-        self._n_recorded = 0
+        self._context = Context(model, n_seq_max=n, **options)
+        self._n_recorded = n_recorded
         self._free = list(range(n))
 
-    def open(self, n_recorded: int, model: Model, *, n_cells: int, n_outputs: int, **options: Any) -> Stream:
-        """A stream of at least n_cells cells whose ring can hold n_recorded queries; what else is as for Context must always be the same.
+    def open(self, n_recorded: int, model: Model, *, n_cells: int, **options: Any) -> Stream:
+        """A stream of at least n_cells cells whose ring can hold n_recorded queries; the other options must be those of the context.
 
         Raises:
             EngineError: there is not enough memory.
         """
-        if self._context is None:
-            self._context = Context(model, n_cells=n_cells, n_outputs=n_outputs, n_seq_max=self._n, **options)
-            self._n_recorded = n_recorded
         if n_cells <= self._context.n_cells and n_recorded <= self._n_recorded and self._free:
             seq = heapq.heappop(self._free)
             return Stream(self.rounds, self._context, seq, n_cells, lambda: self._give_back(seq))
-        context = Context(model, n_cells=n_cells, n_outputs=n_outputs, **options)
+        context = Context(model, n_cells=n_cells, **options)
         return Stream(self.rounds, context, 0, n_cells, context.close)
 
     def _give_back(self, seq: int) -> None:
@@ -130,8 +131,7 @@ class Streams:
 
     def close(self) -> None:
         """Frees the context that is shared. Closing twice is harmless."""
-        if self._context:
-            self._context.close()
+        self._context.close()
 
 
 class Stream:

@@ -268,6 +268,15 @@ def test_wishes_are_what_a_session_of_their_own_would_do(model):
     assert together[2].messages[0] == user(text)
 
 
+def test_streams_that_cannot_be_made_fail_before_the_first_line(model, monkeypatch):
+    def too_large(*arguments, **options):
+        raise KvlocalError("a cache of 64 x 256 cells cannot be made")
+
+    monkeypatch.setattr("kvlocal.batch.Streams", too_large)
+    with pytest.raises(KvlocalError, match="64 x 256"):
+        run_batch([line(user("Hi"))], model, SMALL, parallel=64)
+
+
 def test_a_configuration_that_cannot_work_fails_before_the_first_line(model):
     def lines():
         raise AssertionError("read")
@@ -465,10 +474,9 @@ def test_refused_before_anything_is_touched(smollm2, tmp_path):
 
 def test_the_same_command_goes_on_where_it_stopped(smollm2, tmp_path):
     source, out = write_many(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
-    run_again = command(smollm2, source, "-o", out, "--parallel", "2", "--ordered")
+    run_again = command(smollm2, source, "-o", out, "--parallel", "2", "--ordered", "--seed", "0")
     assert subprocess.run(run_again).returncode == 0
-    whole = out.read_bytes()
-    parts = whole.splitlines(keepends=True)
+    parts = out.read_bytes().splitlines(keepends=True)
     # two lines, and a torn one
     out.write_bytes(b"".join(parts[:2]) + parts[2][:40])
     done = subprocess.run(run_again, capture_output=True, text=True)

@@ -1,12 +1,14 @@
 """Nexus tokens in a conversation: where they come, what they leave alone, which of them stay."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
 from random_nexus import K, nexus_file
 
+from kvlocal.batch import run_batch
 from kvlocal.engine import EngineError, Model
 from kvlocal.ledger import NEXUS
 from kvlocal.nexus.discovery import nexus_for
@@ -213,3 +215,13 @@ def test_an_adapter_of_another_model_is_refused(path, gemma3):
 
     with Model(gemma3) as other, pytest.raises(EngineError, match="adapter"):
         Adapter(other, path)
+
+
+def test_a_batch_reads_them_beside_other_conversations(model, nexus):
+    """The adapter is on for one conversation alone, while the others wait."""
+    config = dataclasses.replace(CONFIG, max_tokens=4, sampling=SamplingParams(temperature=0.0, seed=0))
+    turns = [[{"role": "user", "content": f"{STORY * i} Say {i}."}, {"role": "user", "content": "Go on."}] for i in range(4)]
+    lines = [json.dumps({"messages": messages}).encode() for messages in turns]
+    alone, together = (list(run_batch(lines, model, config, parallel=n, ordered=True, nexus=nexus)) for n in (1, 3))
+    assert all(result.kv["nexus"] > 0 for result in alone)
+    assert [(result.messages, result.kv) for result in alone] == [(result.messages, result.kv) for result in together]
