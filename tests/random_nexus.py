@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kvlocal.nexus.base import base_hash
 from kvlocal.container import Container
+from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 
 K = 8
