@@ -22,7 +22,7 @@ from kvlocal.transcript import Conversation, Transcript, chat_path, load
 from kvlocal_cli import chat_commands
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loading, clean_text, session_options
-from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, waiting, write_answer
+from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, write_answer
 from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-
 # what stands in the place of a vocabulary entry for a Nexus token
 NEXUS = -1
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from shallow_model import write_shallow_model
 
 from kvlocal.engine import Context, Model
 from kvlocal.library import load
 from kvlocal.native import NativeCache
-from shallow_model import write_shallow_model
 
 L = 4  # layers of the shallow model
 

@@ -4,7 +4,6 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from doors import CHATML, MESSAGES, NAMES, doors

@@ -8,7 +8,7 @@ from doors import write_chat_model
 from kvlocal.container import Container
 from kvlocal.engine import Context, EngineError, Model
 from kvlocal.errors import KvlocalError
-from kvlocal.sampling import REPEAT_PENALTY, MAX_SEED, Sampler, SamplingError, SamplingParams
+from kvlocal.sampling import MAX_SEED, REPEAT_PENALTY, Sampler, SamplingError, SamplingParams
 from kvlocal.session import ChatSession, SessionConfig
 
 

@@ -19,7 +19,6 @@ from kvlocal.errors import KvlocalError
 from kvlocal.files import atomic_write
 
 
-
 def cache_dir() -> Path:
     """The absolute directory of what can be computed again: `kvlocal/eval` in `XDG_CACHE_HOME`, else in `~/.cache`. It need not exist.
 
