@@ -82,7 +82,7 @@ def _decode_together(context: Context, requests: list[_Request]) -> None:
         try:
             context.decode_sequences(tokens, positions, sequences)
         except EngineError:
-            # nothing was decoded; whose fault it is shows one after another
+            # whose fault it is shows when each is decoded alone
             pass
         else:
             for request, row in zip(requests, context.logits_all(), strict=True):

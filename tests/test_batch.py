@@ -236,8 +236,8 @@ def test_lines_that_fail_are_numbered_and_the_others_go_on(model):
 
 
 def test_wishes_that_fail_concern_their_line_only(model):
-    asked = [{"policy": "magic"}, {"kv_budget": 3}, {"kv_budget": 10**9}, {"temperature": -1}, {"temperature": 10**400}, {"max_tokens": 0}, {"seed": -1}]
-    asked.append({"policy": "nexus"})
+    asked = [{"policy": "magic"}, {"policy": "nexus"}, {"kv_budget": 3}, {"kv_budget": 10**9}, {"max_tokens": 0}]
+    asked += [{"temperature": -1}, {"temperature": 10**400}, {"seed": -1}]
     outcomes = run(model, *[line(user("Hi"), **wish) for wish in asked], line(user("Hi"), id="last"), parallel=3, ordered=True)
     assert all(isinstance(outcome, Failure) for outcome in outcomes[:-1])
     assert outcomes[-1].id == "last"
