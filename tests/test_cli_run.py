@@ -60,7 +60,7 @@ def test_json(kvlocal_run, smollm2):
     assert report["prompt"] == "Sum this up:\n\nCats ☃ sleep."
     assert report["answer"]
     assert report["seed"] == 7 and report["stop_reason"] in ("end", "length")
-    assert list(report["kv"]) == ["budget", "peak_cells", "history_tokens", "compressions", "evicted"]
+    assert list(report["kv"]) == ["budget", "peak_cells", "history_tokens", "compressions", "evicted", "nexus"]
     assert report["kv"]["budget"] == 1024
     assert report["kv"]["history_tokens"] == report["kv"]["peak_cells"] > 20
     assert 0 < report["timings"]["answer_tokens"] <= 8 and report["timings"]["answer_seconds"] > 0

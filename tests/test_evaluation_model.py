@@ -131,7 +131,7 @@ def test_what_was_just_said_is_chosen(model):
 def test_questions_leave_no_trace(model):
     task = RecallTask(model, BASE, 2, 200, 0)
     (chat,) = task._chats
-    reading = read_history(model, BASE, Variant("streaming", 0.5, "streaming"), chat.history, chat.n_history, chat.n_prefix, spare=160)
+    reading = read_history(model, BASE, Variant("streaming", 0.5, "streaming"), chat.history, chat.n_history, chat.n_prefix, 160, None)
     with reading as (session, compression):
         before = session.kv
         assert before.history_tokens == chat.n_history and compression == 1 - before.used / chat.n_history

@@ -181,7 +181,7 @@ class SessionReader(Reader):
     Nexus tokens and a second read, if the policy wants them, come between turns.
     """
 
-    def __init__(self, model: Model, script: Script, config: SessionConfig, nexus: NexusTokens | None):
+    def __init__(self, model: Model, script: Script, config: SessionConfig, nexus: NexusTokens | None = None):
         super().__init__(script, config.n_ubatch)
         self._session = _ScriptedSession(model, config, nexus=nexus)
 
