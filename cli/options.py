@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import click
@@ -68,8 +68,7 @@ _OPTIONS = (
     ),
     click.option(
         "--policy", type=click.Choice(list(policies.POLICIES)),
-        help=f"What to keep when the cache is over its budget.  [default: {policies.WITH_NEXUS} where there are Nexus tokens for the model, "
-        f"else {_SESSION.policy}]",
+        help=f"What to keep when the cache is over its budget.  [default: {policies.WITH_NEXUS} with --nexus FILE, else {_SESSION.policy}]",
     ),
     click.option(
         "--policy-arg", "policy_args", multiple=True, callback=_parse_policy_args, metavar="NAME=VALUE",
@@ -141,12 +140,10 @@ class Loading:
 
     gpu_layers: as in Model
     nexus: a Nexus file, OFF, or None for one that is found
-    with_policy: whether a policy was asked for by name
     """
 
     gpu_layers: int
     nexus: str | None
-    with_policy: bool
 
     def model(self, name: str, config: SessionConfig, parallel: int = 1) -> Model:
         """The model of that name or path, if so many conversations with it fit into memory.
@@ -160,19 +157,16 @@ class Loading:
         with waiting(f"loading {name}"):
             return Model(path, n_gpu_layers=self.gpu_layers)
 
-    def tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
-        """The Nexus tokens for a model, and the configuration, whose policy uses them if none was asked for.
+    def tokens(self, model: Model, config: SessionConfig) -> NexusTokens | None:
+        """The Nexus tokens for a model, if the policy uses them and there are some.
 
         Raises:
             KvlocalError: a file that was named cannot be used.
         """
-        if self.with_policy and "nexus" not in policies.make(config.policy, config.policy_args).needs:
-            return config, None
+        if "nexus" not in policies.make(config.policy, config.policy_args).needs:
+            return None
         with waiting("loading the Nexus tokens"):
-            nexus = nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))
-        if nexus and not self.with_policy:
-            config = replace(config, policy=policies.WITH_NEXUS)
-        return config, nexus
+            return nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))
 
 
 def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,7 +198,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         try:
-            loading = Loading(gpu_layers, nexus, with_policy=policy is not None)
+            loading = Loading(gpu_layers, nexus)
             policy = policy or (_SESSION.policy if nexus in (None, OFF) else policies.WITH_NEXUS)
             policies.make(policy, policy_args)
             config = SessionConfig(
