@@ -171,7 +171,7 @@ def check_refused(model, snapshots, messages, match, **changes):
         ({"stride": 33}, "another stride"),
         ({"window": 8}, "another window"),
         ({"policy": "kvzip"}, "another policy"),
-        ({"policy_args": {"now": 0.5}}, "another policy args"),
+        ({"policy_args": {"now": 0.7}}, "another policy args"),
         ({"type_k": "q8_0"}, "another type k"),
         ({"positions": "cache"}, "another positions"),
         ({"n_ubatch": 32}, "another n ubatch"),

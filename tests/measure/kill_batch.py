@@ -60,8 +60,9 @@ def main() -> int:
         if len(expected) != args.lines:
             sys.exit(told.decode())
 
-        kills = torn = 0
+        found = collections.Counter({"kills": 0, "runs": 0, "lost": 0, "doubled": 0, "failures": 0, "answers_that_differ": 0, "torn_lines": 0})
         while True:
+            kills = found["kills"]
             n_before = len(read_records(out))
             process = start(out, args.parallel)
             if kills < args.kills:
@@ -73,30 +74,32 @@ def main() -> int:
             if kills < args.kills and process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
-                kills += 1
-                torn += out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
+                found["kills"] += 1
+                found["torn_lines"] += out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
                 continue
             _, told = process.communicate()
-            break
-        if process.returncode not in (0, 1):
-            sys.exit(told.decode())
+            if process.returncode not in (0, 1):
+                sys.exit(told.decode())
+            found.update(compared(read_records(out), expected))
+            if kills == args.kills:
+                break
+            # it was finished before it could be killed: once more from the beginning
+            out.unlink()
+        print(json.dumps({"lines": args.lines, "parallel": args.parallel, **found}))
+        return int(found["lost"] > 0 or found["doubled"] > 0)
 
-        records = read_records(out)
-        counts = collections.Counter(record["line"] for record in records)
-        outcome = ("id", "messages", "stop_reasons", "kv", "error")
-        differ = sum(any(record.get(name) != expected[record["line"]].get(name) for name in outcome) for record in records)
-        result = {
-            "kills": kills,
-            "lines": args.lines,
-            "parallel": args.parallel,
-            "lost": args.lines - len(counts),
-            "doubled": sum(count - 1 for count in counts.values()),
-            "failures": sum("error" in record for record in records),
-            "answers_that_differ": differ,
-            "torn_lines": torn,
-        }
-        print(json.dumps(result))
-        return int(kills < args.kills or result["lost"] > 0 or result["doubled"] > 0)
+
+def compared(records: list[dict], expected: dict[int, dict]) -> dict[str, int]:
+    """How the records of a finished run differ from what was expected, by line."""
+    counts = collections.Counter(record["line"] for record in records)
+    outcome = ("id", "messages", "stop_reasons", "kv", "error")
+    return {
+        "runs": 1,
+        "lost": len(expected) - len(counts),
+        "doubled": sum(count - 1 for count in counts.values()),
+        "failures": sum("error" in record for record in records),
+        "answers_that_differ": sum(any(record.get(name) != expected[record["line"]].get(name) for name in outcome) for record in records),
+    }
 
 
 def _pause(process: subprocess.Popen, seconds: float) -> None:
