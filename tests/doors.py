@@ -1,6 +1,7 @@
 """The doors that are fuzzed (see fuzzing)."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -216,6 +217,9 @@ class Loader:
 def _serve() -> None:
     from kvlocal.engine import Context, Model
 
+    # whatever llama.cpp prints must not get between the answers
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in iter(sys.stdin.readline, ""):
         try:
             with Model(line.rstrip("\n")) as model:
@@ -228,7 +232,7 @@ def _serve() -> None:
             answer = ["refused", str(error)]
         except Exception as error:
             answer = ["wrong", f"{type(error).__name__}: {error}"]
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
