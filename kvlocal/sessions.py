@@ -32,7 +32,7 @@ def session_path(text: str) -> Path:
         KvlocalError: it is neither.
     """
     if os.sep in text or text.endswith(SUFFIX):
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))
     if not _NAME.fullmatch(text):
         raise KvlocalError(f"{text[:60]!r} is no name for a session: use letters, digits, spaces, dots and dashes, or give a file as ./{text[:60]}")
     return sessions_dir() / f"{text}{SUFFIX}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
+from kvlocal.sessions import session_path
 from kvlocal.snapshot import snapshot_path
 from kvlocal.transcript import Transcript, load
 from kvlocal_cli.idle import Idle
@@ -351,3 +352,7 @@ def test_delete_asks_first(path):
     assert run("delete", "trip", "--yes") == 0 and os.listdir(path.parent) == []
     for command in (["delete", "trip", "--yes"], ["show", "trip"], ["export", "trip"], ["rename", "trip", "a"]):
         assert failure(*command).startswith("kvlocal: there is no session trip: ")
+
+
+def test_a_home_that_nobody_has_is_part_of_the_path():
+    assert session_path("~no-such-user/a.jsonl") == Path("~no-such-user/a.jsonl")
