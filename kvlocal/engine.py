@@ -27,6 +27,9 @@ KV_TYPES: dict[str, str] = {
     "iq4_nl": "GGML_TYPE_IQ4_NL",
 }
 
+# llama.cpp allocates the cells of a sequence in multiples of it
+CELL_BLOCK = 256
+
 Outputs = Literal["last", "all", "none"]
 
 _GGUF_MAGIC = b"GGUF"

@@ -10,13 +10,13 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from kvlocal.container import Container
+from kvlocal.engine import CELL_BLOCK
 from kvlocal.errors import KvlocalError
 from kvlocal.session import SessionConfig, allocation
 
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
 _PROCESS = 128 * 2**20
 _ROWS_OF_A_TOKEN = 64
-_PADDING = 256  # llama.cpp allocates cells in multiples of it
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -60,11 +60,11 @@ class Footprint:
         return cls(weights, int(n_head_kv.sum() * row * copies), _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * n_embd * 4)
 
     def total(self, n_cells: int) -> int:
-        return self.weights + self.other + self.cell * -(-n_cells // _PADDING) * _PADDING
+        return self.weights + self.other + self.cell * -(-n_cells // CELL_BLOCK) * CELL_BLOCK
 
     def most_cells(self, free: int) -> int:
         """The most cells that fit into so many bytes, 0 if the model alone does not."""
-        return max(0, (free - self.weights - self.other) // self.cell // _PADDING * _PADDING)
+        return max(0, (free - self.weights - self.other) // self.cell // CELL_BLOCK * CELL_BLOCK)
 
 
 def _bytes_of(kind: str) -> float:

@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.engine import Adapter, Context, EngineError, Model, Outputs
+from kvlocal.engine import CELL_BLOCK, Adapter, Context, EngineError, Model, Outputs
 from kvlocal.library import load
 from kvlocal.rounds import Rounds
-
-# llama.cpp rounds the cells of a sequence up to a multiple of this
-_CELLS = 256
 
 
 @dataclass(eq=False)
@@ -147,7 +144,7 @@ class Stream:
     def __init__(self, rounds: Rounds, context: Context, seq: int, n_cells: int, on_close: Callable[[], None]) -> None:
         self.model, self.seq = context.model, seq
         self.n_ubatch = context.n_ubatch
-        self.n_cells = min(-(-n_cells // _CELLS) * _CELLS, context.n_cells)
+        self.n_cells = min(-(-n_cells // CELL_BLOCK) * CELL_BLOCK, context.n_cells)
         self._rounds, self._context, self._on_close = rounds, context, on_close
         self._lib = load().llama_cpp
         self._adapter: Adapter | None = None
