@@ -3,11 +3,18 @@
 # make setup     the set-up alone: afterwards .venv/bin/kvlocal works
 # make sanitize  the native tests under the address and undefined behaviour sanitizers
 # make stock     llama.cpp without our patches, in build/stock/dist/lib, to compare with
+# make pack      everything that a machine without a network needs, in build/kvlocal-offline.tar.gz (ARGS="--help" tells the options)
 # make clean     remove .venv and build
 #
 # CMAKE_ARGS="-DGGML_CUDA=ON" chooses a backend, PYTHON=python3.12 an interpreter.
 
 MAKEFLAGS += --no-print-directory
+# What make pack brings along takes the place of the network.
+ifneq ($(wildcard offline/sdist),)
+override CMAKE_ARGS += -DKVLOCAL_LLAMA_CPP_DIR=$(CURDIR)/offline/sdist/vendor/llama.cpp
+export PIP_NO_INDEX = 1
+export PIP_FIND_LINKS = $(CURDIR)/offline/wheels
+endif
 export CMAKE_ARGS
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 
@@ -20,7 +27,7 @@ endif
 # Standard input and output belong to the chat and to the tests alone.
 bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 
-.PHONY: chat test setup sanitize stock clean
+.PHONY: chat test setup sanitize stock pack clean
 
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
@@ -48,6 +55,9 @@ sanitize:
 
 stock:
 	@$(bootstrap) && $(call library,stock,-DKVLOCAL_STOCK=ON -DCMAKE_BUILD_TYPE=Release)
+
+pack:
+	@$(bootstrap) && .venv/bin/python native/pack.py $(ARGS)
 
 clean:
 	@rm -rf .venv build

