@@ -4,26 +4,24 @@ import os
 import signal
 import stat
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import BinaryIO, Self
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvlocal.batch import MAX_PARALLEL, run_batch
+from kvlocal.batch import run_batch
+from kvlocal.engine import MAX_SEQUENCES
 from kvlocal.catalogue import DEFAULT_MODEL
 from kvlocal.jobs import Failure, Result
 from kvlocal.results import Results, settings_key
 from kvlocal.session import SessionConfig
 from kvlocal_cli.options import Loading, session_options
+from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED
 
-REPORT_SECONDS = 10  # between two lines where there is no bar
 
 _BLOCK = 2**16
 
@@ -32,7 +30,7 @@ _BLOCK = 2**16
 @click.argument("source", metavar="IN.jsonl", type=click.File("rb"))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, allow_dash=True), default="-", metavar="OUT.jsonl",
               help="Where the results go.  [default: standard output]")  # fmt: skip
-@click.option("--parallel", type=click.IntRange(1, MAX_PARALLEL), default=1, show_default=True, metavar="N",
+@click.option("--parallel", type=click.IntRange(1, MAX_SEQUENCES), default=1, show_default=True, metavar="N",
               help="Conversations that decode together, each with a budget of its own.")  # fmt: skip
 @click.option("--ordered", is_flag=True, help="Write results in the order of the lines instead of the order of completion.")
 @click.option("--force", is_flag=True, help="Write over OUT.jsonl if it is there already.")
@@ -112,22 +110,18 @@ class _Report:
     done: int = 0
     failed: int = 0
     answer_tokens: int = 0
-    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, markup=False))
 
     def __enter__(self) -> Self:
-        self.started = self.reported = time.monotonic()
-        columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self.with_bar &= self.console.is_terminal
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.with_bar, redirect_stdout=False)
         status = os.fstat(self.source.fileno())
-        self.task = self.bar.add_task(self._counts(), total=status.st_size if stat.S_ISREG(status.st_mode) else None)
-        self.bar.start()
+        self._work = LongWork(total=status.st_size if stat.S_ISREG(status.st_mode) else None, with_bar=self.with_bar)
+        self._work.update(description=self._counts())
+        self._work.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.bar.stop()
+        self._work.__exit__()
         if kind is None:
-            self._say(f"{'interrupted, ' if self.interrupted else ''}{self._counts()} in {time.monotonic() - self.started:.1f} s")
+            self._work.say(f"{'interrupted, ' if self.interrupted else ''}{self._counts()} in {self._work.seconds:.1f} s")
 
     def lines(self) -> Iterator[bytes]:
         """The lines of the input; one is behind us when the next is asked for.
@@ -139,31 +133,26 @@ class _Report:
             *lines, rest = (rest + block).split(b"\n")
             for line in lines:
                 yield line
-                self.bar.advance(self.task, len(line) + 1)
+                self._work.update(advance=len(line) + 1)
         yield rest
 
     def begin(self, results: Results) -> None:
         """Tells what is there already."""
         if results.n_done:
             failed = f", {results.n_failed} failed" if results.n_failed else ""
-            self._say(f"going on behind {results.n_done} lines{failed}")
+            self._work.say(f"going on behind {results.n_done} lines{failed}")
 
     def add(self, outcome: Result | Failure) -> None:
         if isinstance(outcome, Failure):
             self.failed += 1
-            self._say(f"line {outcome.number}: {outcome.error}")
+            self._work.say(f"line {outcome.number}: {outcome.error}")
         else:
             self.done += 1
             self.answer_tokens += int(outcome.timings["answer_tokens"])
-        self.bar.update(self.task, description=self._counts())
-        now = time.monotonic()
-        if not self.with_bar and now - self.reported >= REPORT_SECONDS:
-            self.reported = now
-            self._say(self._counts())
+        self._work.update(description=self._counts())
+        if not self._work.with_bar and self._work.is_time():
+            self._work.say(self._counts())
 
     def _counts(self) -> str:
         failed = f", {self.failed} failed" if self.failed else ""
         return f"{self.done} done{failed}, {self.answer_tokens:,} tokens written"
-
-    def _say(self, text: str) -> None:
-        self.console.print(f"kvlocal: {text}", soft_wrap=True)

@@ -3,14 +3,12 @@
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import kvlocal
@@ -33,9 +31,9 @@ from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import SessionConfig
 from kvlocal_cli.options import CACHE_TYPES, parse_ratios
+from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 
-REPORT_SECONDS = 10  # between two lines where there is no bar
 
 _SESSION = SessionConfig()
 _GREEDY = SamplingParams(temperature=0, seed=0)
@@ -273,41 +271,33 @@ class _Progress:
         self.interrupted = False
         self.failed = 0
         self._done, self._total = 0, len(pending(task, variants, work))
+        self._work = LongWork(task.name, self._total)
         self._before = task.n_chats * len(variants) - self._total
-        self._task_name = task.name
-        console = Console(stderr=True, highlight=False, markup=False)
-        self._with_bar = console.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not self._with_bar, redirect_stdout=False)
 
     def __enter__(self) -> Self:
-        self._started = self._reported = time.monotonic()
+        self._work.__enter__()
         if self._before:
-            _say(f"going on after {self._before} measurements made before")
-        self._bar_task = self._bar.add_task(self._task_name, total=self._total)
-        self._bar.start()
+            self._work.say(f"going on after {self._before} measurements made before")
         return self
 
     def add(self, outcome: object) -> None:
         self._done += 1
-        self._bar.advance(self._bar_task)
+        self._work.update(advance=1)
         if isinstance(outcome, Failure):
             self.failed += 1
             where = f"chat {outcome.chat + 1} with {outcome.variant.spec} at {outcome.variant.ratio:g}"
-            self._bar.console.print(f"kvlocal: {where}: {outcome.error}", soft_wrap=True)
-        now = time.monotonic()
-        if not self._with_bar and now - self._reported >= REPORT_SECONDS:
-            self._reported = now
-            left = (now - self._started) / self._done * (self._total - self._done)
-            _say(f"{self._done} of {self._total} measurements, {_duration(left)} left")
+            self._work.say(f"{where}: {outcome.error}")
+        if not self._work.with_bar and self._work.is_time():
+            left = self._work.seconds / self._done * (self._total - self._done)
+            self._work.say(f"{self._done} of {self._total} measurements, {_duration(left)} left")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._bar.stop()
+        self._work.__exit__()
         if kind is None:
             failed = f", {self.failed} failed" if self.failed else ""
             again = "; the same command goes on from here" if self.interrupted else ""
             interrupted = "interrupted, " if self.interrupted else ""
-            _say(f"{interrupted}{self._done} of {self._total} measurements{failed} in {_duration(time.monotonic() - self._started)}{again}")
+            self._work.say(f"{interrupted}{self._done} of {self._total} measurements{failed} in {_duration(self._work.seconds)}{again}")
 
 
 def _show(found: list[report.Row]) -> None:

@@ -1,21 +1,17 @@
 """`kvlocal nexus synth`."""
 
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Self
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvlocal.catalogue import resolve
-from kvlocal.engine import Model
-from kvlocal.nexus.synth import MAX_PARALLEL, DataFile, Dialogue, SynthSettings, synthesize
+from kvlocal.engine import MAX_SEQUENCES, Model
+from kvlocal.nexus.synth import DataFile, Dialogue, SynthSettings, synthesize
+from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
-
-REPORT_SECONDS = 10  # between two lines where there is no bar
 
 _SETTINGS = SynthSettings()
 
@@ -27,7 +23,7 @@ _SETTINGS = SynthSettings()
 @click.option("--tokens", type=click.IntRange(min=1), required=True, metavar="N", help="Stop when the dialogues in FILE have N tokens.")
 @click.option("--seed", type=click.IntRange(min=0), default=_SETTINGS.seed, show_default=True, metavar="N",
               help="Seed of everything that is random.")
-@click.option("--parallel", type=click.IntRange(1, MAX_PARALLEL), default=_SETTINGS.parallel, show_default=True, metavar="N",
+@click.option("--parallel", type=click.IntRange(1, MAX_SEQUENCES), default=_SETTINGS.parallel, show_default=True, metavar="N",
               help="Dialogues written at a time.")
 @click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
               help="Layers that go to the GPU, -1 for all; without one it has no effect.")
@@ -60,19 +56,14 @@ class _Progress:
     def __init__(self, data: DataFile, n_tokens: int) -> None:
         self.interrupted = False
         self._data, self._goal, self._before = data, n_tokens, data.n_tokens
+        self._work = LongWork(total=n_tokens, completed=data.n_tokens)
         self._dropped: Counter[str | None] = Counter()
         self._cut = 0
-        console = Console(stderr=True, highlight=False, markup=False)
-        self._with_bar = console.is_terminal
-        columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not self._with_bar, redirect_stdout=False)
 
     def __enter__(self) -> Self:
-        self._started = self._reported = time.monotonic()
+        self._work.__enter__()
         if self._before:
-            _say(f"going on after {self._data.n_dialogues} dialogues with {self._before:,} tokens")
-        self._task = self._bar.add_task("", total=self._goal, completed=self._before)
-        self._bar.start()
+            self._work.say(f"going on after {self._data.n_dialogues} dialogues with {self._before:,} tokens")
         return self
 
     def add(self, dialogue: Dialogue) -> None:
@@ -80,14 +71,12 @@ class _Progress:
             self._dropped[dialogue.flaw] += 1
         elif dialogue.flaw:
             self._cut += 1
-        self._bar.update(self._task, completed=self._data.n_tokens, description=self._counts())
-        now = time.monotonic()
-        if not self._with_bar and now - self._reported >= REPORT_SECONDS:
-            self._reported = now
-            _say(self._counts())
+        self._work.update(completed=self._data.n_tokens, description=self._counts())
+        if not self._work.with_bar and self._work.is_time():
+            self._work.say(self._counts())
 
     def _counts(self) -> str:
-        speed = (self._data.n_tokens - self._before) / max(time.monotonic() - self._started, 1e-9)
+        speed = (self._data.n_tokens - self._before) / max(self._work.seconds, 1e-9)
         dropped = self._dropped.total()
         return (
             f"{self._data.n_dialogues} dialogues, {self._data.n_tokens:,} of {self._goal:,} tokens, {speed:.0f} tokens/s"
@@ -96,14 +85,10 @@ class _Progress:
         )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._bar.stop()
+        self._work.__exit__()
         if kind is None:
             again = "; the same command goes on from here" if self.interrupted else ""
-            _say(f"{'interrupted, ' if self.interrupted else ''}{self._counts()}{again}")
+            self._work.say(f"{'interrupted, ' if self.interrupted else ''}{self._counts()}{again}")
             if self._dropped:
                 reasons = ", ".join(f"{reason} {n}" for reason, n in self._dropped.most_common())
-                _say(f"left out: {reasons}")
-
-
-def _say(text: str) -> None:
-    click.echo(f"kvlocal: {text}", err=True)
+                self._work.say(f"left out: {reasons}")

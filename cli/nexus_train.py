@@ -4,7 +4,6 @@ import functools
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvlocal.catalogue import resolve
 from kvlocal.container import Container
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
 
 if TYPE_CHECKING:
@@ -187,28 +185,24 @@ class _Progress:
     """How far training is, on stderr: a bar on a terminal, and lines with losses now and then."""
 
     def __init__(self, done: int, steps: int) -> None:
-        console = Console(stderr=True, highlight=False, markup=False)
-        columns = (TextColumn("updates"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False)
-        self._task = self._bar.add_task("", total=steps, completed=done)
+        self._work = LongWork("updates", steps, done)
         self._steps = steps
         self._recent: list[Measurement] = []
 
     def __enter__(self) -> Self:
-        self._reported = time.monotonic()
-        self._bar.start()
+        self._work.__enter__()
         return self
 
     def add(self, found: "Measurement") -> None:
         if found.held_out:
             self._flush(found.step)
-            self._print(f"update {found.step}: held out {held_out_text(found.held_out)}")
+            self._work.say(f"update {found.step}: held out {held_out_text(found.held_out)}")
             return
         if math.isnan(found.kl):
             return
-        self._bar.update(self._task, completed=found.step)
+        self._work.update(completed=found.step)
         self._recent.append(found)
-        if time.monotonic() - self._reported >= REPORT_SECONDS:
+        if self._work.is_time(REPORT_SECONDS):
             self._flush(found.step)
 
     def _flush(self, step: int) -> None:
@@ -216,15 +210,11 @@ class _Progress:
         if n:
             kl, attention, seconds = (sum(getattr(one, name) for one in self._recent) / n for name in ("kl", "attention", "seconds"))
             left = (self._steps - step) * seconds / 60
-            self._print(f"update {step} of {self._steps}: kl {kl:.4f}, attention {attention:.4f}, {seconds:.2f} s an update, {left:.0f} min left")
+            self._work.say(f"update {step} of {self._steps}: kl {kl:.4f}, attention {attention:.4f}, {seconds:.2f} s an update, {left:.0f} min left")
         self._recent = []
-        self._reported = time.monotonic()
-
-    def _print(self, text: str) -> None:
-        self._bar.console.print(f"kvlocal: {text}", soft_wrap=True)
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._work.__exit__()
 
 
 def held_out_text(values: dict[str, float]) -> str:

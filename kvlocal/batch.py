@@ -13,7 +13,7 @@ from typing import Any
 
 from kvlocal import policies
 from kvlocal.compression import Seconds
-from kvlocal.engine import Context, Model
+from kvlocal.engine import MAX_SEQUENCES, Context, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.jobs import Failure, Job, Result
 from kvlocal.nexus.tokens import NexusTokens
@@ -22,7 +22,6 @@ from kvlocal.rounds import Stopped
 from kvlocal.session import REPORTED, ChatSession, SessionConfig
 from kvlocal.streams import Streams
 
-MAX_PARALLEL = 64
 # so many finished results wait at most for the one that comes before them
 HELD_BACK = 64
 
@@ -61,8 +60,8 @@ def run_batch(
     Raises:
         KvlocalError: no session is possible with this configuration. What concerns one conversation only is a Failure.
     """
-    if not 1 <= parallel <= MAX_PARALLEL:
-        raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_PARALLEL}")
+    if not 1 <= parallel <= MAX_SEQUENCES:
+        raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_SEQUENCES}")
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
     asked: dict[str, Any] = {}
 

@@ -29,6 +29,8 @@ KV_TYPES: dict[str, str] = {
 
 # llama.cpp allocates the cells of a sequence in multiples of it
 CELL_BLOCK = 256
+# Sequences that decode together in one context at most.
+MAX_SEQUENCES = 64
 
 Outputs = Literal["last", "all", "none"]
 

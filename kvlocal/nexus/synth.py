@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 import kvlocal
-from kvlocal.engine import Context, Model
+from kvlocal.engine import MAX_SEQUENCES, Context, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.runner import run_key
 from kvlocal.files import LineFile
@@ -26,7 +26,6 @@ from kvlocal.template import ChatTemplate, Message, Piece
 
 # The dialogues of a run have its seed times this, and the numbers that follow, as their own seeds.
 SEEDS_PER_RUN = 10**6
-MAX_PARALLEL = 64
 
 _USER_TEMPERATURE, _ANSWER_TEMPERATURE = 0.9, 0.7
 _N_CELLS = 2048
@@ -70,8 +69,8 @@ class SynthSettings:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise KvlocalError(f"the seed is {self.seed}, but must be at least 0")
-        if not 1 <= self.parallel <= MAX_PARALLEL:
-            raise KvlocalError(f"{self.parallel} dialogues at a time cannot be written: choose 1 to {MAX_PARALLEL}")
+        if not 1 <= self.parallel <= MAX_SEQUENCES:
+            raise KvlocalError(f"{self.parallel} dialogues at a time cannot be written: choose 1 to {MAX_SEQUENCES}")
 
     def key(self, model: Model) -> str:
         """Names a run by everything its dialogues depend on."""
