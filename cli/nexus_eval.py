@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 @click.option("-m", "--model", required=True, help="The model it was trained for, a name from the catalogue or a GGUF file.")
 @click.option("--ratio", "ratios", default=RATIOS, show_default=True, callback=parse_ratios, metavar="LIST", help="Compression ratios.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Conversations at most.")
+@click.option("--join", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Join N conversations into one, within --max-tokens.")
 @click.option("--held-out-only", is_flag=True, help="Only the tenth of the conversations that training leaves out.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with `rows`: kept, ratio, mean, lo, hi, n.")
 @torch_options
 def eval_command(
-    place: Workplace, file: Path, ratios: tuple[float, ...], limit: int, held_out_only: bool, as_json: bool, **_others: int
+    place: Workplace, file: Path, ratios: tuple[float, ...], limit: int, join: int, held_out_only: bool, max_tokens: int, as_json: bool
 ) -> None:
     """Say what the Nexus tokens in FILE are worth on conversations, as training does on those it holds out.
 
@@ -41,6 +43,7 @@ def eval_command(
 
     from kvlocal.nexus.decoder import Decoder
     from kvlocal.nexus.divergence import divergences
+    from kvlocal.nexus.examples import joined
     from kvlocal.nexus.parameters import Parameters
     from kvlocal.nexus.weights import Weights
 
@@ -52,7 +55,7 @@ def eval_command(
     with waiting("loading the weights"):
         decoder = Decoder(Weights.load(place.container, getattr(torch, place.dtype), place.device))
     parameters = Parameters.of(loaded, decoder.device)
-    found = [divergences(decoder, parameters, example, ratios) for example in _tracked(examples[:limit])]
+    found = [divergences(decoder, parameters, example, ratios) for example in _tracked(joined(examples[:limit], join, max_tokens))]
     rows = []
     for name in found[0]:
         kept, _, ratio = name.partition("@")

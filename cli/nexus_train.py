@@ -17,6 +17,8 @@ from kvlocal.catalogue import resolve
 from kvlocal.container import Container
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.fingerprint import fingerprint
+from kvlocal.nexus.file import NexusFile
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
@@ -94,6 +96,9 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="The Nexus file. It is rewritten at every checkpoint; FILE.partial beside it is what a run goes on from.")
 @click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True, metavar="N", help="Updates.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Conversations an update.")
+@click.option("--students", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Compressions of each conversation.")
+@click.option("--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="Begin with the values of a Nexus file that was trained before.")
 @click.option("--k", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Nexus tokens of a turn at most.")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, metavar="N", help="Rank of the LoRA adapter.")
 @click.option("--no-lora", is_flag=True, help="Train the embeddings alone.")
@@ -113,7 +118,7 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @torch_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random.")
 def train_command(
-    place: Workplace, output: Path, rank: int, no_lora: bool, ratios: tuple[float, ...], fixed_ratio: float | None, held_out: int,
+    place: Workplace, output: Path, start: Path | None, rank: int, no_lora: bool, ratios: tuple[float, ...], fixed_ratio: float | None, held_out: int,
     evaluate_every: int, checkpoint_minutes: float, minutes: float | None, **settings: Any,
 ) -> None:
     """Train Nexus tokens for MODEL, a name from the catalogue or a GGUF file.
@@ -134,11 +139,20 @@ def train_command(
     for why, n in found.left_out.items():
         if n:
             _say(f"{n} {_REASONS[why]}")
+    first = None
+    if start:
+        first = NexusFile.load(start)
+        first.check_base(place.container)
     chosen = Settings(
-        **settings, rank=0 if no_lora else rank, ratios=(fixed_ratio,) if fixed_ratio else ratios, n_held_out=held_out, dtype=place.dtype
+        **settings,
+        rank=0 if no_lora else rank,
+        ratios=(fixed_ratio,) if fixed_ratio else ratios,
+        n_held_out=held_out,
+        dtype=place.dtype,
+        start=fingerprint(start) if start else "",
     )
     with waiting("loading the weights"):
-        run = Training(place.container, place.path.stem, found, chosen, output, place.device)
+        run = Training(place.container, place.path.stem, found, chosen, output, place.device, first)
     _say(f"{chosen.dtype} on {place.device}" + (f", going on after {run.step} updates" if run.step else ""))
     with _Progress(run.step, chosen.steps) as progress, _stops(run) as interrupted:
         run.run(

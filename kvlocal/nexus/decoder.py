@@ -102,11 +102,10 @@ class Decoder:
         """
         all_positions = positions if past_positions is None else torch.cat([past_positions, positions])
         masks = _Masks(visible, positions, all_positions, self.dtype)
-        rotations = {key: self._rotation(positions, *key) for key in set(zip(self.hyper.rope_bases, self.hyper.rope_scales, strict=True))}
+        rotations = self._rotations(positions)
         cells, masses, watched = [], [], []
         for i, layer in enumerate(self.weights.layers):
-            rotation = rotations[self.hyper.rope_bases[i], self.hyper.rope_scales[i]]
-            q, own = self._project(i, layer, self._norm(x, layer["attn_norm.weight"]), rotation, adapter)
+            q, own = self._project(i, layer, self._norm(x, layer["attn_norm.weight"]), rotations[self._rope(i)], adapter)
             here = own if past is None else Cells(torch.cat([past[i].keys, own.keys], 1), torch.cat([past[i].values, own.values], 1))
             mask = masks.of(i, self.hyper.windows[i])
             heads, mass = self._attend(q, here, mask, None if columns is None else columns[min(i, len(columns) - 1)])
@@ -129,6 +128,14 @@ class Decoder:
             torch.stack(masses) if masses else None,
             torch.stack(watched) if watched else None,
         )
+
+    def moved(self, cells: list[Cells], by: Tensor) -> list[Cells]:
+        """Cells of each layer as if each had been read at a position that is higher by so much, int64 [C]."""
+        rotations = self._rotations(by)
+        return [
+            Cells(self._rotate(layer.keys.transpose(0, 1), rotations[self._rope(i)]).to(layer.keys.dtype).transpose(0, 1), layer.values)
+            for i, layer in enumerate(cells)
+        ]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.hyper.eps)
@@ -156,6 +163,13 @@ class Decoder:
             q, k = self._norm(q.float(), layer["attn_q_norm.weight"]), self._norm(k.float(), layer["attn_k_norm.weight"])
         q, k = (self._rotate(part, rotation).to(self.dtype).transpose(0, 1) for part in (q, k))
         return q.unflatten(0, (hyper.n_head_kv, -1)), Cells(k, v.transpose(0, 1))
+
+    def _rope(self, i: int) -> tuple[float, float]:
+        return self.hyper.rope_bases[i], self.hyper.rope_scales[i]
+
+    def _rotations(self, positions: Tensor) -> dict[tuple[float, float], tuple[Tensor, Tensor]]:
+        """By base and scale of a layer."""
+        return {key: self._rotation(positions, *key) for key in set(map(self._rope, range(self.hyper.n_layer)))}
 
     def _rotation(self, positions: Tensor, base: float, scale: float) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 [T, 1, d / 2]."""

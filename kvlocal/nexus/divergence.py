@@ -21,7 +21,7 @@ NOTHING = "nothing"  # no cell of the history is kept
 def divergences(decoder: Decoder, parameters: Parameters, example: Example, ratios: Sequence[float]) -> dict[str, float]:
     """KL(full || compressed) of a conversation, mean per token in nats, by what was kept of all segments but the last, such as "nexus@0.8"."""
     n_gone, k = len(example.segments) - 1, len(parameters.table)
-    reading = Distillation(decoder, example, n_gone=n_gone, with_masses=False)
+    reading = Distillation(decoder, example, n_gone=[n_gone], with_masses=False)
     ways = {NOTHING: Compression.fixed(example, 1.0, 0.0, k)} | {
         f"{name}@{ratio:g}": Compression.fixed(example, ratio, share, k) for ratio in ratios for name, share in SHARES.items()
     }

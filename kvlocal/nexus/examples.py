@@ -128,6 +128,16 @@ def read(model: Model, paths: Sequence[Path], *, max_tokens: int, held_out: floa
     )
 
 
+def joined(examples: Sequence[Example], n: int, max_tokens: int) -> list[Example]:
+    """Each example behind the n - 1 that come after it in the sequence, as far as there is room; after the last comes the first."""
+    found = []
+    for i, example in enumerate(examples):
+        for k in range(1, min(n, len(examples))):
+            example = example.behind(examples[(i + k) % len(examples)], max_tokens)
+        found.append(example)
+    return found
+
+
 def _segments(model: Model, template: ChatTemplate, dialogue: Dialogue) -> Iterator[npt.NDArray[np.int32]]:
     """What comes before the first turn, then the segments, each read as a session reads it."""
 

@@ -22,7 +22,7 @@ from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.decoder import Decoder
 from kvlocal.nexus.distil import Compression, Distillation
 from kvlocal.nexus.divergence import divergences
-from kvlocal.nexus.examples import Example, Examples
+from kvlocal.nexus.examples import Example, Examples, joined
 from kvlocal.nexus.file import NexusFile
 from kvlocal.nexus.parameters import Parameters
 from kvlocal.nexus.weights import Weights
@@ -47,6 +47,7 @@ class Settings:
 
     steps: updates
     batch: conversations an update
+    students: compressions of each of them
     k: rows of the embedding table
     rank: of the adapter; 0 trains embeddings alone
     ratios: compression ratios that conversations are trained with
@@ -55,11 +56,13 @@ class Settings:
     join: up to so many conversations are joined into one, as far as max_tokens allows
     n_held_out: conversations that are evaluated at most
     seed: of everything random
+    start: SHA-256 of the Nexus file whose values training begins with; empty for random ones
     dtype: that matrices are multiplied in, "float32" or "bfloat16"
     """
 
     steps: int = 600
     batch: int = 4
+    students: int = 2
     k: int = 64
     rank: int = 16
     ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -68,6 +71,7 @@ class Settings:
     join: int = 2
     n_held_out: int = 16
     seed: int = 0
+    start: str = ""
     dtype: str = "float32"
 
 
@@ -108,20 +112,29 @@ class Training:
         settings: see Settings.
         path: the Nexus file. It is written at every checkpoint; what is needed to go on is beside it, in PATH.partial, until all is done.
         device: where to compute, such as "cpu" or "cuda".
+        start: the Nexus file whose values training begins with.
 
     Raises:
-        TrainingError: there is a checkpoint of a run with other settings.
+        TrainingError: there is a checkpoint of a run with other settings, or the file to begin with has another K or rank.
         WeightsError: the model is not one that the decoder knows.
     """
 
-    def __init__(self, base: Container, base_name: str, examples: Examples, settings: Settings, path: Path, device: str) -> None:
+    def __init__(
+        self, base: Container, base_name: str, examples: Examples, settings: Settings, path: Path, device: str, start: NexusFile | None = None
+    ) -> None:
         self._base, self._base_name, self._examples, self._settings = base, base_name, examples, settings
         self._path, self._checkpoint = path, path.with_name(path.name + ".partial")
         self._base_hash = base_hash(base)
         described = [asdict(settings), self._base_hash, examples.digests]
         self._key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         self._decoder = Decoder(Weights.load(base, getattr(torch, settings.dtype), device))
-        self._parameters = Parameters.new(self._decoder.weights, settings.k, settings.rank, settings.seed)
+        self._held_out = joined(examples.held_out[: settings.n_held_out], settings.join, settings.max_tokens)
+        if start:
+            if (start.k, start.rank) != (settings.k, settings.rank):
+                raise TrainingError(f"the file to begin with has {start.k} embeddings and rank {start.rank}: ask for the same with --k and --rank")
+            self._parameters = Parameters.of(start, self._decoder.device)
+        else:
+            self._parameters = Parameters.new(self._decoder.weights, settings.k, settings.rank, settings.seed)
         groups = [{"params": [self._parameters.table], "lr": _TABLE_RATE}, {"params": self._parameters.adapter_leaves, "lr": _ADAPTER_RATE}]
         self._optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._rate)
@@ -207,18 +220,20 @@ class Training:
         return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     def _update(self) -> Measurement:
-        """One step of AdamW on the mean loss of a batch."""
+        """One step of AdamW on the mean loss of a batch's students."""
         started = time.monotonic()
         settings, losses = self._settings, []
         for i in range(settings.batch):
             n = self.step * settings.batch + i
             rng = np.random.default_rng([settings.seed, 1, n])
             example = self._example(n, rng)
-            compression = Compression.sample(rng, example, settings.ratios, settings.k)
-            reading = Distillation(self._decoder, example, n_gone=compression.n_gone, with_masses=settings.attention_weight > 0)
-            loss = reading.loss(self._parameters, compression, rng)
-            ((loss.kl + settings.attention_weight * loss.attention) / settings.batch).backward()
-            losses.append((loss.kl.item(), loss.attention.item()))
+            compressions = [Compression.sample(rng, example, settings.ratios, settings.k) for _ in range(settings.students)]
+            n_gone = [compression.n_gone for compression in compressions]
+            reading = Distillation(self._decoder, example, n_gone=n_gone, with_masses=settings.attention_weight > 0)
+            for compression in compressions:
+                loss = reading.loss(self._parameters, compression, rng)
+                ((loss.kl + settings.attention_weight * loss.attention) / (settings.batch * settings.students)).backward()
+                losses.append((loss.kl.item(), loss.attention.item()))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.leaves, _CLIP)
         if not torch.isfinite(norm):
             raise TrainingError(f"the loss is not finite any more after {self.step} updates: start anew with another --seed or --dtype float32")
@@ -248,8 +263,7 @@ class Training:
 
     def _evaluate(self) -> Measurement:
         started = time.monotonic()
-        examples = self._examples.held_out[: self._settings.n_held_out]
-        found = [divergences(self._decoder, self._parameters, example, EVALUATED_RATIOS) for example in examples]
+        found = [divergences(self._decoder, self._parameters, example, EVALUATED_RATIOS) for example in self._held_out]
         means = {name: float(np.mean([one[name] for one in found])) for name in (found[0] if found else ())}
         if means:
             self._state.evaluations.append({"step": self.step} | {name: round(value, 5) for name, value in means.items()})
