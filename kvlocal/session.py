@@ -218,6 +218,7 @@ class ChatSession:
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept; read_answer() needs them all
     nexus: for the policies that need Nexus tokens: read behind every finished turn
+    undo: keep what the last turn is taken back with at once, a copy of the cache among it; without, what came before is read again
     make_context: makes the cache: Context, or what gives a stream beside others (kvlocal.streams)
 
     budget: the most cells of each layer and head after a compression
@@ -238,6 +239,7 @@ class ChatSession:
         spare: int = 0,
         n_outputs: int = 1,
         nexus: NexusTokens | None = None,
+        undo: bool = True,
         make_context: Callable[..., Context] = Context,
     ):
         self.model = model
@@ -288,7 +290,8 @@ class ChatSession:
             before=self._save_checkpoint,
         )
         # for a copy of the cache (see _Checkpoint), taken now so that memory stays what it is from the first turn on
-        self._copy = np.full(_copy_bytes(self._context) if self._policy.evicts else 0, 0, np.uint8)
+        self._copy = np.full(_copy_bytes(self._context) if undo and self._policy.evicts else 0, 0, np.uint8)
+        self._undo = undo
         rereads = config.idle and "reread" in self._policy.needs
         self._second_read = SecondRead(model, self._context, self._native, self._compressor, self.template) if rereads else None
         self._sampler = Sampler(model, config.sampling)
@@ -467,7 +470,8 @@ class ChatSession:
         if role not in ("user", "assistant") or role == last:
             raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
         if role == "user":
-            self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages), self._native.ring_state())
+            if self._undo:
+                self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages), self._native.ring_state())
             if self._layout.is_swa:
                 # what left the sliding window can't be brought back by cutting off the tail
                 self._save_checkpoint()
@@ -492,7 +496,7 @@ class ChatSession:
 
     def _take_back(self, role: str) -> None:
         """A turn that could not be read to its end is as if it had not been given."""
-        if role == "user":
+        if role == "user" and self._checkpoint:
             self._rewind()
         else:
             self.restore(self.messages[:-1])

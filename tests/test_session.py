@@ -156,6 +156,22 @@ def test_undo_further_than_one_turn_reads_again(model):
             chat.undo()
 
 
+def test_without_undo_nothing_is_kept_for_it_and_turns_are_taken_back_by_reading_again(model):
+    with ChatSession(model, SMALL, undo=False) as chat, session(model) as usual:
+        for text in ("Name a bird.", STORY * 8, "Name a tree."):
+            assert "".join(chat.send(text)) == "".join(usual.send(text))
+        assert chat.kv.compressions and not len(chat._copy) and chat._checkpoint is None
+        messages = list(chat.messages)
+        chat._ledger.compact = raise_interrupt
+        with pytest.raises(KeyboardInterrupt):
+            chat.add_turn("user", STORY * 20)
+        assert chat.messages == messages
+        check_ledger(chat)
+        chat.undo()
+        assert chat.messages == messages[:4]
+        check_ledger(chat)
+
+
 def test_a_stopped_answer_stays_as_far_as_it_came(model):
     with session(model, max_tokens=200) as chat:
         answer, shown = chat.send("Count to one hundred."), ""
