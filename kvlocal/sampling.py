@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import random
 import secrets
 import weakref
 from collections import deque
@@ -158,9 +159,18 @@ class Sampler:
         _ = self._open_chain
         self.recent.append(token)
 
+    def begin(self, answer: int) -> None:
+        """Start the random numbers of an answer, counted from 0: they depend on the seed and this number alone. The first has those of the seed."""
+        lib, chain = self._lib, self._open_chain
+        if not self.params.temperature:
+            return
+        seed = random.Random(f"{self.seed}/{answer}").randint(0, MAX_SEED) if answer else self.seed
+        lib.llama_sampler_free(lib.llama_sampler_chain_remove(chain, lib.llama_sampler_chain_n(chain) - 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(seed))
+
     def reset(self) -> None:
-        """Forget the tokens and start the random numbers again from the seed."""
-        self._lib.llama_sampler_reset(self._open_chain)
+        """Forget the tokens and start the random numbers of the first answer."""
+        self.begin(0)
         self.recent.clear()
 
     def close(self) -> None:

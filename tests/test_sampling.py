@@ -70,6 +70,19 @@ def test_reset_starts_the_random_numbers_again(context: Context) -> None:
     assert generate(context, sampler) == first
 
 
+def test_each_answer_has_random_numbers_of_its_own(context: Context) -> None:
+    sampler, other = (Sampler(context.model, SamplingParams(temperature=1.5, repeat_penalty=1, seed=3)) for _ in range(2))
+    answers = [generate(context, sampler)]
+    for number in (1, 2):
+        sampler.begin(number)
+        answers.append(generate(context, sampler))
+    assert len({tuple(answer) for answer in answers}) == 3
+    other.begin(2)
+    assert generate(context, other) == answers[2]
+    other.begin(0)
+    assert generate(context, other) == answers[0]
+
+
 def test_top_k_of_one_is_greedy_at_any_temperature(context: Context) -> None:
     greedy = generate(context, Sampler(context.model, SamplingParams(temperature=0)))
     assert generate(context, Sampler(context.model, SamplingParams(temperature=5, top_k=1, repeat_penalty=1, seed=1))) == greedy

@@ -252,6 +252,12 @@ def test_seeds_repeat_and_clear_starts_again(model):
     with session(model, sampling=sampling) as a, session(model, sampling=sampling) as b:
         first = "".join(a.send("Tell me something."))
         assert first == "".join(b.send("Tell me something."))
+        # the number of the answer counts, and not how often numbers were drawn
+        b.max_tokens = 3
+        "".join(b.regenerate())
+        b.max_tokens = SMALL.max_tokens
+        a.n_answers += 1
+        assert "".join(a.regenerate()) == "".join(b.regenerate()) != first
         a.clear()
         assert a.messages == [] and a.kv.history_tokens == a.segments()[0].n_tokens
         assert "".join(a.send("Tell me something.")) == first
