@@ -55,7 +55,7 @@ def batch_command(
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
         raise click.UsageError(f"{target} is the input: name another output")
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
-    with _Interrupt() as interrupt, loading.model(model, config, parallel) as loaded:
+    with _Interrupt() as interrupt, loading.model(model, config, parallel, undo=False) as loaded:
         nexus = loading.tokens(loaded, config)
         results = Results(target, settings_key(loaded, config, nexus), replace=force)
         outcomes = run_batch(

@@ -350,6 +350,7 @@ class Chat:
             raise
         finally:
             self._bar.close()
+        session.n_answers = self.session.n_answers
         self.session.close()
         self.session, self.config = session, config
 

@@ -145,15 +145,15 @@ class Loading:
     gpu_layers: int
     nexus: str | None
 
-    def model(self, name: str, config: SessionConfig, parallel: int = 1) -> Model:
-        """The model of that name or path, if so many conversations with it fit into memory.
+    def model(self, name: str, config: SessionConfig, parallel: int = 1, undo: bool = True) -> Model:
+        """The model of that name or path, if so many conversations with it, with undo or without, fit into memory.
 
         Raises:
             KvlocalError: there is none, or it cannot be loaded, or it takes too much memory.
         """
         path = resolve(name)
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
-            footprint.check(path, config, parallel)
+            footprint.check(path, config, parallel, undo)
         with waiting(f"loading {name}"):
             return Model(path, n_gpu_layers=self.gpu_layers)
 

@@ -69,7 +69,7 @@ def run_batch(
         asked.update(options)
         return Context(model, **options)
 
-    with ChatSession(model, config, nexus=nexus, make_context=make_context) as session:
+    with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.budget
     streams = Streams(parallel, _n_recorded(config), model, **asked)
     return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
@@ -196,7 +196,8 @@ class _Batch:
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a stream."""
-        return ChatSession(self._model, config, nexus=self._nexus, make_context=partial(self._streams.open, _n_recorded(config)))
+        make_context = partial(self._streams.open, _n_recorded(config))
+        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=make_context)
 
 
 def _n_recorded(config: SessionConfig) -> int:

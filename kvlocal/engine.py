@@ -568,7 +568,7 @@ class Context:
     def check_output(self, i: int = -1) -> None:
         """Raise EngineError unless the last decode kept logits for token `i` of its batch.
 
-        llama.cpp's sampler aborts the process instead.
+        llama.cpp gives no address instead.
         """
         _ = self.pointer
         index = i if i >= 0 else self._batch_size + i
@@ -589,11 +589,6 @@ class Context:
         self.check_output(0)
         pointer = self._lib.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(pointer, (self._batch_size, self.model.n_vocab)).copy()
-
-    def sample(self, chain: int, i: int = -1) -> int:
-        """Let a llama_sampler chain draw the token that follows token `i` of the last batch, and remember it."""
-        self.check_output(i)
-        return self._lib.llama_sampler_sample(chain, self.pointer, i)
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
         """Free the cells of a sequence at positions p0 to p1 - 1; a negative bound is open. Logits are forgotten."""

@@ -30,7 +30,7 @@ class Footprint:
     """Bytes of main memory that one conversation takes, all in all.
 
     weights: of the model
-    cell: of one cell of the cache in all layers and heads, with its copy for /undo if the policy removes cells
+    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells
     other: everything else
     """
 
@@ -39,7 +39,7 @@ class Footprint:
     other: int
 
     @classmethod
-    def of(cls, model: Container, config: SessionConfig) -> Self:
+    def of(cls, model: Container, config: SessionConfig, undo: bool = True) -> Self:
         """An estimate from the metadata; where some layers have a sliding window, as if they had none."""
         metadata = model.metadata
         family = metadata["general.architecture"]
@@ -55,7 +55,7 @@ class Footprint:
             size * number(f"attention.{name}_length", n_embd // n_head)
             for name, size in (("key", _bytes_of(config.type_k)), ("value", _bytes_of(config.type_v)))
         )
-        copies = 2 if allocation(config, number("context_length")).evicts else 1
+        copies = 2 if undo and allocation(config, number("context_length")).evicts else 1
         weights = sum(tensor.data.nbytes for tensor in model.tensors.values())
         return cls(weights, int(n_head_kv.sum() * row * copies), _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * n_embd * 4)
 
@@ -72,15 +72,15 @@ def _bytes_of(kind: str) -> float:
     return size / block
 
 
-def check(path: Path, config: SessionConfig, parallel: int = 1) -> None:
-    """Whether so many conversations with this model fit into the memory that is free; nothing where that cannot be found out.
+def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True) -> None:
+    """Whether so many conversations with this model, with undo or without, fit into the memory that is free; nothing where that cannot be found out.
 
     Raises:
         OutOfMemory: it does not; says the largest budget that fits.
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _footprint(path, config)
+    found = _footprint(path, config, undo)
     if free is None or found is None:
         return
     footprint, n_ctx_train = found
@@ -105,7 +105,7 @@ def largest_budget(path: Path, config: SessionConfig) -> int | None:
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _footprint(path, config)
+    found = _footprint(path, config, undo=True)
     if free is None or found is None:
         return None
     footprint, n_ctx_train = found
@@ -113,11 +113,11 @@ def largest_budget(path: Path, config: SessionConfig) -> int | None:
     return max(0, min(n_ctx_train, footprint.most_cells(free)) - slack)
 
 
-def _footprint(path: Path, config: SessionConfig) -> tuple[Footprint, int] | None:
+def _footprint(path: Path, config: SessionConfig, undo: bool) -> tuple[Footprint, int] | None:
     """With the model's trained context. None where the metadata do not say enough; what is missing is for llama.cpp to complain about."""
     model = Container(path)
     try:
-        return Footprint.of(model, config), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
+        return Footprint.of(model, config, undo), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
     except (KeyError, TypeError, ValueError):
         return None
 

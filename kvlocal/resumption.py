@@ -32,3 +32,4 @@ def read_on(
             session.add_answer(message["content"], conversation.drawn[i])
         else:
             session.add_turn("assistant", message["content"])
+    session.n_answers = conversation.n_answers

@@ -1,11 +1,16 @@
 """SamplingParams and Sampler: how the next token is drawn, by llama.cpp's own sampler chain."""
 
+import ctypes
 import math
+import random
 import secrets
 import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Self
+
+import numpy as np
+import numpy.typing as npt
 
 from kvlocal.engine import Context, EngineError, Model
 from kvlocal.errors import KvlocalError
@@ -86,6 +91,9 @@ class Sampler:
         self.params = params
         self.seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
 
+        self._ids = np.arange(model.n_vocab, dtype=np.int32)
+        # llama_token_data; the chain reorders them
+        self._candidates = np.zeros(model.n_vocab, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         self.recent: deque[int] = deque(maxlen=params.repeat_last_n)
         chain_params = lib.llama_sampler_chain_default_params()
         chain_params.no_perf = True
@@ -94,13 +102,7 @@ class Sampler:
         # the chain owns what is added to it
         self._free = weakref.finalize(self, lib.llama_sampler_free, chain)
 
-        if params.repeat_penalty != 1 and params.repeat_last_n:
-            penalties = lib.llama_sampler_init_penalties(
-                model.n_vocab, params.repeat_last_n, params.repeat_penalty, 0.0, 0.0
-            )
-            lib.llama_sampler_chain_add(chain, penalties)
         if params.temperature == 0:
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
             return
         if params.top_k:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(params.top_k))
@@ -123,23 +125,52 @@ class Sampler:
         Raises:
             EngineError: that token has no logits, or some that are not finite.
         """
+        chain, logits = self._open_chain, context.logits(i)
         # the largest is NaN if any is
-        if not math.isfinite(context.logits(i).max()):
+        if not math.isfinite(logits.max()):
             raise EngineError(
                 "the model's predictions are not numbers any more: its file is damaged or a device failed; fetch it again or use --gpu-layers 0"
             )
-        token = context.sample(self._open_chain, i)
+        logits = self._penalized(logits)
+        token = self._draw(chain, logits) if self.params.temperature else int(logits.argmax())
         self.recent.append(token)
         return token
 
+    def _penalized(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """As llama.cpp's sampler of that name, which looks every token of the vocabulary up, and not only the recent ones."""
+        penalty, recent = self.params.repeat_penalty, list(self.recent)
+        if penalty == 1 or not recent:
+            return logits
+        penalized = logits.copy()
+        values = logits[recent]
+        with np.errstate(over="ignore"):
+            penalized[recent] = np.where(values > 0, values / penalty, values * penalty)
+        return penalized
+
+    def _draw(self, chain: int, logits: npt.NDArray[np.float32]) -> int:
+        lib, candidates = self._lib, self._candidates
+        candidates["id"], candidates["logit"] = self._ids, logits
+        array = lib.llama_token_data_array(ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p), len(candidates), -1, False)
+        lib.llama_sampler_apply(chain, ctypes.byref(array))
+        return array.data[array.selected].id
+
     def accept(self, token: int) -> None:
         """Remember a token that was not drawn here."""
-        self._lib.llama_sampler_accept(self._open_chain, token)
+        _ = self._open_chain
         self.recent.append(token)
 
+    def begin(self, answer: int) -> None:
+        """Start the random numbers of an answer, counted from 0: they depend on the seed and this number alone. The first has those of the seed."""
+        lib, chain = self._lib, self._open_chain
+        if not self.params.temperature:
+            return
+        seed = random.Random(f"{self.seed}/{answer}").randint(0, MAX_SEED) if answer else self.seed
+        lib.llama_sampler_free(lib.llama_sampler_chain_remove(chain, lib.llama_sampler_chain_n(chain) - 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(seed))
+
     def reset(self) -> None:
-        """Forget the tokens and start the random numbers again from the seed."""
-        self._lib.llama_sampler_reset(self._open_chain)
+        """Forget the tokens and start the random numbers of the first answer."""
+        self.begin(0)
         self.recent.clear()
 
     def close(self) -> None:

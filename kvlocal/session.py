@@ -196,11 +196,14 @@ class _Checkpoint:
 
     The tail of the cache is simply cut off as long as nothing was removed since; before the first removal the cache is copied. The query ring
     is overwritten from the start, so it is copied at once.
+
+    recent: tokens the repeat penalty looked at
     """
 
     n_tokens: int
     n_messages: int
     ring: npt.NDArray[np.uint8] | None
+    recent: Sequence[int]
     state: npt.NDArray[np.uint8] | None = None
     ledger: Ledger | None = None
 
@@ -218,12 +221,14 @@ class ChatSession:
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept; read_answer() needs them all
     nexus: for the policies that need Nexus tokens: read behind every finished turn
+    undo: keep what the last turn is taken back with at once, a copy of the cache among it; without, what came before is read again
     make_context: makes the cache: Context, or what gives a stream beside others (kvlocal.streams)
 
     budget: the most cells of each layer and head after a compression
     messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
     last: the last answer in numbers, None before the first
     max_tokens: the longest answer; may be set
+    n_answers: answers so far, given ones and those that were taken back too; the random numbers of the next one depend on it; may be set
 
     Raises SessionError if budget, system prompt and model do not go together, EngineError or NativeError if the model cannot be run or
     compressed.
@@ -238,6 +243,7 @@ class ChatSession:
         spare: int = 0,
         n_outputs: int = 1,
         nexus: NexusTokens | None = None,
+        undo: bool = True,
         make_context: Callable[..., Context] = Context,
     ):
         self.model = model
@@ -288,7 +294,8 @@ class ChatSession:
             before=self._save_checkpoint,
         )
         # for a copy of the cache (see _Checkpoint), taken now so that memory stays what it is from the first turn on
-        self._copy = np.full(_copy_bytes(self._context) if self._policy.evicts else 0, 0, np.uint8)
+        self._copy = np.full(_copy_bytes(self._context) if undo and self._policy.evicts else 0, 0, np.uint8)
+        self._undo = undo
         rereads = config.idle and "reread" in self._policy.needs
         self._second_read = SecondRead(model, self._context, self._native, self._compressor, self.template) if rereads else None
         self._sampler = Sampler(model, config.sampling)
@@ -311,6 +318,7 @@ class ChatSession:
         self._peak = 0
         self.messages.clear()
         self.last = None
+        self.n_answers = 0
         self._sampler.reset()
         self._compressor.compressions = self._compressor.rotations = 0
         pieces = self.template.prefix(self._system)
@@ -467,7 +475,9 @@ class ChatSession:
         if role not in ("user", "assistant") or role == last:
             raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
         if role == "user":
-            self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages), self._native.ring_state())
+            if self._undo:
+                recent = list(self._sampler.recent)
+                self._checkpoint = _Checkpoint(self._ledger.n_tokens, len(self.messages), self._native.ring_state(), recent)
             if self._layout.is_swa:
                 # what left the sliding window can't be brought back by cutting off the tail
                 self._save_checkpoint()
@@ -483,6 +493,7 @@ class ChatSession:
             self._take_back(role)
             raise
         self._prediction = self._context.logits()
+        self.n_answers += role == "assistant"
 
     def _read_timed(self, pieces: Sequence[Piece]) -> int:
         started = time.perf_counter()
@@ -492,10 +503,10 @@ class ChatSession:
 
     def _take_back(self, role: str) -> None:
         """A turn that could not be read to its end is as if it had not been given."""
-        if role == "user":
+        if role == "user" and self._checkpoint:
             self._rewind()
         else:
-            self.restore(self.messages[:-1])
+            self._read_again(self.messages[:-1])
 
     def _history_for_template(self) -> list[Message]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
@@ -510,6 +521,8 @@ class ChatSession:
         if not self.messages or self.messages[-1]["role"] != "user":
             raise SessionError("there is no user turn to answer: send one first")
         self._stop = False
+        self._sampler.begin(self.n_answers)
+        self.n_answers += 1
         return self._generate()
 
     def _generate(self) -> Iterator[str]:
@@ -568,6 +581,7 @@ class ChatSession:
         except BaseException:
             self._take_back("assistant")
             raise
+        self.n_answers += 1
         self._ledger.segments[-1].text = content.strip()[:_EXCERPT]
 
     def second_read(self, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -600,6 +614,7 @@ class ChatSession:
         """
         ledger, compressor = self._ledger, self._compressor
         outer, messages, last, checkpoint, prediction = compressor.held, list(self.messages), self.last, self._checkpoint, self._prediction
+        n_answers = self.n_answers
         if not outer:
             compressor.make_room(ledger, min(self._capacity + self._spare - ledger.n_cells, self.model.n_ctx_train // 2))
             self._observer.before_removal(ledger)
@@ -610,6 +625,7 @@ class ChatSession:
                 yield
         finally:
             compressor.held, self._checkpoint, self.last, self._prediction, self.messages[:] = outer, checkpoint, last, prediction, messages
+            self.n_answers = n_answers
             ledger.truncate(n_tokens)
             ledger.segments[:] = segments
 
@@ -656,7 +672,7 @@ class ChatSession:
         if self._checkpoint and self._checkpoint.n_messages == users[-1]:
             self._rewind()
         else:
-            self.restore(self.messages[: users[-1]])
+            self._read_again(self.messages[: users[-1]])
         return taken
 
     def _save_checkpoint(self) -> None:
@@ -676,13 +692,15 @@ class ChatSession:
         self._ledger.truncate(checkpoint.n_tokens)
         self._context.remove(0, self._ledger.next_position, -1)
         self._native.set_ring_state(checkpoint.ring)
+        self._sampler.recent.clear()
+        self._sampler.recent.extend(checkpoint.recent)
         del self.messages[checkpoint.n_messages :]
 
     def _mend(self) -> None:
         """After an exception in the middle of an answer: makes cache and ledger agree again."""
         self._context.remove(0, self._ledger.next_position, -1)
         if self._native.n_cells() != self._ledger.n_cells or self._context.pos_max(0) != self._ledger.next_position - 1:
-            self.restore(self.messages)
+            self._read_again(self.messages)
 
     def clear(self) -> None:
         """Forgets everything but the system prompt."""
@@ -693,10 +711,10 @@ class ChatSession:
         before, self._system = self._system, text
         messages = list(self.messages)
         try:
-            self.restore(messages)
+            self._read_again(messages)
         except BaseException:
             self._system = before
-            self.restore(messages)
+            self._read_again(messages)
             raise
 
     @property
@@ -710,6 +728,14 @@ class ChatSession:
         self._begin()
         for message in messages:
             self.add_turn(message["role"], message["content"])
+
+    def _read_again(self, messages: Sequence[Message]) -> None:
+        """As restore, in the same conversation."""
+        n_answers = self.n_answers
+        try:
+            self.restore(messages)
+        finally:
+            self.n_answers = n_answers
 
     # a copy of the cache that outlives the process
 
@@ -728,8 +754,9 @@ class ChatSession:
     def snapshot(self) -> dict[str, npt.NDArray[np.generic]]:
         """What the answers to come depend on, after an answer and besides `signature`, model, messages and system prompt; `resume` takes it.
 
-        numbers: int64 [3]; recent: int32 [n], tokens the repeat penalty looks at; cache, ring: uint8 [bytes]; ledger.*: Ledger.arrays; and if the
-        last turn can be taken back, checkpoint.numbers: int64 [2], checkpoint.ring, and checkpoint.cache and checkpoint.ledger.* if need be
+        numbers: int64 [4]; recent: int32 [n], tokens the repeat penalty looks at; cache, ring: uint8 [bytes]; ledger.*: Ledger.arrays; and if the
+        last turn can be taken back, checkpoint.numbers: int64 [2], checkpoint.recent, checkpoint.ring, and checkpoint.cache and
+        checkpoint.ledger.* if need be
         """
         if self._layout.is_swa:
             # the cells of the window get the order that they have after `resume`: sums of floats depend on it
@@ -737,7 +764,7 @@ class ChatSession:
                 pass
         compressor, checkpoint = self._compressor, self._checkpoint
         arrays = {
-            "numbers": np.array([compressor.compressions, compressor.rotations, self._peak], np.int64),
+            "numbers": np.array([compressor.compressions, compressor.rotations, self._peak, self.n_answers], np.int64),
             "recent": np.array(self._sampler.recent, np.int32),
             "cache": self._context.state_get(),
             "ring": self._native.ring_state(),
@@ -745,6 +772,7 @@ class ChatSession:
         }
         if checkpoint:
             arrays |= {"checkpoint.numbers": np.array([checkpoint.n_tokens, checkpoint.n_messages], np.int64), "checkpoint.ring": checkpoint.ring}
+            arrays["checkpoint.recent"] = np.array(checkpoint.recent, np.int32)
             if checkpoint.ledger:
                 arrays |= {"checkpoint.cache": checkpoint.state, **_named("checkpoint.ledger", checkpoint.ledger)}
         return {name: array for name, array in arrays.items() if array is not None}
@@ -755,8 +783,9 @@ class ChatSession:
         n_ring = 0 if (ring := self._native.ring_state()) is None else len(ring)
         ledger = {"numbers": ("<i8", (4,)), "ids": ("<i4", (n_text,)), "block_of": ("<i4", (n_text,)), "segments": ("u1", (n_text,))}
         ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **{name: ("<f4", cells) for name in self._ledger.carried}}
-        limits = {"numbers": ("<i8", (3,)), "recent": ("<i4", (self._sampler.recent.maxlen,)), "checkpoint.numbers": ("<i8", (2,))}
+        limits = {"numbers": ("<i8", (4,)), "checkpoint.numbers": ("<i8", (2,))}
         for prefix in ("", "checkpoint."):
+            limits[f"{prefix}recent"] = ("<i4", (self._sampler.recent.maxlen,))
             limits |= {f"{prefix}cache": ("u1", (_copy_bytes(self._context),)), f"{prefix}ring": ("u1", (n_ring,))}
             limits |= {f"{prefix}ledger.{name}": limit for name, limit in ledger.items()}
         return limits
@@ -774,10 +803,8 @@ class ChatSession:
             self._native.set_ring_state(arrays.get("ring"))
             if self._native.n_cells() != self._ledger.n_cells or self._context.pos_max(0) != self._ledger.next_position - 1:
                 raise ValueError("cache and ledger differ")
-            self._compressor.compressions, self._compressor.rotations, self._peak = arrays["numbers"].tolist()
-            for token in arrays["recent"].tolist():
-                self.model.check_token(token)
-                self._sampler.accept(token)
+            self._compressor.compressions, self._compressor.rotations, self._peak, self.n_answers = arrays["numbers"].tolist()
+            self._sampler.recent.extend(self._tokens_of(arrays["recent"]))
             if "checkpoint.numbers" in arrays:
                 self._checkpoint = self._checkpoint_of(arrays)
         except (KvlocalError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -785,9 +812,15 @@ class ChatSession:
             raise SessionError(f"this is no state of such a session ({error}): read the messages again") from error
         self.messages[:] = [dict(message) for message in messages]
 
+    def _tokens_of(self, array: npt.NDArray[np.generic]) -> list[int]:
+        tokens = array.tolist()
+        for token in tokens:
+            self.model.check_token(token)
+        return tokens
+
     def _checkpoint_of(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> _Checkpoint:
         n_tokens, n_messages = arrays["checkpoint.numbers"].tolist()
-        checkpoint = _Checkpoint(n_tokens, n_messages, arrays.get("checkpoint.ring"))
+        checkpoint = _Checkpoint(n_tokens, n_messages, arrays.get("checkpoint.ring"), self._tokens_of(arrays["checkpoint.recent"]))
         ledger = self._ledger
         if "checkpoint.cache" in arrays:
             ledger = checkpoint.ledger = self._empty_ledger()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.engine import CELL_BLOCK, Adapter, Context, EngineError, Model, Outputs
-from kvlocal.library import load
 from kvlocal.rounds import Rounds
 
 
@@ -146,10 +144,8 @@ class Stream:
         self.n_ubatch = context.n_ubatch
         self.n_cells = min(-(-n_cells // CELL_BLOCK) * CELL_BLOCK, context.n_cells)
         self._rounds, self._context, self._on_close = rounds, context, on_close
-        self._lib = load().llama_cpp
         self._adapter: Adapter | None = None
         self._logits: npt.NDArray[np.float32] | None = None
-        self._candidates: npt.NDArray[np.void] | None = None
         self.closed = False
 
     @property
@@ -194,21 +190,6 @@ class Stream:
         """The logits of what was decoded last with `logits="all"`, [n, n_vocab] float32."""
         self.check_output(0)
         return self._logits
-
-    def sample(self, chain: int, i: int = -1) -> int:
-        """As Context.sample, from the logits that were kept."""
-        logits, n = self.logits(i), self.model.n_vocab
-        if self._candidates is None:
-            self._candidates = np.empty(n, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-        candidates = self._candidates
-        # the chain reorders them
-        candidates["id"], candidates["logit"], candidates["p"] = np.arange(n), logits, 0
-        lib = self._lib
-        array = lib.llama_token_data_array(ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p), n, -1, False)
-        lib.llama_sampler_apply(chain, ctypes.byref(array))
-        token = array.data[array.selected].id
-        lib.llama_sampler_accept(chain, token)
-        return token
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
         """As Context.remove."""

@@ -68,6 +68,7 @@ class Conversation:
         cut_off: indices into `messages` of answers that a crash cut off.
         drawn: by index into `messages`, the tokens that an answer was drawn as, if they are known; of the last model only.
         n_tokens: tokens of the whole conversation after its last answer, if that is known.
+        n_answers: answers since it began or was cleared, those that were taken back too.
         started: when, in ISO 8601.
     """
 
@@ -78,6 +79,7 @@ class Conversation:
     cut_off: list[int] = field(default_factory=list)
     drawn: dict[int, list[int]] = field(default_factory=dict)
     n_tokens: int | None = None
+    n_answers: int = 0
     started: str | None = None
 
 
@@ -384,6 +386,7 @@ def _replay(path: Path, text: str) -> Conversation:
                     continue
                 if not answering:
                     chat.messages.append({"role": "assistant", "content": ""})
+                    chat.n_answers += 1
                     # until its end is found
                     chat.cut_off.append(len(chat.messages) - 1)
                 if kind == "piece":
@@ -404,7 +407,7 @@ def _replay(path: Path, text: str) -> Conversation:
                 _drop_answer(chat)
                 chat.messages.pop()
             elif kind == "clear":
-                chat.messages, chat.cut_off, chat.drawn, chat.n_tokens = [], [], {}, None
+                chat.messages, chat.cut_off, chat.drawn, chat.n_tokens, chat.n_answers = [], [], {}, None, 0
             elif kind == "system":
                 chat.system = _text_or_none(record["content"])
             elif kind == "model":

@@ -24,6 +24,7 @@ def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_
     n_cells = -(-footprint.allocation(config, 8192).n_cells // 256) * 256
     # llama.cpp tells sizes in hundredths of a MiB
     assert Footprint.of(Container(smollm2), config).cell * n_cells == pytest.approx(copies * allocated, rel=0.002)
+    assert Footprint.of(Container(smollm2), config, undo=False).cell * n_cells == pytest.approx(allocated, rel=0.002)
 
 
 def test_a_sliding_window_is_counted_as_if_it_were_none(gemma3: Path) -> None:

@@ -8,6 +8,7 @@ from doors import write_chat_model
 from kvlocal.container import Container
 from kvlocal.engine import Context, EngineError, Model
 from kvlocal.errors import KvlocalError
+from kvlocal.library import load
 from kvlocal.sampling import MAX_SEED, REPEAT_PENALTY, Sampler, SamplingError, SamplingParams
 from kvlocal.session import ChatSession, SessionConfig
 
@@ -69,6 +70,19 @@ def test_reset_starts_the_random_numbers_again(context: Context) -> None:
     assert generate(context, sampler) == first
 
 
+def test_each_answer_has_random_numbers_of_its_own(context: Context) -> None:
+    sampler, other = (Sampler(context.model, SamplingParams(temperature=1.5, repeat_penalty=1, seed=3)) for _ in range(2))
+    answers = [generate(context, sampler)]
+    for number in (1, 2):
+        sampler.begin(number)
+        answers.append(generate(context, sampler))
+    assert len({tuple(answer) for answer in answers}) == 3
+    other.begin(2)
+    assert generate(context, other) == answers[2]
+    other.begin(0)
+    assert generate(context, other) == answers[0]
+
+
 def test_top_k_of_one_is_greedy_at_any_temperature(context: Context) -> None:
     greedy = generate(context, Sampler(context.model, SamplingParams(temperature=0)))
     assert generate(context, Sampler(context.model, SamplingParams(temperature=5, top_k=1, repeat_penalty=1, seed=1))) == greedy
@@ -94,6 +108,36 @@ def test_repeat_penalty_works_on_accepted_tokens_also_at_temperature_zero(contex
     expected = context.logits()
     expected[best] = -np.inf
     assert sampler.sample(context) == expected.argmax()
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 2.0])
+def test_the_tokens_are_those_of_a_chain_that_is_all_llama_cpp(context: Context, temperature: float) -> None:
+    """Including the penalty, which is computed here."""
+    params = SamplingParams(temperature=temperature, repeat_penalty=1.3, repeat_last_n=20, seed=9)
+    lib = load().llama_cpp
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    parts = [lib.llama_sampler_init_penalties(context.model.n_vocab, params.repeat_last_n, params.repeat_penalty, 0.0, 0.0)]
+    if temperature:
+        parts += [lib.llama_sampler_init_top_k(params.top_k), lib.llama_sampler_init_top_p(params.top_p, 1)]
+        parts += [lib.llama_sampler_init_min_p(params.min_p, 1), lib.llama_sampler_init_temp(temperature), lib.llama_sampler_init_dist(params.seed)]
+    else:
+        parts.append(lib.llama_sampler_init_greedy())
+    for part in parts:
+        lib.llama_sampler_chain_add(chain, part)
+    context.clear()
+    context.decode([5], 0)
+    with Sampler(context.model, params) as sampler:
+        for pos in range(1, 200):
+            token = sampler.sample(context)
+            assert token == lib.llama_sampler_sample(chain, context.pointer, -1)
+            context.decode([token], pos)
+    lib.llama_sampler_free(chain)
+
+
+def test_a_huge_penalty_is_no_error(context: Context) -> None:
+    sampler = Sampler(context.model, SamplingParams(temperature=0, repeat_penalty=1e300))
+    tokens = generate(context, sampler)
+    assert len(set(tokens)) == len(tokens)
 
 
 def test_nothing_to_sample_from_is_an_error(context: Context) -> None:

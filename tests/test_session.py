@@ -156,6 +156,22 @@ def test_undo_further_than_one_turn_reads_again(model):
             chat.undo()
 
 
+def test_without_undo_nothing_is_kept_for_it_and_turns_are_taken_back_by_reading_again(model):
+    with ChatSession(model, SMALL, undo=False) as chat, session(model) as usual:
+        for text in ("Name a bird.", STORY * 8, "Name a tree."):
+            assert "".join(chat.send(text)) == "".join(usual.send(text))
+        assert chat.kv.compressions and not len(chat._copy) and chat._checkpoint is None
+        messages = list(chat.messages)
+        chat._ledger.compact = raise_interrupt
+        with pytest.raises(KeyboardInterrupt):
+            chat.add_turn("user", STORY * 20)
+        assert chat.messages == messages
+        check_ledger(chat)
+        chat.undo()
+        assert chat.messages == messages[:4]
+        check_ledger(chat)
+
+
 def test_a_stopped_answer_stays_as_far_as_it_came(model):
     with session(model, max_tokens=200) as chat:
         answer, shown = chat.send("Count to one hundred."), ""
@@ -236,6 +252,12 @@ def test_seeds_repeat_and_clear_starts_again(model):
     with session(model, sampling=sampling) as a, session(model, sampling=sampling) as b:
         first = "".join(a.send("Tell me something."))
         assert first == "".join(b.send("Tell me something."))
+        # the number of the answer counts, and not how often numbers were drawn
+        b.max_tokens = 3
+        "".join(b.regenerate())
+        b.max_tokens = SMALL.max_tokens
+        a.n_answers += 1
+        assert "".join(a.regenerate()) == "".join(b.regenerate()) != first
         a.clear()
         assert a.messages == [] and a.kv.history_tokens == a.segments()[0].n_tokens
         assert "".join(a.send("Tell me something.")) == first

@@ -94,6 +94,29 @@ def test_answers_after_a_restore_are_those_without_the_interruption(model, nexus
         check_equal(through, back)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_sampled_answers_after_a_restore_are_those_without_the_interruption(model, snapshots, kept):
+    """From a snapshot or read again from a transcript; also where an answer was given anew, before it and after it."""
+    drawn = SamplingParams(temperature=1.0, seed=5)
+    changes = {"sampling": drawn, "max_tokens": 12, "idle": False}
+    with session(model, **changes) as through, session(model, **changes) as back:
+        tokens = {}
+        for i, text in ((1, ASKED[0]), (3, ASKED[2])):
+            given_up = ask(through, [text])
+            assert ["".join(through.regenerate())] != given_up
+            tokens[i] = through.last.drawn
+        conversation = Conversation(through.messages, drawn=tokens, n_answers=4)
+        if kept:
+            snapshots.save(through)
+            snapshots.load(back, through.messages)
+            check_equal(through, back)
+        read_on(back, conversation)
+        assert "".join(through.regenerate()) == "".join(back.regenerate())
+        assert ask(through, ASKED[3:]) == ask(back, ASKED[3:])
+        if kept:
+            check_equal(through, back)
+
+
 def test_a_sliding_window_comes_back(gemma3, snapshots):
     with Model(gemma3) as model, session(model, n_ubatch=128, budget=256) as through, session(model, n_ubatch=128, budget=256) as back:
         ask(through, [STORY * 20, "Go on."], lambda: snapshots.save(through))
@@ -123,7 +146,7 @@ def test_turns_behind_a_snapshot_are_read_as_they_were_drawn(model, snapshots):
         for i, text in enumerate(ASKED):
             ask(through, [text], lambda i=i: snapshots.save(through) if i < 3 else None)
             drawn[2 * i + 1] = through.last.drawn
-        conversation = Conversation(through.messages, drawn=drawn)
+        conversation = Conversation(through.messages, drawn=drawn, n_answers=len(ASKED))
         assert snapshots.load(back, through.messages) == 6
         read_on(back, conversation)
         back.second_read()

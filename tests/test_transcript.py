@@ -56,14 +56,14 @@ def test_regen_undo_clear_system_and_load_replay_to_the_state_they_left(transcri
     transcript.add_undo()
     transcript.add_system(None)
     assert texts(Transcript.read(path)) == ["a", "1"]
-    assert Transcript.read(path).system is None
+    assert Transcript.read(path).system is None and Transcript.read(path).n_answers == 3
     transcript.add_clear()
-    assert texts(Transcript.read(path)) == []
+    assert texts(Transcript.read(path)) == [] and Transcript.read(path).n_answers == 0
     transcript.add_load([{"role": "user", "content": "c"}], "Another.")
     transcript.end_answer("stopped")
     say(transcript, "d", "4")
     assert texts(Transcript.read(path)) == ["c", "", "d", "4"]
-    assert Transcript.read(path).system == "Another."
+    assert Transcript.read(path).system == "Another." and Transcript.read(path).n_answers == 2
 
 
 def test_undo_takes_a_turn_that_was_never_answered(transcript, path):
