@@ -82,7 +82,7 @@ def file_door(path: Path, take: Callable[[Path], object]) -> Callable[[bytes], N
     return enter
 
 
-def write_chat_model(target: Path) -> None:
+def write_chat_model(target: Path, tokenizer: str = "gpt2") -> None:
     """The tiny model with a vocabulary of bytes and a chat template."""
     bare = target.with_suffix(".bare")
     write_tiny_model(bare, "llama")
@@ -91,7 +91,7 @@ def write_chat_model(target: Path) -> None:
     for key, value in source.metadata.items():
         if key.startswith("llama."):
             (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("default")
     # byte-level BPE writes the bytes as printable characters; those from U+0100 on stand for the others
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -180,7 +180,7 @@ def _arguments(data: bytes) -> None:
 
 
 class Loader:
-    """A process that loads models, reads their templates and decodes a few tokens; a crash is its own only."""
+    """A process that loads models, reads their templates, tokenizes a text and decodes a few tokens; a crash is its own only."""
 
     def __enter__(self) -> "Loader":
         self._start()
@@ -224,6 +224,7 @@ def _serve() -> None:
         try:
             with Model(line.rstrip("\n")) as model:
                 ChatTemplate.from_model(model)
+                model.detokenize(model.tokenize("Hi, W\u00f6rld!\n\U0001f600", parse_special=True))
                 with Context(model, n_cells=256, n_ubatch=32, n_threads=1) as context:
                     context.decode(np.arange(4, dtype=np.int32) % model.n_vocab, 0)
                     context.logits()
