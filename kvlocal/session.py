@@ -436,6 +436,9 @@ class ChatSession:
         pieces: where they come from, with the number of tokens of each; if not given, they go on with the last segment
         """
         if self._ledger.n_cells + len(tokens) > self._capacity + self._spare:
+            # the compression after the last tokens may have failed
+            self._compressor.compress(self._ledger)
+        if self._ledger.n_cells + len(tokens) > self._capacity + self._spare:
             raise SessionError(
                 "the text is longer than the spare cells of the cache: ask for more of them"
                 if self._compressor.held
