@@ -2,6 +2,7 @@
 # make test      set everything up and run the tests   ARGS="-k ledger" passes options on
 # make setup     the set-up alone: afterwards .venv/bin/kvlocal works
 # make sanitize  the native tests under the address and undefined behaviour sanitizers
+# make leaks     a short run of the library under LeakSanitizer, which shares that build
 # make stock     llama.cpp without our patches, in build/stock/dist/lib, to compare with
 # make pack      everything that a machine without a network needs, in build/kvlocal-offline.tar.gz (ARGS="--help" tells the options)
 # make clean     remove .venv and build
@@ -27,7 +28,7 @@ endif
 # Standard input and output belong to the chat and to the tests alone.
 bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 
-.PHONY: chat test setup sanitize stock pack clean
+.PHONY: chat test setup sanitize leaks stock pack clean
 
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
@@ -44,14 +45,20 @@ library = PATH="$(CURDIR)/.venv/bin:$$PATH" && ( \
 	cmake --build build/$(1) --target llama && \
 	cmake --install build/$(1) --component kvlocal --prefix build/$(1)/dist ) </dev/null >&2
 
-# Leaks are not looked for: Python itself never frees much of what it allocates.
+# The library with the sanitizers in it, and what Python needs to load it.
+sanitized = $(bootstrap) --test && $(call library,sanitize,-DKVLOCAL_SANITIZE=ON -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	-DCMAKE_C_FLAGS_RELWITHDEBINFO='-O1 -g1' -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1')
+under_sanitizers = KVLOCAL_LIB_DIR=$(CURDIR)/build/sanitize/dist/lib \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+
 sanitize:
-	@$(bootstrap) --test && $(call library,sanitize,-DKVLOCAL_SANITIZE=ON -DGGML_OPENMP=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DCMAKE_C_FLAGS_RELWITHDEBINFO='-O1 -g1' -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1')
-	@KVLOCAL_LIB_DIR=$(CURDIR)/build/sanitize/dist/lib \
-		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-		.venv/bin/python -m pytest tests/test_native.py $(ARGS)
+	@$(sanitized)
+	@$(under_sanitizers) .venv/bin/python -m pytest tests/test_native.py tests/test_attention.py $(ARGS)
+
+leaks:
+	@$(sanitized)
+	@$(under_sanitizers) .venv/bin/python tests/measure/leaks.py
 
 stock:
 	@$(bootstrap) && $(call library,stock,-DKVLOCAL_STOCK=ON -DCMAKE_BUILD_TYPE=Release)

@@ -253,9 +253,7 @@ class Chat:
                     with Idle(self.session, self.keep_snapshot):
                         text, literal = read_turn(lines)
                 else:
-                    self.session.finish_turn()
-                    self.keep_snapshot()
-                    self.session.second_read()
+                    self._work_between_turns()
                     text, literal = read_turn(lines)
                 self._tell(self._unsaid)
                 if not text.strip():
@@ -275,6 +273,16 @@ class Chat:
             except KvlocalError as error:
                 screen.warn(str(error))
                 self.failed = not screen.interactive
+
+    def _work_between_turns(self) -> None:
+        """As Idle does on a terminal, to its end. The next turn is read also if it fails."""
+        try:
+            self.session.finish_turn()
+            self.keep_snapshot()
+            self.session.second_read()
+        except KvlocalError as error:
+            self.screen.warn(str(error))
+            self.failed = True
 
     def ask(self, text: str) -> None:
         """Send a user turn and show the answer.

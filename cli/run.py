@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from kvlocal.catalogue import DEFAULT_MODEL, Catalogue
+from kvlocal.errors import KvlocalError
 from kvlocal.sampling import MAX_SEED
 from kvlocal.session import ChatSession, SessionConfig
 from kvlocal_cli.options import Loading, clean_text, session_options
@@ -50,9 +51,14 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
                 pieces = session.send(prompt)
             finally:
                 bar.close()
-            for piece in turn.answering(pieces):
+            try:
+                for piece in turn.answering(pieces):
+                    if not as_json:
+                        write_answer(piece)
+            except KvlocalError:
                 if not as_json:
-                    write_answer(piece)
+                    write_answer("\n")
+                raise
             answer = session.messages[-1]["content"]
             if as_json:
                 click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))

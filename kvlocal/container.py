@@ -1,4 +1,4 @@
-"""Reads a GGUF file as it is mapped: metadata and tensors, but none of the vocabulary, which takes the gguf package seconds."""
+"""Reads a GGUF file as it is mapped: metadata and tensors, and of the vocabulary only what is asked for, which takes the gguf package seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvlocal.errors import KvlocalError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # unless general.alignment says otherwise
+ALIGNMENT = 32  # unless general.alignment says otherwise
 _MAX_DIMENSIONS = 4
 _SCALARS = {
     GGUFValueType.UINT8: "u1",
@@ -59,11 +59,10 @@ class Tensor:
         return np.asarray(dequantize(rows, self.kind), np.float32).reshape(self.shape)
 
 
-class Container:
-    """A GGUF file, mapped for as long as this object or one of its tensors lives.
+class Header:
+    """What a GGUF file, mapped for as long as this object lives, says about itself in front of its tensors.
 
     metadata: numbers, booleans and strings as Python has them, arrays of numbers as numpy arrays; arrays of strings are left out
-    tensors: by name, in the file's order
 
     Raises:
         ContainerError: no such file, not GGUF, or cut off.
@@ -79,7 +78,8 @@ class Container:
         except OSError as error:
             raise ContainerError(f"{self.path} cannot be read ({error.strerror}): name a GGUF file") from error
         self.metadata: dict[str, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
+        # where the first of each array is, and how many there are
+        self._string_arrays: dict[str, tuple[int, int]] = {}
         try:
             self._read()
         except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, MemoryError):
@@ -87,22 +87,31 @@ class Container:
 
     def _read(self) -> None:
         self._at = len(_MAGIC)
-        version, n_tensors, n_keys = self._unpack("<IQQ")
+        version, self._n_tensors, n_keys = self._unpack("<IQQ")
         if version not in _VERSIONS:
             raise ContainerError(f"{self.path} is GGUF of version {version}, and only {_VERSIONS} can be read: convert it anew")
         for _ in range(n_keys):
             key, kind = self._string(), GGUFValueType(*self._unpack("<I"))
-            value = self._array() if kind == GGUFValueType.ARRAY else self._value(kind)
-            if value is not None:
-                self.metadata[key] = value
-        infos = [self._tensor_info() for _ in range(n_tensors)]
-        alignment = self.metadata.get("general.alignment", _ALIGNMENT)
-        begin = -(-self._at // alignment) * alignment
-        for name, kind, shape, offset in infos:
-            block, size = GGML_QUANT_SIZES[kind]
-            if shape[-1] % block:
-                raise ValueError(name)
-            self.tensors[name] = Tensor(name, kind, shape, self._bytes(begin + offset, math.prod(shape) // block * size))
+            if kind != GGUFValueType.ARRAY:
+                self.metadata[key] = self._value(kind)
+            else:
+                self._array(key)
+
+    @property
+    def alignment(self) -> int:
+        """Of the tensors in the file, in bytes."""
+        value = self.metadata.get("general.alignment", ALIGNMENT)
+        return value if isinstance(value, int) else ALIGNMENT
+
+    def strings(self, key: str) -> list[bytes]:
+        """An array of strings, none if there is no such array."""
+        begin, n = self._string_arrays.get(key, (0, 0))
+        unpack, data, at, texts = struct.Struct("<Q").unpack_from, self._data, begin, []
+        for _ in range(n):
+            start = at + 8
+            at = start + unpack(data, at)[0]
+            texts.append(data[start:at])
+        return texts
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
         values = struct.unpack_from(form, self._data, self._at)
@@ -115,7 +124,8 @@ class Container:
 
     def _string(self) -> str:
         (length,) = self._unpack("<Q")
-        text = self._bytes(self._at, length).tobytes().decode("utf-8")
+        # llama.cpp takes any bytes
+        text = self._bytes(self._at, length).tobytes().decode("utf-8", "replace")
         self._at += length
         return text
 
@@ -127,15 +137,37 @@ class Container:
         self._at += numbers.nbytes
         return numbers
 
-    def _array(self) -> npt.NDArray[Any] | None:
+    def _array(self, key: str) -> None:
         kind, n = self._unpack("<IQ")
         if kind != GGUFValueType.STRING:
-            return self._numbers(GGUFValueType(kind), n)
+            self.metadata[key] = self._numbers(GGUFValueType(kind), n)
+            return
+        self._string_arrays[key] = self._at, n
         unpack, data, at = struct.Struct("<Q").unpack_from, self._data, self._at
         for _ in range(n):
             at += 8 + unpack(data, at)[0]
         self._at = at
-        return None
+
+
+class Container(Header):
+    """A GGUF file, mapped for as long as this object or one of its tensors lives.
+
+    tensors: by name, in the file's order
+
+    Raises:
+        ContainerError: no such file, not GGUF, or cut off.
+    """
+
+    def _read(self) -> None:
+        super()._read()
+        infos = [self._tensor_info() for _ in range(self._n_tensors)]
+        begin = -(-self._at // self.alignment) * self.alignment
+        self.tensors: dict[str, Tensor] = {}
+        for name, kind, shape, offset in infos:
+            block, size = GGML_QUANT_SIZES[kind]
+            if shape[-1] % block:
+                raise ValueError(name)
+            self.tensors[name] = Tensor(name, kind, shape, self._bytes(begin + offset, math.prod(shape) // block * size))
 
     def _tensor_info(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = self._string()

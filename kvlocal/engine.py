@@ -11,9 +11,11 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from kvlocal.container import ALIGNMENT, ContainerError, Header
 from kvlocal.errors import KvlocalError
 from kvlocal.interrupts import CtrlCWaits
 from kvlocal.library import load
+from kvlocal.soundness import Alphabet, examine
 
 # What a KV cache can be made of, and ggml's name for it.
 KV_TYPES: dict[str, str] = {
@@ -112,12 +114,14 @@ class Model:
     def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int = 0, use_mmap: bool = True) -> None:
         self.path = Path(path)
         _check_is_gguf(self.path)
+        header, self._alphabet = _sound(self.path)
         self._lib = lib = load().llama_cpp
         lib.llama_backend_init()
 
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        mapped = use_mmap and lib.llama_supports_mmap()
+        # ggml aborts where tensors would be mapped to addresses with a smaller alignment
+        mapped = use_mmap and lib.llama_supports_mmap() and header.alignment not in range(1, ALIGNMENT)
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mapped else lib.LLAMA_LOAD_MODE_NONE
         with _Log(lib) as log:
             pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
@@ -129,6 +133,7 @@ class Model:
         self._vocab = lib.llama_model_get_vocab(pointer)
         self._pieces: dict[tuple[int, bool], bytes] = {}
 
+        self._has_vocabulary = lib.llama_vocab_type(self._vocab) != lib.LLAMA_VOCAB_TYPE_NONE
         self.has_encoder = bool(lib.llama_model_has_encoder(pointer))
         self.is_recurrent = bool(lib.llama_model_is_recurrent(pointer))
         self.is_hybrid = bool(lib.llama_model_is_hybrid(pointer))
@@ -192,8 +197,10 @@ class Model:
 
     @property
     def vocab(self) -> int:
-        """The address of the llama_vocab."""
+        """The address of the llama_vocab, whose functions abort where there is no vocabulary."""
         _ = self.pointer
+        if not self._has_vocabulary:
+            raise EngineError(f"{self.path} has no vocabulary: choose another model")
         return self._vocab
 
     @cached_property
@@ -219,6 +226,8 @@ class Model:
         """
         # surrogates come from arguments and files that were not UTF-8
         data = text.encode("utf-8", "replace")
+        if self._alphabet and (lacking := self._alphabet.lacks(data.decode())):
+            raise EngineError(f"{self.path} has no token for {lacking!r}: leave it out or choose another model")
         tokens = np.empty(len(data) + 2, dtype=np.int32)
         n = self._tokenize_into(tokens, data, add_special, parse_special)
         if n < 0:
@@ -669,6 +678,17 @@ def _check_is_gguf(path: Path) -> None:
         raise EngineError(f"{path} cannot be read ({error.strerror}): give the path of a GGUF file") from error
     if magic != _GGUF_MAGIC:
         raise EngineError(f"{path} is not a GGUF file: give the path of a model in GGUF format")
+
+
+def _sound(path: Path) -> tuple[Header, Alphabet | None]:
+    try:
+        header = Header(path)
+    except ContainerError as error:
+        raise EngineError(str(error)) from error
+    flaw, alphabet = examine(header)
+    if flaw:
+        raise EngineError(f"{path} cannot be loaded ({flaw}): fetch it again or choose another model")
+    return header, alphabet
 
 
 def _bytes_of(array: npt.NDArray[np.uint8]) -> Any:

@@ -444,6 +444,9 @@ class ChatSession:
         pieces: where they come from, with the number of tokens of each; if not given, they go on with the last segment
         """
         if self._ledger.n_cells + len(tokens) > self._capacity + self._spare:
+            # the compression after the last tokens may have failed
+            self._compressor.compress(self._ledger)
+        if self._ledger.n_cells + len(tokens) > self._capacity + self._spare:
             raise SessionError(
                 "the text is longer than the spare cells of the cache: ask for more of them"
                 if self._compressor.held
@@ -798,15 +801,15 @@ class ChatSession:
         """
         self._reset()
         try:
+            # first, because whether it can be gone back to shows in the cache
+            checkpoint = self._checkpoint_of(arrays) if "checkpoint.numbers" in arrays else None
             self._ledger.take(_of("ledger", arrays))
-            self._context.state_set(0, arrays["cache"])
-            self._native.set_ring_state(arrays.get("ring"))
-            if self._native.n_cells() != self._ledger.n_cells or self._context.pos_max(0) != self._ledger.next_position - 1:
-                raise ValueError("cache and ledger differ")
+            self._fill(self._ledger, arrays["cache"], arrays.get("ring"))
             self._compressor.compressions, self._compressor.rotations, self._peak, self.n_answers = arrays["numbers"].tolist()
             self._sampler.recent.extend(self._tokens_of(arrays["recent"]))
-            if "checkpoint.numbers" in arrays:
-                self._checkpoint = self._checkpoint_of(arrays)
+            if checkpoint and not checkpoint.ledger:
+                _check_tail(checkpoint, self._ledger)
+            self._checkpoint = checkpoint
         except (KvlocalError, LookupError, TypeError, ValueError, AttributeError) as error:
             self._begin()
             raise SessionError(f"this is no state of such a session ({error}): read the messages again") from error
@@ -818,16 +821,26 @@ class ChatSession:
             self.model.check_token(token)
         return tokens
 
+    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8], ring: npt.NDArray[np.uint8] | None) -> None:
+        """Puts into the cache what a snapshot holds of it; ValueError, or an error of the engine, if that is not what the ledger says."""
+        self._context.state_set(0, cache)
+        self._native.set_ring_state(ring)
+        end = ledger.next_position
+        # the positions that the mask looks at; those of the window's cache end where they do
+        if not np.array_equal(self._native.positions(), np.arange(end - ledger.n_cells, end)) or self._context.pos_max(0) != end - 1:
+            raise ValueError("cache and ledger differ")
+
     def _checkpoint_of(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> _Checkpoint:
+        """The checkpoint of a snapshot; its cache, if it has one, is in the cache then."""
         n_tokens, n_messages = arrays["checkpoint.numbers"].tolist()
         checkpoint = _Checkpoint(n_tokens, n_messages, arrays.get("checkpoint.ring"), self._tokens_of(arrays["checkpoint.recent"]))
-        ledger = self._ledger
+        self._native.set_ring_state(checkpoint.ring)
         if "checkpoint.cache" in arrays:
-            ledger = checkpoint.ledger = self._empty_ledger()
-            ledger.take(_of("checkpoint.ledger", arrays))
+            checkpoint.ledger = self._empty_ledger()
+            checkpoint.ledger.take(_of("checkpoint.ledger", arrays))
             checkpoint.state = arrays["checkpoint.cache"]
-        if not 0 < n_tokens <= ledger.n_tokens or ledger.n_tokens - n_tokens > ledger.n_cells:
-            raise ValueError("the last turn is not in the cache")
+            self._fill(checkpoint.ledger, checkpoint.state, checkpoint.ring)
+            _check_tail(checkpoint, checkpoint.ledger)
         return checkpoint
 
     def set_sampling(self, sampling: SamplingParams) -> None:
@@ -904,6 +917,12 @@ class ChatSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_tail(checkpoint: _Checkpoint, ledger: Ledger) -> None:
+    """ValueError unless cutting off what came after the checkpoint leaves something that it can be."""
+    if not 0 < checkpoint.n_tokens <= ledger.n_tokens or ledger.n_tokens - checkpoint.n_tokens > ledger.n_cells:
+        raise ValueError("the last turn is not in the cache")
 
 
 def _copy_bytes(context: Context) -> int:

@@ -1,7 +1,10 @@
 """The doors that are fuzzed (see fuzzing)."""
 
+import hashlib
 import json
+import math
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,21 +13,25 @@ from pathlib import Path
 
 import numpy as np
 from click.testing import CliRunner
-from fuzzing import Door
+from fuzzing import SLOW, Door
 from gguf import GGUFWriter, TokenType
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
 from kvlocal import transcript
 from kvlocal.container import Container
+from kvlocal.engine import Context, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import data as dialogues
 from kvlocal.jobs import Job
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
+from kvlocal.sampling import SamplingParams
+from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.snapshot import SnapshotError, Snapshots
 from kvlocal.template import ChatTemplate
 from kvlocal_cli.main import main
 
-NAMES = ("gguf", "model", "nexus", "transcript", "batch line", "dialogues", "template", "arguments")
+NAMES = ("gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "batch line", "dialogues", "template", "arguments")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -37,6 +44,8 @@ LONGER = (
     "[{{ m.role }}]{{ m['content'] | trim }}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Who are you?"}]
+QUESTIONS = ("The keeper wrote down the birds.", "Who wrote down what?", "And when?")
+CHAT = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=4, n_threads=1, sampling=SamplingParams(temperature=0))
 JSON_WORDS = [b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"NaN", b"1e999", b"-0", b"\\u0000", b"\\ud800", b"\xff", b"\n", b'"role"', b'"content"', b"[" * 3000]
 TEMPLATE_WORDS = [
     b"{{ ", b" }}", b"{% ", b" %}", b"{% for x in range(99999) %}", b"{% endfor %}", b"messages", b".__class__", b".__mro__", b"|attr('__init__')",
@@ -57,11 +66,16 @@ def doors(directory: Path) -> Iterator[list[Door]]:
     whole = model.read_bytes()
     nexus = directory / "seed.nexus.gguf"
     write_nexus(nexus, model)
-    with Loader() as loader:
+    window = directory / "window.gguf"
+    write_chat_model(window, family="gemma3", n_layer=6)
+    snapshots = [_snapshot(path) for path in (model, window)]
+    with Elsewhere(load_models) as load_model, Elsewhere(resume_chats, model) as resume, Elsewhere(resume_chats, window) as resume_window:
         yield [
             Door("gguf", [whole], file_door(directory / "a.gguf", _container)),
-            Door("model", [whole], file_door(directory / "b.gguf", loader.load)),
+            Door("model", [whole], file_door(directory / "b.gguf", load_model)),
             Door("nexus", [nexus.read_bytes()], file_door(directory / "c.nexus.gguf", NexusFile.load)),
+            Door("snapshot", snapshots[:1], sealed_door(directory / "f.snapshot", resume), focus=_beginnings(snapshots[0])),
+            Door("window snapshot", snapshots[1:], sealed_door(directory / "g.snapshot", resume_window), focus=_beginnings(snapshots[1])),
             Door("transcript", [_transcript(directory), _saved(directory)], file_door(directory / "d.jsonl", transcript.load), JSON_WORDS),
             Door("batch line", [json.dumps({"id": 1, "messages": MESSAGES}).encode()], _line, JSON_WORDS),
             Door("dialogues", [_lines([{"messages": MESSAGES}] * 3), _lines([{"history": [{"user": "a", "bot": "b"}]}] * 3)],
@@ -82,16 +96,30 @@ def file_door(path: Path, take: Callable[[Path], object]) -> Callable[[bytes], N
     return enter
 
 
-def write_chat_model(target: Path) -> None:
+def sealed_door(path: Path, take: Callable[[Path], object]) -> Callable[[bytes], None]:
+    """A door that takes a file with its SHA-256 at the end. What is refused comes again with the right one, to get past it."""
+    enter = file_door(path, take)
+
+    def twice(data: bytes) -> None:
+        try:
+            enter(data)
+        except KvlocalError:
+            content = data[: -hashlib.sha256().digest_size]
+            enter(content + hashlib.sha256(content).digest())
+
+    return twice
+
+
+def write_chat_model(target: Path, tokenizer: str = "gpt2", family: str = "llama", n_layer: int = 2) -> None:
     """The tiny model with a vocabulary of bytes and a chat template."""
     bare = target.with_suffix(".bare")
-    write_tiny_model(bare, "llama")
+    write_tiny_model(bare, family, n_layer=n_layer)
     source = Container(bare)
-    writer = GGUFWriter(target, "llama")
+    writer = GGUFWriter(target, family)
     for key, value in source.metadata.items():
-        if key.startswith("llama."):
+        if key.startswith(f"{family}."):
             (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("default")
     # byte-level BPE writes the bytes as printable characters; those from U+0100 on stand for the others
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -153,6 +181,31 @@ def _saved(directory: Path) -> bytes:
     return path.read_bytes()
 
 
+def _chat(model: Model) -> ChatSession:
+    return ChatSession(model, CHAT)
+
+
+def _snapshot(path: Path) -> bytes:
+    """Of a chat that was compressed, and whose last turn can be taken back."""
+    with Model(path) as model, _chat(model) as chat:
+        for question in QUESTIONS:
+            "".join(chat.send(question))
+        Snapshots(path.with_suffix(".snapshot")).save(chat)
+        path.with_suffix(".json").write_text(json.dumps(chat.messages), encoding="utf-8")
+        return path.with_suffix(".snapshot").read_bytes()
+
+
+def _beginnings(data: bytes) -> list[range]:
+    """The header of a snapshot, and of each array so much that it holds the cells' positions, but few of the keys and values."""
+    header, _, _ = data.partition(b"\n")
+    found, at = [range(len(header))], len(header) + 1
+    for _, kind, shape in json.loads(header)["arrays"]:
+        size = np.dtype(kind).itemsize * math.prod(shape)
+        found.append(range(at, at + min(size, 1024)))
+        at += size
+    return found
+
+
 def _line(data: bytes) -> None:
     Job.parse(1, data)
 
@@ -179,30 +232,38 @@ def _arguments(data: bytes) -> None:
         raise KvlocalError(f"exit code {result.exit_code}")
 
 
-class Loader:
-    """A process that loads models, reads their templates and decodes a few tokens; a crash is its own only."""
+class Elsewhere:
+    """A function of this module, in a process of its own: a crash there is that of one input only.
 
-    def __enter__(self) -> "Loader":
+    task: what makes the function, from the arguments; the function takes a path
+    """
+
+    def __init__(self, task: Callable[..., Callable[[Path], None]], *arguments: Path) -> None:
+        self._command = [sys.executable, __file__, task.__name__, *map(str, arguments)]
+
+    def __enter__(self) -> Callable[[Path], None]:
         self._start()
-        return self
+        return self._call
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
         )
 
-    def load(self, path: Path) -> None:
-        """Raises KvlocalError with what the process was told, or AssertionError if it died."""
+    def _call(self, path: Path) -> None:
+        """Raises KvlocalError with what the process was told, or AssertionError if it died or did not answer."""
         try:
             self._process.stdin.write(f"{path}\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            answer = self._process.stdout.readline() if select.select([self._process.stdout], [], [], SLOW)[0] else None
         except BrokenPipeError:
             answer = ""
+        if answer is None:
+            self._process.kill()
         if not answer:
             code = self._process.wait()
             self._start()
-            raise AssertionError(f"the process ended with {code}")
+            raise AssertionError(f"no answer in {SLOW:.0f} s" if answer is None else f"the process ended with {code}")
         kind, text = json.loads(answer)
         if kind == "refused":
             raise KvlocalError(text)
@@ -214,19 +275,55 @@ class Loader:
         self._process.wait()
 
 
-def _serve() -> None:
-    from kvlocal.engine import Context, Model
+def load_models() -> Callable[[Path], None]:
+    """Loads a model, reads its template, tokenizes a text and decodes a few tokens."""
 
+    def load(path: Path) -> None:
+        with Model(path) as model:
+            ChatTemplate.from_model(model)
+            model.detokenize(model.tokenize("Hi, W\u00f6rld!\n\U0001f600", parse_special=True))
+            with Context(model, n_cells=256, n_ubatch=32, n_threads=1) as context:
+                context.decode(np.arange(4, dtype=np.int32) % model.n_vocab, 0)
+                context.logits()
+
+    return load
+
+
+def resume_chats(path: Path) -> Callable[[Path], None]:
+    """Brings the chat of `_snapshot` back, goes on with it, and takes its last turn back."""
+    chat = _chat(Model(path))
+    messages = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+    def resume(file: Path) -> None:
+        for go_on in (lambda: "".join(chat.send("And?")), chat.undo):
+            chat.clear()
+            try:
+                Snapshots(file).load(chat, messages)
+            except SnapshotError:
+                assert not chat.messages
+                "".join(chat.send("Hello"))
+                raise
+            except KvlocalError as error:
+                raise AssertionError(f"{type(error).__name__}: {error}") from error
+            try:
+                go_on()
+            except KvlocalError as error:
+                # keys and values can be anything
+                if "not numbers" not in str(error):
+                    raise AssertionError(f"{type(error).__name__}: {error}") from error
+                raise
+
+    return resume
+
+
+def _serve(task: str, *arguments: str) -> None:
     # whatever llama.cpp prints must not get between the answers
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    take = globals()[task](*map(Path, arguments))
     for line in iter(sys.stdin.readline, ""):
         try:
-            with Model(line.rstrip("\n")) as model:
-                ChatTemplate.from_model(model)
-                with Context(model, n_cells=256, n_ubatch=32, n_threads=1) as context:
-                    context.decode(np.arange(4, dtype=np.int32) % model.n_vocab, 0)
-                    context.logits()
+            take(Path(line.rstrip("\n")))
             answer = ["accepted", ""]
         except KvlocalError as error:
             answer = ["refused", str(error)]
@@ -236,4 +333,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(*sys.argv[1:])

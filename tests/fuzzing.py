@@ -26,6 +26,7 @@ class Door:
     enter: takes one input; what it raises is the answer
     words: pieces that mutations put in, such as keywords of the format
     whole: whether good inputs must be let in, which is tried first
+    focus: stretches of the only seed where every other input is changed, each like an input of its own
     """
 
     name: str
@@ -33,6 +34,7 @@ class Door:
     enter: Callable[[bytes], None]
     words: Sequence[bytes] = ()
     whole: bool = True
+    focus: Sequence[range] = ()
 
 
 @dataclass
@@ -79,7 +81,9 @@ def attack(door: Door, n: int, seed: int = 0) -> Findings:
         door.enter(data)
     for i in range(n):
         rng = random.Random(f"{door.name} {seed} {i}")
-        data = mutate(rng.choice(door.seeds), rng, door.words)
+        data = rng.choice(door.seeds)
+        part = rng.choice(door.focus) if door.focus and i % 2 else range(len(data))
+        data = data[: part.start] + mutate(data[part.start : part.stop], rng, door.words) + data[part.stop :]
         started = time.monotonic()
         try:
             door.enter(data)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from doors import write_chat_model
 from random_nexus import nexus_file
 
 from kvlocal import snapshot as module
@@ -348,3 +349,27 @@ def test_what_cannot_be_written_is_an_error_and_the_older_one_stays(model, snaps
         with pytest.raises(KvlocalError, match="cannot write"):
             snapshots.save(chat)
     assert snapshots.path.read_bytes() == content
+
+
+def with_position(state, cell, position):
+    """llama.cpp's state of a sequence with another position of a cell."""
+    changed = state.copy()
+    # magic, sequence, streams and number of cells; then each cell's position, number of sequences and sequence
+    changed[16 + 12 * cell :][:4].view("<i4")[0] = position
+    return changed
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_caches_that_are_not_what_the_ledger_says(family, tmp_path):
+    """Also that of the last turn's beginning, although it is not needed before the turn is taken back."""
+    write_chat_model(tmp_path / "tiny.gguf", family=family, n_layer=6)
+    config = dataclasses.replace(SMALL, budget=64, stride=16, n_ubatch=32, max_tokens=4, system=None)
+    with Model(tmp_path / "tiny.gguf") as tiny, ChatSession(tiny, config) as chat:
+        ask(chat, ["The keeper wrote down the birds.", "Who wrote down what?", "And when?"])
+        arrays, messages = chat.snapshot(), [dict(message) for message in chat.messages]
+        chat.resume(messages, arrays)
+        for name in ("cache", "checkpoint.cache"):
+            for cell, position in ((3, 2), (3, -1), (3, -7), (3, 2**31 - 1), (0, 1)):
+                with pytest.raises(SessionError, match="no state of such a session"):
+                    chat.resume(messages, arrays | {name: with_position(arrays[name], cell, position)})
+                assert not chat.messages
