@@ -72,7 +72,7 @@ def doors(directory: Path) -> Iterator[list[Door]]:
     with Elsewhere(load_models) as load_model, Elsewhere(resume_chats, model) as resume, Elsewhere(resume_chats, window) as resume_window:
         yield [
             Door("gguf", [whole], file_door(directory / "a.gguf", _container)),
-            Door("model", [whole], file_door(directory / "b.gguf", load_model)),
+            Door("model", [whole], file_door(directory / "b.gguf", load_model), focus=[range(whole.index(b"tokenizer.ggml.tokens"))]),
             Door("nexus", [nexus.read_bytes()], file_door(directory / "c.nexus.gguf", NexusFile.load)),
             Door("snapshot", snapshots[:1], sealed_door(directory / "f.snapshot", resume), focus=_beginnings(snapshots[0])),
             Door("window snapshot", snapshots[1:], sealed_door(directory / "g.snapshot", resume_window), focus=_beginnings(snapshots[1])),
