@@ -72,7 +72,7 @@ def doors(directory: Path) -> Iterator[list[Door]]:
     with Elsewhere(load_models) as load_model, Elsewhere(resume_chats, model) as resume, Elsewhere(resume_chats, window) as resume_window:
         yield [
             Door("gguf", [whole], file_door(directory / "a.gguf", _container)),
-            Door("model", [whole], file_door(directory / "b.gguf", load_model)),
+            Door("model", [whole], file_door(directory / "b.gguf", load_model), focus=[range(whole.index(b"tokenizer.ggml.tokens"))]),
             Door("nexus", [nexus.read_bytes()], file_door(directory / "c.nexus.gguf", NexusFile.load)),
             Door("snapshot", snapshots[:1], sealed_door(directory / "f.snapshot", resume), focus=_beginnings(snapshots[0])),
             Door("window snapshot", snapshots[1:], sealed_door(directory / "g.snapshot", resume_window), focus=_beginnings(snapshots[1])),
@@ -81,7 +81,7 @@ def doors(directory: Path) -> Iterator[list[Door]]:
             Door("dialogues", [_lines([{"messages": MESSAGES}] * 3), _lines([{"history": [{"user": "a", "bot": "b"}]}] * 3)],
                  file_door(directory / "e.jsonl", dialogues.load), JSON_WORDS),
             Door("template", [CHATML.encode(), LONGER.encode()], _template, TEMPLATE_WORDS),
-            Door("arguments", [b"\n".join((b"run", b"--kv-budget", b"64", b"no-such-model", b"Hello")), b"models"], _arguments,
+            Door("arguments", [b"\n".join((b"run", b"--kv-budget", b"64", b"no-such-model", b"Hello")), b"models"], _command(directory),
                  [b"\n" + word + b"\n" for word in ARGUMENTS], whole=False),
         ]  # fmt: skip
 
@@ -215,21 +215,26 @@ def _template(data: bytes) -> None:
     template.user_turn(MESSAGES[:2], "Who are you?")
 
 
-def _arguments(data: bytes) -> None:
-    """Each line is an argument."""
-    arguments = [part.decode("utf-8", "surrogateescape") for part in data.split(b"\n")]
-    if any(argument in ("chat", "batch", "pull", "synth", "train") for argument in arguments):
-        # these read, fetch or write; a word before them makes them an argument
-        arguments.append("--nope")
-    result = CliRunner().invoke(main, arguments, input="")
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    if result.exit_code not in (0, 1, 2):
-        raise AssertionError(f"exit code {result.exit_code}")
-    if result.exit_code and "Traceback" in result.output:
-        raise AssertionError(result.output)
-    if result.exit_code:
-        raise KvlocalError(f"exit code {result.exit_code}")
+def _command(directory: Path) -> Callable[[bytes], None]:
+    """A door that takes the arguments of the command, a line for each. There are no models, as a lonely word is a prompt for the default one."""
+    env = {"KVLOCAL_MODELS_DIR": str(directory / "models"), "XDG_STATE_HOME": str(directory)}
+
+    def enter(data: bytes) -> None:
+        arguments = [part.decode("utf-8", "surrogateescape") for part in data.split(b"\n")]
+        if any(argument in ("chat", "batch", "pull", "synth", "train") for argument in arguments):
+            # these read, fetch or write; a word before them makes them an argument
+            arguments.append("--nope")
+        result = CliRunner().invoke(main, arguments, input="", env=env)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        if result.exit_code not in (0, 1, 2):
+            raise AssertionError(f"exit code {result.exit_code}")
+        if result.exit_code and "Traceback" in result.output:
+            raise AssertionError(result.output)
+        if result.exit_code:
+            raise KvlocalError(f"exit code {result.exit_code}")
+
+    return enter
 
 
 class Elsewhere:

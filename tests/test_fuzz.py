@@ -12,7 +12,7 @@ from fuzzing import Door, attack, mutate
 import kvlocal.template
 from kvlocal.template import ChatTemplate, TemplateError
 
-SHARE = {"model": 60, "snapshot": 40, "window snapshot": 40, "arguments": 40}
+SHARE = {"model": 60, "snapshot": 40, "window snapshot": 40}
 
 
 @pytest.fixture(scope="module")
