@@ -56,7 +56,7 @@ def batch_command(
         raise click.UsageError(f"{target} is the input: name another output")
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
     with _Interrupt() as interrupt, loading.model(model, config, parallel, undo=False) as loaded:
-        nexus = loading.tokens(loaded, config)
+        config, nexus = loading.tokens(loaded, config)
         results = Results(target, settings_key(loaded, config, nexus), replace=force)
         outcomes = run_batch(
             report.lines(), loaded, config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll, nexus=nexus

@@ -68,10 +68,10 @@ def chat_command(
         before = begun if load_path else earlier
         system = before.system if config.system is None else clean_text(config.system)
         config = replace(config, system=system)
-        with loading.model(name, config) as model, Chat(name, model, config, loading.tokens(model, config), Screen(verbose=verbose)) as chat:
+        with loading.model(name, config) as model, Chat(name, model, *loading.tokens(model, config), Screen(verbose=verbose)) as chat:
             if begun.messages:
                 # before there is a transcript: a file that does not fit leaves none
-                chat.replace(config, begun.messages)
+                chat.replace(chat.config, begun.messages)
             if kept:
                 chat.keep_session(kept)
             elif not no_transcript:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import click
@@ -68,7 +68,7 @@ _OPTIONS = (
     ),
     click.option(
         "--policy", type=click.Choice(list(policies.POLICIES)),
-        help=f"What to keep when the cache is over its budget.  [default: {policies.WITH_NEXUS} with --nexus FILE, else {_SESSION.policy}]",
+        help=f"What to keep when the cache is over its budget.  [default: {policies.WITH_NEXUS} where there are Nexus tokens, else {_SESSION.policy}]",
     ),
     click.option(
         "--policy-arg", "policy_args", multiple=True, callback=_parse_policy_args, metavar="NAME=VALUE",
@@ -140,10 +140,12 @@ class Loading:
 
     gpu_layers: as in Model
     nexus: a Nexus file, OFF, or None for one that is found
+    may_change_policy: whether the policy is a default, which a model without Nexus tokens has another of
     """
 
     gpu_layers: int
     nexus: str | None
+    may_change_policy: bool
 
     def model(self, name: str, config: SessionConfig, parallel: int = 1, undo: bool = True) -> Model:
         """The model of that name or path, if so many conversations with it, with undo or without, fit into memory.
@@ -157,16 +159,20 @@ class Loading:
         with waiting(f"loading {name}"):
             return Model(path, n_gpu_layers=self.gpu_layers)
 
-    def tokens(self, model: Model, config: SessionConfig) -> NexusTokens | None:
-        """The Nexus tokens for a model, if the policy uses them and there are some.
+    def tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
+        """The Nexus tokens for a model, if the policy uses them and there are some, and the configuration with a policy that goes with that.
 
         Raises:
-            KvlocalError: a file that was named cannot be used.
+            KvlocalError: a file that was named cannot be used, or the default policy without Nexus tokens lacks a hyper-parameter.
         """
         if "nexus" not in policies.make(config.policy, config.policy_args).needs:
-            return None
+            return config, None
         with waiting("loading the Nexus tokens"):
-            return nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))
+            found = nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))
+        if found is None and self.may_change_policy:
+            policies.make(_SESSION.policy, config.policy_args)
+            config = replace(config, policy=_SESSION.policy)
+        return config, found
 
 
 def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,8 +204,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         try:
-            loading = Loading(gpu_layers, nexus)
-            policy = policy or (_SESSION.policy if nexus in (None, OFF) else policies.WITH_NEXUS)
+            loading = Loading(gpu_layers, nexus, may_change_policy=policy is None)
+            policy = policy or (_SESSION.policy if nexus == OFF else policies.WITH_NEXUS)
             policies.make(policy, policy_args)
             config = SessionConfig(
                 budget=kv_budget,

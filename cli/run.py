@@ -45,7 +45,7 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
     bar = ReadingBar()
     with loading.model(name, config) as model:
-        nexus = loading.tokens(model, config)
+        config, nexus = loading.tokens(model, config)
         with ChatSession(model, config, progress=bar.show, nexus=nexus) as session, Interruptible(session) as turn:
             try:
                 pieces = session.send(prompt)

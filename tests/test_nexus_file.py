@@ -93,7 +93,7 @@ def test_another_model_is_refused(nexus: NexusFile, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(nexus: NexusFile, base: Path, change: dict) -> None:
-    with pytest.raises(NexusError, match="does not fit|embeddings of"):
+    with pytest.raises(NexusError, match="does not fit|trained for"):
         dataclasses.replace(nexus, **change).check_base(Container(base))
 
 

@@ -176,16 +176,13 @@ class NexusFile:
             WrongBase: it was made for another one.
             NexusError: it says that it was made for this one, and its parts do not fit.
         """
-        n_embd = base.metadata.get(f"{self.architecture}.embedding_length")
         # what is different is nearly always seen without reading the weights
-        if n_embd is None or base_hash(base) != self.base_hash:
+        if base.metadata.get(f"{self.architecture}.embedding_length") != self.n_embd or base_hash(base) != self.base_hash:
             raise WrongBase(f"the Nexus file was trained for {self.base_name}, not for {base.path.name}: train one for it or use that model")
         for name, (a, b) in self.adapter.items():
             shape = base.tensors[name].shape if name in base.tensors else ()
             if shape != (len(b), a.shape[1]):
                 raise NexusError(f"the Nexus file's adapter for {name} does not fit {base.path.name}: train or fetch it again")
-        if n_embd != self.n_embd:
-            raise NexusError(f"the Nexus file has embeddings of {self.n_embd} numbers and {base.path.name} has {n_embd}: train or fetch it again")
 
 
 _ADAPTER_TYPES = {"F16": np.float16, "F32": np.float32}

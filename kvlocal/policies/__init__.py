@@ -40,7 +40,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 DEFAULT_POLICY = "kvzip-snapkv"
-WITH_NEXUS = "hybrid"  # where a Nexus file is named
+WITH_NEXUS = "hybrid"  # the default of the commands where there are Nexus tokens for the model
 
 _BOOL = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 
