@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from random_nexus import K, nexus_file
 
 from kvlocal.batch import run_batch
@@ -18,6 +19,7 @@ from kvlocal.policies import make
 from kvlocal.policies.base import CacheState
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import ChatSession, SessionConfig, SessionError
+from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(
     budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
@@ -208,6 +210,22 @@ def test_files_are_found_beside_the_model_and_refused_for_another(model, nexus, 
         assert nexus_for(other, None, said.append) is None or other.path.parent != tmp_path
         with pytest.raises(WrongBase, match="trained for"):
             nexus_for(other, str(path), said.append)
+
+
+def test_the_commands_use_them_unless_told_otherwise(path, smollm2, gemma3, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path))
+    shutil.copy(path, tmp_path / "a.nexus.gguf")
+    turns = [{"role": "user", "content": "Name a tree."}, {"role": "user", "content": "And another one."}]
+    lines = json.dumps({"messages": turns}) + "\n"
+
+    def n_read(model, *options):
+        command = ["batch", "-", "-m", str(model), "--max-tokens", "2", "--kv-budget", "128", "--threads", "1", *options]
+        result = CliRunner().invoke(main, command, input=lines)
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)["kv"]["nexus"]
+
+    assert n_read(smollm2) > 0
+    assert n_read(smollm2, "--nexus", "off") == n_read(smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3) == 0
 
 
 def test_an_adapter_of_another_model_is_refused(path, gemma3):
