@@ -216,13 +216,15 @@ def test_the_commands_use_them_unless_told_otherwise(path, smollm2, gemma3, tmp_
     monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path))
     shutil.copy(path, tmp_path / "a.nexus.gguf")
     turns = [{"role": "user", "content": "Name a tree."}, {"role": "user", "content": "And another one."}]
-    lines = json.dumps({"messages": turns}) + "\n"
+    lines = tmp_path / "in.jsonl"
+    lines.write_text(json.dumps({"messages": turns}) + "\n")
 
     def n_read(model, *options):
-        command = ["batch", "-", "-m", str(model), "--max-tokens", "2", "--kv-budget", "128", "--threads", "1", *options]
-        result = CliRunner().invoke(main, command, input=lines)
+        out = tmp_path / "out.jsonl"
+        command = ["batch", str(lines), "-o", str(out), "--force", "-m", str(model), "--max-tokens", "2", "--kv-budget", "128", "--threads", "1"]
+        result = CliRunner().invoke(main, [*command, *options])
         assert result.exit_code == 0, result.stderr
-        return json.loads(result.stdout)["kv"]["nexus"]
+        return json.loads(out.read_text())["kv"]["nexus"]
 
     assert n_read(smollm2) > 0
     assert n_read(smollm2, "--nexus", "off") == n_read(smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3) == 0
