@@ -277,7 +277,7 @@ class ChatSession:
         )
         self._native = NativeCache(self._context.pointer, self._context.seq)
         self._layout = self._native.layout()
-        self._observer = Observer(self._native, self._layout, self._policy, config.window, config.n_ubatch, model.token_bytes)
+        self._observer = Observer(self._native, self._layout, self._policy, config.window, self._context.n_ubatch, model.token_bytes)
         self._compressor = Compressor(
             self._native,
             self._layout,

@@ -464,3 +464,12 @@ def test_h2o_adds_up_the_attention_of_every_query(model):
         assert chat.kv.evicted == 0 and chat._ledger.n_summed == chat.kv.history_tokens
         total = state.sums.sum(axis=-1)
         assert (total >= chat.kv.history_tokens - 0.5).all() and (total <= 3 * chat.kv.history_tokens).all()
+
+
+def test_h2o_in_a_cache_smaller_than_a_micro_batch(model):
+    config = SessionConfig(policy="h2o", budget=64, max_tokens=8, sampling=GREEDY)
+    with ChatSession(model, config) as chat:
+        assert chat._context.n_ubatch < config.n_ubatch
+        "".join(chat.send(STORY * 30))
+        assert chat.kv.compressions > 0 and chat._ledger.n_summed == chat.kv.history_tokens
+        check_ledger(chat)
