@@ -111,9 +111,9 @@ def test_kv_shows_what_was_kept_after_a_compression(chat):
     assert re.match(r" +system +\d+ +\d+\.0  █{24}  pinned", rows[0])
     seen, kept = re.match(r" +1  user +(\d+) +([\d.]+)  █+░+  The quick", rows[1]).groups()
     assert int(seen) > 190 and float(kept) < 128
-    used = [int(n) for n in re.findall(r"(\d+) cells kept of a budget of 128", result.stdout)]
+    used = [int(n) for n in re.findall(r"(\d+) cells kept .*of a budget of 128", result.stdout)]
     assert 128 <= used[0] <= 160
-    assert re.search(r"cells kept of a budget of 96", result.stdout)
+    assert re.search(r"cells kept .*of a budget of 96", result.stdout)
     assert re.search(r"^policy +streaming$", result.stdout, re.M) and re.search(r"^kv-budget +96$", result.stdout, re.M)
 
 
