@@ -13,15 +13,14 @@ from typing import BinaryIO, Self
 import click
 
 from kvlocal.batch import run_batch
-from kvlocal.engine import MAX_SEQUENCES
 from kvlocal.catalogue import DEFAULT_MODEL
+from kvlocal.engine import MAX_SEQUENCES
 from kvlocal.jobs import Failure, Result
 from kvlocal.results import Results, settings_key
 from kvlocal.session import SessionConfig
 from kvlocal_cli.options import Loading, session_options
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED
-
 
 _BLOCK = 2**16
 

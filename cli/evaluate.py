@@ -34,7 +34,6 @@ from kvlocal_cli.options import CACHE_TYPES, parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 
-
 _SESSION = SessionConfig()
 _GREEDY = SamplingParams(temperature=0, seed=0)
 

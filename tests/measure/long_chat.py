@@ -61,9 +61,7 @@ def main() -> int:
 
     rows = []
     sampling = SamplingParams(seed=5)
-    config = SessionConfig(
-        budget=args.kv_budget, policy=args.policy, system=SYSTEM, max_tokens=200, sampling=sampling, n_threads=args.threads
-    )
+    config = SessionConfig(budget=args.kv_budget, policy=args.policy, system=SYSTEM, max_tokens=200, sampling=sampling, n_threads=args.threads)
     answer_tokens = 0
     started = time.perf_counter()
     with Model(resolve(args.model)) as model, ChatSession(model, config) as chat:
@@ -92,7 +90,9 @@ def main() -> int:
     # single turns scatter by a tenth, so ten at each end count, from the first compression on
     full = [row for row in rows if row["answer_tokens"] >= 50 and row["history"] > args.kv_budget + config.stride]
     first, last = full[:10], full[-10:]
-    early, settled = (next(row for row in rows if row["history"] >= n) for n in (1000, 5000))
+    # a conversation may be shorter
+    n_early, n_settled = (next((i for i, row in enumerate(rows) if row["history"] >= n), len(rows) - 1) for n in (1000, 5000))
+    early, settled = rows[n_early], rows[n_settled]
     result = {
         "answer_tokens": answer_tokens,
         "history_tokens": kv.history_tokens,
@@ -105,7 +105,7 @@ def main() -> int:
         "tokens_per_second_at_the_end": statistics.median(row["tokens_per_second"] for row in last),
         "resident_mb_after_1000_tokens": early["resident"] / 1e6,
         "resident_mb_after_5000_tokens": settled["resident"] / 1e6,
-        "largest_resident_mb_afterwards": max(row["resident"] for row in rows if row["history"] >= 5000) / 1e6,
+        "largest_resident_mb_afterwards": max(row["resident"] for row in rows[n_settled:]) / 1e6,
         "resident_mb_at_the_end": rows[-1]["resident"] / 1e6,
         "handles_after_5000_tokens": settled["handles"],
         "handles_at_the_end": rows[-1]["handles"],
