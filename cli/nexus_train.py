@@ -3,6 +3,7 @@
 import functools
 import math
 import signal
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,8 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Weight of the attention term beside the KL divergence; 0 leaves it out.")
 @click.option("--join", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
               help="Join up to N conversations into one, within --max-tokens.")
+@click.option("--recite", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="X",
+              help="Share of the conversations whose loss is that of repeating one of their turns word for word.")
 @click.option("--held-out", type=click.IntRange(min=0), default=16, show_default=True, metavar="N",
               help="Conversations to evaluate on; a tenth of the data is kept for that.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Updates between evaluations.")
@@ -212,7 +215,7 @@ class _Progress:
             self._flush(found.step)
             self._work.say(f"update {found.step}: held out {held_out_text(found.held_out)}")
             return
-        if math.isnan(found.kl):
+        if math.isnan(found.attention):
             return
         self._work.update(completed=found.step)
         self._recent.append(found)
@@ -220,11 +223,12 @@ class _Progress:
             self._flush(found.step)
 
     def _flush(self, step: int) -> None:
-        n = len(self._recent)
-        if n:
-            kl, attention, seconds = (sum(getattr(one, name) for one in self._recent) / n for name in ("kl", "attention", "seconds"))
-            left = (self._steps - step) * seconds / 60
-            self._work.say(f"update {step} of {self._steps}: kl {kl:.4f}, attention {attention:.4f}, {seconds:.2f} s an update, {left:.0f} min left")
+        values = {name: [getattr(one, name) for one in self._recent] for name in ("kl", "recital", "attention", "seconds")}
+        means = {name: statistics.fmean(known) for name, found in values.items() if (known := [value for value in found if not math.isnan(value)])}
+        if means:
+            losses = ", ".join(f"{name} {value:.4f}" for name, value in means.items() if name != "seconds")
+            left = (self._steps - step) * means["seconds"] / 60
+            self._work.say(f"update {step} of {self._steps}: {losses}, {means['seconds']:.2f} s an update, {left:.0f} min left")
         self._recent = []
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,7 @@ from kvlocal.evaluation.data import load as load_dialogues
 from kvlocal.evaluation.history import turn_tokens
 from kvlocal.nexus.examples import Example, Examples, joined, read
 from kvlocal.nexus.file import NexusFile
+from kvlocal.reread import INSTRUCTION
 from kvlocal.template import ChatTemplate
 from kvlocal_cli.main import main
 
@@ -48,8 +49,10 @@ def test_segments_are_what_a_session_reads(smollm2: Path, tmp_path: Path) -> Non
         assert np.array_equal(example.prefix, prefix)
         assert np.array_equal(np.concatenate(example.segments), np.concatenate([*turns, closing]))
         texts = [b"".join(model.token_bytes(token, special=True) for token in segment.tolist()).decode() for segment in example.segments]
+        asked = b"".join(model.token_bytes(token, special=True) for token in examples.instruction.tolist()).decode()
     assert [text.startswith("<|im_start|>user\n") and text.endswith("<|im_end|>\n") for text in texts] == [True] * 3
     assert "Twice a day." in texts[1] and "Noodle" in texts[2]
+    assert asked == f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_nothing_is_left_out_in_silence(smollm2: Path, tmp_path: Path) -> None:
@@ -84,6 +87,12 @@ def test_a_segment_cut_in_two() -> None:
     segments = tuple(np.arange(n, dtype=np.int32) for n in (5, 6, 7))
     cut = Example(np.zeros(3, np.int32), segments).cut(1, 4)
     assert [part.tolist() for part in cut.segments] == [list(range(5)), [0, 1, 2, 3], [4, 5], list(range(7))]
+
+
+def test_a_segment_recited() -> None:
+    segments = tuple(np.arange(n, dtype=np.int32) for n in (5, 6, 7))
+    recited = Example(np.zeros(3, np.int32), segments).recited(2, 0, np.array([90, 91], np.int32))
+    assert [part.tolist() for part in recited.segments] == [list(range(5)), list(range(6)), [90, 91, 0, 1, 2, 3, 4]]
 
 
 def test_what_is_held_out_depends_on_the_conversation_alone(smollm2: Path, tmp_path: Path) -> None:
@@ -122,6 +131,7 @@ torch = pytest.importorskip("torch")
 
 from kvlocal.nexus.decoder import Decoder  # noqa: E402
 from kvlocal.nexus.distil import Compression, Distillation, Layout, _RowsKL  # noqa: E402
+from kvlocal.nexus.divergence import divergences  # noqa: E402
 from kvlocal.nexus.parameters import Parameters  # noqa: E402
 from kvlocal.nexus.training import Settings, Training, TrainingError  # noqa: E402
 from kvlocal.nexus.weights import Weights  # noqa: E402
@@ -260,15 +270,16 @@ def test_samples_cover_what_is_promised() -> None:
     assert 0.2 < np.mean(np.array(shares) == 0) < 0.4 and 1.0 in shares and min(share for share in shares if share) < 0.06
     assert {compression.n_gone for compression in drawn} == {1, 2, 3, 4} and {compression.n_judged for compression in drawn} == {1, 2}
     assert max(compression.ks[1] for compression in drawn) == 30 and min(compression.ks[1] for compression in drawn) < 6
+    assert {Compression.sample(np.random.default_rng(i), conversation, (0.5,), 64, n_gone=2).n_gone for i in range(20)} == {2}
 
 
-SETTINGS = Settings(steps=6, batch=2, k=8, rank=2, ratios=(0.5, 0.8), join=1, seed=1)
+SETTINGS = Settings(steps=6, batch=2, k=8, rank=2, ratios=(0.5, 0.8), join=1, recite=0.0, seed=1)
 
 
 @pytest.fixture
 def examples() -> Examples:
     training = tuple(example(i, 4, 20, 15 + i, 18) for i in range(5))
-    return Examples(training, (example(9, 4, 20, 20, 20),), 6, 0, 0, 0, 0, 0, ("a",))
+    return Examples(training, (example(9, 4, 20, 20, 20),), np.arange(3, dtype=np.int32), 6, 0, 0, 0, 0, 0, ("a",))
 
 
 def train(base: Container, examples: Examples, path: Path, settings: Settings = SETTINGS, **options) -> tuple[list, NexusFile]:
@@ -332,11 +343,15 @@ def test_a_checkpoint_of_another_run_is_refused(base: Container, examples: Examp
 
 
 @pytest.mark.parametrize("change", [{}, {"rank": 0}, {"attention_weight": 0.0}])
-def test_it_learns(base: Container, examples: Examples, tmp_path: Path, change: dict) -> None:
+def test_it_learns(base: Container, decoder: Decoder, examples: Examples, tmp_path: Path, change: dict) -> None:
     settings = replace(SETTINGS, steps=90, batch=2, k=8, ratios=(0.6,), **change)
-    measured, file = train(base, examples, tmp_path / "a.gguf", settings)
-    kl = [measurement.kl for measurement in measured[:-1]]
-    assert np.mean(kl[-15:]) < 0.9 * np.mean(kl[:15])
+    _, file = train(base, examples, tmp_path / "a.gguf", settings)
+    before = Parameters.new(decoder.weights, settings.k, settings.rank, settings.seed)
+
+    def lost(parameters: Parameters) -> float:
+        return np.mean([divergences(decoder, parameters, one, (0.6,))["nexus@0.6"] for one in examples.training])
+
+    assert lost(Parameters.of(file, decoder.device)) < 0.9 * lost(before)
     assert file.rank == settings.rank and file.record["evaluations"][-1]["step"] == 90
 
 
@@ -362,6 +377,23 @@ def test_held_out_conversations_are_joined_like_others(base: Container, examples
         train(base, replace(examples, held_out=held_out), tmp_path / f"{n}.gguf", replace(SETTINGS, steps=1, join=n))[0][-1].held_out for n in (1, 3)
     )
     assert alone != together
+
+
+def test_recitals_are_judged_apart(base: Container, examples: Examples, tmp_path: Path) -> None:
+    def run(recite: float) -> tuple[list, NexusFile]:
+        return train(base, examples, tmp_path / f"{recite}.gguf", replace(SETTINGS, recite=recite))
+
+    (*never, evaluation), _ = run(0.0)
+    assert all(np.isnan(measured.recital) and measured.kl > 0 for measured in never)
+    assert not any("recital" in name for name in evaluation.held_out)
+    (*always, evaluation), file = run(1.0)
+    assert all(np.isnan(measured.kl) and measured.recital > 0 for measured in always)
+    assert evaluation.held_out.keys() >= {"nexus@0.8", "recital nothing", "recital nexus@0.8", "recital raw@0.8"}
+    assert [set(entry) for entry in file.record["losses"]] == [{"step", "attention", "recital"}] * 6
+    (*some, _), file = run(0.5)
+    kinds = {(bool(np.isnan(measured.kl)), bool(np.isnan(measured.recital))) for measured in some}
+    assert (False, False) in kinds and len(kinds) > 1
+    json.dumps(file.record, allow_nan=False)
 
 
 def test_nothing_held_out(base: Container, examples: Examples, tmp_path: Path) -> None:

@@ -47,12 +47,12 @@ class Compression:
         return cls(_allot(example, ratio, share, largest) if share else (0,) * n, n, raw)
 
     @classmethod
-    def sample(cls, rng: np.random.Generator, example: Example, ratios: Sequence[float], largest: int) -> Compression:
+    def sample(cls, rng: np.random.Generator, example: Example, ratios: Sequence[float], largest: int, n_gone: int | None = None) -> Compression:
         """A ratio, and how much of the segments stays raw beside the Nexus tokens.
 
         In 3 of 10 cases nothing does; in 5 of 10 Nexus tokens and raw cells share what the ratio leaves; otherwise any share of the raw cells
-        stays, from none to (in one case of 5) all. The conversation is compressed behind any of its segments, and one or two that follow are
-        judged.
+        stays, from none to (in one case of 5) all. The conversation is compressed behind any of its segments, or behind n_gone of them, and one
+        or two that follow are judged.
         """
         ratio = float(rng.choice(ratios))
         mode = rng.random()
@@ -63,7 +63,8 @@ class Compression:
             raw = (1 - ratio) * (1 - share)
         else:
             raw = 1.0 if rng.random() < 0.2 else float(rng.random())
-        n_gone = int(rng.integers(1, len(example.segments)))
+        if n_gone is None:
+            n_gone = int(rng.integers(1, len(example.segments)))
         return cls(_allot(example, ratio, share, largest), n_gone, raw, float(rng.choice([0.0, 0.0, 0.25, 0.5])), int(rng.integers(1, 3)))
 
 

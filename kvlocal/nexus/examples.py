@@ -13,9 +13,11 @@ import numpy.typing as npt
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.data import Dialogue, load
+from kvlocal.reread import INSTRUCTION
 from kvlocal.template import ChatTemplate, Piece
 
 _BUCKETS = 2**32
+_EXCHANGE = ({"role": "user", "content": ""}, {"role": "assistant", "content": ""})
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Example:
         parts = np.split(self.segments[segment], [at])
         return Example(self.prefix, (*self.segments[:segment], *parts, *self.segments[segment + 1 :]))
 
+    def recited(self, n: int, segment: int, instruction: npt.NDArray[np.int32]) -> Example:
+        """The first n segments, then the instruction (Examples.instruction) and one of them again, token by token."""
+        return Example(self.prefix, (*self.segments[:n], np.concatenate([instruction, self.segments[segment]])))
+
     @property
     def key(self) -> bytes:
         """Names the example by what it says."""
@@ -56,6 +62,7 @@ class Examples:
     """What files of dialogues give.
 
     training, held_out: disjoint; which one an example belongs to depends on its own tokens alone
+    instruction: int32 [n], the turn that asks the model to repeat what was said
     n_dialogues: dialogues read
     n_empty: lines that were left out because a text of theirs is empty, or because they have no answer
     n_split: dialogues that were cut in parts because they are longer than an example may be
@@ -67,6 +74,7 @@ class Examples:
 
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    instruction: npt.NDArray[np.int32]
     n_dialogues: int
     n_empty: int
     n_split: int
@@ -118,6 +126,7 @@ def read(model: Model, paths: Sequence[Path], *, max_tokens: int, held_out: floa
     return Examples(
         training=training,
         held_out=tuple(found[key] for key in sorted(chosen)),
+        instruction=np.concatenate(_turn(model, template, [*_EXCHANGE], INSTRUCTION)),
         n_dialogues=len(dialogues),
         n_empty=sum(part.n_empty for part in data),
         n_split=n_split,
@@ -151,12 +160,15 @@ def _segments(model: Model, template: ChatTemplate, dialogue: Dialogue) -> Itera
     yield joined(*tokens(template.prefix(None)))
     for i in range(0, len(messages), 2):
         before, user, answer = messages[:i], messages[i]["content"], messages[i + 1]["content"]
-        # the end of the answer before belongs to the segment before
-        closing = template.close_assistant(before, "") if before else []
-        pieces = template.user_turn(before, user)
-        turn = tokens(pieces)[len(closing) :]
+        turn = _turn(model, template, before, user)
         given = tokens(template.given_assistant(messages[: i + 1], answer))
         yield joined(*turn, *given, *tokens(template.close_assistant(messages[: i + 2], answer)))
+
+
+def _turn(model: Model, template: ChatTemplate, before: list[dict[str, str]], user: str) -> list[npt.NDArray[np.int32]]:
+    """A user's turn behind these messages; the end of the answer before is not part of it."""
+    closing = template.close_assistant(before, "") if before else []
+    return [array for _, array in template.tokens(model, template.user_turn(before, user))][len(closing) :]
 
 
 def _parts(segments: Sequence[npt.NDArray[np.int32]], n: int) -> Iterator[list[npt.NDArray[np.int32]]]:

@@ -33,6 +33,10 @@ _TABLE_RATE, _ADAPTER_RATE = 3e-3, 1e-3
 _CLIP = 1.0
 # so often one segment of a conversation is cut in two, neither of them shorter than so many tokens
 _CUT, _SHORTEST_PART = 0.2, 16
+# of a recital, beside the KL of a conversation, which is some five times smaller
+_RECITAL_WEIGHT = 0.5
+# the ratio at which recitals are evaluated
+_RECITED_RATIO = 0.8
 _WARM_UP = 0.05  # of all updates
 _LAST_RATE = 0.05  # of the full rate
 
@@ -54,6 +58,7 @@ class Settings:
     attention_weight: of the attention term beside KL; 0 leaves it out
     max_tokens: tokens of a conversation at most
     join: up to so many conversations are joined into one, as far as max_tokens allows
+    recite: share of the conversations that end with one of their segments once more, word for word, which are judged there
     n_held_out: conversations that are evaluated at most
     seed: of everything random
     start: SHA-256 of the Nexus file whose values training begins with; empty for random ones
@@ -69,6 +74,7 @@ class Settings:
     attention_weight: float = 1.0
     max_tokens: int = 1024
     join: int = 2
+    recite: float = 0.5
     n_held_out: int = 16
     seed: int = 0
     start: str = ""
@@ -80,7 +86,8 @@ class Measurement:
     """One update, or one evaluation.
 
     step: updates made
-    kl, attention: of an update, mean over its conversations
+    kl, attention: of an update, mean over its conversations; kl without recitals, and not a number where there were only such
+    recital: of an update, mean KL of its recitals; not a number where there were none
     held_out: of an evaluation, mean KL by what was kept, such as "nexus@0.8", in nats per token; empty for an update
     seconds: spent on it
     """
@@ -88,6 +95,7 @@ class Measurement:
     step: int
     kl: float = math.nan
     attention: float = math.nan
+    recital: float = math.nan
     held_out: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -98,7 +106,7 @@ class _State:
 
     step: int = 0
     seconds: float = 0.0
-    losses: list[tuple[float, float]] = field(default_factory=list)
+    losses: list[tuple[float, float, float]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -222,18 +230,25 @@ class Training:
     def _update(self) -> Measurement:
         """One step of AdamW on the mean loss of a batch's students."""
         started = time.monotonic()
-        settings, losses = self._settings, []
+        settings = self._settings
+        kls: dict[bool, list[float]] = {False: [], True: []}
+        attentions = []
         for i in range(settings.batch):
             n = self.step * settings.batch + i
             rng = np.random.default_rng([settings.seed, 1, n])
             example = self._example(n, rng)
-            compressions = [Compression.sample(rng, example, settings.ratios, settings.k) for _ in range(settings.students)]
-            n_gone = [compression.n_gone for compression in compressions]
-            reading = Distillation(self._decoder, example, n_gone=n_gone, with_masses=settings.attention_weight > 0)
+            is_recital, n_gone = bool(rng.random() < settings.recite), None
+            if is_recital:
+                n_gone = int(rng.integers(1, len(example.segments) + 1))
+                example = example.recited(n_gone, int(rng.integers(n_gone)), self._examples.instruction)
+            weight = _RECITAL_WEIGHT if is_recital else 1.0
+            compressions = [Compression.sample(rng, example, settings.ratios, settings.k, n_gone) for _ in range(settings.students)]
+            reading = Distillation(self._decoder, example, n_gone=[compression.n_gone for compression in compressions], with_masses=settings.attention_weight > 0)
             for compression in compressions:
                 loss = reading.loss(self._parameters, compression, rng)
-                ((loss.kl + settings.attention_weight * loss.attention) / (settings.batch * settings.students)).backward()
-                losses.append((loss.kl.item(), loss.attention.item()))
+                ((weight * loss.kl + settings.attention_weight * loss.attention) / (settings.batch * settings.students)).backward()
+                kls[is_recital].append(loss.kl.item())
+                attentions.append(loss.attention.item())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.leaves, _CLIP)
         if not torch.isfinite(norm):
             raise TrainingError(f"the loss is not finite any more after {self.step} updates: start anew with another --seed or --dtype float32")
@@ -242,11 +257,11 @@ class Training:
         self._optimiser.zero_grad()
         state = self._state
         state.step += 1
-        kl, attention = np.mean(losses, axis=0).tolist()
-        state.losses.append((kl, attention))
+        kl, recital, attention = (sum(values) / len(values) if values else math.nan for values in (kls[False], kls[True], attentions))
+        state.losses.append((kl, attention, recital))
         seconds = time.monotonic() - started
         state.seconds += seconds
-        return Measurement(self.step, kl, attention, seconds=seconds)
+        return Measurement(self.step, kl, attention, recital, seconds=seconds)
 
     def _example(self, n: int, rng: np.random.Generator) -> Example:
         """The n-th conversation, all of them in a new order in each round, behind others that are drawn; sometimes with a segment cut in two."""
@@ -263,11 +278,19 @@ class Training:
 
     def _evaluate(self) -> Measurement:
         started = time.monotonic()
-        found = [divergences(self._decoder, self._parameters, example, EVALUATED_RATIOS) for example in self._held_out]
+        found = [self._divergences(example) for example in self._held_out]
         means = {name: float(np.mean([one[name] for one in found])) for name in (found[0] if found else ())}
         if means:
             self._state.evaluations.append({"step": self.step} | {name: round(value, 5) for name, value in means.items()})
         return Measurement(self.step, held_out=means, seconds=time.monotonic() - started)
+
+    def _divergences(self, example: Example) -> dict[str, float]:
+        found = divergences(self._decoder, self._parameters, example, EVALUATED_RATIOS)
+        if self._settings.recite:
+            n = len(example.segments)
+            recited = divergences(self._decoder, self._parameters, example.recited(n, n // 2, self._examples.instruction), (_RECITED_RATIO,))
+            found |= {f"recital {name}": value for name, value in recited.items()}
+        return found
 
     def _save_checkpoint(self) -> None:
         """Writes what the run goes on from, and the Nexus file as it is now."""
@@ -306,10 +329,11 @@ class Training:
         self._state = _State(**saved["state"])
 
 
-def _curve(losses: Sequence[tuple[float, float]], n: int = 100) -> list[dict[str, float]]:
-    """Means of at most n stretches of updates, with the last update of each."""
+def _curve(losses: Sequence[tuple[float, float, float]], n: int = 100) -> list[dict[str, float]]:
+    """Means of at most n stretches of updates, with the last update of each; what was not measured in one is left out there."""
     found = []
     for part in np.array_split(np.arange(len(losses)), min(n, len(losses))) if losses else ():
-        kl, attention = np.mean([losses[i] for i in part], axis=0).tolist()
-        found.append({"step": int(part[-1]) + 1, "kl": round(kl, 5), "attention": round(attention, 5)})
+        values = np.array([losses[i] for i in part])
+        measured = {name: column[~np.isnan(column)] for name, column in zip(("kl", "attention", "recital"), values.T, strict=True)}
+        found.append({"step": int(part[-1]) + 1} | {name: round(float(column.mean()), 5) for name, column in measured.items() if len(column)})
     return found
