@@ -175,5 +175,8 @@ void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * 
 
     if (delta) {
         kvl_ring_invalidate(kvl_access::ring(*cache.kv).get(), seq_id);
+
+        // a rotation is rare and its buffers are the largest: they are not kept
+        kvl_access::runtime(*cache.lctx).reset();
     }
 }
