@@ -369,6 +369,8 @@ class ChatSession:
         k = n_nexus(ledger.n_tokens - start, ratio, policy.share, self._nexus.file.k)
         if ledger.n_cells + k > self._capacity + self._spare:
             self._compressor.compress(ledger)
+        # there is room for a stride at least
+        k = min(k, self._capacity + self._spare - ledger.n_cells)
         self._compressor.make_room(ledger, k)
         started = time.perf_counter()
         self._nexus.read(self._context, k, ledger.next_position)

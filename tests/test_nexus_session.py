@@ -70,6 +70,15 @@ def test_every_finished_turn_gets_its_tokens(model, nexus):
         np.testing.assert_array_equal(chat._ledger.nexus().sum(axis=-1), n)
 
 
+def test_a_small_cache_gets_as_many_as_fit(model, nexus):
+    with session(model, nexus, budget=96, stride=8, policy="nexus", policy_args={"compression": 0.5}) as chat:
+        for i in range(3):
+            chat.add_turn("user", f"{STORY * 3}Day {i}.")
+            chat.add_turn("assistant", "I see.")
+            chat.finish_turn()
+            assert 1 <= chat.segments()[-1].n_tokens <= 8 and chat.kv.used <= chat.kv.capacity
+
+
 def test_a_turn_can_be_finished_at_once(model, nexus):
     """The next logits are the same whether the end of the answer is read now or with the next user turn."""
     logits = []
