@@ -237,13 +237,15 @@ class Training:
             n = self.step * settings.batch + i
             rng = np.random.default_rng([settings.seed, 1, n])
             example = self._example(n, rng)
-            is_recital, n_gone = bool(rng.random() < settings.recite), None
+            is_recital = bool(rng.random() < settings.recite)
             if is_recital:
-                n_gone = int(rng.integers(1, len(example.segments) + 1))
-                example = example.recited(n_gone, int(rng.integers(n_gone)), self._examples.instruction)
+                example = self._recital(example, rng)
+            # a recital comes behind all that is gone
+            n_gone = len(example.segments) - 1 if is_recital else None
             weight = _RECITAL_WEIGHT if is_recital else 1.0
             compressions = [Compression.sample(rng, example, settings.ratios, settings.k, n_gone) for _ in range(settings.students)]
-            reading = Distillation(self._decoder, example, n_gone=[compression.n_gone for compression in compressions], with_masses=settings.attention_weight > 0)
+            gone = [compression.n_gone for compression in compressions]
+            reading = Distillation(self._decoder, example, n_gone=gone, with_masses=settings.attention_weight > 0)
             for compression in compressions:
                 loss = reading.loss(self._parameters, compression, rng)
                 ((weight * loss.kl + settings.attention_weight * loss.attention) / (settings.batch * settings.students)).backward()
@@ -275,6 +277,11 @@ class Training:
         if rng.random() < _CUT and n >= 2 * _SHORTEST_PART:
             example = example.cut(segment, int(rng.integers(_SHORTEST_PART, n - _SHORTEST_PART + 1)))
         return example
+
+    def _recital(self, example: Example, rng: np.random.Generator) -> Example:
+        """The conversation up to one of its segments, and then one of those that came, again."""
+        n = int(rng.integers(1, len(example.segments) + 1))
+        return example.recited(n, int(rng.integers(n)), self._examples.instruction)
 
     def _evaluate(self) -> Measurement:
         started = time.monotonic()
