@@ -16,6 +16,8 @@ from kvlocal.tail import taken_back
 from kvlocal.template import ChatTemplate
 
 INSTRUCTION = "Repeat the previous context exactly."
+# what it comes behind, for templates that begin a conversation in another way
+EXCHANGE = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 
 # tokens before a stretch that are read along, so that the model finds its place
 _LEAD_IN = 8
@@ -33,8 +35,7 @@ class SecondRead:
 
     def __init__(self, model: Model, context: Context, native: NativeCache, compressor: Compressor, template: ChatTemplate):
         self._context, self._native, self._compressor = context, native, compressor
-        turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        parts = template.tokens(model, template.user_turn(turns, INSTRUCTION))
+        parts = template.tokens(model, template.user_turn(EXCHANGE, INSTRUCTION))
         self._instruction = np.concatenate([ids for _, ids in parts])
 
     def run(self, ledger: Ledger, stop: Callable[[], bool]) -> bool:

@@ -13,11 +13,10 @@ import numpy.typing as npt
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.data import Dialogue, load
-from kvlocal.reread import INSTRUCTION
+from kvlocal.reread import EXCHANGE, INSTRUCTION
 from kvlocal.template import ChatTemplate, Piece
 
 _BUCKETS = 2**32
-_EXCHANGE = ({"role": "user", "content": ""}, {"role": "assistant", "content": ""})
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def read(model: Model, paths: Sequence[Path], *, max_tokens: int, held_out: floa
     return Examples(
         training=training,
         held_out=tuple(found[key] for key in sorted(chosen)),
-        instruction=np.concatenate(_turn(model, template, [*_EXCHANGE], INSTRUCTION)),
+        instruction=np.concatenate(_turn(model, template, EXCHANGE, INSTRUCTION)),
         n_dialogues=len(dialogues),
         n_empty=sum(part.n_empty for part in data),
         n_split=n_split,
