@@ -4,9 +4,10 @@ import ctypes
 import os
 import re
 import weakref
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ CELL_BLOCK = 256
 MAX_SEQUENCES = 64
 
 Outputs = Literal["last", "all", "none"]
+T = TypeVar("T")
 
 _GGUF_MAGIC = b"GGUF"
 _KV_SIZE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
@@ -432,6 +434,10 @@ class Context:
     @property
     def closed(self) -> bool:
         return not self._free.alive
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls what computes with this context, in the thread that decodes: here in the one that is running."""
+        return function()
 
     def decode(self, tokens: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "last") -> None:
         """Evaluate tokens and append them to a sequence.

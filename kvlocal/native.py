@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,10 +47,12 @@ class NativeCache:
 
     pointer: address of the llama_context, which must outlive this object
     seq: the sequence
+    call: calls what computes a graph, and returns or raises what that did; a context has its own, with which it computes in the thread that decodes
     """
 
-    def __init__(self, pointer: int, seq: int = 0):
+    def __init__(self, pointer: int, seq: int = 0, call: Callable[[Callable[[], int]], int] = lambda function: function()):
         library = load()
+        self._call = call
         self._ffi, self._lib = library.ffi, library.lib
         self._context, self._seq = self._ffi.cast("struct llama_context *", pointer), seq
 
@@ -56,6 +60,9 @@ class NativeCache:
         if code < 0:
             raise NativeError(self._ffi.string(self._lib.kvl_last_error()).decode(errors="replace"), code)
         return code
+
+    def _compute(self, function: Callable[..., int], *args: Any) -> None:
+        self._call(lambda: self._check(function(self._context, self._seq, *args)))
 
     def _floats(self, array: np.ndarray):
         return self._ffi.from_buffer("float[]", array, require_writable=True)
@@ -127,7 +134,8 @@ class NativeCache:
         """
         layout, n_cells = self.layout(), self.n_cells()
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
-        self._check(self._lib.kvl_get_scores(self._context, self._seq, n_query, self._flags(portable, largest), self._floats(out), *out.shape))
+        flags = self._flags(portable, largest)
+        self._compute(self._lib.kvl_get_scores, n_query, flags, self._floats(out), *out.shape)
         return out
 
     def attention_map(self, layers: list[int], n_query: int = 0) -> np.ndarray:
@@ -135,9 +143,7 @@ class NativeCache:
         n_query = n_query or len(self.query_positions())
         out = np.empty((len(layers), n_query, self.n_cells()), np.float32)
         chosen = np.asarray(layers, np.int32)
-        self._check(
-            self._lib.kvl_get_attention_map(self._context, self._seq, n_query, self._ints(chosen), len(chosen), self._floats(out), out.shape[2])
-        )
+        self._compute(self._lib.kvl_get_attention_map, n_query, self._ints(chosen), len(chosen), self._floats(out), out.shape[2])
         return out
 
     def redundancy(self, portable: bool = False) -> np.ndarray:
@@ -147,7 +153,7 @@ class NativeCache:
         """
         layout, n_cells = self.layout(), self.n_cells()
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
-        self._check(self._lib.kvl_get_redundancy(self._context, self._seq, self._flags(portable), self._floats(out), *out.shape))
+        self._compute(self._lib.kvl_get_redundancy, self._flags(portable), self._floats(out), *out.shape)
         return out
 
     def remove(self, cells: np.ndarray) -> None:
@@ -172,11 +178,7 @@ class NativeCache:
             if delta.shape != gather.shape:
                 raise ValueError(f"delta must have the shape of gather, {gather.shape}, not {delta.shape}")
             rotation = self._ints(delta)
-        self._check(
-            self._lib.kvl_compact(
-                self._context, self._seq, self._ints(gather), self._ints(positions), rotation, *gather.shape, self.n_cells()
-            )
-        )
+        self._compute(self._lib.kvl_compact, self._ints(gather), self._ints(positions), rotation, *gather.shape, self.n_cells())
 
     def shift_window_cache(self, delta: int) -> None:
         """Shifts the positions of the sliding-window cache beside the compacted one, if there is one."""

@@ -275,7 +275,7 @@ class ChatSession:
             n_threads=config.n_threads,
             n_outputs=n_outputs,
         )
-        self._native = NativeCache(self._context.pointer, self._context.seq)
+        self._native = NativeCache(self._context.pointer, self._context.seq, self._context.call)
         self._layout = self._native.layout()
         self._observer = Observer(self._native, self._layout, self._policy, config.window, self._context.n_ubatch, model.token_bytes)
         self._compressor = Compressor(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.engine import CELL_BLOCK, Adapter, Context, EngineError, Model, Outputs
-from kvlocal.rounds import Rounds
+from kvlocal.rounds import Rounds, T
 
 
 @dataclass(eq=False)
@@ -132,7 +132,8 @@ class Streams:
 class Stream:
     """One sequence of a context that may have others, with the interface of a Context that has this one alone, as sequence 0.
 
-    Decoding hands over until a round has done it. Everything else happens at once, in the conversation's turn.
+    Decoding hands over until a round has done it, and what else computes until it is done. Everything else happens at once, in the conversation's
+    turn.
 
     context, seq: the context, and the sequence's number there
     n_cells: how many cells are to be used, which is rounded up as for a context
@@ -154,6 +155,10 @@ class Stream:
         if self.closed:
             raise EngineError("the stream is closed: open a new one")
         return self._context.pointer
+
+    def call(self, function: Callable[[], T]) -> T:
+        """As Context.call: hands over until it is done."""
+        return self._rounds.call(function)
 
     def decode(self, tokens: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "last") -> None:
         """As Context.decode."""

@@ -65,3 +65,42 @@ def test_stop_ends_them_all():
     assert sorted(party.ended) == ["a", "b"]
     with pytest.raises(Stopped), party.rounds.turn():
         pass
+
+
+def test_a_call_is_made_by_the_driver_and_does_not_wait_for_the_others():
+    party = Party(1).start()
+    callers = []
+
+    def work():
+        with party.rounds.turn():
+            callers.append(party.rounds.call(threading.get_ident))
+            with pytest.raises(ZeroDivisionError):
+                party.rounds.call(lambda: 1 / 0)
+            callers.append("went on")
+            party.rounds.wait(("b", 0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive() or party.threads[0].is_alive():
+        party.rounds.advance(1)
+    assert callers == [threading.get_ident(), "went on"]
+    assert party.rounds_of_requests == [[("a", 0), ("b", 0)]]
+
+
+def test_stop_ends_a_call_that_was_not_made():
+    rounds, ended = Rounds(lambda requests: None), []
+
+    def work():
+        try:
+            with rounds.turn():
+                rounds.call(lambda: ended.append("called"))
+        except Stopped:
+            ended.append("stopped")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not rounds._calls:
+        pass
+    rounds.stop()
+    thread.join(5)
+    assert ended == ["stopped"]

@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,3 +125,22 @@ def test_state_and_cells_are_those_of_the_stream(model, tokens):
         return before[:2]
 
     assert together(model, partial(task, 10), partial(task, 33)) == [(10, 9), (33, 32)]
+
+
+def test_everything_is_computed_in_the_thread_that_decodes(model, tokens):
+    """Each thread that computes has helpers of its own, and all of them slow down once there are more than cores."""
+
+    def compressed(stream):
+        native = NativeCache(stream.pointer, stream.seq, stream.call)
+        native.enable_ring(16)
+        stream.decode(tokens[:32], 0)
+        n_threads = len(list(Path("/proc/self/task").iterdir()))
+        scores, redundancy = native.scores(), native.redundancy()
+        native.attention_map([0])
+        layers, heads, n_cells = scores.shape
+        native.compact(np.broadcast_to(np.arange(0, n_cells, 2, dtype=np.int32), (layers, heads, n_cells // 2)), np.arange(n_cells // 2))
+        return len(list(Path("/proc/self/task").iterdir())) - n_threads, float(scores.sum()), float(redundancy.sum())
+
+    ((n_new, *sums),) = together(model, compressed, n=1, n_threads=2)
+    assert n_new == 0
+    assert all(sums)
