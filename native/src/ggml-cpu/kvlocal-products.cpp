@@ -3,6 +3,8 @@
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
 
+#include <algorithm>
+
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    include <immintrin.h>
 #    define KVL_HAVE_PRODUCTS
@@ -94,10 +96,12 @@ void multiply(
         blocks[t] = (const block_q8_1 *) (tokens + (token_begin + t)*token_size);
     }
     for (int64_t i = 0; i < n_block; ++i) {
-        for (int t = 0; t < N_TOKEN; ++t) {
-            scales.d[i][t] = t < N ? _cvtsh_ss(blocks[t < N ? t : 0][i].d) : 0.0f;
-            scales.s[i][t] = t < N ? _cvtsh_ss(blocks[t < N ? t : 0][i].s) : 0.0f;
+        for (int t = 0; t < N; ++t) {
+            scales.d[i][t] = _cvtsh_ss(blocks[t][i].d);
+            scales.s[i][t] = _cvtsh_ss(blocks[t][i].s);
         }
+        // lanes of no token are added up as well
+        std::fill_n(scales.s[i] + N, N_TOKEN - N, 0.0f);
     }
     float * out = (float *) ((char *) dst->data + token_begin*dst->nb[1]);
     for (int64_t r = row_begin; r < row_end; ++r) {
