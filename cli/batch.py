@@ -32,11 +32,12 @@ _BLOCK = 2**16
 @click.option("--parallel", type=click.IntRange(1, MAX_SEQUENCES), default=1, show_default=True, metavar="N",
               help="Conversations that decode together, each with a budget of its own.")  # fmt: skip
 @click.option("--ordered", is_flag=True, help="Write results in the order of the lines instead of the order of completion.")
+@click.option("--retry", is_flag=True, help="Drop the errors of earlier runs from OUT.jsonl, and try their lines again.")
 @click.option("--force", is_flag=True, help="Write over OUT.jsonl if it is there already.")
 @click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file.")
 @session_options
 def batch_command(
-    source: BinaryIO, output: str, parallel: int, ordered: bool, force: bool, model: str, loading: Loading, config: SessionConfig
+    source: BinaryIO, output: str, parallel: int, ordered: bool, retry: bool, force: bool, model: str, loading: Loading, config: SessionConfig
 ) -> None:
     """Answer every conversation of IN.jsonl, or of standard input if that is -.
 
@@ -47,8 +48,8 @@ def batch_command(
 
     A line that cannot be answered gives a line with an "error" and is reported; the others go on; the exit code is then 1.
 
-    Run again with the same OUT.jsonl, it goes on where it stopped, however that was. Errors are not tried again; for that, take their lines
-    out of OUT.jsonl.
+    Run again with the same OUT.jsonl, it goes on where it stopped, however that was. Lines that could not be answered are tried again with
+    --retry; their results then follow the others.
     """
     target = None if output == "-" else output
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
@@ -56,7 +57,7 @@ def batch_command(
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
     with _Interrupt() as interrupt, loading.model(model, config, parallel, undo=False) as loaded:
         config, nexus = loading.tokens(loaded, config)
-        results = Results(target, settings_key(loaded, config, nexus), replace=force)
+        results = Results(target, settings_key(loaded, config, nexus), replace=force, retry=retry)
         outcomes = run_batch(
             report.lines(), loaded, config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll, nexus=nexus
         )

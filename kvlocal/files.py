@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -107,6 +107,29 @@ class LineFile:
     def mend(self) -> None:
         """Drops what was not read from `lines`: a last line that was cut off, or all if nothing was read."""
         os.ftruncate(self._handle, self._n_bytes)
+
+    def drop(self, unwanted: Callable[[bytes], bool]) -> None:
+        """Takes whole lines out, with their ends, all at once: a crash leaves the file with each of them or with none. Half a last line goes too.
+
+        Raises:
+            KvlocalError: it cannot be written; the file is then as it was.
+        """
+        target = Path(os.path.realpath(self.path))
+        staged = staging_of(target)
+        try:
+            try:
+                staged.unlink(missing_ok=True)
+                # other processes wait for this one, which keeps it
+                with LineFile(staged) as fresh:
+                    with open(fresh._handle, "ab", closefd=False) as file:
+                        file.writelines(line for line in self.lines if not unwanted(line))
+                    os.fchmod(fresh._handle, os.fstat(self._handle).st_mode & 0o7777)
+                    publish(staged, target)
+                    self._handle, fresh._handle = fresh._handle, self._handle
+            finally:
+                staged.unlink(missing_ok=True)
+        except OSError as error:
+            raise KvlocalError(f"cannot write {self.path} ({error.strerror}): make room and run the same command again") from error
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one line.

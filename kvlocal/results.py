@@ -39,13 +39,14 @@ class Results:
 
     path: None for standard output; pipes and devices are written to as they are
     replace: drop what a file holds
+    retry: drop records of failures, so that their lines are wanted again
     n_done, n_failed: how many records a file held on entering, and how many of them told of a failure
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: str, *, replace: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, settings: str, *, replace: bool = False, retry: bool = False) -> None:
         """settings: their key."""
         self._path = None if path is None else Path(path)
-        self._settings, self._replace = settings.encode(), replace
+        self._settings, self._replace, self._retry = settings.encode(), replace, retry
         self._file: LineFile | None = None
         # by number, 0 for a line that has no record
         self._keys = array("Q")
@@ -70,15 +71,24 @@ class Results:
 
     def _take_over(self) -> None:
         """Reads what is there, and drops half a line at the end."""
+        failed = []
         if not self._replace:
             for line in self._file.lines:
                 try:
                     record = json.loads(line)
                     self._note(record["line"], int(record["key"], 16))
-                    self.n_failed += "error" in record
+                    if "error" in record:
+                        failed.append(record["line"])
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     raise self._other() from None
         self._file.mend()
+        if failed and self._retry:
+            self._file.drop(lambda line: "error" in json.loads(line))
+            for number in failed:
+                self._keys[number] = 0
+            self.n_done -= len(failed)
+        else:
+            self.n_failed = len(failed)
 
     def _note(self, number: int, key: int) -> None:
         if number >= len(self._keys):

@@ -452,6 +452,12 @@ def test_command(smollm2, tmp_path):
         assert set(record["kv"]) == {"budget", "peak_cells", "history_tokens", "compressions", "evicted", "nexus"}
         assert record["kv"]["budget"] == 128
 
+    again = subprocess.run(
+        command(smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--retry"), capture_output=True, text=True
+    )
+    assert again.returncode == 1 and "line 2: it has no messages" in again.stderr and "line 5: it is not JSON" in again.stderr
+    assert records_of(tmp_path / "out.jsonl") == [records[i] for i in (0, 2, 1, 3)]
+
     piped = subprocess.run(command(smollm2, "-", "--parallel", "2"), input=given[3], capture_output=True)
     assert piped.returncode == 0
     assert json.loads(piped.stdout)["messages"] == records[2]["messages"]

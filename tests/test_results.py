@@ -57,6 +57,48 @@ def test_goes_on_behind_what_is_there(tmp_path):
     assert [record["line"] for record in records(path)] == [1, 5, 2, 3]
 
 
+def test_failures_are_tried_again_when_asked(tmp_path):
+    path = tmp_path / "out.jsonl"
+    fill(path, [1])
+    with Results(path, KEY) as results:
+        for number in (2, 3):
+            results.wants(number, b"line %d" % number)
+        results.write(Failure(2, "b", KvlocalError("the device is gone: find it")))
+        results.write(result(3, text='an answer about an "error"'))
+    path.chmod(0o640)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    with Results(link, KEY) as results:
+        assert (results.n_done, results.n_failed, results.wants(2, b"line 2")) == (3, 1, False)
+    with Results(link, KEY, retry=True) as results:
+        assert (results.n_done, results.n_failed) == (2, 0)
+        assert [results.wants(number, b"line %d" % number) for number in (1, 2, 3)] == [False, True, False]
+        with pytest.raises(KvlocalError, match="another run"):
+            Results(path, KEY).__enter__()
+        results.write(result(2))
+    assert [record["line"] for record in records(path)] == [1, 3, 2]
+    assert link.is_symlink() and path.stat().st_mode & 0o7777 == 0o640
+    assert sorted(tmp_path.iterdir()) == [link, path]
+
+
+def test_failures_stay_where_there_is_no_room_to_drop_them(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with Results(path, KEY) as results:
+        for number in (1, 2):
+            results.wants(number, b"line %d" % number)
+        results.write(result(1, text="long " * 1000))
+        results.write(Failure(2, "b", KvlocalError("the device is gone: find it")))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(KvlocalError, match="make room"):
+            Results(path, KEY, retry=True).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_another_input_or_other_settings(tmp_path):
     path = tmp_path / "out.jsonl"
     fill(path, [1])
