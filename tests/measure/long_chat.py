@@ -91,7 +91,7 @@ def main() -> int:
     full = [row for row in rows if row["answer_tokens"] >= 50 and row["history"] > args.kv_budget + config.stride]
     first, last = full[:10], full[-10:]
     # a conversation may be shorter
-    n_early, n_settled = (next((i for i, row in enumerate(rows) if row["history"] >= n), len(rows) - 1) for n in (1000, 5000))
+    n_early, n_settled = (next((i for i, row in enumerate(rows) if row["answer_tokens_so_far"] >= n), len(rows) - 1) for n in (1000, 5000))
     early, settled = rows[n_early], rows[n_settled]
     result = {
         "answer_tokens": answer_tokens,
@@ -103,11 +103,11 @@ def main() -> int:
         "capacity": kv.capacity,
         "tokens_per_second_at_first_full_budget": statistics.median(row["tokens_per_second"] for row in first),
         "tokens_per_second_at_the_end": statistics.median(row["tokens_per_second"] for row in last),
-        "resident_mb_after_1000_tokens": early["resident"] / 1e6,
-        "resident_mb_after_5000_tokens": settled["resident"] / 1e6,
+        "resident_mb_after_1000_written": early["resident"] / 1e6,
+        "resident_mb_after_5000_written": settled["resident"] / 1e6,
         "largest_resident_mb_afterwards": max(row["resident"] for row in rows[n_settled:]) / 1e6,
         "resident_mb_at_the_end": rows[-1]["resident"] / 1e6,
-        "handles_after_5000_tokens": settled["handles"],
+        "handles_after_5000_written": settled["handles"],
         "handles_at_the_end": rows[-1]["handles"],
         "system_prompt_in_every_head_after_every_turn": all(row["system_everywhere"] for row in rows),
         "answers_that_obey_it": f"{sum(row['indeed'] for row in rows)} of {len(rows)}",
