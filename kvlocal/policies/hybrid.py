@@ -14,7 +14,7 @@ class Hybrid(Allotment, KVzipSnapKV):
     The hyper-parameters are those of Allotment and of KVzipSnapKV.
     """
 
-    share: float = 0.05
+    share: float = 0.02
 
     def __post_init__(self) -> None:
         Allotment.__post_init__(self)

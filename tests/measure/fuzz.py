@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     only, n_wrong = options.only.split(","), 0
+    if not set(only) <= set(NAMES):
+        parser.error(f"--only is a list of these: {','.join(NAMES)}")
     print(f"{'door':<12} {'inputs':>8} {'taken':>8} {'refused':>8} {'wrong':>6} {'seconds':>8}")
     with tempfile.TemporaryDirectory() as directory, doors(Path(directory)) as found:
         for door in found:
