@@ -142,9 +142,10 @@ def test_they_change_what_follows_and_the_adapter_is_off_again(model, nexus, pat
     np.testing.assert_array_equal(keys[0][:, :-n], keys[1][:, :-n])
 
 
-@pytest.mark.parametrize("policy", ["nexus", "hybrid"])
-def test_raw_cells_go_and_nexus_cells_stay(model, nexus, policy):
-    with session(model, nexus, policy=policy) as chat:
+@pytest.mark.parametrize(("policy", "share"), [("nexus", 1.0), ("hybrid", 0.05)])
+def test_raw_cells_go_and_nexus_cells_stay(model, nexus, policy, share):
+    """All of them, where their share has room for eight turns."""
+    with session(model, nexus, policy=policy, policy_args={"share": share}) as chat:
         for i in range(8):
             chat.add_turn("user", f"Turn {i}. " + STORY * 2)
             chat.add_turn("assistant", STORY)
