@@ -39,8 +39,8 @@ class Results:
 
     path: None for standard output; pipes and devices are written to as they are
     replace: drop what a file holds
-    retry: drop records of failures, so that their lines are wanted again
-    n_done, n_failed: how many records a file held on entering, and how many of them told of a failure
+    retry: want the lines again whose records tell of a failure; these are dropped when the first result of such a line is written
+    n_done, n_failed: how many records a file held on entering that stay, and how many of them told of a failure
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: str, *, replace: bool = False, retry: bool = False) -> None:
@@ -50,6 +50,9 @@ class Results:
         self._file: LineFile | None = None
         # by number, 0 for a line that has no record
         self._keys = array("Q")
+        # numbers of the lines to be tried again, and whether the file has no records of them any more
+        self._failed: set[int] = set()
+        self._dropped = False
         # of the lines that are wanted and not written yet
         self._begun: dict[int, str] = {}
         self.n_done = self.n_failed = 0
@@ -71,24 +74,21 @@ class Results:
 
     def _take_over(self) -> None:
         """Reads what is there, and drops half a line at the end."""
-        failed = []
         if not self._replace:
             for line in self._file.lines:
                 try:
                     record = json.loads(line)
                     self._note(record["line"], int(record["key"], 16))
                     if "error" in record:
-                        failed.append(record["line"])
+                        self._failed.add(record["line"])
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     raise self._other() from None
         self._file.mend()
-        if failed and self._retry:
-            self._file.drop(lambda line: "error" in json.loads(line))
-            for number in failed:
-                self._keys[number] = 0
-            self.n_done -= len(failed)
+        if self._retry:
+            self.n_done -= len(self._failed)
         else:
-            self.n_failed = len(failed)
+            self.n_failed = len(self._failed)
+            self._failed.clear()
 
     def _note(self, number: int, key: int) -> None:
         if number >= len(self._keys):
@@ -104,18 +104,19 @@ class Results:
         )
 
     def wants(self, number: int, line: bytes) -> bool:
-        """Whether there is no record of a line yet.
+        """Whether there is no record of a line yet, or one of a failure that is to be tried again.
 
         Raises:
             KvlocalError: there is one with this number, but of another line or with other settings.
         """
         key = hashlib.blake2b(line.strip(), key=self._settings, digest_size=_KEY_BYTES).hexdigest()
-        if number >= len(self._keys) or not self._keys[number]:
-            self._begun[number] = key
-            return True
-        if self._keys[number] != int(key, 16):
+        known = self._keys[number] if number < len(self._keys) else 0
+        if known and known != int(key, 16):
             raise self._other()
-        return False
+        if known and number not in self._failed:
+            return False
+        self._begun[number] = key
+        return True
 
     def write(self, outcome: Result | Failure) -> None:
         """Appends the record of a line that was wanted.
@@ -124,6 +125,10 @@ class Results:
             KvlocalError: it cannot be written; a file then ends where it did before.
             BrokenPipeError: nobody reads standard output any more.
         """
+        if outcome.number in self._failed and not self._dropped:
+            # not before: only now is it known that they are of this input and these settings
+            self._file.drop(lambda line: json.loads(line)["line"] in self._failed)
+            self._dropped = True
         record: dict[str, Any] = {"line": outcome.number, "key": self._begun.pop(outcome.number)} | outcome.record()
         # Escapes what is no character (half of a surrogate pair), as JSON does.
         text = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -65,18 +65,24 @@ def test_failures_are_tried_again_when_asked(tmp_path):
             results.wants(number, b"line %d" % number)
         results.write(Failure(2, "b", KvlocalError("the device is gone: find it")))
         results.write(result(3, text='an answer about an "error"'))
+        results.wants(4, b"line 4")
+        results.write(Failure(4, "d", KvlocalError("the device is gone: find it")))
     path.chmod(0o640)
     link = tmp_path / "link.jsonl"
     link.symlink_to(path)
     with Results(link, KEY) as results:
-        assert (results.n_done, results.n_failed, results.wants(2, b"line 2")) == (3, 1, False)
+        assert (results.n_done, results.n_failed, results.wants(2, b"line 2")) == (4, 2, False)
     with Results(link, KEY, retry=True) as results:
         assert (results.n_done, results.n_failed) == (2, 0)
-        assert [results.wants(number, b"line %d" % number) for number in (1, 2, 3)] == [False, True, False]
+        assert [results.wants(number, b"line %d" % number) for number in (1, 2, 3, 5)] == [False, True, False, True]
+        results.write(Failure(5, "e", KvlocalError("it is bad: mend it")))
+        assert [record["line"] for record in records(path)] == [1, 2, 3, 4, 5]
+        results.write(result(2))
         with pytest.raises(KvlocalError, match="another run"):
             Results(path, KEY).__enter__()
-        results.write(result(2))
-    assert [record["line"] for record in records(path)] == [1, 3, 2]
+        assert results.wants(4, b"line 4")
+        results.write(Failure(4, "d", KvlocalError("the device is still gone: find it")))
+    assert [record["line"] for record in records(path)] == [1, 3, 5, 2, 4]
     assert link.is_symlink() and path.stat().st_mode & 0o7777 == 0o640
     assert sorted(tmp_path.iterdir()) == [link, path]
 
@@ -91,8 +97,9 @@ def test_failures_stay_where_there_is_no_room_to_drop_them(tmp_path):
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(KvlocalError, match="make room"):
-            Results(path, KEY, retry=True).__enter__()
+        with Results(path, KEY, retry=True) as results, pytest.raises(KvlocalError, match="make room"):
+            assert results.wants(2, b"line 2")
+            results.write(result(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
@@ -102,10 +109,14 @@ def test_failures_stay_where_there_is_no_room_to_drop_them(tmp_path):
 def test_another_input_or_other_settings(tmp_path):
     path = tmp_path / "out.jsonl"
     fill(path, [1])
+    with Results(path, KEY) as results:
+        results.wants(2, b"line 2")
+        results.write(Failure(2, "b", KvlocalError("the device is gone: find it")))
     before = path.read_bytes()
     for settings, line in [(KEY, b"line 2"), ("1" * 32, b"line 1")]:
-        with Results(path, settings) as results, pytest.raises(KvlocalError, match="these settings: name another file"):
-            results.wants(1, line)
+        for retry in (False, True):
+            with Results(path, settings, retry=retry) as results, pytest.raises(KvlocalError, match="these settings: name another file"):
+                results.wants(1, line)
     assert path.read_bytes() == before
 
 
