@@ -1,6 +1,7 @@
 """`kvlocal models` and `kvlocal pull`."""
 
 import json
+import time
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from kvlocal.catalogue import Catalogue, Entry, HubFile, models_dir
 from kvlocal.pull import pull
+from kvlocal_cli.progress import REPORT_SECONDS
 from kvlocal_cli.terminal import print_aligned
 
 COLUMNS = ("name", "size", "licence", "status", "path", "what for")
@@ -76,11 +78,17 @@ def _pull_with_progress(model: Entry | HubFile, force: bool) -> Path:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    reported = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(what: str, done: int, total: int | None) -> None:
+            nonlocal reported
             bar.update(task, description=f"{what} {model.name}", completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - reported >= REPORT_SECONDS:
+                reported = time.monotonic()
+                of = f" of {decimal(total)}" if total else ""
+                click.echo(f"{what} {model.name}: {decimal(done)}{of}", err=True)
 
         return pull(model, force=force, progress=show)
 

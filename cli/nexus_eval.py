@@ -1,19 +1,18 @@
 """`kvlocal nexus eval`."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import track
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.nexus.file import NexusFile
 from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
 from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import waiting
 
 if TYPE_CHECKING:
@@ -68,6 +67,11 @@ def eval_command(
         click.echo(f"{name:<14}{row['mean']:.4f}  [{row['lo']:.4f}, {row['hi']:.4f}]")
 
 
-def _tracked(examples: "Iterable[Example]") -> "Iterator[Example]":
-    console = Console(stderr=True)
-    yield from track(examples, "conversations", console=console, transient=True, disable=not console.is_terminal)
+def _tracked(examples: "list[Example]") -> "Iterator[Example]":
+    with LongWork("conversations", len(examples)) as work:
+        for done, example in enumerate(examples, 1):
+            yield example
+            work.update(completed=done)
+            if not work.with_bar and work.is_time():
+                left = work.seconds / done * (len(examples) - done) / 60
+                work.say(f"{done} of {len(examples)} conversations, {left:.0f} min left")

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.filesize import decimal
 
 from kvlocal import pull as pulling
 from kvlocal.catalogue import DEFAULT_MODEL, Catalogue, Entry, HubFile, Part, resolve
@@ -147,8 +148,8 @@ def hub(server: Server, models: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
-    def start(*arguments: str, **options) -> subprocess.Popen:
-        command = [sys.executable, "-c", PULL, *(arguments or ("hf:owner/repo/file.gguf",))]
+    def start(*arguments: str, source: str = PULL, **options) -> subprocess.Popen:
+        command = [sys.executable, "-c", source, *(arguments or ("hf:owner/repo/file.gguf",))]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **options
         )
@@ -200,6 +201,11 @@ def test_hub_file_is_fetched_once(hub, models):
     hub.served.body = GGUF + b"newer"
     assert hub.run("--force", "hf:owner/repo/file.gguf").code == 0
     assert hub.target.read_bytes() == GGUF + b"newer"
+
+
+def test_progress_without_a_terminal_is_lines(hub):
+    result = hub.run(source="from kvlocal_cli import models\nmodels.REPORT_SECONDS = 0" + PULL)
+    assert f"checking hf:owner/repo/file.gguf: {decimal(len(GGUF))} of {decimal(len(GGUF))}" in result.err.splitlines()
 
 
 def test_hub_revision_and_folder_and_token(hub, models, monkeypatch):
