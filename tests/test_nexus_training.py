@@ -19,6 +19,7 @@ from kvlocal.nexus.file import NexusFile
 from kvlocal.reread import INSTRUCTION
 from kvlocal.template import ChatTemplate
 from kvlocal_cli.main import main
+from kvlocal_cli.progress import LongWork
 
 MESSAGES = [
     {"role": "user", "content": "My cat is called Noodle. What is a good food for her?"},
@@ -420,3 +421,18 @@ def test_train_command(smollm2: Path, tmp_path: Path) -> None:
     assert (file.k, file.rank, file.ratios, file.record["steps"]) == (64, 16, (0.8,), 2)
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 1 and "exists: remove it or name another file" in again.stderr
+
+
+def test_eval_command(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shallow_model(smollm2, tmp_path / "shallow.gguf", 1)
+    dialogues = [[{**MESSAGES[0], "content": f"My number is {i}."}, *MESSAGES[1:]] for i in range(3)]
+    data, file = write_data(tmp_path / "a.jsonl", *dialogues), tmp_path / "a.nexus.gguf"
+    common = [str(tmp_path / "shallow.gguf"), "--data", str(data), "--threads", "1"]
+    assert CliRunner().invoke(main, ["nexus", "train", *common, "-o", str(file), "--steps", "1", "--batch", "1", "--held-out", "0"]).exit_code == 0
+    monkeypatch.setattr(LongWork, "is_time", lambda self: True)
+    result = CliRunner().invoke(main, ["nexus", "eval", str(file), "-m", *common, "--ratio", "0.8", "--limit", "2", "--json"])
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["kept"], row["ratio"], row["n"]) for row in rows] == [("nothing", None, 2), ("nexus", 0.8, 2), ("mixed", 0.8, 2), ("raw", 0.8, 2)]
+    assert all(0 < row["lo"] <= row["mean"] <= row["hi"] for row in rows)
+    assert "1 of 2 conversations, 0 min left" in result.stderr
