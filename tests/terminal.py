@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -33,6 +34,9 @@ class Terminal:
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
             try:
+                # what the tests were started with may have these ignored, as nohup and background jobs do; a terminal has not
+                for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+                    signal.signal(number, signal.SIG_DFL)
                 if stdout:
                     os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
                 os.execve(command[0], command, env)
@@ -59,9 +63,12 @@ class Terminal:
     def wait_for_prompt(self, seconds: float = 30) -> str:
         return self.wait_for(_PROMPT, seconds)
 
-    def wait_for_end(self) -> int:
+    def wait_for_end(self, seconds: float = 60) -> int:
         """Its exit code."""
+        deadline = time.monotonic() + seconds
         while True:
+            if not select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"it has not ended within {seconds} s")
             try:
                 data = os.read(self._descriptor, 65536)
             except OSError:
