@@ -1,11 +1,17 @@
-"""Fixtures that more than one test module uses."""
+"""Fixtures that more than one test module uses, and the signals of all."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from kvlocal.catalogue import resolve
 from kvlocal.pull import pull
+
+# nohup and background jobs are started with these ignored, and so would be all that the tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

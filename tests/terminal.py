@@ -4,7 +4,6 @@ import os
 import pty
 import re
 import select
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -34,9 +33,6 @@ class Terminal:
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
             try:
-                # what the tests were started with may have these ignored, as nohup and background jobs do; a terminal has not
-                for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
-                    signal.signal(number, signal.SIG_DFL)
                 if stdout:
                     os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
                 os.execve(command[0], command, env)
