@@ -15,7 +15,8 @@ from kvlocal import policies
 from kvlocal.compression import Seconds
 from kvlocal.engine import MAX_SEQUENCES, Context, Model
 from kvlocal.errors import KvlocalError
-from kvlocal.jobs import Failure, Job, Result
+from kvlocal.files import is_blank
+from kvlocal.jobs import Failure, Job, LineError, Result
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.observation import n_recorded
 from kvlocal.rounds import Stopped
@@ -96,7 +97,7 @@ class _Batch:
         self._streams, self._rounds = streams, streams.rounds
         # of the lines; one thread at a time waits for the next
         self._reading = threading.Lock()
-        self._lines = ((number, line) for number, line in enumerate(lines, 1) if line.strip() and wanted(number, line))
+        self._lines = ((number, line) for number, line in enumerate(lines, 1) if not is_blank(line) and wanted(number, line))
         self._n_taken = 0
         # for conversations that were begun and not yielded yet
         self._places = threading.Semaphore(parallel + (HELD_BACK if ordered else 0))
@@ -156,13 +157,14 @@ class _Batch:
         return (place, number, line) if number else None
 
     def _outcome(self, number: int, line: bytes) -> Outcome:
-        identity = number
         try:
             job = Job.parse(number, line)
-            identity = job.id
+        except LineError as error:
+            return Failure(number, error.id, error)
+        try:
             return self._complete(job)
         except KvlocalError as error:
-            return Failure(number, identity, error)
+            return Failure(number, job.id, error)
 
     def _complete(self, job: Job) -> Result:
         config, unanswered = job.configure(self._config), job.unanswered

@@ -10,16 +10,25 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from kvlocal.errors import KvlocalError
+from kvlocal.files import text_of
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import Message, SessionConfig
 
 ROLES = ("system", "user", "assistant")
+_NO_MESSAGES = 'it has no messages: write {"id": ..., "messages": [{"role": ..., "content": ...}]}'
 
 Identity = str | int | float | bool | None
 
 
 class LineError(KvlocalError):
-    """A line of the input is no conversation."""
+    """A line of the input is no conversation.
+
+    id: of the line, as far as it could be read; None if nobody can know it
+    """
+
+    def __init__(self, text: str, identity: Identity = None) -> None:
+        super().__init__(text)
+        self.id = identity
 
 
 @dataclass(frozen=True)
@@ -44,31 +53,16 @@ class Job:
         Raises LineError, in one sentence, if the line is not UTF-8 or not such an object, if the roles come in an order no chat has (a system
         message that is not the first, or an answer to nothing), or if a wish is of the wrong type.
         """
-        try:
-            record = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
-        except UnicodeDecodeError:
-            raise LineError("it is not UTF-8: convert the file") from None
-        except json.JSONDecodeError as error:
-            raise LineError(f"it is not JSON ({error.msg} at column {error.colno}): write one object a line") from None
-        except (ValueError, RecursionError) as error:
-            raise LineError(f"it cannot be read as JSON ({error}): write one object a line") from None
-        if not isinstance(record, dict) or "messages" not in record:
-            raise LineError('it has no messages: write {"id": ..., "messages": [{"role": ..., "content": ...}]}')
-        identity, messages = record.get("id", number), record["messages"]
+        record = _object(number, line)
+        identity = record.get("id", number)
         if isinstance(identity, (dict, list)):
             raise LineError("its id is not a scalar: use a string or a number")
-        if not isinstance(messages, list) or not messages:
-            raise LineError("its messages are not a list with at least one message in it: give the conversation's turns")
-        for i, message in enumerate(messages):
-            _check_message(i, message, messages[i - 1]["role"] if i else None)
-        wishes = {name: record[name] for name in WISHES if record.get(name) is not None}
-        for name, value in wishes.items():
-            wish = WISHES[name]
-            if isinstance(value, bool) or not isinstance(value, wish.type):
-                raise LineError(f"its {name} is {json.dumps(value)[:40]}: give {wish.kind}")
-        if "system" in wishes and messages[0]["role"] == "system":
-            raise LineError("it has a system prompt and a system message: leave one of them out")
-        return cls(number, identity, [{"role": message["role"], "content": message["content"]} for message in messages], wishes)
+        try:
+            messages = _messages(record)
+            return cls(number, identity, messages, _wishes(record, has_system=messages[0]["role"] == "system"))
+        except LineError as error:
+            error.id = identity
+            raise
 
     @property
     def system(self) -> str | None:
@@ -160,7 +154,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Failure:
-    """A line that gave no result, and why. id: the line number if the line could not be read."""
+    """A line that gave no result, and why. id: that of the line, as far as it could be read; None if nobody can know it."""
 
     number: int
     id: Identity
@@ -169,6 +163,64 @@ class Failure:
     def record(self) -> dict[str, Any]:
         """The object of the output line."""
         return {"id": self.id, "error": str(self.error)}
+
+
+def _object(number: int, line: bytes) -> dict[str, Any]:
+    """What a line holds.
+
+    Raises:
+        LineError: it is no JSON object; with its id if that can be read all the same.
+    """
+    refused: list[str] = []
+
+    def refuse(text: str) -> None:
+        refused.append(text)
+
+    def finite(text: str) -> float | None:
+        # 1e999 would come out as Infinity, which is no JSON
+        value = float(text)
+        return refuse(f"{text[:20]} is too large a number") if math.isinf(value) else value
+
+    try:
+        text, problem = text_of(line), None
+    except UnicodeDecodeError:
+        text, problem = text_of(line, "replace"), "it is not UTF-8: convert the file"
+    try:
+        record = json.loads(text, parse_constant=lambda name: refuse(f"{name} is no JSON number"), parse_float=finite)
+    except json.JSONDecodeError as error:
+        raise LineError(problem or f"it is not JSON ({error.msg} at column {error.colno}): write one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise LineError(problem or f"it cannot be read as JSON ({error}): write one object a line") from None
+    if refused and not problem:
+        problem = f"it cannot be read as JSON ({refused[0]}): write one object a line"
+    if not isinstance(record, dict):
+        raise LineError(problem or _NO_MESSAGES)
+    if problem or "messages" not in record:
+        identity = record.get("id", None if problem else number)
+        # an id with bytes that are not UTF-8 is none
+        is_id = not isinstance(identity, (dict, list)) and not (problem and "\ufffd" in str(identity))
+        raise LineError(problem or _NO_MESSAGES, identity if is_id else None)
+    return record
+
+
+def _messages(record: Mapping[str, Any]) -> list[Message]:
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise LineError("its messages are not a list with at least one message in it: give the conversation's turns")
+    for i, message in enumerate(messages):
+        _check_message(i, message, messages[i - 1]["role"] if i else None)
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _wishes(record: Mapping[str, Any], *, has_system: bool) -> dict[str, Any]:
+    wishes = {name: record[name] for name in WISHES if record.get(name) is not None}
+    for name, value in wishes.items():
+        wish = WISHES[name]
+        if isinstance(value, bool) or not isinstance(value, wish.type):
+            raise LineError(f"its {name} is {json.dumps(value)[:40]}: give {wish.kind}")
+    if "system" in wishes and has_system:
+        raise LineError("it has a system prompt and a system message: leave one of them out")
+    return wishes
 
 
 def _check_message(index: int, message: Any, role_before: str | None) -> None:
@@ -184,14 +236,3 @@ def _check_message(index: int, message: Any, role_before: str | None) -> None:
     if role == "assistant" and role_before != "user":
         raise LineError(f"message {index + 1} answers nothing: put a user turn before it")
 
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    """Otherwise 1e999 would come out as Infinity, which is no JSON."""
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return value

@@ -14,13 +14,14 @@ import kvlocal
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.runner import run_key
-from kvlocal.files import LineFile
+from kvlocal.files import LineFile, remedy
 from kvlocal.fingerprint import fingerprint
 from kvlocal.jobs import Failure, Result
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.session import SessionConfig
 
 _KEY_BYTES = 8
+_START = b'{"line": '  # of every record
 
 
 def settings_key(model: Model, config: SessionConfig, nexus: NexusTokens | None) -> str:
@@ -62,7 +63,7 @@ class Results:
         if self._path is None:
             self._handle, self._name = os.dup(1), "standard output"
         elif self._path.is_file() or not self._path.exists():
-            self._file = LineFile(self._path).__enter__()
+            self._file = LineFile(self._path, _START).__enter__()
             try:
                 self._take_over()
             except BaseException:
@@ -74,15 +75,16 @@ class Results:
 
     def _take_over(self) -> None:
         """Reads what is there, and drops half a line at the end."""
-        if not self._replace:
-            for line in self._file.lines:
-                try:
-                    record = json.loads(line)
-                    self._note(record["line"], int(record["key"], 16))
-                    if "error" in record:
-                        self._failed.add(record["line"])
-                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                    raise self._other() from None
+        if self._replace:
+            self._file.clear()
+        try:
+            for line in self._file.read():
+                record = json.loads(line)
+                self._note(record["line"], int(record["key"], 16))
+                if "error" in record:
+                    self._failed.add(record["line"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise self._other() from None
         self._file.mend()
         if self._retry:
             self.n_done -= len(self._failed)
@@ -142,7 +144,9 @@ class Results:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise KvlocalError(f"cannot write {self._name} ({error.strerror}): the lines before this one are there") from error
+            raise KvlocalError(
+                f"cannot write {self._name} ({error.strerror}): the lines before this one are there; {remedy(error)} and run it again"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         if self._file:

@@ -117,6 +117,32 @@ def test_the_line_number_is_the_id_of_a_line_without():
     assert Job.parse(7, line(user("a"))).id == 7
 
 
+@pytest.mark.parametrize(
+    ("text", "identity"),
+    [
+        (b'{"id": "x"}', "x"),
+        (b'{"messages": []}', 7),
+        (b'{"id": 0, "messages": []}', 0),
+        (b'\xef\xbb\xbf{"id": "x", "messages": "hi"}\r\n', "x"),
+        (b'{"id": "x", "messages": [{"role": "king", "content": "a"}]}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "a"}], "seed": "b"}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "\xff"}]}', "x"),
+        (b'{"id": "\xff", "messages": [{"role": "user", "content": "a"}]}', None),
+        (b'{"id": NaN, "messages": [{"role": "user", "content": "a"}]}', None),
+        (b'{"id": [1], "messages": [{"role": "user", "content": "a"}]}', None),
+        (b'{"id": "x", "messages": [', None),
+        (b"[]", None),
+    ],
+)
+def test_a_refused_line_keeps_its_id(text, identity):
+    """Never a number that nobody gave it, which can be the id of another line."""
+    with pytest.raises(LineError) as caught:
+        Job.parse(7, text)
+    assert caught.value.id == identity and type(caught.value.id) is type(identity)
+
+
 def test_what_is_unanswered():
     turns = [system("s"), user("a"), user("b"), assistant("c"), user("d"), user("e")]
     assert Job.parse(1, line(*turns)).unanswered == [1, 4, 5]
@@ -443,7 +469,7 @@ def test_command(smollm2, tmp_path):
     assert "2 done, 2 failed, 6 tokens written" in told[-1] and "Traceback" not in done.stderr
     records = records_of(tmp_path / "out.jsonl")
     assert [record["line"] for record in records] == [1, 2, 4, 5]
-    assert [record["id"] for record in records] == [1, 2, "é", 5]
+    assert [record["id"] for record in records] == [1, "no", "é", None]
     assert records[1]["error"].startswith("it has no messages") and set(records[1]) == {"line", "key", "id", "error"}
     assert [message["role"] for message in records[0]["messages"]] == ["user", "assistant", "user", "assistant"]
     assert records[2]["messages"][0] == user("Grüße 👋")

@@ -89,25 +89,31 @@ class DataFile:
     """
 
     def __init__(self, path: Path, key: str, settings: SynthSettings) -> None:
-        self._file, self._key = LineFile(path), key
+        self._file, self._key = LineFile(path, b'{"messages": ['), key
         self._first_seed = settings.seed * SEEDS_PER_RUN
         self.n_dialogues = self.n_tokens = self.next = 0
 
     def __enter__(self) -> Self:
         self._file.__enter__()
         try:
-            for line in self._file.lines:
+            self._take_over()
+        except BaseException:
+            self._file.__exit__()
+            raise
+        return self
+
+    def _take_over(self) -> None:
+        try:
+            for line in self._file.read():
                 record = json.loads(line)
                 if record["run"] != self._key:
                     raise KeyError("run")
                 self._count(record["seed"], record["tokens"])
-        except (ValueError, KeyError, TypeError):
-            self._file.__exit__()
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise KvlocalError(
                 f"{self._file.path} holds something else than dialogues of this model and these settings: name another file"
             ) from None
         self._file.mend()
-        return self
 
     def add(self, dialogue: Dialogue) -> None:
         """Keeps one more dialogue.
