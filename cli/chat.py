@@ -18,7 +18,7 @@ from kvlocal.resumption import read_on
 from kvlocal.session import ChatSession, SessionConfig
 from kvlocal.sessions import session_path
 from kvlocal.snapshot import SnapshotError, Snapshots, snapshot_path
-from kvlocal.transcript import Conversation, Transcript, chat_path, load
+from kvlocal.transcript import Conversation, Transcript, TranscriptError, chat_path, load
 from kvlocal_cli import chat_commands
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loading, clean_text, session_options
@@ -196,9 +196,9 @@ class Chat:
             return
         try:
             add(self._transcript)
-        except KvlocalError as error:
+        except TranscriptError as error:
             if self._snapshots:
-                self._tell(f"{error}; there is no room for what was said last: it is lost if the chat ends before there is")
+                self._tell(f"{error}; what was said last is lost if the chat ends before it can be written: {error.remedy}")
                 return
             self._transcript.close()
             self._transcript = None
@@ -215,8 +215,8 @@ class Chat:
             return
         try:
             self._transcript.add_user(text)
-        except KvlocalError as error:
-            raise KvlocalError(f"{error}; your turn is not taken: make room and send it again") from error
+        except TranscriptError as error:
+            raise KvlocalError(f"{error}; your turn is not taken: {error.remedy} and send it again") from error
 
     def keep_snapshot(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Write the snapshot of a session, until `stop` says so. What hinders it is said by the next `_tell`, as this may be a thread."""

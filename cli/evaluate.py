@@ -19,7 +19,7 @@ from kvlocal.evaluation import plot, report
 from kvlocal.evaluation.data import Data, load, shuffled
 from kvlocal.evaluation.dialogue import DialogueTask
 from kvlocal.evaluation.recall import RecallTask
-from kvlocal.evaluation.reference import ReferenceCache, cache_dir, make_directory
+from kvlocal.evaluation.reference import ReferenceCache, make_directory, references_dir
 from kvlocal.evaluation.runner import Failure, Task, WorkFile, outcomes, pending, run_key
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.figure import check
@@ -105,7 +105,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 check(plot_path)
         except KvlocalError as error:
             raise click.UsageError(str(error)) from error
-        return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or cache_dir()), **others)
+        return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
 
     for option in reversed(_OPTIONS):
         with_run = option(with_run)

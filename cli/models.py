@@ -10,7 +10,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from kvlocal.catalogue import Catalogue, Entry, HubFile, models_dir
+from kvlocal.catalogue import Catalogue, Entry, HubFile
+from kvlocal.places import models_dir
 from kvlocal.pull import pull
 from kvlocal_cli.progress import REPORT_SECONDS
 from kvlocal_cli.terminal import print_aligned

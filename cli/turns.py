@@ -10,7 +10,8 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output.defaults import create_output
 
-from kvlocal.transcript import TranscriptError, state_dir
+from kvlocal.errors import KvlocalError
+from kvlocal.places import state_dir
 from kvlocal_cli.terminal import decode_input
 
 QUOTES = '"""'
@@ -75,7 +76,7 @@ def _history() -> History:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / "history"
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
-    except (OSError, TranscriptError):
+    except (OSError, KvlocalError):
         return InMemoryHistory()
     return _LineHistory(str(path))
 

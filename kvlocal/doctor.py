@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import cffi
 
 import kvlocal
-from kvlocal.catalogue import Catalogue, HubFile, models_dir
+from kvlocal.catalogue import Catalogue, HubFile
 from kvlocal.engine import Context, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.footprint import available_memory, largest_budget
 from kvlocal.library import Library, load
 from kvlocal.native import NativeCache, NativeError
+from kvlocal.places import models_dir
 from kvlocal.session import SessionConfig
 from kvlocal.template import ChatTemplate
 

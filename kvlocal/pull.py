@@ -23,9 +23,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlocal.catalogue import Catalogue, Entry, HubFile, Part, is_gguf, models_dir
+from kvlocal.catalogue import Catalogue, Entry, HubFile, Part, is_gguf
 from kvlocal.errors import KvlocalError
 from kvlocal.files import publish
+from kvlocal.places import models_dir
 
 # progress(what is being done, bytes done, bytes in all or None)
 Progress = Callable[[str, int, int | None], None]

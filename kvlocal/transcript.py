@@ -1,7 +1,6 @@
 """Conversations on disk: the append-only transcript of every chat, and the file that holds one as it is now."""
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +11,17 @@ from typing import Any, Self
 
 import kvlocal
 from kvlocal.errors import KvlocalError
-from kvlocal.files import atomic_write
+from kvlocal.files import PRIVATE, atomic_write, remedy, text_of
 from kvlocal.interrupts import CtrlCWaits
+from kvlocal.lock import Busy, NoLocks, open_locked
+from kvlocal.places import state_dir
 
 TRANSCRIPT_FORMAT = "kvlocal-transcript"
 SAVED_FORMAT = "kvlocal-chat"
 VERSION = 1
 _HEADER = f'{{"record": "header", "format": "{TRANSCRIPT_FORMAT}"'
+
+_PIECE = '{"record": "piece"'
 
 CUT = "cut"  # the reason an answer ended that a crash cut off
 
@@ -28,27 +31,12 @@ _UNANSWERED = ("user", "regen")
 
 
 class TranscriptError(KvlocalError):
-    """A transcript or a saved chat cannot be written or read."""
+    """A transcript or a saved chat cannot be written or read.
 
-
-def state_dir() -> Path:
-    """The absolute directory of what kvlocal keeps by itself: chats and the history of lines typed.
-
-    `KVLOCAL_STATE_DIR`, else `kvlocal` in `XDG_STATE_HOME`, else in `~/.local/state`. It need not exist.
-
-    Raises:
-        TranscriptError: there is no home directory.
+    remedy: what to do about a failure of the system
     """
-    if chosen := os.environ.get("KVLOCAL_STATE_DIR"):
-        return Path(os.path.expanduser(chosen)).absolute()
-    state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
-    # The XDG base directory specification says to ignore relative paths.
-    if not state_home.is_absolute():
-        try:
-            state_home = Path.home() / ".local" / "state"
-        except RuntimeError as error:
-            raise TranscriptError("there is no home directory: set KVLOCAL_STATE_DIR") from error
-    return state_home / "kvlocal"
+
+    remedy = ""
 
 
 def chat_path() -> Path:
@@ -116,7 +104,12 @@ class Transcript:
         Raises:
             TranscriptError: there is such a file already, or it cannot be written.
         """
-        transcript = cls._open(Path(path), os.O_WRONLY | os.O_EXCL)
+        path = Path(path)
+        try:
+            transcript = cls._open(path, os.O_WRONLY | os.O_EXCL)
+        except NoLocks:
+            # nobody else has what was made just now, and nobody can resume it there
+            transcript = cls(path, os.open(path, os.O_WRONLY | os.O_APPEND))
         try:
             transcript.begin(model=model, system=system)
         except BaseException:
@@ -133,7 +126,13 @@ class Transcript:
         Raises:
             TranscriptError: it is open elsewhere, it is no transcript, or it cannot be written.
         """
-        transcript = cls.locked(path)
+        path = Path(path)
+        try:
+            transcript = cls._open(path, os.O_RDWR)
+        except NoLocks as error:
+            raise TranscriptError(f"{path} cannot be kept to one chat ({error.strerror}): keep the session on another disk") from error
+        # not ours to remove, as far as is known
+        transcript._empty = False
         try:
             transcript._take_up()
         except BaseException:
@@ -142,51 +141,24 @@ class Transcript:
         return transcript
 
     @classmethod
-    def locked(cls, path: str | os.PathLike[str]) -> Self:
-        """A file that no other process can `resume` until it is closed, as it is; it is made if need be.
-
-        Raises:
-            TranscriptError: it is open elsewhere, or cannot be written.
-        """
-        while True:
-            transcript = cls._open(Path(path), os.O_RDWR)
-            try:
-                if transcript._lock():
-                    return transcript
-            except BaseException:
-                transcript.close()
-                raise
-            # removed or renamed before it was locked
-            transcript.close()
-
-    @classmethod
     def _open(cls, path: Path, flags: int) -> Self:
+        """Raises NoLocks, TranscriptError."""
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return cls(path, os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o600))
+            return cls(path, open_locked(path, flags | os.O_CREAT | os.O_APPEND, PRIVATE))
+        except Busy:
+            raise in_use(path) from None
+        except NoLocks:
+            raise
         except OSError as error:
             raise TranscriptError(f"cannot write {path}: {error.strerror}") from error
-
-    def _lock(self) -> bool:
-        """Keeps other processes away; returns whether this is still the file of that name."""
-        # not ours to remove, as far as is known
-        self._empty = False
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TranscriptError(f"{self.path} is in use by another kvlocal: leave that chat first, or choose another session") from error
-        except OSError as error:
-            raise TranscriptError(f"cannot lock {self.path}: {error.strerror}") from error
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        return False
 
     def _take_up(self) -> None:
         content = _read_bytes(self.path)
         self._size = content.rfind(b"\n") + 1
         if self._size:
             self.conversation = _replay(self.path, _text(content))
-        elif not _HEADER.startswith(_text(content)[: len(_HEADER)]):
+        elif not (is_remnant(self.path) or is_transcript(self.path)):
             raise _not_a_chat(self.path)
         self._empty = not self._size
         self._cut_back()
@@ -278,6 +250,15 @@ class Transcript:
         self.close()
 
     @staticmethod
+    def skim(path: str | os.PathLike[str]) -> Conversation:
+        """As `read`, but with the texts of answers left empty, which takes a fraction of the time.
+
+        Raises:
+            TranscriptError: as `read` does, but for what is wrong with these texts.
+        """
+        return _replay(Path(path), _read_text(Path(path)), answers=False)
+
+    @staticmethod
     def read(path: str | os.PathLike[str]) -> Conversation:
         """Replay a transcript. A torn last line is left out; an answer without an end is kept as far as it goes.
 
@@ -308,7 +289,9 @@ class Transcript:
                 os.fsync(self._descriptor)
         except OSError as error:
             self._cut_back()
-            raise TranscriptError(f"cannot write {self.path}: {error.strerror}") from error
+            failure = TranscriptError(f"cannot write {self.path}: {error.strerror}")
+            failure.remedy = remedy(error)
+            raise failure from error
         self._size += len(self._unwritten)
         self._unwritten = b""
 
@@ -319,8 +302,36 @@ class Transcript:
             os.ftruncate(self._descriptor, self._size)
 
 
+def in_use(path: Path) -> TranscriptError:
+    """What to say of a transcript that another process has."""
+    return TranscriptError(f"{path} is in use by another kvlocal: leave that chat first, or choose another session")
+
+
+def is_transcript(path: Path) -> bool:
+    """Whether a file begins as a transcript does, in whatever state the rest is."""
+    return _compact(_head(path)).startswith(_compact(_HEADER.encode()))
+
+
+def is_remnant(path: Path) -> bool:
+    """Whether a file holds less than that, as when a crash came while the transcript was begun."""
+    return _compact(_HEADER.encode()).startswith(_compact(_head(path)))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(2 * len(_HEADER))
+    except OSError as error:
+        raise TranscriptError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _compact(data: bytes) -> str:
+    """The text without white space, which another program may have set otherwise."""
+    return "".join(text_of(data, "replace").split())
+
+
 def save(path: str | os.PathLike[str], conversation: Conversation) -> None:
-    """Write a conversation to a file of its own. Of the files that exist, only those written here are replaced.
+    """Write a conversation to a file of its own, which only its owner may read. Of the files that exist, only those written here are replaced.
 
     Raises:
         KvlocalError: it cannot be written, or another file is in the way.
@@ -328,7 +339,7 @@ def save(path: str | os.PathLike[str], conversation: Conversation) -> None:
     path = Path(path)
     if os.path.lexists(path) and not _is_saved(path):
         raise TranscriptError(f"{path} was not written by /save: choose another name or remove it")
-    atomic_write(path, saved(conversation))
+    atomic_write(path, saved(conversation), PRIVATE)
 
 
 def saved(conversation: Conversation) -> bytes:
@@ -367,10 +378,11 @@ def load(path: str | os.PathLike[str]) -> Conversation:
     return Conversation(messages, system, _text_or_none(data.get("model")), settings if isinstance(settings, dict) else {})
 
 
-def _replay(path: Path, text: str) -> Conversation:
+def _replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
+    """answers: False leaves their texts empty."""
     chat: Conversation | None = None
     answering = False
-    for number, record in _records(path, text):
+    for number, record in _records(path, text, pieces=answers):
         kind = record.get("record")
         if chat is None:
             if kind != "header" or record.get("format") != TRANSCRIPT_FORMAT:
@@ -418,7 +430,7 @@ def _replay(path: Path, text: str) -> Conversation:
             else:
                 raise KeyError(kind)
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise TranscriptError(f"line {number} of {path} cannot be understood: load another file") from error
+            raise TranscriptError(f"line {number} of {path} is none of a transcript: correct it, or cut the file off before it") from error
     if chat is None:
         raise _not_a_chat(path)
     return chat
@@ -431,10 +443,16 @@ def _drop_answer(chat: Conversation) -> None:
     chat.drawn.pop(len(chat.messages), None)
 
 
-def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records with their line numbers. Only the last line can be torn: a line is written with its end."""
+def _records(path: Path, text: str, *, pieces: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records with their line numbers, pieces of answers without their texts if not `pieces`.
+
+    Only the last line can be torn: a line is written with its end.
+    """
     *lines, torn = text.split("\n")
     for number, line in enumerate(lines, start=1):
+        if not pieces and line.startswith(_PIECE):
+            yield number, {"record": "piece", "text": ""}
+            continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -449,7 +467,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _checked_turns(path: Path, data: Mapping[str, Any]) -> tuple[list[dict[str, str]], str | None]:
     messages = data.get("messages")
     if not isinstance(messages, list):
-        raise TranscriptError(f"{path} has no list of messages: load another file")
+        raise TranscriptError(f"{path} has no list of messages: correct it")
     checked = []
     for number, message in enumerate(messages, start=1):
         role = message.get("role") if isinstance(message, dict) else None
@@ -462,12 +480,12 @@ def _checked_turns(path: Path, data: Mapping[str, Any]) -> tuple[list[dict[str, 
 
 def _check_version(path: Path, data: Mapping[str, Any]) -> None:
     if data.get("version") != VERSION:
-        raise TranscriptError(f"{path} has format version {data.get('version')!r}: a newer kvlocal may read it")
+        raise TranscriptError(f"{path} has format version {data.get('version')!r}, and this kvlocal reads {VERSION}: update kvlocal")
 
 
 def _is_saved(path: Path) -> bool:
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(_text(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and data.get("format") == SAVED_FORMAT
@@ -486,7 +504,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _text(content: bytes) -> str:
     # a torn line may end within a character
-    return content.decode("utf-8", "replace")
+    return text_of(content, "replace")
 
 
 def _text_or_none(value: object) -> str | None:
@@ -498,11 +516,11 @@ def _count_or_none(value: object) -> int | None:
 
 
 def _not_a_chat(path: Path) -> TranscriptError:
-    return TranscriptError(f"{path} is neither a saved chat nor a transcript: load one that kvlocal wrote")
+    return TranscriptError(f"{path} is neither a saved chat nor a transcript: name one that kvlocal wrote")
 
 
 def _damaged(path: Path, number: int) -> TranscriptError:
-    return TranscriptError(f"line {number} of {path} is damaged: load another file")
+    return TranscriptError(f"line {number} of {path} is damaged: correct it, or cut the file off before it")
 
 
 def _json(record: Mapping[str, Any], indent: int | None = None) -> bytes:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvlocal.catalogue import DEFAULT_MODEL, Catalogue, HubFile, models_dir, resolve
+from kvlocal.catalogue import DEFAULT_MODEL, Catalogue, HubFile, resolve
 from kvlocal.errors import KvlocalError
 from kvlocal.files import atomic_write
+from kvlocal.places import models_dir
 from kvlocal_cli.models import models_command
 
 
