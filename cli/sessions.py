@@ -9,7 +9,7 @@ import click
 from rich.filesize import decimal
 
 from kvlocal.errors import KvlocalError
-from kvlocal.files import atomic_write
+from kvlocal.files import PRIVATE, atomic_write
 from kvlocal.sessions import Session, delete, existing_path, markdown, rename, session, session_path, sessions
 from kvlocal.transcript import saved
 from kvlocal_cli.chat_commands import open_end
@@ -79,7 +79,7 @@ def export_command(name: str, kind: str, output: Path | None, force: bool) -> No
     elif output.exists() and not force:
         raise KvlocalError(f"{output} is there already: name another file or replace it with --force")
     else:
-        atomic_write(output, content)
+        atomic_write(output, content, PRIVATE)
 
 
 @sessions_group.command("delete")

@@ -14,8 +14,9 @@ import kvlocal
 from kvlocal.catalogue import Catalogue, HubFile
 from kvlocal.engine import Context, Model
 from kvlocal.errors import KvlocalError
-from kvlocal.footprint import available_memory, largest_budget
+from kvlocal.footprint import largest_budget
 from kvlocal.library import Library, load
+from kvlocal.memory_limits import available_memory
 from kvlocal.native import NativeCache, NativeError
 from kvlocal.places import models_dir
 from kvlocal.session import SessionConfig

@@ -12,13 +12,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from kvlocal.container import Container
 from kvlocal.engine import CELL_BLOCK
 from kvlocal.errors import KvlocalError
+from kvlocal.memory_limits import available_memory
 from kvlocal.session import SessionConfig, allocation
 
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
 _PROCESS = 128 * 2**20
 _ROWS_OF_A_TOKEN = 64
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class OutOfMemory(KvlocalError):
@@ -124,46 +123,3 @@ def _footprint(path: Path, config: SessionConfig, undo: bool) -> tuple[Footprint
 
 def _megabytes(n: int) -> str:
     return f"{n / 1e6:,.0f} MB"
-
-
-def available_memory() -> int | None:
-    """Bytes that this process can still get without swapping: what the machine has, and what limits leave. None where the system does not tell."""
-    found = [_available_of_machine(), _left_of_cgroup(), _left_of_address_space()]
-    known = [size for size in found if size is not None]
-    return min(known) if known else None
-
-
-def _available_of_machine() -> int | None:
-    """Only Linux tells."""
-    size = _fields(Path("/proc/meminfo")).get("MemAvailable")
-    return None if size is None else int(size.split()[0]) * 1024
-
-
-def _left_of_cgroup() -> int | None:
-    """What the memory controller of a container leaves (cgroup v2)."""
-    try:
-        limit, used = ((_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        return None if limit == "max" else max(0, int(limit) - int(used))
-    except (OSError, ValueError):
-        return None
-
-
-def _left_of_address_space() -> int | None:
-    """What `ulimit -v` leaves."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = _fields(Path("/proc/self/status")).get("VmSize")
-    if limit == resource.RLIM_INFINITY or used is None:
-        return None
-    return max(0, limit - int(used.split()[0]) * 1024)
-
-
-def _fields(path: Path) -> dict[str, str]:
-    """Lines of the form "name: value" of a file in /proc; none if it is not there."""
-    try:
-        return dict(line.split(":", 1) for line in path.read_text(encoding="ascii", errors="replace").splitlines() if ":" in line)
-    except OSError:
-        return {}

