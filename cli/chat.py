@@ -198,7 +198,7 @@ class Chat:
             add(self._transcript)
         except TranscriptError as error:
             if self._snapshots:
-                self._tell(f"{error}; what was said last is lost if the chat ends before it can be written: {error.remedy}")
+                self._tell(f"{error}; what was said last is lost if the chat ends before it can be written")
                 return
             self._transcript.close()
             self._transcript = None
@@ -216,7 +216,7 @@ class Chat:
         try:
             self._transcript.add_user(text)
         except TranscriptError as error:
-            raise KvlocalError(f"{error}; your turn is not taken: {error.remedy} and send it again") from error
+            raise KvlocalError(f"{error}; your turn is not taken: send it again then") from error
 
     def keep_snapshot(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Write the snapshot of a session, until `stop` says so. What hinders it is said by the next `_tell`, as this may be a thread."""

@@ -196,7 +196,7 @@ def is_gguf(path: Path) -> bool:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False
     except OSError as error:
-        raise KvlocalError(f"cannot read {path}: {error.strerror}") from error
+        raise KvlocalError(f"cannot read {path} ({error.strerror}): name a file that you can read") from error
 
 
 def shipped_dir() -> Path:

@@ -50,6 +50,11 @@ def remedy(error: OSError) -> str:
             return "check the disk"
 
 
+def cannot_write(path: str | os.PathLike[str], error: OSError) -> str:
+    """The sentence for a file that cannot be written."""
+    return f"cannot write {path} ({error.strerror or error}): {remedy(error)}"
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes | str, mode: int = 0o666) -> None:
     """Replace the file at `path` by `data` (text as UTF-8), or leave it exactly as it was.
 
@@ -90,7 +95,7 @@ def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]
             # Once renamed, nothing is left under the temporary name.
             staged.unlink(missing_ok=True)
     except OSError as error:
-        raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+        raise KvlocalError(cannot_write(path, error)) from error
 
 
 def replace_at_leisure(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -115,7 +120,7 @@ def replace_at_leisure(path: Path, chunks: Iterable[bytes | memoryview]) -> None
         finally:
             staged.unlink(missing_ok=True)
     except OSError as error:
-        raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+        raise KvlocalError(cannot_write(path, error)) from error
 
 
 def staging_of(path: Path) -> Path:
@@ -235,7 +240,7 @@ class LineFile:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> KvlocalError:
-        return KvlocalError(f"cannot write {self.path} ({error.strerror}): {remedy(error)} and run the same command again")
+        return KvlocalError(f"{cannot_write(self.path, error)} and run the same command again")
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one line.

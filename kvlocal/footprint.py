@@ -92,7 +92,8 @@ def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = Tru
     wanted = f"{times}a budget of {asked.budget} cells with {path.name} takes about {_megabytes(need)} of memory and {_megabytes(free)} are free"
     if most >= config.least_budget:
         raise OutOfMemory(f"{wanted}: give --kv-budget {most} or less")
-    raise OutOfMemory(f"{wanted}, too little for any budget: close other programs or choose a smaller model")
+    fewer = "give a smaller --parallel, " if parallel > 1 else ""
+    raise OutOfMemory(f"{wanted}, too little for any budget: {fewer}make more memory free, raise a limit on it, or choose a smaller model")
 
 
 def largest_budget(path: Path, config: SessionConfig) -> int | None:

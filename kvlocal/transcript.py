@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import kvlocal
 from kvlocal.errors import KvlocalError
-from kvlocal.files import PRIVATE, atomic_write, remedy, text_of
+from kvlocal.files import PRIVATE, atomic_write, cannot_write, text_of
 from kvlocal.interrupts import CtrlCWaits
 from kvlocal.lock import Busy, NoLocks, open_locked
 from kvlocal.places import state_dir
@@ -31,12 +31,7 @@ _UNANSWERED = ("user", "regen")
 
 
 class TranscriptError(KvlocalError):
-    """A transcript or a saved chat cannot be written or read.
-
-    remedy: what to do about a failure of the system
-    """
-
-    remedy = ""
+    """A transcript or a saved chat cannot be written or read."""
 
 
 def chat_path() -> Path:
@@ -151,7 +146,7 @@ class Transcript:
         except NoLocks:
             raise
         except OSError as error:
-            raise TranscriptError(f"cannot write {path}: {error.strerror}") from error
+            raise TranscriptError(cannot_write(path, error)) from error
 
     def _take_up(self) -> None:
         content = _read_bytes(self.path)
@@ -289,9 +284,7 @@ class Transcript:
                 os.fsync(self._descriptor)
         except OSError as error:
             self._cut_back()
-            failure = TranscriptError(f"cannot write {self.path}: {error.strerror}")
-            failure.remedy = remedy(error)
-            raise failure from error
+            raise TranscriptError(cannot_write(self.path, error)) from error
         self._size += len(self._unwritten)
         self._unwritten = b""
 
@@ -322,7 +315,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(2 * len(_HEADER))
     except OSError as error:
-        raise TranscriptError(f"cannot read {path}: {error.strerror}") from error
+        raise TranscriptError(f"cannot read {path} ({error.strerror}): name a file that you can read") from error
 
 
 def _compact(data: bytes) -> str:
@@ -499,7 +492,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TranscriptError(f"cannot read {path}: {error.strerror}") from error
+        raise TranscriptError(f"cannot read {path} ({error.strerror}): name a file that you can read") from error
 
 
 def _text(content: bytes) -> str:

@@ -216,7 +216,7 @@ def test_atomic_write_failure_leaves_the_old_file_and_nothing_else(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(KvlocalError, match=r"cannot write .*notes.txt: No space left on device"):
+    with pytest.raises(KvlocalError, match=r"cannot write .*notes.txt \(No space left on device\): make room"):
         atomic_write(file, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert file.read_text() == "old"

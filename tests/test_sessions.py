@@ -140,7 +140,7 @@ def test_another_system_prompt_goes_into_the_transcript(chat, path):
 def test_no_room_for_the_snapshot_is_said_once_and_nothing_else_is_lost(chat, path):
     result = chat("--session", "trip", stdin=ASKED[:3], limit=2**16)
     assert result.returncode == 0 and result.stderr.count("\n") == 1
-    assert re.search(r"cannot write .*snapshot: File too large; the session goes on, but the way back to it will be slow", result.stderr)
+    assert re.search(r"cannot write .*snapshot \(File too large\): .*; the session goes on, but the way back to it will be slow", result.stderr)
     assert messages(path)[::2] == ASKED[:3] and result.stdout == "".join(f"{text}\n" for text in messages(path)[1::2])
     assert sorted(os.listdir(path.parent)) == ["trip.jsonl"]
 
@@ -152,11 +152,11 @@ def test_a_turn_that_finds_no_room_is_refused(chat, path, room):
     before = messages(path)
     limit = path.stat().st_size + room
     result = chat("--session", "trip", stdin=ASKED[2:], limit=limit)
-    assert result.returncode == 1 and "File too large; your turn is not taken: make room for larger files (`ulimit -f`) and send it again" in result.stderr
+    assert result.returncode == 1 and "(File too large): make room for larger files (`ulimit -f`); your turn is not taken: send it again then" in result.stderr
     kept = messages(path)
     assert kept[:2] == before and len(kept) == (4 if room == 400 else 2)
     if room == 400:
-        assert kept[2] == ASKED[2] and "is lost if the chat ends before it can be written: make room for larger files" in result.stderr and result.stdout.startswith(kept[3])
+        assert kept[2] == ASKED[2] and "is lost if the chat ends before it can be written" in result.stderr and result.stdout.startswith(kept[3])
     again = chat("--session", "trip", stdin=["/regen", *ASKED[3:]] if room == 400 else ASKED[2:])
     assert again.returncode == 0 and messages(path)[::2] == [ASKED[0], *ASKED[2:]]
 
@@ -169,17 +169,17 @@ def test_a_small_file_system_that_is_full(chat, tmp_path):
     try:
         path = small / "one.jsonl"
         result = chat("--session", str(path), stdin=ASKED[:1])
-        assert result.returncode == 0 and "No space left on device; the session goes on" in result.stderr
+        assert result.returncode == 0 and "(No space left on device): make room; the session goes on" in result.stderr
         said = messages(path)
         (small / "filling").write_bytes(bytes(64 * 2**10 - 2 * 4096 - path.stat().st_size // 4096 * 4096))
         result = chat("--session", str(path), stdin=["Hello " * 2000])
-        assert result.returncode == 1 and "No space left on device; your turn is not taken" in result.stderr
+        assert result.returncode == 1 and "(No space left on device): make room; your turn is not taken" in result.stderr
         assert messages(path) == said and result.stdout == ""
         (small / "filling").unlink()
         assert chat("--session", str(path), stdin=ASKED[1:2]).returncode == 0 and len(messages(path)) == 4
         subprocess.run(["mount", "-o", "remount,ro", small], check=True)
         result = chat("--session", str(path), stdin=["Hello"])
-        assert result.returncode == 1 and re.fullmatch(r"kvlocal: cannot write .*one\.jsonl: Read-only file system\n", result.stderr)
+        assert result.returncode == 1 and re.fullmatch(r"kvlocal: cannot write .*one\.jsonl \(Read-only file system\): choose a place that you can write\n", result.stderr)
     finally:
         subprocess.run(["umount", small], check=True)
 
