@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import click
+from kvlocal_cli.options import CACHE_TYPES, split_policy_arg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,11 +20,10 @@ from kvlocal.benchmark.process import BenchmarkError
 from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.settings import QUICK, Settings
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.errors import KvlocalError
-from kvlocal.figure import check
-from kvlocal.files import atomic_write
-from kvlocal_cli.options import CACHE_TYPES, split_policy_arg
+from kvlocal.evaluation.figure import check
+from kvlocal.files.atomic import atomic_write
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 
 STOCK = Path("build/stock/dist/lib")
 
