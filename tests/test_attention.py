@@ -8,6 +8,8 @@ from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.engine import Context, Model
 from kvlocal.llama.library import load
 
+pytestmark = pytest.mark.cpu_only
+
 L = 4  # layers of the shallow model
 
 
