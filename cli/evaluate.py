@@ -23,7 +23,7 @@ from kvlocal.evaluation.dialogue import DialogueTask
 from kvlocal.evaluation.figure import check
 from kvlocal.evaluation.recall import RecallTask
 from kvlocal.evaluation.reference import ReferenceCache, cache_dir, make_directory
-from kvlocal.evaluation.runner import Failure, Task, WorkFile, outcomes, pending
+from kvlocal.evaluation.runner import ChatFailure, Task, WorkFile, outcomes, pending
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.files.atomic import atomic_write
 from kvlocal.files.fingerprint import fingerprint, run_key
@@ -282,7 +282,7 @@ class _Progress:
     def add(self, outcome: object) -> None:
         self._done += 1
         self._work.update(advance=1)
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, ChatFailure):
             self.failed += 1
             where = f"chat {outcome.chat + 1} with {outcome.variant.spec} at {outcome.variant.ratio:g}"
             self._work.say(f"{where}: {outcome.error}")
@@ -299,7 +299,7 @@ class _Progress:
             self._work.say(f"{interrupted}{self._done} of {self._total} measurements{failed} in {_duration(self._work.seconds)}{again}")
 
 
-def _show(found: list[report.Row]) -> None:
+def _show(found: list[report.MetricRow]) -> None:
     """The results on stdout: ruled tables on a terminal, else plain ones."""
     for i, (headers, lines) in enumerate(report.tables(found)):
         if is_terminal(sys.stdout):
