@@ -14,8 +14,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from kvlocal.files import text_of
-from kvlocal.session import ChatSession
+from kvlocal.chat.session import ChatSession
+from kvlocal.files.text import text_of
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

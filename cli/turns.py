@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, TextIO
 
+from kvlocal_cli.terminal import decode_input
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output.defaults import create_output
 
 from kvlocal.errors import KvlocalError
-from kvlocal.places import state_dir
-from kvlocal_cli.terminal import decode_input
+from kvlocal.files.places import state_dir
 
 QUOTES = '"""'
 

@@ -8,11 +8,11 @@ import resource
 
 import pytest
 
+from kvlocal.batch.line import Failure, Result
+from kvlocal.batch.output import Results
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.runner import WorkFile
-from kvlocal.jobs import Failure, Result
-from kvlocal.nexus.synth import DataFile, SynthSettings
-from kvlocal.results import Results
+from kvlocal.training.synth import DataFile, SynthSettings
 
 KEY = "0" * 32
 TIMINGS = {"answer_tokens": 1}

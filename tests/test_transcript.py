@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load, save
 from kvlocal.errors import KvlocalError
-from kvlocal.places import state_dir
-from kvlocal.transcript import Conversation, Transcript, chat_path, load, save
+from kvlocal.files.places import state_dir
 
 
 @pytest.fixture

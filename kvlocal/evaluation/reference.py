@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
-from kvlocal.files import atomic_write
-from kvlocal.places import cache_dir
+from kvlocal.files.atomic import atomic_write
+from kvlocal.files.places import cache_dir
 
 
 def references_dir() -> Path:

@@ -2,8 +2,8 @@
 
 import hashlib
 
-from kvlocal.container import Container
-from kvlocal.known_hashes import known_hash
+from kvlocal.files.known_hashes import known_hash
+from kvlocal.gguf.container import Container
 
 
 def base_hash(base: Container) -> str:

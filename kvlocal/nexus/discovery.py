@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvlocal.catalogue import shipped_dir
-from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.files.places import models_dir
+from kvlocal.hub.catalogue import shipped_dir
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.file import WrongBase
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.places import models_dir
 
 SUFFIX = ".nexus.gguf"
 OFF = "off"

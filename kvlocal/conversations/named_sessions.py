@@ -1,0 +1,193 @@
+"""Conversations with a name: where they are, and what can be done with them while nobody leads them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from kvlocal.conversations.snapshot import snapshot_path
+from kvlocal.conversations.transcript import Conversation, Transcript, TranscriptError, in_use, is_remnant, is_transcript
+from kvlocal.errors import KvlocalError
+from kvlocal.files.atomic import PRIVATE, remedy, replacing, staging_of
+from kvlocal.files.lock import Busy, open_locked
+from kvlocal.files.places import state_dir
+
+SUFFIX = ".jsonl"
+
+_NAME = re.compile(r"\w[\w. -]{0,99}(?<![. ])")
+
+
+def sessions_dir() -> Path:
+    """Where the sessions with a name are; it need not exist."""
+    return state_dir() / "sessions"
+
+
+def session_path(text: str) -> Path:
+    """The transcript that NAME|FILE means: FILE has a directory or ends in .jsonl.
+
+    Raises:
+        KvlocalError: it is neither.
+    """
+    if os.sep in text or text.endswith(SUFFIX):
+        return Path(os.path.expanduser(text))
+    if not _NAME.fullmatch(text):
+        raise KvlocalError(f"{text[:60]!r} is no name for a session: use letters, digits, spaces, dots and dashes, or give a file as ./{text[:60]}")
+    return sessions_dir() / f"{text}{SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session on disk.
+
+    name: in the state directory, else the path
+    path: of its transcript
+    last_used: when something was said last
+    n_bytes: of the transcript and the snapshot
+    conversation: None if the transcript cannot be read
+    """
+
+    name: str
+    path: Path
+    last_used: datetime
+    n_bytes: int
+    conversation: Conversation | None
+
+    @property
+    def n_turns(self) -> int:
+        """User turns; 0 if the transcript cannot be read."""
+        return sum(message["role"] == "user" for message in self.conversation.messages) if self.conversation else 0
+
+
+def sessions() -> list[Session]:
+    """The sessions with a name, the last used first; their conversations without the texts of answers."""
+    found = []
+    for path in sessions_dir().glob(f"*{SUFFIX}"):
+        try:
+            found.append(_describe(path, _skimmed(path)))
+        except FileNotFoundError:
+            continue  # deleted meanwhile
+    return sorted(found, key=lambda session: session.last_used, reverse=True)
+
+
+def session(text: str) -> Session:
+    """The session of that name or file.
+
+    Raises:
+        KvlocalError: there is none, or its transcript cannot be read.
+    """
+    path = existing_path(text)
+    return _describe(path, Transcript.read(path))
+
+
+def existing_path(text: str) -> Path:
+    """`session_path` of a session that is there.
+
+    Raises:
+        KvlocalError: there is none.
+    """
+    path = session_path(text)
+    if not path.is_file():
+        where = "`kvlocal sessions list` shows those there are" if path.parent == sessions_dir() else "check the path"
+        raise KvlocalError(f"there is no session {text}: {where}")
+    return path
+
+
+def _skimmed(path: Path) -> Conversation | None:
+    try:
+        return Transcript.skim(path) if path.stat().st_size else Conversation()
+    except TranscriptError:
+        return None
+
+
+def _describe(path: Path, conversation: Conversation | None) -> Session:
+    status = path.stat()
+    snapshot = snapshot_path(path)
+    n_bytes = status.st_size + (snapshot.stat().st_size if snapshot.is_file() else 0)
+    name = path.stem if path.parent == sessions_dir() else str(path)
+    return Session(name, path, datetime.fromtimestamp(status.st_mtime), n_bytes, conversation)
+
+
+def delete(path: Path) -> None:
+    """Removes a session with its snapshot.
+
+    Raises:
+        KvlocalError: it is none, it is in use, or it cannot be removed.
+    """
+    with _alone(path):
+        for part in (snapshot_path(path), staging_of(snapshot_path(path)), path):
+            part.unlink(missing_ok=True)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Gives a session and its snapshot another name, on another file system too.
+
+    Raises:
+        KvlocalError: it is none, it is in use, something has that name, or it cannot be moved; all is then as it was.
+    """
+    with _alone(path):
+        if target.parent == sessions_dir():
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            # so that nobody else takes the name meanwhile
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
+        except FileExistsError:
+            raise KvlocalError(f"{target} is there already: choose another name") from None
+        try:
+            _move(path, target)
+        except BaseException:
+            target.unlink()
+            raise
+        staging_of(snapshot_path(path)).unlink(missing_ok=True)
+        if snapshot_path(path).is_file():
+            try:
+                _move(snapshot_path(path), snapshot_path(target))
+            except (OSError, KvlocalError):
+                # without it the conversation is read again
+                snapshot_path(path).unlink()
+
+
+def _move(path: Path, target: Path) -> None:
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with replacing(target, PRIVATE) as staged:
+            shutil.copyfile(path, staged)
+        path.unlink()
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no chat has the session; a failure of the system is a KvlocalError with what to do."""
+    try:
+        descriptor = open_locked(path, os.O_RDWR)
+        try:
+            if not (is_transcript(path) or (path.parent.resolve() == sessions_dir().resolve() and is_remnant(path))):
+                raise KvlocalError(f"{path} is no transcript, so it is left alone: name a session that `kvlocal sessions list` shows")
+            yield
+        finally:
+            os.close(descriptor)
+    except Busy:
+        raise in_use(path) from None
+    except OSError as error:
+        raise KvlocalError(f"cannot change {path} ({error.strerror}): {remedy(error)}") from error
+
+
+def markdown(session: Session) -> str:
+    """The conversation as Markdown."""
+    conversation = session.conversation
+    parts = [f"# {session.name}"]
+    if conversation.system:
+        parts += ["## System", conversation.system]
+    for i, message in enumerate(conversation.messages):
+        mark = " (cut off)" if i in conversation.cut_off else ""
+        parts += [f"## {'You' if message['role'] == 'user' else 'Answer'}{mark}", message["content"]]
+    return "\n\n".join(parts) + "\n"
