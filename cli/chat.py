@@ -17,9 +17,11 @@ from rich.console import Console
 
 from kvlocal.chat.session import ChatSession, SessionConfig
 from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.records import Conversation, TranscriptError
 from kvlocal.conversations.replay import read_on
+from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
-from kvlocal.conversations.transcript import Conversation, Transcript, TranscriptError, chat_path, load
+from kvlocal.conversations.transcript import Transcript, chat_path
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.engine import Model

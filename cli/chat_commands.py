@@ -13,7 +13,8 @@ from kvlocal_cli.options import split_policy_arg
 from kvlocal_cli.terminal import printable
 
 from kvlocal.chat.session import SegmentStats, SessionConfig
-from kvlocal.conversations.transcript import Conversation, load, save
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
 
 if TYPE_CHECKING:

@@ -9,7 +9,14 @@ from kvlocal_cli.progress import REPORT_SECONDS
 from kvlocal_cli.terminal import print_aligned
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from kvlocal.files.places import models_dir

@@ -11,7 +11,7 @@ from kvlocal_cli.terminal import waiting
 from kvlocal import policies
 from kvlocal.cache.compression import Positions
 from kvlocal.chat.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
-from kvlocal.doctor import memory_estimate as footprint
+from kvlocal.doctor import memory_estimate
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.engine import Model
@@ -156,7 +156,7 @@ class Loading:
         """
         path = resolve(name)
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
-            footprint.check(path, config, parallel, undo)
+            memory_estimate.check(path, config, parallel, undo)
         with waiting(f"loading {name}"):
             return Model(path, n_gpu_layers=self.gpu_layers)
 

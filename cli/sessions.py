@@ -10,8 +10,17 @@ from kvlocal_cli.chat_commands import open_end
 from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 from rich.filesize import decimal
 
-from kvlocal.conversations.named_sessions import Session, delete, existing_path, markdown, rename, session, session_path, sessions
-from kvlocal.conversations.transcript import saved
+from kvlocal.conversations.named_sessions import (
+    Session,
+    delete,
+    existing_path,
+    markdown,
+    rename,
+    session,
+    session_path,
+    sessions,
+)
+from kvlocal.conversations.saved_chat import saved
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, atomic_write
 

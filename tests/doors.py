@@ -18,7 +18,7 @@ from gguf import GGUFWriter, TokenType
 from kvlocal_cli.main import main
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
-from kvlocal.batch.line import Job
+from kvlocal.batch.line import Line
 from kvlocal.chat.session import ChatSession, SessionConfig
 from kvlocal.conversations import dialogues, transcript
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
@@ -206,7 +206,7 @@ def _beginnings(data: bytes) -> list[range]:
 
 
 def _line(data: bytes) -> None:
-    Job.parse(1, data)
+    Line.parse(1, data)
 
 
 def _template(data: bytes) -> None:

@@ -16,8 +16,19 @@ from kvlocal.evaluation.dialogue import compare
 from kvlocal.evaluation.facts import load_facts
 from kvlocal.evaluation.recall import bucket, mean_log_probabilities, names
 from kvlocal.evaluation.recall_chats import FACTS_PER_CHAT, N_EXAMPLES, recall_chats
-from kvlocal.evaluation.reference import Reference, ReferenceCache, log_softmax, references_dir
-from kvlocal.evaluation.runner import ChatFailure, Measurement, WorkFile, outcomes, pending
+from kvlocal.evaluation.reference import (
+    Reference,
+    ReferenceCache,
+    log_softmax,
+    references_dir,
+)
+from kvlocal.evaluation.runner import (
+    ChatFailure,
+    Measurement,
+    WorkFile,
+    outcomes,
+    pending,
+)
 from kvlocal.evaluation.small_talk import small_talk
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.evaluation.variants import FULL, Variant, VariantError, parse_all

@@ -9,8 +9,13 @@ from click.testing import CliRunner
 from kvlocal_cli.main import main
 
 from kvlocal.chat.session import ChatSession, SessionConfig
-from kvlocal.doctor import memory_estimate as footprint
-from kvlocal.doctor.memory_estimate import Footprint, OutOfMemory, check, largest_budget
+from kvlocal.doctor import memory_estimate
+from kvlocal.doctor.memory_estimate import (
+    MemoryEstimate,
+    OutOfMemory,
+    check,
+    largest_budget,
+)
 from kvlocal.doctor.memory_limits import left_of_cgroups
 from kvlocal.gguf.container import Container
 from kvlocal.llama.engine import Model
@@ -22,16 +27,16 @@ def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_
     config = SessionConfig(budget=512, policy=policy, type_k=type_k, type_v=type_v)
     with Model(smollm2) as model, ChatSession(model, config) as session:
         allocated = session._context.kv_bytes()
-    n_cells = -(-footprint.allocation(config, 8192).n_cells // 256) * 256
+    n_cells = -(-memory_estimate.allocation(config, 8192).n_cells // 256) * 256
     # llama.cpp tells sizes in hundredths of a MiB
-    assert Footprint.of(Container(smollm2), config).cell * n_cells == pytest.approx(copies * allocated, rel=0.002)
-    assert Footprint.of(Container(smollm2), config, undo=False).cell * n_cells == pytest.approx(allocated, rel=0.002)
+    assert MemoryEstimate.of(Container(smollm2), config).cell * n_cells == pytest.approx(copies * allocated, rel=0.002)
+    assert MemoryEstimate.of(Container(smollm2), config, undo=False).cell * n_cells == pytest.approx(allocated, rel=0.002)
 
 
 def test_a_sliding_window_is_counted_as_if_it_were_none(gemma3: Path) -> None:
     config = SessionConfig(budget=2048)
     with Model(gemma3) as model, ChatSession(model, config) as session:
-        assert Footprint.of(Container(gemma3), config).cell * 2176 > session._context.kv_bytes()
+        assert MemoryEstimate.of(Container(gemma3), config).cell * 2176 > session._context.kv_bytes()
 
 
 MEASURE = """
@@ -48,33 +53,33 @@ with Model(Path(sys.argv[1])) as model, ChatSession(model, SessionConfig(budget=
 def test_it_is_close_to_what_a_session_takes(smollm2: Path) -> None:
     found = subprocess.run([sys.executable, "-c", MEASURE, str(smollm2)], capture_output=True, text=True, check=True)
     resident = int(found.stdout) * 1024
-    estimate = Footprint.of(Container(smollm2), SessionConfig()).total(4096 + 128)
+    estimate = MemoryEstimate.of(Container(smollm2), SessionConfig()).total(4096 + 128)
     # not all cells have been used, so not all pages are there
     assert 0.6 * estimate < resident < 1.1 * estimate
 
 
 def test_a_budget_that_does_not_fit(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SessionConfig(budget=4096)
-    need = Footprint.of(Container(smollm2), config).total(4096 + config.stride)
-    monkeypatch.setattr(footprint, "available_memory", lambda: need)
+    need = MemoryEstimate.of(Container(smollm2), config).total(4096 + config.stride)
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: need)
     check(smollm2, config)
     assert largest_budget(smollm2, config) >= 4096
-    monkeypatch.setattr(footprint, "available_memory", lambda: need - 1)
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: need - 1)
     with pytest.raises(OutOfMemory, match="a budget of 4096 cells .* give --kv-budget 3968 or less"):
         check(smollm2, config)
     assert largest_budget(smollm2, config) == 3968
     check(smollm2, SessionConfig(budget=3968))
-    monkeypatch.setattr(footprint, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: 2**20)
     with pytest.raises(OutOfMemory, match="too little for any budget"):
         check(smollm2, SessionConfig(budget=64))
     assert largest_budget(smollm2, config) == 0
-    monkeypatch.setattr(footprint, "available_memory", lambda: None)
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: None)
     check(smollm2, config)
     assert largest_budget(smollm2, config) is None
 
 
 def test_the_largest_budget_is_within_the_trained_context(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(footprint, "available_memory", lambda: 2**50)
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: 2**50)
     config = SessionConfig()
     assert largest_budget(smollm2, config) == 8192 - config.stride
 
@@ -184,7 +189,7 @@ def test_the_command_says_it_before_it_loads_the_model(smollm2: Path) -> None:
 # the interpreter needs address space of its own, so the limit is above what it has when all is imported
 LIMITED = """
 import resource, sys
-from kvlocal.doctor import memory_estimate as footprint
+from kvlocal.doctor import memory_estimate
 from kvlocal.llama.library import load
 from kvlocal_cli.main import main
 load()

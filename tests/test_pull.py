@@ -24,7 +24,14 @@ from rich.filesize import decimal
 
 from kvlocal.errors import KvlocalError
 from kvlocal.hub import pull as pulling
-from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, Entry, HubFile, Part, resolve
+from kvlocal.hub.catalogue import (
+    DEFAULT_MODEL,
+    Catalogue,
+    Entry,
+    HubFile,
+    Part,
+    resolve,
+)
 from kvlocal.hub.pull import pull
 
 GGUF = b"GGUF" + bytes(range(256)) * 4096  # 1 MB

@@ -19,8 +19,9 @@ from kvlocal_cli.terminal import ReadingBar
 from terminal import Terminal
 
 from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Transcript, load
+from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
 
 # one thread: two that wait for each other crawl when the machine is busy

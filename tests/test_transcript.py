@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load, save
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.saved_chat import load, save
+from kvlocal.conversations.transcript import Transcript, chat_path
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import state_dir
 

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from kvlocal import policies
-from kvlocal.batch.line import Failure, Job, LineError, Result
+from kvlocal.batch.line import Failure, Line, LineError, Result
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.score_sources import n_recorded
 from kvlocal.chat.session import REPORTED, ChatSession, SessionConfig
@@ -51,7 +51,7 @@ def run_batch(
     Args:
         lines: of the input, as bytes; read in other threads, by one of them at a time.
         model: the weights.
-        config: of every session; a conversation can want it otherwise (kvlocal.batch.line.WISHES, a system message).
+        config: of every session; a line can have it otherwise (kvlocal.batch.line.OPTIONS, a system message).
         parallel: how many conversations decode together, each in cells of its own.
         ordered: yield in the order of the lines instead of the order of completion.
         wanted: whether a line, given by its number and itself, is to be completed.
@@ -158,27 +158,27 @@ class _Batch:
 
     def _outcome(self, number: int, line: bytes) -> Outcome:
         try:
-            job = Job.parse(number, line)
+            parsed = Line.parse(number, line)
         except LineError as error:
             return Failure(number, error.id, error)
         try:
-            return self._complete(job)
+            return self._complete(parsed)
         except KvlocalError as error:
-            return Failure(number, job.id, error)
+            return Failure(number, parsed.id, error)
 
-    def _complete(self, job: Job) -> Result:
-        config, unanswered = job.configure(self._config), job.unanswered
+    def _complete(self, line: Line) -> Result:
+        config, unanswered = line.configure(self._config), line.unanswered
         if not unanswered:
             kv = dict.fromkeys(REPORTED, 0) | {"budget": config.budget or self._budget}
-            return Result(job.number, job.id, job.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
+            return Result(line.number, line.id, line.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()
-        first, end = (0 if job.system is None else 1), unanswered[-1] + 1
-        messages, stop_reasons = job.messages[:first], []
+        first, end = (0 if line.system is None else 1), unanswered[-1] + 1
+        messages, stop_reasons = line.messages[:first], []
         answer_tokens, answer_seconds = 0, 0.0
         with self._session(config) as session:
             for i in range(first, end):
-                message = job.messages[i]
+                message = line.messages[i]
                 session.add_turn(message["role"], message["content"])
                 messages.append(message)
                 if i in unanswered:
@@ -194,7 +194,7 @@ class _Batch:
             kv = session.kv.report()
             prompt_tokens = kv["history_tokens"] - answer_tokens
             timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
-            return Result(job.number, job.id, messages + job.messages[end:], stop_reasons, session.seed, kv, timings)
+            return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, session.seed, kv, timings)
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a stream."""

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from kvlocal.conversations.records import (
+    Conversation,
+    TranscriptError,
+    is_remnant,
+    is_transcript,
+)
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Conversation, Transcript, TranscriptError, in_use, is_remnant, is_transcript
+from kvlocal.conversations.transcript import Transcript, in_use
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, remedy, replacing, staging_of
 from kvlocal.files.lock import Busy, open_locked

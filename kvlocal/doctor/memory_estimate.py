@@ -25,7 +25,7 @@ class OutOfMemory(KvlocalError):
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes of main memory that one conversation takes, all in all.
 
     weights: of the model
@@ -79,15 +79,15 @@ def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = Tru
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _footprint(path, config, undo)
+    found = _estimate(path, config, undo)
     if free is None or found is None:
         return
-    footprint, n_ctx_train = found
+    estimate, n_ctx_train = found
     asked = allocation(config, n_ctx_train)
-    need = footprint.total(parallel * asked.n_cells)
+    need = estimate.total(parallel * asked.n_cells)
     if need <= free:
         return
-    most = footprint.most_cells(free) // parallel - (asked.n_cells - asked.budget)
+    most = estimate.most_cells(free) // parallel - (asked.n_cells - asked.budget)
     times = f"{parallel} times " if parallel > 1 else ""
     wanted = f"{times}a budget of {asked.budget} cells with {path.name} takes about {_megabytes(need)} of memory and {_megabytes(free)} are free"
     if most >= config.least_budget:
@@ -105,19 +105,19 @@ def largest_budget(path: Path, config: SessionConfig) -> int | None:
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _footprint(path, config, undo=True)
+    found = _estimate(path, config, undo=True)
     if free is None or found is None:
         return None
-    footprint, n_ctx_train = found
+    estimate, n_ctx_train = found
     slack = config.stride if allocation(config, n_ctx_train).evicts else 0
-    return max(0, min(n_ctx_train, footprint.most_cells(free)) - slack)
+    return max(0, min(n_ctx_train, estimate.most_cells(free)) - slack)
 
 
-def _footprint(path: Path, config: SessionConfig, undo: bool) -> tuple[Footprint, int] | None:
+def _estimate(path: Path, config: SessionConfig, undo: bool) -> tuple[MemoryEstimate, int] | None:
     """With the model's trained context. None where the metadata do not say enough; what is missing is for llama.cpp to complain about."""
     model = Container(path)
     try:
-        return Footprint.of(model, config, undo), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
+        return MemoryEstimate.of(model, config, undo), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -14,8 +14,8 @@ import numpy as np
 
 import kvlocal
 from kvlocal.errors import KvlocalError
-from kvlocal.files.line_file import LineFile
 from kvlocal.files.fingerprint import fingerprint, run_key
+from kvlocal.files.line_file import LineFile
 from kvlocal.llama.engine import MAX_SEQUENCES, Context, Model
 from kvlocal.llama.library import load
 from kvlocal.template.chat_template import ChatTemplate, Message, Piece

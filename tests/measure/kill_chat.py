@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvlocal.conversations.transcript import Conversation, Transcript, TranscriptError
+from kvlocal.conversations.records import Conversation, TranscriptError
+from kvlocal.conversations.transcript import Transcript
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 
 SCRIPT = [
