@@ -18,10 +18,14 @@ from gguf import GGUFWriter, TokenType
 from kvlocal_cli.main import main
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
-from kvlocal.batch.line import Line
+from kvlocal.batch.line import Failure, Line
+from kvlocal.batch.output import Results
 from kvlocal.chat.session import ChatSession, SessionConfig
-from kvlocal.conversations import dialogues, transcript
+from kvlocal.conversations import dialogues
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.saved_chat import load, save
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
+from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
 from kvlocal.llama.engine import Context, Model
@@ -30,7 +34,7 @@ from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template.chat_template import ChatTemplate
 
-NAMES = ("gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "batch line", "dialogues", "template", "arguments")
+NAMES = ("gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues", "template", "arguments")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -67,6 +71,7 @@ def doors(directory: Path) -> Iterator[list[Door]]:
     write_nexus(nexus, model)
     window = directory / "window.gguf"
     write_chat_model(window, family="gemma3", n_layer=6)
+    transcript = _transcript(directory)
     snapshots = [_snapshot(path) for path in (model, window)]
     with Elsewhere(load_models) as load_model, Elsewhere(resume_chats, model) as resume, Elsewhere(resume_chats, window) as resume_window:
         yield [
@@ -75,7 +80,9 @@ def doors(directory: Path) -> Iterator[list[Door]]:
             Door("nexus", [nexus.read_bytes()], file_door(directory / "c.nexus.gguf", NexusFile.load)),
             Door("snapshot", snapshots[:1], sealed_door(directory / "f.snapshot", resume), focus=_beginnings(snapshots[0])),
             Door("window snapshot", snapshots[1:], sealed_door(directory / "g.snapshot", resume_window), focus=_beginnings(snapshots[1])),
-            Door("transcript", [_transcript(directory), _saved(directory)], file_door(directory / "d.jsonl", transcript.load), JSON_WORDS),
+            Door("transcript", [transcript, _saved(directory)], file_door(directory / "d.jsonl", load), JSON_WORDS),
+            Door("session", [transcript], file_door(directory / "h.jsonl", _resume), JSON_WORDS),
+            Door("results", [_results(directory)], file_door(directory / "i.jsonl", _take_over), JSON_WORDS),
             Door("batch line", [json.dumps({"id": 1, "messages": MESSAGES}).encode()], _line, JSON_WORDS),
             Door("dialogues", [_lines([{"messages": MESSAGES}] * 3), _lines([{"history": [{"user": "a", "bot": "b"}]}] * 3)],
                  file_door(directory / "e.jsonl", dialogues.load), JSON_WORDS),
@@ -158,7 +165,7 @@ def _lines(records: list[dict]) -> bytes:
 
 def _transcript(directory: Path) -> bytes:
     path = directory / "seed.jsonl"
-    with transcript.Transcript.open(path, model="m", system=None) as chat:
+    with Transcript.open(path, model="m", system=None) as chat:
         for message in MESSAGES:
             if message["role"] == "user":
                 chat.add_user(message["content"])
@@ -176,8 +183,46 @@ def _transcript(directory: Path) -> bytes:
 
 def _saved(directory: Path) -> bytes:
     path = directory / "saved.json"
-    transcript.save(path, transcript.Conversation(messages=MESSAGES, system="Be brief.", model="m", settings={}))
+    save(path, Conversation(messages=MESSAGES, system="Be brief.", model="m", settings={}))
     return path.read_bytes()
+
+
+def _resume(path: Path) -> None:
+    """What is refused stays as it is; what is taken is what can be read, and a list of sessions says the same of it."""
+    before = path.read_bytes()
+    try:
+        with Transcript.resume(path) as session:
+            session.add_user("Once more.")
+    except KvlocalError:
+        assert path.read_bytes() == before
+        raise
+    found, skimmed = Transcript.read(path), Transcript.skim(path)
+    assert found.messages[-1] == {"role": "user", "content": "Once more."} and len(skimmed.messages) == len(found.messages)
+
+
+def _results(directory: Path) -> bytes:
+    path = directory / "results.jsonl"
+    with Results(path, "key") as results:
+        for number in range(1, 4):
+            results.wants(number, b"line")
+            results.write(Failure(number, "a", KvlocalError("it is bad: mend it")))
+    return path.read_bytes()
+
+
+def _take_over(path: Path) -> None:
+    """What is refused stays as it is; what is taken grows by whole lines."""
+    before = path.read_bytes()
+    try:
+        with Results(path, "key") as results:
+            n_lines = results.n_done
+            if results.wants(9, b"line"):
+                results.write(Failure(9, "a", KvlocalError("it is bad: mend it")))
+                n_lines += 1
+    except KvlocalError:
+        # but for the number of the line that was asked for, which can be in it with another key
+        assert path.read_bytes() == before or b'"line": 9' in before
+        raise
+    assert path.read_bytes().count(b"\n") == n_lines
 
 
 def _chat(model: Model) -> ChatSession:

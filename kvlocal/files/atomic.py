@@ -21,6 +21,8 @@ def remedy(error: OSError) -> str:
             return "make room for larger files (`ulimit -f`)"
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "choose a place that you can write"
+        case errno.EEXIST | errno.EISDIR:
+            return "choose another name"
         case errno.ENOENT | errno.ENOTDIR:
             return "make its directory"
         case _:
