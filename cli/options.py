@@ -13,6 +13,7 @@ from kvlocal.cache.compression import Positions
 from kvlocal.chat.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
 from kvlocal.doctor import memory_estimate
 from kvlocal.errors import KvlocalError
+from kvlocal.files.text import text_of
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.engine import Model
 from kvlocal.llama.library import load as load_library
@@ -235,4 +236,4 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def clean_text(text: str) -> str:
     """The text of an argument, which Python gives half surrogate pairs for bytes that are not UTF-8."""
-    return text.encode("utf-8", "replace").decode()
+    return text_of(text.encode("utf-8", "replace"))

@@ -1,6 +1,7 @@
 """The records of a transcript, a JSON object a line, and the conversation that they replay to."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from kvlocal.template.chat_template import Message
 TRANSCRIPT_FORMAT = "kvlocal-transcript"
 VERSION = 1
 HEADER = f'{{"record": "header", "format": "{TRANSCRIPT_FORMAT}"'  # how a transcript begins
-_PIECE = '{"record": "piece"'
+# of an answer, one after another
+_PIECES = re.compile(r'(?:^\{"record": "piece"[^\n]*\n)+', re.MULTILINE)
+_EMPTY_PIECE = '{"record": "piece", "text": ""}\n'
 
 CUT = "cut"  # the reason an answer ended that a crash cut off
 
@@ -55,10 +58,12 @@ class Conversation:
 
 
 def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
-    """answers: False leaves their texts empty."""
+    """answers: False leaves their texts empty, and errors without the right numbers of lines."""
+    if not answers:
+        text = _PIECES.sub(_EMPTY_PIECE, text)
     chat: Conversation | None = None
     answering = False
-    for number, record in _records(path, text, pieces=answers):
+    for number, record in _records(path, text):
         kind = record.get("record")
         if chat is None:
             if kind != "header" or record.get("format") != TRANSCRIPT_FORMAT:
@@ -119,16 +124,10 @@ def _drop_answer(chat: Conversation) -> None:
     chat.drawn.pop(len(chat.messages), None)
 
 
-def _records(path: Path, text: str, *, pieces: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records with their line numbers, pieces of answers without their texts if not `pieces`.
-
-    Only the last line can be torn: a line is written with its end.
-    """
+def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records with their line numbers. Only the last line can be torn: a line is written with its end."""
     *lines, torn = text.split("\n")
     for number, line in enumerate(lines, start=1):
-        if not pieces and line.startswith(_PIECE):
-            yield number, {"record": "piece", "text": ""}
-            continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
