@@ -20,10 +20,11 @@ from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.settings import QUICK, Settings
 from kvlocal.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.engine import KV_TYPES
 from kvlocal.errors import KvlocalError
 from kvlocal.figure import check
 from kvlocal.files import atomic_write
-from kvlocal_cli.options import CACHE_TYPES, split_policy_arg
+from kvlocal_cli.options import split_policy_arg
 
 STOCK = Path("build/stock/dist/lib")
 
@@ -45,9 +46,9 @@ _EVICTING = [name for name, policy in policies.POLICIES.items() if policy.evicts
 @click.option("--pairs", type=click.IntRange(min=1), metavar="N", help=f"Slices compared for a ratio.  [default: {Settings.pairs}]")
 @click.option("--quick", is_flag=True, help="Small sizes, to see that everything works.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads, of both.  [default: one per core]")
-@click.option("--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=Settings.type_k, show_default=True,
+@click.option("--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=Settings.type_k, show_default=True,
               help="Type of the keys, in both caches.")  # fmt: skip
-@click.option("--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=Settings.type_v, show_default=True,
+@click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=Settings.type_v, show_default=True,
               help="Type of the values, in both caches.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this file, as they come.")  # fmt: skip

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import kvlocal
 from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import Model
+from kvlocal.engine import KV_TYPES, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
 from kvlocal.evaluation.data import Data, load, shuffled
@@ -30,7 +30,7 @@ from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import SamplingParams
 from kvlocal.session import SessionConfig
-from kvlocal_cli.options import CACHE_TYPES, parse_ratios
+from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 
@@ -62,9 +62,9 @@ _OPTIONS = (
                  help="The most recent cells, which always stay and whose queries score the others."),
     click.option("--stride", type=click.IntRange(min=1), default=_SESSION.stride, show_default=True, metavar="N",
                  help="Cells over the budget at which the cache is compressed."),
-    click.option("--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=_SESSION.type_k, show_default=True,
+    click.option("--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_k, show_default=True,
                  help="Type of the keys in the cache."),
-    click.option("--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=_SESSION.type_v, show_default=True,
+    click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_v, show_default=True,
                  help="Type of the values in the cache."),
     click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
                  help="Layers that go to the GPU, -1 for all; without one it has no effect."),

@@ -10,7 +10,7 @@ import click
 from kvlocal import footprint, policies
 from kvlocal.catalogue import resolve
 from kvlocal.compression import Positions
-from kvlocal.engine import Model
+from kvlocal.engine import KV_TYPES, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.library import load as load_library
 from kvlocal.nexus.discovery import OFF, nexus_for
@@ -18,8 +18,6 @@ from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
 from kvlocal_cli.terminal import waiting
-
-CACHE_TYPES = ("f16", "q8_0")
 
 _SESSION = SessionConfig()
 _SAMPLING = SamplingParams()
@@ -117,11 +115,11 @@ _OPTIONS = (
         help="Longest answer, in tokens.",
     ),
     click.option(
-        "--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=_SESSION.type_k, show_default=True,
+        "--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_k, show_default=True,
         help="Type of the keys in the cache.",
     ),
     click.option(
-        "--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=_SESSION.type_v, show_default=True,
+        "--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_v, show_default=True,
         help="Type of the values in the cache.",
     ),
     click.option(
