@@ -50,6 +50,8 @@ _EVICTING = [name for name, policy in policies.POLICIES.items() if policy.evicts
               help="Type of the keys, in both caches.")  # fmt: skip
 @click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=Settings.type_v, show_default=True,
               help="Type of the values, in both caches.")  # fmt: skip
+@click.option("--gpu-layers", type=click.IntRange(min=-1), default=Settings.gpu_layers, show_default=True, metavar="N",
+              help="Layers that go to the GPU, -1 for all, of both; without one it has no effect.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this file, as they come.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Also draw them. Needs kvlocal[plot].")

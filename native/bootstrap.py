@@ -116,6 +116,10 @@ def missing_build_programs() -> list[str]:
     return json.loads(answer(question))
 
 
+def make_environment() -> None:
+    step("making the virtual environment .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
+
+
 def set_up(*, test: bool) -> None:
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() and PYTHON.exists() else {}
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -125,7 +129,7 @@ def set_up(*, test: bool) -> None:
     if stamp.get("build") != build:
         LOG.unlink(missing_ok=True)
         if not stamp:  # also after a set-up that was cut short: the environment may be half made
-            step("making the virtual environment .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
+            make_environment()
         step("installing the build tools", [*pip, "install", *project["build-system"]["requires"]])
         if programs := missing_build_programs():
             step(f"installing {' and '.join(programs)}", [*pip, "install", *programs])
@@ -151,8 +155,14 @@ def set_up(*, test: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="also install what the tests need")
+    parser.add_argument("--environment", action="store_true", help="make no more than the virtual environment, unless it is there")
     arguments = parser.parse_args()
     try:
+        if arguments.environment:
+            if not STAMP.exists():
+                make_environment()
+                save({"build": None})
+            return 0
         set_up(test=arguments.test)
     except (SetupError, OSError) as error:
         say(str(error))

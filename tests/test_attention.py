@@ -8,6 +8,8 @@ from kvlocal.engine import Context, Model
 from kvlocal.library import load
 from kvlocal.native import NativeCache
 
+pytestmark = pytest.mark.cpu_only
+
 L = 4  # layers of the shallow model
 
 

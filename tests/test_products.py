@@ -6,6 +6,8 @@ from shallow_model import write_shallow_model
 
 from kvlocal.engine import Context, Model
 
+pytestmark = pytest.mark.cpu_only
+
 N = 20
 
 
