@@ -42,7 +42,7 @@ def check_ledger(chat):
 
 
 @pytest.mark.parametrize("policy", ["gkv", "streaming"])
-@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+@pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
 def test_many_turns_stay_within_the_budget(model, policy, cache):
     with session(model, policy=policy, type_k=cache, type_v=cache, system="Answer in one short sentence.") as chat:
         for i in range(9):

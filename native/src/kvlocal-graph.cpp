@@ -118,25 +118,16 @@ static bool is_cache_type(ggml_type type) {
 }
 
 // where the device of a layer has no attention for the types of its cache, llama.cpp computes it elsewhere, with copies of the whole cache
-static void check_attention(const kvl_cache & cache, const kvl_access::kv_layer & layer) {
-    if (!ggml_is_quantized(layer.k->type) && !ggml_is_quantized(layer.v->type)) {
-        return;
-    }
-
-    auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
-    if (!dev) {
-        return;
-    }
-
+static void check_attention(const kvl_cache & cache, const kvl_access::kv_layer & layer, ggml_backend_dev_t dev) {
     const ggml_init_params params = { 8*ggml_tensor_overhead(), nullptr, true };
     ggml_context_ptr ctx { ggml_init(params) };
 
     const int64_t n_kv = 256;
 
-    ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32,  cache.n_embd_head_k, 1,    cache.n_head);
-    ggml_tensor * k    = ggml_new_tensor_3d(ctx.get(), layer.k->type,  cache.n_embd_head_k, n_kv, cache.n_head_kv);
-    ggml_tensor * v    = ggml_new_tensor_3d(ctx.get(), layer.v->type,  cache.n_embd_head_v, n_kv, cache.n_head_kv);
-    ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16,  n_kv, 1);
+    ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, cache.n_embd_head_k, 1,    cache.n_head);
+    ggml_tensor * k    = ggml_new_tensor_3d(ctx.get(), layer.k->type, cache.n_embd_head_k, n_kv, cache.n_head_kv);
+    ggml_tensor * v    = ggml_new_tensor_3d(ctx.get(), layer.v->type, cache.n_embd_head_v, n_kv, cache.n_head_kv);
+    ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_kv, 1);
 
     const ggml_tensor * res = ggml_flash_attn_ext(ctx.get(), q, k, v, mask, 1.0f, 0.0f, 0.0f);
 
@@ -216,7 +207,18 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
         }
     }
 
-    check_attention(res, layers[0]);
+    if (ggml_is_quantized(layers[0].k->type) || ggml_is_quantized(layers[0].v->type)) {
+        ggml_backend_dev_t last = nullptr;
+
+        for (const auto & layer : layers) {
+            auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
+
+            if (dev && dev != last) {
+                check_attention(res, layer, dev);
+                last = dev;
+            }
+        }
+    }
 
     return res;
 }
