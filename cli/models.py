@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 
 import click
-from kvlocal_cli.progress import REPORT_SECONDS
-from kvlocal_cli.terminal import print_aligned
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
@@ -22,6 +20,8 @@ from rich.table import Table
 from kvlocal.files.places import models_dir
 from kvlocal.hub.catalogue import Catalogue, Entry, HubFile
 from kvlocal.hub.pull import pull
+from kvlocal_cli.progress import REPORT_SECONDS
+from kvlocal_cli.terminal import print_aligned
 
 COLUMNS = ("name", "size", "licence", "status", "path", "what for")
 

@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol, TextIO
 
-from kvlocal_cli.terminal import decode_input
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -13,6 +13,7 @@ from prompt_toolkit.output.defaults import create_output
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import state_dir
+from kvlocal_cli.terminal import decode_input
 
 QUOTES = '"""'
 
@@ -64,10 +65,8 @@ class _LineHistory(FileHistory):
     """A history that is lost, and not the chat, when the disk is full."""
 
     def store_string(self, string: str) -> None:
-        try:
+        with suppress(OSError):
             super().store_string(string)
-        except OSError:
-            pass
 
 
 def _history() -> History:

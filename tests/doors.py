@@ -15,7 +15,6 @@ import numpy as np
 from click.testing import CliRunner
 from fuzzing import SLOW, Door
 from gguf import GGUFWriter, TokenType
-from kvlocal_cli.main import main
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
 from kvlocal.batch.line import Failure, Line
@@ -33,8 +32,11 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal_cli.main import main
 
-NAMES = ("gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues", "template", "arguments")
+NAMES = (
+    "gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues", "template", "arguments",
+)  # fmt: skip
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -49,15 +51,20 @@ LONGER = (
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Who are you?"}]
 QUESTIONS = ("The keeper wrote down the birds.", "Who wrote down what?", "And when?")
 CHAT = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=4, n_threads=1, sampling=SamplingParams(temperature=0))
-JSON_WORDS = [b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"NaN", b"1e999", b"-0", b"\\u0000", b"\\ud800", b"\xff", b"\n", b'"role"', b'"content"', b"[" * 3000]
+JSON_WORDS = [
+    b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"NaN", b"1e999", b"-0", b"\\u0000", b"\\ud800", b"\xff", b"\n", b'"role"', b'"content"',
+    b"[" * 3000, b"\xef\xbb\xbf", b"\r\n",
+]  # fmt: skip
 TEMPLATE_WORDS = [
     b"{{ ", b" }}", b"{% ", b" %}", b"{% for x in range(99999) %}", b"{% endfor %}", b"messages", b".__class__", b".__mro__", b"|attr('__init__')",
-    b"{{ self }}", b"{{ cycler.__init__.__globals__ }}", b"{{ raise_exception(1) }}", b"{% include 'x' %}", b"{% set a = a ~ a %}", b"[0]", b" * 9999",
+    b"{{ self }}", b"{{ cycler.__init__.__globals__ }}", b"{{ raise_exception(1) }}", b"{% include 'x' %}", b"{% set a = a ~ a %}",
+    b"[0]", b" * 9999",
 ]  # fmt: skip
 ARGUMENTS = [
-    b"chat", b"run", b"batch", b"eval", b"bench", b"models", b"pull", b"doctor", b"nexus", b"info", b"--kv-budget", b"--kv-ratio", b"--policy", b"gkv",
-    b"--policy-arg", b"alpha=2", b"--temp", b"nan", b"inf", b"-1", b"0", b"1e400", b"--json", b"--system", b"--help", b"--nope", b"-m", b"no-such-model",
-    b"", b"/", b"--", b"-", b"\xff", b"--seed", b"99999999999999999999", b"--ctk", b"q8_0", b"--version", b"hf:", b"hf:a/b:c", b"--threads", b"--stride",
+    b"chat", b"run", b"batch", b"eval", b"bench", b"models", b"pull", b"doctor", b"nexus", b"info", b"--kv-budget", b"--kv-ratio", b"--policy",
+    b"gkv", b"--policy-arg", b"alpha=2", b"--temp", b"nan", b"inf", b"-1", b"0", b"1e400", b"--json", b"--system", b"--help", b"--nope", b"-m",
+    b"no-such-model", b"", b"/", b"--", b"-", b"\xff", b"--seed", b"99999999999999999999", b"--ctk", b"q8_0", b"--version", b"hf:", b"hf:a/b:c", b"--threads",
+    b"--stride",
 ]  # fmt: skip
 
 

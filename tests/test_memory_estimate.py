@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 
 from kvlocal.chat.session import ChatSession, SessionConfig
 from kvlocal.doctor import memory_estimate
@@ -19,6 +18,7 @@ from kvlocal.doctor.memory_estimate import (
 from kvlocal.doctor.memory_limits import left_of_cgroups
 from kvlocal.gguf.container import Container
 from kvlocal.llama.engine import Model
+from kvlocal_cli.main import main
 
 
 @pytest.mark.parametrize(("type_k", "type_v"), [("f16", "f16"), ("q8_0", "f16")])

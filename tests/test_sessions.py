@@ -13,9 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from kvlocal_cli.idle import Idle
-from kvlocal_cli.main import main
-from kvlocal_cli.terminal import ReadingBar
 from terminal import Terminal
 
 from kvlocal.conversations.named_sessions import session_path
@@ -23,6 +20,9 @@ from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import snapshot_path
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
+from kvlocal_cli.idle import Idle
+from kvlocal_cli.main import main
+from kvlocal_cli.terminal import ReadingBar
 
 # one thread: two that wait for each other crawl when the machine is busy
 OPTIONS = ("--threads", "1", "--temp", "0", "--max-tokens", "12", "--kv-budget", "96", "--stride", "32")
@@ -153,7 +153,8 @@ def test_a_turn_that_finds_no_room_is_refused(chat, path, room):
     before = messages(path)
     limit = path.stat().st_size + room
     result = chat("--session", "trip", stdin=ASKED[2:], limit=limit)
-    assert result.returncode == 1 and "(File too large): make room for larger files (`ulimit -f`); your turn is not taken: send it again then" in result.stderr
+    assert result.returncode == 1
+    assert "(File too large): make room for larger files (`ulimit -f`); your turn is not taken: send it again then" in result.stderr
     kept = messages(path)
     assert kept[:2] == before and len(kept) == (4 if room == 400 else 2)
     if room == 400:
@@ -180,7 +181,8 @@ def test_a_small_file_system_that_is_full(chat, tmp_path):
         assert chat("--session", str(path), stdin=ASKED[1:2]).returncode == 0 and len(messages(path)) == 4
         subprocess.run(["mount", "-o", "remount,ro", small], check=True)
         result = chat("--session", str(path), stdin=["Hello"])
-        assert result.returncode == 1 and re.fullmatch(r"kvlocal: cannot write .*one\.jsonl \(Read-only file system\): choose a place that you can write\n", result.stderr)
+        said = r"kvlocal: cannot write .*one\.jsonl \(Read-only file system\): choose a place that you can write\n"
+        assert result.returncode == 1 and re.fullmatch(said, result.stderr)
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -314,7 +316,7 @@ def test_show_and_export(path, capsys, tmp_path):
         transcript.add_piece("half")
     assert run("show", "trip") == 0
     shown = capsys.readouterr()
-    assert re.search(r"^system +Be brief\.$", shown.out, re.M) and shown.out.endswith("\n>>> b\n\nhalf\n") and "cut off" in shown.err
+    assert re.search(r"^system +Be brief\.$", shown.out, re.MULTILINE) and shown.out.endswith("\n>>> b\n\nhalf\n") and "cut off" in shown.err
     assert run("export", "trip") == 0
     assert capsys.readouterr().out == (
         "# trip\n\n## System\n\nBe brief.\n\n## You\n\na\n\n## Answer\n\na!\n\n## You\n\nWas\nnun? ☃\n\n## Answer\n\nWas\nnun? ☃!\n\n"

@@ -144,7 +144,7 @@ class _Batch:
                 self._n_working -= 1
         except Stopped:
             pass
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the thread that waits for the results raises it
             self._error = error
 
     def _take(self) -> tuple[int, int, bytes] | None:
@@ -169,7 +169,7 @@ class _Batch:
     def _complete(self, line: Line) -> Result:
         config, unanswered = line.configure(self._config), line.unanswered
         if not unanswered:
-            kv = dict.fromkeys(REPORTED, 0) | {"budget": config.budget or self._budget}
+            kv: dict[str, float] = dict.fromkeys(REPORTED, 0) | {"budget": config.budget or self._budget}
             return Result(line.number, line.id, line.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()

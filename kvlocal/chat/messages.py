@@ -50,7 +50,7 @@ def _message(index: int, message: Any, roles: Sequence[str]) -> Message:
     if not isinstance(message, dict):
         raise MessageError(f'message {index + 1} is not an object: write {{"role": ..., "content": ...}}')
     role, content = message.get("role"), message.get("content")
-    if role not in roles:
+    if not isinstance(role, str) or role not in roles:
         raise MessageError(f"message {index + 1} has the role {json.dumps(role)[:40]}: use one of {', '.join(roles)}")
     if not isinstance(content, str):
         raise MessageError(f"the content of message {index + 1} is not a string: give its text")

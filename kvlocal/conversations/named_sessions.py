@@ -82,14 +82,15 @@ def sessions() -> list[Session]:
     return sorted(found, key=lambda session: session.last_used, reverse=True)
 
 
-def session(text: str) -> Session:
-    """The session of that name or file.
+def session(text: str) -> tuple[Session, Conversation]:
+    """The session of that name or file, with its conversation.
 
     Raises:
         KvlocalError: there is none, or its transcript cannot be read.
     """
     path = existing_path(text)
-    return _describe(path, Transcript.read(path))
+    conversation = Transcript.read(path)
+    return _describe(path, conversation), conversation
 
 
 def existing_path(text: str) -> Path:
@@ -187,10 +188,9 @@ def _alone(path: Path) -> Iterator[None]:
         raise KvlocalError(f"cannot change {path} ({error.strerror}): {remedy(error)}") from error
 
 
-def markdown(session: Session) -> str:
-    """The conversation as Markdown."""
-    conversation = session.conversation
-    parts = [f"# {session.name}"]
+def markdown(name: str, conversation: Conversation) -> str:
+    """A conversation as Markdown."""
+    parts = [f"# {name}"]
     if conversation.system:
         parts += ["## System", conversation.system]
     for i, message in enumerate(conversation.messages):

@@ -29,20 +29,23 @@ def json_value(line: bytes) -> Any:
     """
     refused: list[str] = []
 
-    def refuse(text: str) -> None:
-        refused.append(text)
+    def refuse(name: str) -> None:
+        refused.append(f"{name} is no JSON number")
 
     def finite(text: str) -> float | None:
         # 1e999 would come out as Infinity, which is no JSON
         value = float(text)
-        return refuse(f"{text[:20]} is too large a number") if math.isinf(value) else value
+        if math.isinf(value):
+            refused.append(f"{text[:20]} is too large a number")
+            return None
+        return value
 
     try:
         text, problem = text_of(line), None
     except UnicodeDecodeError:
         text, problem = text_of(line, "replace"), "it is not UTF-8: convert the file"
     try:
-        found = json.loads(text, parse_constant=lambda name: refuse(f"{name} is no JSON number"), parse_float=finite)
+        found = json.loads(text, parse_constant=refuse, parse_float=finite)
     except json.JSONDecodeError as error:
         raise JsonError(problem or f"it is not JSON ({error.msg} at column {error.colno}): write one object a line") from None
     except (ValueError, RecursionError) as error:

