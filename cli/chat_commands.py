@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from kvlocal_cli.options import split_policy_arg
-from kvlocal_cli.terminal import printable
 
 from kvlocal.chat.session import SegmentStats, SessionConfig
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
+from kvlocal_cli.options import split_policy_arg
+from kvlocal_cli.terminal import printable
 
 if TYPE_CHECKING:
     from kvlocal_cli.chat import Chat
@@ -134,7 +134,7 @@ def _undo(chat: Chat, argument: str) -> None:
 
 def _clear(chat: Chat, argument: str) -> None:
     chat.session.clear()
-    chat.record(lambda transcript: transcript.add_clear())
+    chat.record.add(lambda transcript: transcript.add_clear())
     chat.screen.note("forgotten; the system prompt stays")
 
 
@@ -144,7 +144,7 @@ def _system(chat: Chat, argument: str) -> None:
         return
     system = None if argument == '""' else argument
     chat.replace(replace(chat.config, system=system), chat.session.messages)
-    chat.record(lambda transcript: transcript.add_system(system))
+    chat.record.add(lambda transcript: transcript.add_system(system))
     chat.screen.note("system prompt changed; the conversation was read again")
 
 
@@ -245,7 +245,7 @@ def _load(chat: Chat, argument: str) -> None:
     conversation = load(path)
     system, messages = conversation.system, conversation.messages
     chat.replace(replace(chat.config, system=system), messages)
-    chat.record(lambda transcript: transcript.add_load(messages, system))
+    chat.record.add(lambda transcript: transcript.add_load(messages, system))
     note_loaded(chat, path, conversation)
 
 
