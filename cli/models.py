@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -101,24 +102,24 @@ def _pull_with_progress(model: Entry | HubFile, force: bool) -> Path:
         return pull(model, force=force, progress=show)
 
 
-def _describe(model: Entry | HubFile) -> dict[str, str | int | None]:
+def _describe(model: Entry | HubFile) -> dict[str, Any]:
     """What `--json` says about a model; None where nothing is known."""
     present = model.present
     status = "present" if present else "damaged" if model.path.exists() else "absent"
-    catalogued = isinstance(model, Entry)
+    entry = model if isinstance(model, Entry) else None
     return {
         "name": model.name,
-        "source": "catalogue" if catalogued else "hub",
+        "source": "catalogue" if entry else "hub",
         "status": status,
         "path": str(model.path) if present else None,
-        "bytes": model.size if catalogued else model.path.stat().st_size,
-        "licence": model.licence if catalogued else None,
-        "trained_context": model.trained_context if catalogued else None,
-        "summary": model.summary if catalogued else None,
+        "bytes": entry.size if entry else model.path.stat().st_size,
+        "licence": entry and entry.licence,
+        "trained_context": entry and entry.trained_context,
+        "summary": entry and entry.summary,
     }
 
 
-def _row(model: dict[str, str | int | None], default: str) -> tuple[str, ...]:
+def _row(model: dict[str, Any], default: str) -> tuple[str, ...]:
     summary = model["summary"] or "from the hub"
     if model["name"] == default:
         summary += " (the default)"

@@ -98,6 +98,7 @@ def _names_a_model(word: str) -> bool:
 
 def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[str, object]:
     last = session.last
+    assert last is not None  # after an answer
     return {
         "model": name,
         "prompt": prompt,

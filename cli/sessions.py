@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.filesize import decimal
@@ -105,7 +106,7 @@ def delete_command(name: str, yes: bool) -> None:
     delete(path)
 
 
-def _describe(found: Session) -> dict[str, str | int | None]:
+def _describe(found: Session) -> dict[str, Any]:
     """What `--json` says about a session; None where nothing is known."""
     conversation = found.conversation
     return {
@@ -119,7 +120,7 @@ def _describe(found: Session) -> dict[str, str | int | None]:
     }
 
 
-def _row(described: dict[str, str | int | None]) -> tuple[str, ...]:
+def _row(described: dict[str, Any]) -> tuple[str, ...]:
     name, model, turns, tokens = (described[key] for key in ("name", "model", "turns", "tokens"))
     shown = "damaged" if turns is None else str(turns)
     model = "-" if model is None else Path(model).name if Path(model).is_absolute() else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
@@ -41,7 +41,7 @@ def run_batch(
     wanted: Callable[[int, bytes], bool] = lambda number, line: True,
     poll: Callable[[], None] = lambda: None,
     nexus: NexusTokens | None = None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Completes each conversation and yields what became of it; blank lines are skipped. The iterator is to be closed before the model.
 
     Each has a session of its own, so that no result depends on the lines before it: with a seed, each starts from that seed, without one each
@@ -108,7 +108,7 @@ class _Batch:
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(parallel)]
         self._n_working = parallel
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def outcomes(self) -> Generator[Outcome, None, None]:
         for thread in self._threads:
             thread.start()
         try:
@@ -169,7 +169,7 @@ class _Batch:
     def _complete(self, line: Line) -> Result:
         config, unanswered = line.configure(self._config), line.unanswered
         if not unanswered:
-            kv: dict[str, float] = dict.fromkeys(REPORTED, 0) | {"budget": config.budget or self._budget}
+            kv: dict[str, float] = {name: 0 for name in REPORTED} | {"budget": config.budget or self._budget}
             return Result(line.number, line.id, line.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()
@@ -185,14 +185,16 @@ class _Batch:
                     for _ in session.answer():
                         pass
                     messages.append(dict(session.messages[-1]))
-                    stop_reasons.append(session.last.stop_reason)
-                    answer_tokens += session.last.answer_tokens
-                    answer_seconds += session.last.answer_seconds
+                    last = session.last
+                    assert last is not None  # after an answer
+                    stop_reasons.append(last.stop_reason)
+                    answer_tokens += last.answer_tokens
+                    answer_seconds += last.answer_seconds
                 if i < end - 1:
                     session.finish_turn()
                     session.second_read()
             kv = session.kv.report()
-            prompt_tokens = kv["history_tokens"] - answer_tokens
+            prompt_tokens = int(kv["history_tokens"]) - answer_tokens
             timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
             return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, session.seed, kv, timings)
 
