@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
@@ -143,7 +143,7 @@ class Result:
     number: int
     id: Identity
     messages: list[Message]
-    stop_reasons: list[str]
+    stop_reasons: Sequence[str]
     seed: int | None
     kv: dict[str, float]
     timings: dict[str, float]

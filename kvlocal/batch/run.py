@@ -169,7 +169,8 @@ class _Batch:
     def _complete(self, line: Line) -> Result:
         config, unanswered = line.configure(self._config), line.unanswered
         if not unanswered:
-            kv: dict[str, float] = {name: 0 for name in REPORTED} | {"budget": config.budget or self._budget}
+            kv: dict[str, float] = dict.fromkeys(REPORTED, 0)
+            kv["budget"] = config.budget or self._budget
             return Result(line.number, line.id, line.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()
