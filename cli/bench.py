@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import click
+from kvlocal_cli.options import CACHE_TYPES, split_policy_arg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,11 +20,10 @@ from kvlocal.benchmark.process import BenchmarkError
 from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.settings import QUICK, Settings
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.errors import KvlocalError
-from kvlocal.figure import check
-from kvlocal.files import atomic_write
-from kvlocal_cli.options import CACHE_TYPES, split_policy_arg
+from kvlocal.evaluation.figure import check
+from kvlocal.files.atomic import atomic_write
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 
 STOCK = Path("build/stock/dist/lib")
 
@@ -49,6 +49,8 @@ _EVICTING = [name for name, policy in policies.POLICIES.items() if policy.evicts
               help="Type of the keys, in both caches.")  # fmt: skip
 @click.option("--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=Settings.type_v, show_default=True,
               help="Type of the values, in both caches.")  # fmt: skip
+@click.option("--gpu-layers", type=click.IntRange(min=-1), default=Settings.gpu_layers, show_default=True, metavar="N",
+              help="Layers that go to the GPU, -1 for all, of both; without one it has no effect.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this file, as they come.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Also draw them. Needs kvlocal[plot].")

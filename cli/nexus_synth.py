@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Self
 
 import click
-
-from kvlocal.catalogue import resolve
-from kvlocal.engine import MAX_SEQUENCES, Model
-from kvlocal.nexus.synth import DataFile, Dialogue, SynthSettings, synthesize
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
+
+from kvlocal.hub.catalogue import resolve
+from kvlocal.llama.engine import MAX_SEQUENCES, Model
+from kvlocal.training.synth import DataFile, Dialogue, SynthSettings, synthesize
 
 _SETTINGS = SynthSettings()
 

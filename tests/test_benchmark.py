@@ -20,8 +20,8 @@ from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.script import Script
 from kvlocal.benchmark.settings import QUICK, Settings
-from kvlocal.engine import Model
-from kvlocal.session import SessionConfig
+from kvlocal.chat.session import SessionConfig
+from kvlocal.llama.engine import Model
 
 N_ANSWER = 20
 # bytes in SmolLM2: keys and values of a cell, and the queries of a window of 16 with the spare row
@@ -310,7 +310,7 @@ def test_stock_library_must_be_one(smollm2, tmp_path):
 
 
 def test_patched_library_is_not_stock(smollm2):
-    from kvlocal.library import load
+    from kvlocal.llama.library import load
 
     with pytest.raises(BenchmarkError, match="has kvlocal's patches"):
         Worker("stock", stock=str(load().lib_dir), model=str(smollm2), n_answer=8)

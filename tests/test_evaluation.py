@@ -7,21 +7,21 @@ import re
 import numpy as np
 import pytest
 
-from kvlocal import figure, policies
+from kvlocal import policies
+from kvlocal.chat.session import SessionConfig
+from kvlocal.conversations.dialogues import DataError, load, shuffled
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation import plot, report
-from kvlocal.evaluation.data import DataError, load, shuffled
+from kvlocal.evaluation import figure, plot, report
 from kvlocal.evaluation.dialogue import compare
 from kvlocal.evaluation.facts import CORRECTIONS, TOPICS
 from kvlocal.evaluation.recall import bucket, mean_log_probabilities, names
 from kvlocal.evaluation.recall_chats import FACTS_PER_CHAT, N_EXAMPLES, recall_chats
 from kvlocal.evaluation.reference import Reference, ReferenceCache, cache_dir, log_softmax
-from kvlocal.evaluation.runner import Failure, Measurement, WorkFile, outcomes, pending, run_key
+from kvlocal.evaluation.runner import Failure, Measurement, WorkFile, outcomes, pending
 from kvlocal.evaluation.small_talk import small_talk
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.evaluation.variants import FULL, Variant, VariantError, parse_all
-from kvlocal.fingerprint import fingerprint
-from kvlocal.session import SessionConfig
+from kvlocal.files.fingerprint import fingerprint, run_key
 
 # Dialogues
 

@@ -1,4 +1,4 @@
-"""kvlocal.library: which library is loaded, and what is said when it is the wrong one."""
+"""kvlocal.llama.library: which library is loaded, and what is said when it is the wrong one."""
 
 import ctypes
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvlocal import library
+from kvlocal.llama import library
 
-LOAD = "from kvlocal.library import LibraryError, load\n"
+LOAD = "from kvlocal.llama.library import LibraryError, load\n"
 LOAD_AND_PRINT_ERROR = LOAD + "try:\n    load()\nexcept LibraryError as error:\n    print(error)\n"
 
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from kvlocal_cli.main import main
+from kvlocal_cli.progress import LongWork
 from shallow_model import write_shallow_model
 from tiny_model import N_VOCAB, write_tiny_model
 
-from kvlocal.container import Container
-from kvlocal.engine import Model
+from kvlocal.cache.second_read import INSTRUCTION
+from kvlocal.conversations.dialogues import load as load_dialogues
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.data import load as load_dialogues
 from kvlocal.evaluation.history import turn_tokens
-from kvlocal.nexus.examples import Example, Examples, joined, read
+from kvlocal.gguf.container import Container
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.file import NexusFile
-from kvlocal.reread import INSTRUCTION
-from kvlocal.template import ChatTemplate
-from kvlocal_cli.main import main
-from kvlocal_cli.progress import LongWork
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.training.examples import Example, Examples, joined, read
 
 MESSAGES = [
     {"role": "user", "content": "My cat is called Noodle. What is a good food for her?"},
@@ -130,12 +130,12 @@ def test_pytorch_is_asked_for(smollm2: Path, tmp_path: Path, monkeypatch: pytest
 
 torch = pytest.importorskip("torch")
 
-from kvlocal.nexus.decoder import Decoder  # noqa: E402
-from kvlocal.nexus.distil import Compression, Distillation, Layout, _RowsKL  # noqa: E402
-from kvlocal.nexus.divergence import divergences  # noqa: E402
-from kvlocal.nexus.parameters import Parameters  # noqa: E402
-from kvlocal.nexus.training import Settings, Training, TrainingError  # noqa: E402
-from kvlocal.nexus.weights import Weights  # noqa: E402
+from kvlocal.training.decoder import Decoder  # noqa: E402
+from kvlocal.training.distil import Compression, Distillation, Layout, _RowsKL  # noqa: E402
+from kvlocal.training.divergence import divergences  # noqa: E402
+from kvlocal.training.nexus_training import Settings, Training, TrainingError  # noqa: E402
+from kvlocal.training.parameters import Parameters  # noqa: E402
+from kvlocal.training.weights import Weights  # noqa: E402
 
 
 def example(seed: int, *lengths: int) -> Example:

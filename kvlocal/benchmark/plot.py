@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvlocal.benchmark.comparison import Row
-from kvlocal.figure import check, new_figure, save
+from kvlocal.evaluation.figure import check, new_figure, save
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.engine import Model
-from kvlocal.evaluation.data import Dialogue
+from kvlocal.chat.session import Message, SessionConfig
+from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.reference import Reference, ReferenceCache, log_softmax
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.session import Message, SessionConfig
-from kvlocal.template import ChatTemplate
+from kvlocal.template.chat_template import ChatTemplate
 
 MAX_ANSWER = 256  # tokens of the last answer that are measured
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kvlocal.evaluation.figure import check, new_figure, save
 from kvlocal.evaluation.report import Row
 from kvlocal.evaluation.variants import FULL
-from kvlocal.figure import check, new_figure, save
 
 _APART = 0.005  # of the cells: policies that keep equally many stand side by side
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.variants import Variant
-from kvlocal.files import LineFile, atomic_write
+from kvlocal.files.atomic import LineFile, atomic_write
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,3 @@ def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterato
 def pending(task: Task, variants: Sequence[Variant], work: WorkFile) -> list[tuple[int, Variant]]:
     """Chat and variant of each measurement that is still to be made, in order."""
     return [(index, variant) for index in range(task.n_chats) for variant in variants if not work.has(index, variant)]
-
-
-def run_key(settings: dict[str, Any]) -> str:
-    """Names a run by everything its measurements depend on."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
