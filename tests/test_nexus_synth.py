@@ -11,7 +11,8 @@ from kvlocal_cli.nexus_synth import synth_command
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import facts
 from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
-from kvlocal.template.chat_template import CHATML, GEMMA, PLAIN, ChatTemplate
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
 from kvlocal.training import themes as words
 from kvlocal.training.dialogue_plan import MAX_PAIRS, MIN_PAIRS, draw_plan
 from kvlocal.training.draw import draw

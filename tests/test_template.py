@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from kvlocal.llama.engine import Model
-from kvlocal.template.chat_template import CHATML, GEMMA, PLAIN, PLAIN_STOP_STRINGS, ChatTemplate, Piece, TemplateError
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.compiled import TemplateError
+from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
+from kvlocal.template.pieces import Piece
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}"

@@ -23,8 +23,8 @@ from kvlocal.llama.engine import Context, Model, Outputs
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.nexus.allotment import n_nexus
 from kvlocal.nexus.tokens import LONG_TEXT, NexusTokens
-from kvlocal.template.chat_template import ChatTemplate, Piece, Role
-from kvlocal.template.textstream import TextStream
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.pieces import Piece, Role
 
 Message = dict[str, str]
 Progress = Callable[[int, int], None]
@@ -513,10 +513,11 @@ class ChatSession:
         else:
             self._read_again(self.messages[:-1])
 
-    def _history_for_template(self) -> list[Message]:
+    def _history_for_template(self, n: int | None = None) -> list[Message]:
+        """What the template has to know of the first n messages, of all if None."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         # the markup depends on no more than the last turns
-        return system + self.messages[-2:]
+        return system + self.messages[:n][-2:]
 
     def answer(self) -> Iterator[str]:
         """Generates the answer to the last user turn: yields its text as it comes.
@@ -531,11 +532,12 @@ class ChatSession:
         return self._generate()
 
     def _generate(self) -> Iterator[str]:
-        stream = TextStream(self.template.stop_strings)
+        stream = self.template.answer_stream(self.model)
         message = {"role": "assistant", "content": ""}
         self.messages.append(message)
         n, drawn, reason, started = 0, [], "stopped", time.perf_counter()
         try:
+            self._prompt_tokens += self._read_answer_start()
             while not self._stop:
                 if n >= self.max_tokens:
                     reason = "length"
@@ -544,12 +546,12 @@ class ChatSession:
                 token = self._sampler.sample(self._context)
                 drawn.append(token)
                 self.seconds.sample += time.perf_counter() - sampling
-                if token in self.model.end_tokens:
+                if token in self.template.end_tokens:
                     reason = "end"
                     break
                 self._append(np.array([token], np.int32), "decode")
                 n += 1
-                text = stream.push(self.model.token_bytes(token))
+                text = stream.push(token)
                 if text:
                     message["content"] += text
                     yield text
@@ -567,21 +569,26 @@ class ChatSession:
             self._ledger.segments[-1].text = message["content"].strip()[:_EXCERPT]
             self.last = TurnStats(self._prompt_tokens, n, self._prompt_seconds, time.perf_counter() - started, reason, drawn)
 
+    def _read_answer_start(self) -> int:
+        """Reads what only generated answers begin with; returns the number of tokens. The answer is in the messages already."""
+        return self._read(self.template.answer_start(self._history_for_template(len(self.messages) - 2)))
+
     def add_answer(self, content: str, drawn: Sequence[int]) -> None:
         """As add_turn("assistant", content), for an answer that was drawn as these tokens (TurnStats.drawn): they are evaluated one by one, so
         that the cache becomes what it was then, and not only nearly so. If they are not the tokens of that text, it is added as any other.
         """
-        stream = TextStream(self.template.stop_strings)
+        stream = self.template.answer_stream(self.model)
         if max(drawn, default=0) >= self.model.n_vocab or min(drawn, default=0) < 0:
             drawn = ()
-        text = "".join(stream.push(self.model.token_bytes(token)) for token in drawn if token not in self.model.end_tokens) + stream.flush()
+        text = "".join(stream.push(token) for token in drawn if token not in self.template.end_tokens) + stream.flush()
         if text != content or not self.messages or self.messages[-1]["role"] != "user":
             return self.add_turn("assistant", content)
         self.messages.append({"role": "assistant", "content": content})
         try:
+            self._read_answer_start()
             for token in drawn:
                 self._sampler.accept(token)
-                if token not in self.model.end_tokens:
+                if token not in self.template.end_tokens:
                     self._append(np.array([token], np.int32), "decode")
         except BaseException:
             self._take_back("assistant")

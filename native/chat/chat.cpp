@@ -2,7 +2,7 @@
 
 #include "kvlocal-chat.h"
 
-#include "limits.h"
+#include "limited.h"
 
 #include "chat.h"
 #include "log.h"

@@ -3,7 +3,7 @@
 // does the latter, too, where it recurses. Destructors can't be stopped, and recurse as deeply as what they destroy is nested; a level takes more
 // memory than stack, so a stack that is some times the memory there may be is deep enough for them.
 
-#include "limits.h"
+#include "limited.h"
 
 #include "kvlocal-chat.h"
 

@@ -1,0 +1,116 @@
+"""AnswerStream: the text of an answer as it is generated, with its thought if the model's family has thoughts."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+
+from kvlocal.llama.engine import Model
+from kvlocal.template.compiled import Answer, AnswerError, AnswerFormat
+from kvlocal.template.textstream import TextStream
+
+# How a thought is written in the text of an answer, whatever the model's own markers are.
+THOUGHT_START, THOUGHT_END = "<think>\n", "\n</think>\n\n"
+
+# the last characters of markers
+MARKER_ENDS = (">", "]")
+
+_THOUGHT = re.compile(r"\s*<think>\s*(.*?)(?:\s*</think>\s*(.*))?\Z", re.DOTALL)
+_TAIL = 32  # characters by which the end of what was shown is found again
+
+
+def with_thought(answer: Answer) -> str:
+    """The text of an answer, its thought in front. A thought that nothing follows is not closed."""
+    if not answer.reasoning:
+        return answer.content
+    return THOUGHT_START + answer.reasoning + (THOUGHT_END + answer.content if answer.content else "")
+
+
+def split_thought(text: str) -> tuple[str, bool, str]:
+    """The thought at the start of the text of an answer ("" if there is none), whether it is closed, and what follows it."""
+    found = _THOUGHT.match(text)
+    if not found:
+        return "", False, text
+    return found[1], found[2] is not None, found[2] or ""
+
+
+class AnswerStream:
+    """Makes the text of an answer from its tokens, as they come.
+
+    Args:
+        model: whose tokens they are.
+        stop: texts that end the answer.
+        answer_format: how the family answers, where its thoughts are to be told apart; None for a text that is taken as it is.
+        closing: what the template writes behind an answer. A model that writes it in several tokens has written some before the one that ends.
+
+    Attributes:
+        stopped: whether a stop string came.
+    """
+
+    def __init__(self, model: Model, stop: Sequence[str] = (), answer_format: AnswerFormat | None = None, closing: str = "") -> None:
+        self._model = model
+        self._format = answer_format
+        self._closing = closing
+        self._stream = TextStream(stop)
+        self._raw, self._shown = "", ""
+
+    @property
+    def stopped(self) -> bool:
+        return self._stream.stopped
+
+    def push(self, token: int) -> str:
+        """Take the next token and give the text that is certain now."""
+        text = self._stream.push(self._model.token_bytes(token, special=self._format is not None))
+        if self._format is None or not text:
+            return text
+        self._raw += text
+        try:
+            answer = self._format.parse(self._raw, is_partial=True)
+        except AnswerError:
+            return ""
+        # what follows decides whether space at the end belongs to it
+        return self._show(with_thought(answer).rstrip())
+
+    def flush(self) -> str:
+        """Give what was kept back. The stream is then at its end."""
+        rest = self._stream.flush()
+        if self._format is None:
+            return rest
+        self._raw += rest
+        said = self._raw[: len(self._raw) - self._n_closing()]
+        for is_partial in (False, True):
+            try:
+                answer = self._format.parse(said, is_partial=is_partial)
+            except AnswerError:
+                continue
+            return self._show(with_thought(answer)) if not is_partial else self._show(with_thought(answer)) + self._rest(said)
+        return self._rest(said)
+
+    def n_said(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens of an answer come before what the template writes behind it; call it after `flush`."""
+        n_closing = self._n_closing() if self._format is not None else 0
+        n = len(tokens)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        lengths = [len(decoder.decode(self._model.token_bytes(token, special=True))) for token in tokens] if n_closing else []
+        while n_closing > 0 and n:
+            n -= 1
+            n_closing -= lengths[n]
+        return n
+
+    def _n_closing(self) -> int:
+        """Characters at the end of what was written that are the first markers of the closing."""
+        longest = min(len(self._raw), len(self._closing))
+        return next((n for n in range(longest, 0, -1) if self._closing[n - 1] in MARKER_ENDS and self._raw.endswith(self._closing[:n])), 0)
+
+    def _show(self, text: str) -> str:
+        if not text.startswith(self._shown):
+            return ""
+        new, self._shown = text[len(self._shown) :], text
+        return new
+
+    def _rest(self, said: str) -> str:
+        """What was written behind what could be read: it is shown as it is, so that nothing is lost."""
+        tail = self._shown[-_TAIL:]
+        at = said.rfind(tail)
+        return said[at + len(tail) :] if at >= 0 else said
