@@ -11,7 +11,7 @@ from kvlocal_cli.terminal import INTERRUPTED, waiting
 
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.engine import MAX_SEQUENCES, Model
-from kvlocal.training.synth import DataFile, Dialogue, SynthSettings, synthesize
+from kvlocal.training.synth import DataFile, SynthSettings, WrittenDialogue, synthesize
 
 _SETTINGS = SynthSettings()
 
@@ -66,7 +66,7 @@ class _Progress:
             self._work.say(f"going on after {self._data.n_dialogues} dialogues with {self._before:,} tokens")
         return self
 
-    def add(self, dialogue: Dialogue) -> None:
+    def add(self, dialogue: WrittenDialogue) -> None:
         if not dialogue.messages:
             self._dropped[dialogue.flaw] += 1
         elif dialogue.flaw:

@@ -26,7 +26,7 @@ from kvlocal.nexus.file import NexusFile
 
 if TYPE_CHECKING:
     from kvlocal.training.examples import Examples
-    from kvlocal.training.nexus_training import Measurement, Training
+    from kvlocal.training.nexus_training import Training, TrainingReport
 
 REPORT_SECONDS = 30  # between two lines about updates
 HELD_OUT = 0.1  # of the conversations, for evaluation
@@ -133,7 +133,7 @@ def train_command(
 
     A run that was interrupted, also by kill -9, goes on when the same command is given again.
     """
-    from kvlocal.training.nexus_training import Settings, Training
+    from kvlocal.training.nexus_training import Training, TrainingSettings
 
     if output.exists() and not output.with_name(output.name + ".partial").exists():
         raise KvlocalError(f"{output} exists: remove it or name another file")
@@ -146,7 +146,7 @@ def train_command(
     if start:
         first = NexusFile.load(start)
         first.check_base(place.container)
-    chosen = Settings(
+    chosen = TrainingSettings(
         **settings,
         rank=0 if no_lora else rank,
         ratios=(fixed_ratio,) if fixed_ratio else ratios,
@@ -204,13 +204,13 @@ class _Progress:
     def __init__(self, done: int, steps: int) -> None:
         self._work = LongWork("updates", steps, done)
         self._steps = steps
-        self._recent: list[Measurement] = []
+        self._recent: list[TrainingReport] = []
 
     def __enter__(self) -> Self:
         self._work.__enter__()
         return self
 
-    def add(self, found: "Measurement") -> None:
+    def add(self, found: "TrainingReport") -> None:
         if found.held_out:
             self._flush(found.step)
             self._work.say(f"update {found.step}: held out {held_out_text(found.held_out)}")

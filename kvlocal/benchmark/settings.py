@@ -14,7 +14,7 @@ _SESSION = SessionConfig()
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How to measure.
 
     model: the GGUF file

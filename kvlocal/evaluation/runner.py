@@ -26,7 +26,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Failure:
+class ChatFailure:
     """A chat that could not be measured with a variant, and why."""
 
     chat: int
@@ -50,7 +50,7 @@ class Task(Protocol):
 
 
 # By variant (spec and ratio) and chat.
-Results = dict[tuple[str, float], dict[int, Measurement]]
+Measurements = dict[tuple[str, float], dict[int, Measurement]]
 
 
 class WorkFile:
@@ -64,7 +64,7 @@ class WorkFile:
         self._file = LineFile(path)
         self._key = key
         self._others: list[bytes] = []
-        self.results: Results = {}
+        self.results: Measurements = {}
 
     def __enter__(self) -> Self:
         self._file.__enter__()
@@ -108,7 +108,7 @@ class WorkFile:
         self._file.__exit__()
 
 
-def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterator[Measurement | Failure]:
+def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterator[Measurement | ChatFailure]:
     """Measures what the work file does not hold yet, all variants of one chat before the next chat, and yields what became of each.
 
     Stopped at any point, it has the same chats for every variant, but for the last one.
@@ -117,7 +117,7 @@ def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterato
         try:
             measurement = task.measure(index, variant)
         except KvlocalError as error:
-            yield Failure(index, variant, error)
+            yield ChatFailure(index, variant, error)
             continue
         work.add(index, variant, measurement)
         yield measurement

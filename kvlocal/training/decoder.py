@@ -15,7 +15,7 @@ _ALIGNMENT = 8  # head sizes that attention kernels like
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LowRankAdapter:
     """A low-rank addition to the linear layers, for some rows only.
 
     pairs: by GGUF's tensor name, A [r, n_in] and B [n_out, r] in the compute type; they may have gradients
@@ -84,7 +84,7 @@ class Decoder:
         *,
         past: list[Cells] | None = None,
         past_positions: Tensor | None = None,
-        adapter: Adapter | None = None,
+        adapter: LowRankAdapter | None = None,
         columns: Tensor | None = None,
         watch: Tensor | None = None,
     ) -> Pass:
@@ -140,7 +140,7 @@ class Decoder:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.hyper.eps)
 
-    def _linear(self, i: int, layer: dict[str, Tensor], name: str, x: Tensor, adapter: Adapter | None) -> Tensor:
+    def _linear(self, i: int, layer: dict[str, Tensor], name: str, x: Tensor, adapter: LowRankAdapter | None) -> Tensor:
         x = x.to(self.dtype)
         bias = layer.get(name + ".bias")
         y = F.linear(x, layer[name + ".weight"], None if bias is None else bias.to(self.dtype))
@@ -151,7 +151,7 @@ class Decoder:
         return y.index_add_(0, adapter.rows, F.linear(F.linear(x.index_select(0, adapter.rows), a), b), alpha=adapter.scale)
 
     def _project(
-        self, i: int, layer: dict[str, Tensor], x: Tensor, rotation: tuple[Tensor, Tensor], adapter: Adapter | None
+        self, i: int, layer: dict[str, Tensor], x: Tensor, rotation: tuple[Tensor, Tensor], adapter: LowRankAdapter | None
     ) -> tuple[Tensor, Cells]:
         """Queries [H_kv, G, T, d], and the rows' own cells."""
         hyper = self.hyper
@@ -208,7 +208,7 @@ class Decoder:
         scores = (q @ keys[:, None].transpose(-1, -2)).float() * self.hyper.attention_scale + mask.float()
         return scores.softmax(-1).amax(1)
 
-    def _feed_forward(self, i: int, layer: dict[str, Tensor], x: Tensor, adapter: Adapter | None) -> Tensor:
+    def _feed_forward(self, i: int, layer: dict[str, Tensor], x: Tensor, adapter: LowRankAdapter | None) -> Tensor:
         x = x.to(self.dtype)
         gate, up = (self._linear(i, layer, name, x, adapter) for name in ("ffn_gate", "ffn_up"))
         gate = F.gelu(gate, approximate="tanh") if self.hyper.gelu else F.silu(gate)

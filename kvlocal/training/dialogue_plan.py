@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvlocal.training import themes as words
+from kvlocal.training.themes import FactKind, themes
 
 MIN_PAIRS, MAX_PAIRS = 3, 8
 _MIN_TURN, _MAX_TURN = 20, 160
@@ -17,7 +17,7 @@ _YOURS = (("my", "your"), ("our", "your"), ("I am", "you are"), ("I was", "you w
 
 
 @dataclass(frozen=True)
-class Part:
+class TurnPlan:
     """One turn.
 
     given: how it begins; may be empty
@@ -31,26 +31,26 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairPlan:
     """A user turn and its answer.
 
     recalls: the user asks for a fact that an earlier turn stated
     """
 
-    user: Part
-    answer: Part
+    user: TurnPlan
+    answer: TurnPlan
     recalls: bool = False
 
 
 @dataclass(frozen=True)
-class Plan:
+class DialoguePlan:
     """One dialogue, as its seed has it."""
 
     seed: int
-    pairs: tuple[Pair, ...]
+    pairs: tuple[PairPlan, ...]
 
 
-def draw_plan(seed: int) -> Plan:
+def draw_plan(seed: int) -> DialoguePlan:
     """The plan of the dialogue with this seed.
 
     Three to eight pairs of turns: up to four facts stated in the first half, talk about changing topics, and questions for some of the
@@ -58,7 +58,7 @@ def draw_plan(seed: int) -> Plan:
     """
     rng = random.Random(f"plan {seed}")
     n_pairs = rng.randint(MIN_PAIRS, MAX_PAIRS)
-    kinds = rng.sample(words.FACTS, min(rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4)), n_pairs // 2 + 1))
+    kinds = rng.sample(themes().facts, min(rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4)), n_pairs // 2 + 1))
     facts = [_Fact.draw(kind, rng) for kind in kinds]
     asked = rng.sample(facts, min(len(facts), max(1, n_pairs // 2 - 1))) if facts else []
     n_talk = n_pairs - len(asked)
@@ -66,9 +66,9 @@ def draw_plan(seed: int) -> Plan:
     pairs = []
     for i in range(n_talk):
         stated = " ".join(fact.statement for fact, at in zip(facts, told, strict=True) if at == i)
-        pairs.append(_told(stated, rng) if stated else Pair(_talk(i, rng), Part("", True, _limit(rng))))
+        pairs.append(_told(stated, rng) if stated else PairPlan(_talk(i, rng), TurnPlan("", True, _limit(rng))))
     pairs += [fact.recall(rng) for fact in asked]
-    return Plan(seed, tuple(pairs))
+    return DialoguePlan(seed, tuple(pairs))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Fact:
     value: str
 
     @classmethod
-    def draw(cls, kind: words.FactKind, rng: random.Random) -> _Fact:
+    def draw(cls, kind: FactKind, rng: random.Random) -> _Fact:
         thing, value = rng.choice(kind.things), rng.choice(kind.values)
 
         def text(templates: tuple[str, ...], thing: str) -> str:
@@ -91,61 +91,61 @@ class _Fact:
             yours = re.sub(rf"\b{mine}\b", your, yours)
         return cls(text(kind.statements, thing), text(kind.questions, thing), text(kind.answers, yours), value)
 
-    def recall(self, rng: random.Random) -> Pair:
-        question = self.question if rng.random() < 0.7 else f"{rng.choice(words.CHANGES[:-1])} {self.question}"
+    def recall(self, rng: random.Random) -> PairPlan:
+        question = self.question if rng.random() < 0.7 else f"{rng.choice(themes().changes[:-1])} {self.question}"
         goes_on = rng.random() < 0.4
-        return Pair(Part(question, False, 0), Part(self.answer, goes_on, rng.randint(_MIN_TURN, 60)), recalls=True)
+        return PairPlan(TurnPlan(question, False, 0), TurnPlan(self.answer, goes_on, rng.randint(_MIN_TURN, 60)), recalls=True)
 
 
 def _limit(rng: random.Random) -> int:
     return rng.randint(_MIN_TURN, _MAX_TURN)
 
 
-def _told(statement: str, rng: random.Random) -> Pair:
+def _told(statement: str, rng: random.Random) -> PairPlan:
     """The user states facts: alone, before or after a request, or before whatever the model makes of it."""
-    way, free = rng.random(), Part("", True, _limit(rng))
+    way, free = rng.random(), TurnPlan("", True, _limit(rng))
     if way < 0.25:
-        thanks = Part(rng.choice(words.THANKS), rng.random() < 0.5, rng.randint(_MIN_TURN, 80))
-        return Pair(Part(statement, False, 0), thanks)
+        thanks = TurnPlan(rng.choice(themes().thanks), rng.random() < 0.5, rng.randint(_MIN_TURN, 80))
+        return PairPlan(TurnPlan(statement, False, 0), thanks)
     if way < 0.45:
-        return Pair(Part(statement, True, rng.randint(_MIN_TURN, 80)), free)
+        return PairPlan(TurnPlan(statement, True, rng.randint(_MIN_TURN, 80)), free)
     request = _request(rng)
-    return Pair(Part(f"{statement} {request}" if way < 0.85 else f"{request} {statement}", False, 0), free)
+    return PairPlan(TurnPlan(f"{statement} {request}" if way < 0.85 else f"{request} {statement}", False, 0), free)
 
 
-def _talk(i: int, rng: random.Random) -> Part:
+def _talk(i: int, rng: random.Random) -> TurnPlan:
     """A user turn without facts: the first one is about a topic, later ones follow up or change it."""
     way = rng.random()
     if i == 0:
         if way < 0.6:
-            return Part(_request(rng), way < 0.2, rng.randint(_MIN_TURN, 100))
-        return Part(_opening(rng) if way < 0.9 else "", True, _limit(rng))
+            return TurnPlan(_request(rng), way < 0.2, rng.randint(_MIN_TURN, 100))
+        return TurnPlan(_opening(rng) if way < 0.9 else "", True, _limit(rng))
     if way < 0.12:
-        return Part("", True, rng.randint(_MIN_TURN, 100))
+        return TurnPlan("", True, rng.randint(_MIN_TURN, 100))
     if way < 0.7:
-        return Part(rng.choice(words.FOLLOW_UPS), True, rng.randint(_MIN_TURN, 100))
+        return TurnPlan(rng.choice(themes().follow_ups), True, rng.randint(_MIN_TURN, 100))
     if way < 0.85:
-        return Part(f"{rng.choice(words.CHANGES)} {_request(rng)}", False, 0)
-    return Part(_opening(rng) if way < 0.92 else _request(rng), way < 0.92, rng.randint(_MIN_TURN, 100))
+        return TurnPlan(f"{rng.choice(themes().changes)} {_request(rng)}", False, 0)
+    return TurnPlan(_opening(rng) if way < 0.92 else _request(rng), way < 0.92, rng.randint(_MIN_TURN, 100))
 
 
 def _opening(rng: random.Random) -> str:
-    return rng.choice(words.OPENINGS).format(s=rng.choice(words.SUBJECTS))
+    return rng.choice(themes().openings).format(s=rng.choice(themes().subjects))
 
 
 def _request(rng: random.Random) -> str:
     """A whole request."""
-    s, t = rng.sample(words.SUBJECTS, 2)
-    r, q = rng.sample(words.ROLES, 2)
+    s, t = rng.sample(themes().subjects, 2)
+    r, q = rng.sample(themes().roles, 2)
     a, b, c = rng.randint(2, 12), rng.randint(2, 40), rng.randint(2, 9)
     filled: tuple[tuple[int, Callable[[], str]], ...] = (
-        (12, lambda: rng.choice(words.QUESTIONS).format(s=s, t=t)),
-        (3, lambda: rng.choice(words.CODE)),
-        (3, lambda: rng.choice(words.MATHS).format(a=a, b=b, c=c, n=rng.choice(words.NAMES))),
-        (2, lambda: rng.choice(words.ROLE_PLAY).format(r=r, q=q, s=s)),
-        (5, lambda: rng.choice(words.ADVICE)),
-        (2, lambda: rng.choice(words.SMALL_TALK)),
-        (3, lambda: rng.choice(words.TASKS)),
+        (12, lambda: rng.choice(themes().questions).format(s=s, t=t)),
+        (3, lambda: rng.choice(themes().code)),
+        (3, lambda: rng.choice(themes().maths).format(a=a, b=b, c=c, n=rng.choice(themes().names))),
+        (2, lambda: rng.choice(themes().role_play).format(r=r, q=q, s=s)),
+        (5, lambda: rng.choice(themes().advice)),
+        (2, lambda: rng.choice(themes().small_talk)),
+        (3, lambda: rng.choice(themes().tasks)),
     )
     (make,) = rng.choices([make for _, make in filled], [weight for weight, _ in filled])
     return _capital(make())

@@ -73,7 +73,7 @@ def _allot(example: Example, ratio: float, share: float, largest: int) -> tuple[
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """What the student has in its cache, in order: prefix, then each segment's tokens followed by its Nexus tokens; int64 [T] each.
 
     The tokens of segments that go are not read again: their cells are the teacher's. So the student's own rows are Nexus tokens and what is
@@ -91,7 +91,7 @@ class Layout:
     n_gone: int
 
     @classmethod
-    def of(cls, example: Example, compression: Compression) -> Layout:
+    def of(cls, example: Example, compression: Compression) -> SequenceLayout:
         n = min(compression.n_gone + compression.n_judged, len(example.segments))
         # nothing follows the last one
         ks = (*compression.ks[: n - 1], 0)
@@ -181,7 +181,7 @@ class Distillation:
             KeyError: the conversation was not read for this number of gone segments.
         """
         decoder, device = self._decoder, self._decoder.device
-        layout = Layout.of(self._example, compression)
+        layout = SequenceLayout.of(self._example, compression)
         past, own = layout.past, layout.own
         is_nexus = layout.nexus[own] >= 0
         nexus_rows, judged = (torch.from_numpy(np.flatnonzero(rows)).to(device) for rows in (is_nexus, ~is_nexus))
@@ -208,7 +208,7 @@ class Distillation:
             attention = (difference.abs() * later).sum() / (later.sum() * difference.shape[0] * difference.shape[1])
         return Loss(kl, attention)
 
-    def _kept(self, layout: Layout, compression: Compression, rng: np.random.Generator) -> Tensor | None:
+    def _kept(self, layout: SequenceLayout, compression: Compression, rng: np.random.Generator) -> Tensor | None:
         """The cells of the past that stay beside the prefix, bool [L, H_kv, T_past]; layers with a sliding window lose none."""
         begin, end = len(self._example.prefix), len(layout.past)
         n_kept = round(compression.raw * (end - begin))

@@ -46,7 +46,7 @@ class TrainingError(KvlocalError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Everything that the result depends on, besides model, data and hardware.
 
     steps: updates
@@ -82,7 +82,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class TrainingReport:
     """One update, or one evaluation.
 
     step: updates made
@@ -117,7 +117,7 @@ class Training:
         base: the model, the very file that is used later.
         base_name: what users call it.
         examples: conversations.
-        settings: see Settings.
+        settings: see TrainingSettings.
         path: the Nexus file. It is written at every checkpoint; what is needed to go on is beside it, in PATH.partial, until all is done.
         device: where to compute, such as "cpu" or "cuda".
         start: the Nexus file whose values training begins with.
@@ -128,7 +128,7 @@ class Training:
     """
 
     def __init__(
-        self, base: Container, base_name: str, examples: Examples, settings: Settings, path: Path, device: str, start: NexusFile | None = None
+        self, base: Container, base_name: str, examples: Examples, settings: TrainingSettings, path: Path, device: str, start: NexusFile | None = None
     ) -> None:
         self._base, self._base_name, self._examples, self._settings = base, base_name, examples, settings
         self._path, self._checkpoint = path, path.with_name(path.name + ".partial")
@@ -161,7 +161,7 @@ class Training:
 
     def run(
         self,
-        report: Callable[[Measurement], None],
+        report: Callable[[TrainingReport], None],
         *,
         evaluate_every: int = 100,
         checkpoint_seconds: float = 300.0,
@@ -227,7 +227,7 @@ class Training:
         progress = (step - warm_up) / max(1, self._settings.steps - warm_up)
         return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
-    def _update(self) -> Measurement:
+    def _update(self) -> TrainingReport:
         """One step of AdamW on the mean loss of a batch's students."""
         started = time.monotonic()
         settings = self._settings
@@ -263,7 +263,7 @@ class Training:
         state.losses.append((kl, attention, recital))
         seconds = time.monotonic() - started
         state.seconds += seconds
-        return Measurement(self.step, kl, attention, recital, seconds=seconds)
+        return TrainingReport(self.step, kl, attention, recital, seconds=seconds)
 
     def _example(self, n: int, rng: np.random.Generator) -> Example:
         """The n-th conversation, all of them in a new order in each round, behind others that are drawn; sometimes with a segment cut in two."""
@@ -283,13 +283,13 @@ class Training:
         n = int(rng.integers(1, len(example.segments) + 1))
         return example.recited(n, int(rng.integers(n)), self._examples.instruction)
 
-    def _evaluate(self) -> Measurement:
+    def _evaluate(self) -> TrainingReport:
         started = time.monotonic()
         found = [self._divergences(example) for example in self._held_out]
         means = {name: float(np.mean([one[name] for one in found])) for name in (found[0] if found else ())}
         if means:
             self._state.evaluations.append({"step": self.step} | {name: round(value, 5) for name, value in means.items()})
-        return Measurement(self.step, held_out=means, seconds=time.monotonic() - started)
+        return TrainingReport(self.step, held_out=means, seconds=time.monotonic() - started)
 
     def _divergences(self, example: Example) -> dict[str, float]:
         found = divergences(self._decoder, self._parameters, example, EVALUATED_RATIOS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlocal.nexus.file import NexusFile
-from kvlocal.training.decoder import Adapter
+from kvlocal.training.decoder import LowRankAdapter
 from kvlocal.training.weights import LINEAR, Weights
 
 _N_SAMPLED = 4096  # token embeddings that the table's first values are drawn after
@@ -65,13 +65,13 @@ class Parameters:
     def leaves(self) -> list[Tensor]:
         return [self.table, *self.adapter_leaves]
 
-    def adapter(self, dtype: torch.dtype, rows: Tensor) -> Adapter | None:
+    def adapter(self, dtype: torch.dtype, rows: Tensor) -> LowRankAdapter | None:
         """The adapter in the compute type, for these rows, int64 [n]."""
         if not self.pairs:
             return None
         pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in self.pairs.items()}
         rank = len(next(iter(self.pairs.values()))[0])
-        return Adapter(pairs, self.alpha / rank, rows)
+        return LowRankAdapter(pairs, self.alpha / rank, rows)
 
 
 def _leaf(values: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from kvlocal.llama.library import load
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
-from kvlocal.training.dialogue_plan import MIN_PAIRS, Pair, Part, draw_plan
+from kvlocal.training.dialogue_plan import MIN_PAIRS, PairPlan, TurnPlan, draw_plan
 from kvlocal.training.draw import draw
 from kvlocal.training.turn_text import FENCE, flaw, in_code, sentence_ends
 
@@ -39,7 +39,7 @@ _TALK_CELLS, _RECALL_CELLS = 2 * (160 + _CODE_GRACE) + 160, 60 + _CODE_GRACE + 1
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class WrittenDialogue:
     """What became of one plan.
 
     seed: the plan's
@@ -110,7 +110,7 @@ class DataFile:
         self._file.mend()
         return self
 
-    def add(self, dialogue: Dialogue) -> None:
+    def add(self, dialogue: WrittenDialogue) -> None:
         """Keeps one more dialogue.
 
         Raises:
@@ -129,7 +129,7 @@ class DataFile:
         self._file.__exit__()
 
 
-def synthesize(model: Model, data: DataFile, n_tokens: int, settings: SynthSettings) -> Iterator[Dialogue]:
+def synthesize(model: Model, data: DataFile, n_tokens: int, settings: SynthSettings) -> Iterator[WrittenDialogue]:
     """Fills a file up to so many tokens, and yields each dialogue once it is in it, and those that were dropped.
 
     A file that was left unfinished ends as it would have without the interruption, bit by bit where llama.cpp runs on the CPU.
@@ -147,7 +147,7 @@ def synthesize(model: Model, data: DataFile, n_tokens: int, settings: SynthSetti
             return
 
 
-def dialogues(model: Model, settings: SynthSettings, start: int = 0) -> Iterator[Dialogue]:
+def dialogues(model: Model, settings: SynthSettings, start: int = 0) -> Iterator[WrittenDialogue]:
     """The run's dialogues in the order of their plans, without end, those to be dropped as well.
 
     One sequence each; a finished one makes place for the next. Every batch holds one token of every sequence, which is given or drawn, so
@@ -163,7 +163,7 @@ def dialogues(model: Model, settings: SynthSettings, start: int = 0) -> Iterator
     numbers = iter(range(start, SEEDS_PER_RUN))
     sequences = np.arange(n, dtype=np.int32)
     tokens, positions = np.empty((2, n), dtype=np.int32)
-    finished: dict[int, Dialogue] = {}
+    finished: dict[int, WrittenDialogue] = {}
     with Context(model, n_cells=scribe.n_cells, n_ubatch=n, n_seq_max=n, n_threads=settings.n_threads) as context:
 
         def begin() -> _Slot:
@@ -231,7 +231,7 @@ class _Slot:
         self.position, self.rewind = position + 1, 0
         return self.feed.popleft(), position
 
-    def take(self, token: int) -> Dialogue | None:
+    def take(self, token: int) -> WrittenDialogue | None:
         """Goes on with the token that was drawn; the dialogue, if that ends it."""
         try:
             self._obey(self._author.send(token))
@@ -282,7 +282,7 @@ class _Author:
         # tokens in the cache
         self._length = 0
 
-    def write(self) -> Generator[_Step, int, Dialogue]:
+    def write(self) -> Generator[_Step, int, WrittenDialogue]:
         whole: tuple[Message, ...] = ()
         n_tokens, fault = 0, None
         for pair in self._plan.pairs:
@@ -294,10 +294,10 @@ class _Author:
             whole = tuple(self._messages)
             n_tokens = self._length + len(self._feed) - self._rewind + len(self._scribe.tokens(self._pieces))
         if len(whole) < 2 * MIN_PAIRS:
-            return Dialogue(self._plan.seed, (), 0, fault or "too short")
-        return Dialogue(self._plan.seed, whole, n_tokens, fault)
+            return WrittenDialogue(self._plan.seed, (), 0, fault or "too short")
+        return WrittenDialogue(self._plan.seed, whole, n_tokens, fault)
 
-    def _write_pair(self, pair: Pair) -> Generator[_Step, int, str | None]:
+    def _write_pair(self, pair: PairPlan) -> Generator[_Step, int, str | None]:
         before = list(self._messages)
         self._pieces += self._template.user_start(before, pair.user.given)
         fault = yield from self._write_turn("user", pair.user, _USER_TEMPERATURE)
@@ -310,7 +310,7 @@ class _Author:
             self._pieces += self._template.answer_start(before)
         return (yield from self._write_turn("assistant", pair.answer, _ANSWER_TEMPERATURE))
 
-    def _write_turn(self, role: str, part: Part, temperature: float) -> Generator[_Step, int, str | None]:
+    def _write_turn(self, role: str, part: TurnPlan, temperature: float) -> Generator[_Step, int, str | None]:
         """Adds a turn whose given part is among the pieces already; what is wrong with it, or None."""
         earlier = [message["content"] for message in self._messages]
         if not part.goes_on:
@@ -332,7 +332,7 @@ class _Author:
                 return None
         return fault
 
-    def _go_on(self, part: Part, temperature: float) -> Generator[_Step, int, str | None]:
+    def _go_on(self, part: TurnPlan, temperature: float) -> Generator[_Step, int, str | None]:
         """What the model writes after the given part of a turn; None if it comes to no end."""
         model, tokens, text = self._scribe.model, [], ""
         ends_given = part.given.endswith((".", "!", "?"))
