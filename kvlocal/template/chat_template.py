@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from kvlocal.llama.engine import Model
 from kvlocal.llama.library import load
-from kvlocal.template import markup
 from kvlocal.template.answer import AnswerStream, split_thought
 from kvlocal.template.compiled import LIMIT_SECONDS, CompiledTemplate, TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN

@@ -16,6 +16,9 @@ SYSTEM, USER, ASSISTANT = "Kvlsys0Q", "Kvlusr1Q", "Kvlast1Q"
 USER_2, ASSISTANT_2, USER_3 = "Kvlusr2Q", "Kvlast2Q", "Kvlusr3Q"
 THOUGHT = "Kvlthk1Q"
 
+# markers that no line ends behind
+_TIGHT = ("|>", "]")
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -136,25 +139,17 @@ class Markup:
         return found if found.supports_thinking else None
 
     def _find_thoughts(self, answer_format: Callable[[Sequence[Message]], AnswerFormat]) -> Thoughts | None:
-        answer_with_thought = {**assistant(ASSISTANT), "reasoning_content": THOUGHT}
-        inline = assistant(THOUGHT_START + THOUGHT + THOUGHT_END + ASSISTANT)
         turn = self.first[False]
-        for rendered in (
-            lambda: answer_format([user(USER), answer_with_thought]).prompt,
-            lambda: self._render([user(USER), inline], opening=False),
-        ):
-            try:
-                text = rendered()
-                found = Thoughts(between(text, USER, THOUGHT), between(text, THOUGHT, ASSISTANT))
-            except TemplateError:
-                continue
-            if found.before.startswith(turn.after + turn.header):
-                return Thoughts(found.before[len(turn.after + turn.header) :], found.after)
+        try:
+            text = answer_format([user(USER), {**assistant(ASSISTANT), "reasoning_content": THOUGHT}]).prompt
+            before, after = between(text, USER, THOUGHT), between(text, THOUGHT, ASSISTANT)
+            if before.startswith(turn.after + turn.header):
+                return Thoughts(before[len(turn.after + turn.header) :], after)
+        except TemplateError:
+            pass
+        # a template that leaves out the thoughts of all answers: what the markers alone tell
         start, end = self.answer_format.thinking_start, self.answer_format.thinking_end
-        if not start or not end:
-            return None
-        # it drops the thoughts of answers, so that what begins them shows only where one is generated
-        return Thoughts(turn.generated if start in turn.generated else start + "\n", f"\n{end}\n\n")
+        return _thoughts_between(turn, start, end) if start and end else None
 
     def _depends_on_history(self) -> bool:
         turns = [user(USER), assistant(ASSISTANT), user(USER_2), assistant(ASSISTANT_2), user(USER_3)]
@@ -175,6 +170,22 @@ class Markup:
             or with_system != self.first[True].before + "".join(expected)
             or THOUGHT not in with_thought
         )
+
+
+def _thoughts_between(turn: Turn, start: str, end: str) -> Thoughts:
+    """The markup of thoughts, from their markers and from what stands in front of answers, which may be an empty thought."""
+    if start in turn.given:
+        n = turn.given.index(start) + len(start)
+        before, empty = turn.given[:n], turn.given[n:]
+    elif start in turn.generated:
+        before, empty = turn.generated, turn.given
+    elif start in turn.header and end not in turn.header:
+        before, empty = "", turn.given
+    else:
+        before, empty = start if start.endswith(_TIGHT) else start + "\n", turn.given
+    if end in empty:
+        return Thoughts(before, empty[empty.index(end) :])
+    return Thoughts(before, end + empty if end.endswith(_TIGHT) else f"\n{end}\n\n{empty}")
 
 
 def system(content: str) -> Message:
