@@ -315,13 +315,15 @@ def test_unusable_templates(source: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_defaults_follow_the_vocabulary(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_follow_the_vocabulary(smollm2: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(model.metadata, "tokenizer.chat_template")
     assert ChatTemplate.from_model(model).source == "default:chatml"
-    tokenize = model.tokenize
-    monkeypatch.setattr(model, "tokenize", lambda text, **options: tokenize(text.replace("<|", "< |"), **options))
-    plain = ChatTemplate.from_model(model)
-    assert (plain.source, plain.stop_strings) == ("default:plain", ("\n### User:",))
-    assert text_of([plain.user_turn([], "Hi")]) == "### User:\nHi\n\n### Assistant:\n"
     monkeypatch.setitem(model.metadata, "tokenizer.chat_template", PHI_3)
     assert ChatTemplate.from_model(model).source == "gguf"
+    with Model(smollm2) as other:
+        del other.metadata["tokenizer.chat_template"]
+        tokenize = other.tokenize
+        monkeypatch.setattr(other, "tokenize", lambda text, **options: tokenize(text.replace("<|", "< |"), **options))
+        plain = ChatTemplate.from_model(other)
+    assert (plain.source, plain.stop_strings) == ("default:plain", ("\n### User:",))
+    assert text_of([plain.user_turn([], "Hi")]) == "### User:\nHi\n\n### Assistant:\n"

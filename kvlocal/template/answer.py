@@ -22,9 +22,10 @@ _TAIL = 32  # characters by which the end of what was shown is found again
 
 def with_thought(answer: Answer) -> str:
     """The text of an answer, its thought in front. A thought that nothing follows is not closed."""
-    if not answer.reasoning:
+    reasoning = answer.reasoning.lstrip()
+    if not reasoning:
         return answer.content
-    return THOUGHT_START + answer.reasoning + (THOUGHT_END + answer.content if answer.content else "")
+    return THOUGHT_START + reasoning + (THOUGHT_END + answer.content if answer.content else "")
 
 
 def split_thought(text: str) -> tuple[str, bool, str]:
