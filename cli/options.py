@@ -16,7 +16,8 @@ from kvlocal.library import load as load_library
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.sampling import REPEAT_PENALTY, SamplingParams
-from kvlocal.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
+from kvlocal.budgeted import DEFAULT_BUDGET, DEFAULT_FULL
+from kvlocal.session import SessionConfig
 from kvlocal_cli.terminal import waiting
 
 CACHE_TYPES = ("f16", "q8_0")

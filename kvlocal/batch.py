@@ -7,17 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from kvlocal import policies
 from kvlocal.compression import Seconds
 from kvlocal.engine import MAX_SEQUENCES, Context, Model
 from kvlocal.errors import KvlocalError
 from kvlocal.jobs import Failure, Job, Result
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.observation import n_recorded
 from kvlocal.rounds import Stopped
 from kvlocal.session import REPORTED, ChatSession, SessionConfig
 from kvlocal.streams import Streams
@@ -71,7 +68,7 @@ def run_batch(
 
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.budget
-    streams = Streams(parallel, _n_recorded(config), model, **asked)
+    streams = Streams(parallel, model, **asked)
     return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
 
 
@@ -196,12 +193,7 @@ class _Batch:
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a stream."""
-        make_context = partial(self._streams.open, _n_recorded(config))
-        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=make_context)
-
-
-def _n_recorded(config: SessionConfig) -> int:
-    return n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)
+        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._streams.open)
 
 
 def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:

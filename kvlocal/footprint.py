@@ -12,7 +12,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from kvlocal.container import Container
 from kvlocal.engine import CELL_BLOCK
 from kvlocal.errors import KvlocalError
-from kvlocal.session import SessionConfig, allocation
+from kvlocal.budgeted import allocation
+from kvlocal.session import SessionConfig
 
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
 _PROCESS = 128 * 2**20
