@@ -476,8 +476,7 @@ class ChatSession:
         rest = content[n_characters:]
         if rest:
             (part,) = self._parts([Piece("assistant", rest, "content", before=content[:n_characters] or "a")])
-            self.cache.append(part.tokens, "decode")
-            n += len(part.tokens)
+            n += self.cache.read([part])
         return n
 
     def add_answer(self, content: str, drawn: Sequence[int]) -> None:

@@ -54,14 +54,20 @@ def pieces_of(pieces: Sequence[bytes], text: str) -> tuple[int, int]:
     its characters these are.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    n = n_characters = n_decoded = 0
+    found = clean = (0, 0)
+    n_decoded = 0
     for i, data in enumerate(pieces, 1):
         n_decoded += len(decoder.decode(data))
         if n_decoded > len(text):
-            break
-        if not decoder.getstate()[0]:
-            n, n_characters = i, n_decoded
-    return n, n_characters
+            # no further than to the last character that ended with a piece
+            return clean
+        # bytes that are kept back begin one more character
+        is_within = bool(decoder.getstate()[0])
+        if n_decoded + is_within <= len(text):
+            found = i, n_decoded + is_within
+        if not is_within:
+            clean = i, n_decoded
+    return found
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -8,7 +8,7 @@ import pytest
 from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
 from kvlocal.policies import POLICIES
-from kvlocal.sampling import SamplingParams
+from kvlocal.sampling import Sampler, SamplingParams
 from kvlocal.session import ChatSession, SessionConfig, SessionError
 
 GREEDY = SamplingParams(temperature=0)
@@ -207,6 +207,18 @@ def test_an_exception_in_an_answer_leaves_the_session_usable(model):
             "".join(chat.answer())
         check_ledger(chat)
         assert "".join(chat.send("And now?"))
+
+
+def test_a_token_that_says_more_than_the_answer_is_read_again_in_part(model, monkeypatch):
+    """The end of an answer and the beginning of a stop string can be one token."""
+    with session(model) as chat:
+        (token,) = model.tokenize(" lighthouse", parse_special=False)[:1]
+        text = model.token_bytes(int(token)).decode()
+        chat.template.stop_strings = (text[3:],)
+        monkeypatch.setattr(Sampler, "sample", lambda self, context, i=-1: self.accept(int(token)) or int(token))
+        assert "".join(chat.send("What is this?")) == text[:3]
+        assert model.detokenize(chat.cache.ledger.ids).endswith(text[:3])
+        check_ledger(chat)
 
 
 def raise_interrupt(*_):
