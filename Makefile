@@ -5,6 +5,8 @@
 # make leaks     a short run of the library under LeakSanitizer, which shares that build
 # make stock     llama.cpp without our patches, in build/stock/dist/lib, to compare with
 # make pack      everything that a machine without a network needs, in build/kvlocal-offline.tar.gz (ARGS="--help" tells the options)
+# make cuda-toolkit  what compiles for NVIDIA devices, into .venv, where the system has no CUDA toolkit
+# make gpu-report    builds with CUDA and measures on the device, in build/gpu-report (ARGS="--help" tells the options)
 # make clean     remove .venv and build
 #
 # CMAKE_ARGS="-DGGML_CUDA=ON" chooses a backend, PYTHON=python3.12 an interpreter.
@@ -28,7 +30,7 @@ endif
 # Standard input and output belong to the chat and to the tests alone.
 bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 
-.PHONY: chat test setup sanitize leaks stock pack clean
+.PHONY: chat test setup sanitize leaks stock pack cuda-toolkit gpu-report clean
 
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
@@ -66,6 +68,17 @@ stock:
 
 pack:
 	@$(bootstrap) && .venv/bin/python native/pack.py $(ARGS)
+
+cuda-toolkit:
+	@$(bootstrap) --environment && .venv/bin/python native/cuda_toolkit.py $(ARGS)
+
+# The backend is the same with and without the patches, and takes long to compile: stock llama.cpp gets ours.
+gpu-report:
+	@CMAKE_ARGS="$(CMAKE_ARGS) -DGGML_CUDA=ON" $(bootstrap) --test
+	@$(call library,stock,-DKVLOCAL_STOCK=ON -DCMAKE_BUILD_TYPE=Release)
+	@cp .venv/lib/python*/site-packages/kvlocal/lib/libggml.so .venv/lib/python*/site-packages/kvlocal/lib/libggml-base.so \
+		.venv/lib/python*/site-packages/kvlocal/lib/libggml-cuda.so build/stock/dist/lib/
+	@.venv/bin/python tests/measure/gpu_report.py $(ARGS)
 
 clean:
 	@rm -rf .venv build

@@ -80,7 +80,7 @@ def step(what: str, command: list[str]) -> None:
 
 
 def build_digest() -> str:
-    """A digest of all that the installed package is built from, Python files excepted: those are used from where they are."""
+    """A digest of all that the installed package is built from. Python files are used from where they are: of them it is only where."""
     digest = hashlib.sha256(sys.version.encode())
     digest.update(f"\0{ROOT}\0{os.environ.get('CMAKE_ARGS', '')}".encode())
     inputs = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml", *sorted((ROOT / "native").rglob("*")), *sorted((ROOT / "models").rglob("*"))]
@@ -88,6 +88,8 @@ def build_digest() -> str:
         if path.is_file() and path.suffix != ".pyc" and path != Path(__file__).resolve():
             digest.update(f"\0{path.relative_to(ROOT)}\0".encode())
             digest.update(path.read_bytes())
+    for path in sorted(path for package in ("kvlocal", "cli") for path in (ROOT / package).rglob("*.py")):
+        digest.update(f"\0{path.relative_to(ROOT)}".encode())  # the installation maps each module's name to its file
     return digest.hexdigest()
 
 
@@ -116,6 +118,10 @@ def missing_build_programs() -> list[str]:
     return json.loads(answer(question))
 
 
+def make_environment() -> None:
+    step("making the virtual environment .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
+
+
 def set_up(*, test: bool) -> None:
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() and PYTHON.exists() else {}
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -125,7 +131,7 @@ def set_up(*, test: bool) -> None:
     if stamp.get("build") != build:
         LOG.unlink(missing_ok=True)
         if not stamp:  # also after a set-up that was cut short: the environment may be half made
-            step("making the virtual environment .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
+            make_environment()
         step("installing the build tools", [*pip, "install", *project["build-system"]["requires"]])
         if programs := missing_build_programs():
             step(f"installing {' and '.join(programs)}", [*pip, "install", *programs])
@@ -143,7 +149,7 @@ def set_up(*, test: bool) -> None:
         return
     if model.get("place") != model_place() or not Path(model["path"]).exists():
         step(f"fetching the model {DEFAULT_MODEL}", [str(VENV / "bin" / "kvlocal"), "pull", DEFAULT_MODEL])
-        resolve = f"from kvlocal.catalogue import resolve; print(resolve({DEFAULT_MODEL!r}))"
+        resolve = f"from kvlocal import resolve; print(resolve({DEFAULT_MODEL!r}))"
         stamp["model"] = {"place": model_place(), "path": answer(resolve)}
         save(stamp)
 
@@ -151,8 +157,14 @@ def set_up(*, test: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="also install what the tests need")
+    parser.add_argument("--environment", action="store_true", help="make no more than the virtual environment, unless it is there")
     arguments = parser.parse_args()
     try:
+        if arguments.environment:
+            if not STAMP.exists():
+                make_environment()
+                save({"build": None})
+            return 0
         set_up(test=arguments.test)
     except (SetupError, OSError) as error:
         say(str(error))

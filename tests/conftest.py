@@ -3,15 +3,32 @@
 import signal
 from pathlib import Path
 
+import device
 import pytest
 
-from kvlocal.catalogue import resolve
-from kvlocal.pull import pull
+from kvlocal.hub.catalogue import resolve
+from kvlocal.hub.pull import pull
 
 # nohup and background jobs are started with these ignored, and so would be all that the tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default=device.chosen(), help="where models are put: cpu, gpu or gpu:LAYERS  [default: KVLOCAL_TEST_DEVICE or cpu]")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only: what it tests exists on the CPU alone")
+    device.use(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not device.on_cpu():
+        for item in items:
+            if item.get_closest_marker("cpu_only"):
+                item.add_marker(pytest.mark.skip(reason="exists on the CPU alone"))
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from doors import write_chat_model
 
-from kvlocal.engine import Context, Model
+from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
 from kvlocal.errors import KvlocalError
-from kvlocal.native import NativeError
-from kvlocal.sampling import Sampler, SamplingParams
-from kvlocal.session import ChatSession, SessionConfig, SessionError
+from kvlocal.llama.cells import NativeError
+from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.sampling import Sampler, SamplingParams
 
 CONFIG = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=24, n_threads=1, policy="snapkv", sampling=SamplingParams(temperature=0))
 QUESTIONS = ("The keeper wrote down the birds.", "Who wrote down what?", "And when?")

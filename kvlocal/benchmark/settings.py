@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal import policies
-from kvlocal.session import SessionConfig
+from kvlocal.chat.session import SessionConfig
 
 _SESSION = SessionConfig()
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How to measure.
 
     model: the GGUF file
@@ -26,6 +26,7 @@ class Settings:
     histories: tokens of conversation at which decode and prefill are measured; the last one is where memory is
     cells: of the comparison at an equal number of cells
     turns, answer: of the whole chat: how many turns, and how many tokens each answer has
+    gpu_layers: layers that go to the GPU, -1 for all, of both; without one it has no effect
     pairs: slices of each kind that are compared; the comparison at equal cells, where the difference is small, takes twice as many
     parts: a slice of decoding is done in this many pieces, in alternation
     piece: tokens that stock llama.cpp decodes in a piece; the session decodes its share of a stride
@@ -40,6 +41,7 @@ class Settings:
     type_k: str = _SESSION.type_k
     type_v: str = _SESSION.type_v
     n_threads: int | None = None
+    gpu_layers: int = -1
     stride: int = _SESSION.stride
     window: int = _SESSION.window
     n_ubatch: int = _SESSION.n_ubatch

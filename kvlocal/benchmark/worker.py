@@ -12,11 +12,11 @@ from typing import Any
 from kvlocal import policies
 from kvlocal.benchmark.readers import Figures, PlainReader, Reader, SessionReader
 from kvlocal.benchmark.script import Script
-from kvlocal.engine import Model
+from kvlocal.chat.session import SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.library import load, load_stock
+from kvlocal.llama.engine import Model
+from kvlocal.llama.library import load, load_stock
 from kvlocal.nexus.discovery import nexus_for
-from kvlocal.session import SessionConfig
 
 
 class Host:
@@ -25,12 +25,13 @@ class Host:
     stock: directory of the stock library; None for ours
     model: the GGUF file
     n_answer: of the script
+    gpu_layers: as in Model
     nexus: of the sessions whose policy needs Nexus tokens, as in kvlocal.nexus.discovery
     """
 
-    def __init__(self, stock: str | None, model: str, n_answer: int, nexus: str | None = None):
+    def __init__(self, stock: str | None, model: str, n_answer: int, gpu_layers: int = -1, nexus: str | None = None):
         self._library = load_stock(stock) if stock else load()
-        self._model = Model(model)
+        self._model = Model(model, n_gpu_layers=gpu_layers)
         self._script = Script(self._model, n_answer)
         self._readers: dict[str, Reader] = {}
         self._nexus = nexus

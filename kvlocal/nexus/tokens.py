@@ -7,10 +7,10 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.container import Container
-from kvlocal.engine import Adapter, Model
+from kvlocal.gguf.container import Container
+from kvlocal.llama.engine import Adapter, Model
 from kvlocal.nexus.file import NexusFile
-from kvlocal.segmentation import Dynamic
+from kvlocal.policies.segmentation import Dynamic
 
 # where Nexus tokens come within a text of the user that is longer than a block
 LONG_TEXT = Dynamic(min_block=256, max_block=512)

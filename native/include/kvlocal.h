@@ -139,6 +139,9 @@ int32_t kvl_get_kq_scale(struct llama_context * ctx, int32_t layer, float * scal
 // a log callback that drops what it gets
 void kvl_log_discard(int32_t level, const char * text, void * user_data);
 
+// where ggml aborts the process, one sentence on stderr takes the place of its backtrace
+void kvl_abort_in_a_sentence(void);
+
 /* cffi: end */
 
 #pragma GCC visibility pop

@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from kvlocal import figure
 from kvlocal.benchmark.script import Script
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import Model
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.evaluation import figure
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import Model
+from kvlocal.llama.sampling import SamplingParams
 
 SYSTEM = "You are a patient librarian. End every answer with the word indeed."
 
@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--kv-budget", type=int, default=1024)
     parser.add_argument("--policy", default="gkv")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--gpu-layers", type=int, default=0, help="-1 for all")
     parser.add_argument("--json")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> int:
     config = SessionConfig(budget=args.kv_budget, policy=args.policy, system=SYSTEM, max_tokens=200, sampling=sampling, n_threads=args.threads)
     answer_tokens = 0
     started = time.perf_counter()
-    with Model(resolve(args.model)) as model, ChatSession(model, config) as chat:
+    with Model(resolve(args.model), n_gpu_layers=args.gpu_layers) as model, ChatSession(model, config) as chat:
         script = Script(model, n_answer=1)
         n_system = chat.segments()[0].n_tokens
         while chat.kv.history_tokens < args.tokens or answer_tokens < args.answer_tokens:

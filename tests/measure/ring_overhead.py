@@ -16,14 +16,14 @@ import sys
 import time
 
 
-def child(model_path: str, n_cells: int, n_burst: int, window: int) -> None:
+def child(model_path: str, n_cells: int, n_burst: int, window: int, gpu_layers: int) -> None:
     """Fills n_cells, then decodes a burst for each line of standard input and prints its seconds."""
     import llama_cpp
     from llama_cpp import llama_cpp as low
 
     low.llama_backend_init()
     params = low.llama_model_default_params()
-    params.n_gpu_layers = 0
+    params.n_gpu_layers = gpu_layers
     model = low.llama_model_load_from_file(model_path.encode(), params)
     options = low.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch = n_cells + 512, 256, 256
@@ -56,14 +56,15 @@ def main() -> int:
     parser.add_argument("--burst", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--gpu-layers", type=int, default=0, help="of both, -1 for all")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.model, args.cells, args.burst, args.window)
+        child(args.model, args.cells, args.burst, args.window, args.gpu_layers)
         return 0
 
-    from kvlocal.catalogue import DEFAULT_MODEL, resolve
-    from kvlocal.library import load
+    from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+    from kvlocal.llama.library import load
 
     library = load()
     bindings = os.path.dirname(os.path.dirname(library.llama_cpp.__file__))
@@ -72,7 +73,7 @@ def main() -> int:
     def start(lib_dir: str, window: int) -> subprocess.Popen:
         env = os.environ | {"LLAMA_CPP_LIB_PATH": lib_dir, "PYTHONPATH": bindings}
         command = [sys.executable, __file__, "--child", "--stock", "-", "--model", model, "--cells", str(args.cells)]
-        command += ["--burst", str(args.burst), "--window", str(window)]
+        command += ["--burst", str(args.burst), "--window", str(window), "--gpu-layers", str(args.gpu_layers)]
         return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     ours, stock = start(str(library.lib_dir), args.window), start(os.path.abspath(args.stock), 0)

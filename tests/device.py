@@ -1,0 +1,43 @@
+"""Where the models of the tests are: on the CPU, or on the device that KVLOCAL_TEST_DEVICE or pytest's --device names.
+
+"cpu" is the default, "gpu" puts all layers and their cache on the GPU, "gpu:N" the last N layers only.
+"""
+
+import os
+
+import pytest
+
+from kvlocal.llama.engine import Model
+from kvlocal.llama.library import load
+
+
+def use(device: str) -> None:
+    """Puts all models that are made from now on, unless they say where, on the device.
+
+    Raises:
+        pytest.UsageError: there is no such device.
+    """
+    kind, _, layers = device.partition(":")
+    if kind not in ("cpu", "gpu") or (layers and not layers.isdecimal()) or (kind == "cpu" and layers):
+        raise pytest.UsageError(f"there is no device {device!r}: name cpu, gpu or gpu:LAYERS")
+    if kind == "gpu":
+        if not load().llama_cpp.llama_supports_gpu_offload():
+            raise pytest.UsageError("this library finds no GPU: build it with a GPU backend on a machine that has one, or leave --device out")
+        Model.__init__.__kwdefaults__["n_gpu_layers"] = int(layers or -1)
+    os.environ["KVLOCAL_TEST_DEVICE"] = device  # the processes that tests start see it too
+
+
+def chosen() -> str:
+    """The device as it was named."""
+    return os.environ.get("KVLOCAL_TEST_DEVICE", "cpu")
+
+
+def on_cpu() -> bool:
+    """Whether the tests run on the CPU alone."""
+    return chosen() == "cpu"
+
+
+def tolerance(on_the_cpu: float, on_a_device: float) -> float:
+    """How far a result may be from its reference: what is written where it is used for each of the two."""
+    return on_the_cpu if on_cpu() else on_a_device
+
