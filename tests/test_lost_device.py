@@ -64,6 +64,7 @@ def test_a_session_goes_on(path: Path, device: LosableDevice, left: int, comes_b
         "".join(session.send("Now?"))
         assert [message["content"] for message in session.messages[len(before) + 1 :]][:2] == [shown, "Now?"]
         check_agreement(session)
+        session.add_turn("user", "And now?")
         assert np.isfinite(session.cache.context.logits()).all()
 
 

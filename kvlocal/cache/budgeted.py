@@ -119,7 +119,7 @@ def queries_to_record(config: CacheConfig) -> int:
     return n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)
 
 
-class Part(NamedTuple):
+class Passage(NamedTuple):
     """Tokens with one origin.
 
     role: of the segment that they belong to (kvlocal.cache.ledger.Segment)
@@ -304,7 +304,7 @@ class BudgetedCache:
 
     # what comes
 
-    def read(self, parts: Sequence[Part], progress: Progress = lambda done, total: None) -> int:
+    def read(self, parts: Sequence[Passage], progress: Progress = lambda done, total: None) -> int:
         """Evaluates parts one after another, micro-batch by micro-batch; returns the number of tokens.
 
         progress: called with (tokens done, tokens in all) after each
@@ -334,7 +334,7 @@ class BudgetedCache:
         tokens: npt.NDArray[np.int32],
         phase: Literal["prefill", "decode"] = "prefill",
         logits: Outputs = "last",
-        parts: Sequence[tuple[Part, int]] = (),
+        parts: Sequence[tuple[Passage, int]] = (),
     ) -> None:
         """Evaluates at most a micro-batch of tokens and compresses if that is due.
 
@@ -405,7 +405,7 @@ class BudgetedCache:
         self.peak = max(self.peak, self.ledger.n_cells)
         self.compressor.after_append(self.ledger)
 
-    def _note(self, parts: Sequence[tuple[Part, int]], ids: npt.NDArray[np.int32]) -> None:
+    def _note(self, parts: Sequence[tuple[Passage, int]], ids: npt.NDArray[np.int32]) -> None:
         """Notes tokens that were evaluated in the ledger, the first of them from the first part, and so on."""
         done = 0
         for part, n in parts:

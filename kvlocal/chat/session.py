@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.cache.budgeted import BudgetedCache, CacheConfig, CacheError, Part, Progress
+from kvlocal.cache.budgeted import BudgetedCache, CacheConfig, CacheError, Passage, Progress
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.second_read import INSTRUCTION, SecondRead
 from kvlocal.errors import KvlocalError
@@ -137,7 +137,7 @@ class _Mark:
 
 
 @dataclass(eq=False)
-class _Turn:
+class _OpenTurn:
     """A user turn from the time it is read until its answer has ended. There is one at a time; what belongs to an earlier one has no say.
 
     stopped: its answer is to end
@@ -203,7 +203,7 @@ class ChatSession:
         self._progress = progress
         self._system = config.system
         self._undo = undo
-        self._turn: _Turn | None = None
+        self._turn: _OpenTurn | None = None
         with ExitStack() as opened:
             self.cache = BudgetedCache(model, config, spare=spare, n_outputs=n_outputs, undo=undo, make_context=make_context)
             opened.callback(self.cache.close)
@@ -230,7 +230,7 @@ class ChatSession:
 
     def _reset(self) -> Sequence[Piece]:
         """An empty cache; returns what a conversation begins with."""
-        self._turn: _Turn | None = None
+        self._turn: _OpenTurn | None = None
         self._mark: _Mark | None = None
         self._prediction: npt.NDArray[np.float32] | None = None  # logits after the last turn that was read
         self.messages.clear()
@@ -253,10 +253,10 @@ class ChatSession:
         """The most cells of each layer and head after a compression."""
         return self.cache.budget
 
-    def _parts(self, pieces: Sequence[Piece]) -> list[Part]:
+    def _parts(self, pieces: Sequence[Piece]) -> list[Passage]:
         tokens = self.template.tokens(self.model, pieces)
         return [
-            Part(piece.role, ids, piece.text if piece.kind == "content" else "") for piece, (_, ids) in zip(pieces, tokens, strict=True)
+            Passage(piece.role, ids, piece.text if piece.kind == "content" else "") for piece, (_, ids) in zip(pieces, tokens, strict=True)
         ]
 
     def _read(self, pieces: Sequence[Piece]) -> int:
@@ -296,7 +296,7 @@ class ChatSession:
         k = n_nexus(ledger.n_tokens - start, ratio, policy.share, self._nexus.file.k)
         self.cache.append_vectors(self._nexus.vectors(k), "nexus", self._nexus.adapter)
 
-    def _evaluate(self, parts: Sequence[Part]) -> int:
+    def _evaluate(self, parts: Sequence[Passage]) -> int:
         """Evaluates parts, with Nexus tokens where a long text is divided; returns how many tokens they have."""
         total, done = sum(len(part.tokens) for part in parts), 0
 
@@ -311,9 +311,9 @@ class ChatSession:
             done += self.cache.read(stretch, progress)
         return total
 
-    def _stretches(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def _stretches(self, parts: Sequence[Passage]) -> list[list[Passage]]:
         """The parts, divided where Nexus tokens come: at ends of blocks in texts of the user that are long."""
-        stretches: list[list[Part]] = [[]]
+        stretches: list[list[Passage]] = [[]]
         for part in parts:
             blocks = [part.tokens]
             if part.role == "user" and len(part.tokens) > LONG_TEXT.max_block:
@@ -340,7 +340,7 @@ class ChatSession:
         if role not in ("user", "assistant") or role == last:
             raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
         self._settle()
-        self._turn = _Turn() if role == "user" else None
+        self._turn = _OpenTurn() if role == "user" else None
         if role == "user":
             if self._undo:
                 self._mark = _Mark(self.cache.ledger.n_tokens, len(self.messages), list(self._sampler.recent))
@@ -387,14 +387,14 @@ class ChatSession:
         self._settle()
         if not self.messages or self.messages[-1]["role"] != "user":
             raise SessionError("there is no user turn to answer: send one first")
-        turn = self._turn = self._turn or _Turn()
+        turn = self._turn = self._turn or _OpenTurn()
         turn.message, turn.started = {"role": "assistant", "content": ""}, time.perf_counter()
         self.messages.append(turn.message)
         self._sampler.begin(self.n_answers)
         self.n_answers += 1
         return self._generate(turn)
 
-    def _generate(self, turn: _Turn) -> Iterator[str]:
+    def _generate(self, turn: _OpenTurn) -> Iterator[str]:
         stream = TextStream(self.template.stop_strings)
         self._check_current(turn)
         turn.started = time.perf_counter()
@@ -435,7 +435,7 @@ class ChatSession:
         if rest:
             yield rest
 
-    def _check_current(self, turn: _Turn) -> None:
+    def _check_current(self, turn: _OpenTurn) -> None:
         if self._turn is not turn:
             raise SessionError("this answer has ended, as the conversation went on without it: ask again with regenerate() or send()")
 
@@ -454,7 +454,7 @@ class ChatSession:
             n = self._keep_said(turn.fed, turn.message["content"])
         self._close_answer(turn, n, reason)
 
-    def _close_answer(self, turn: _Turn, n_tokens: int, reason: Literal["end", "length", "stopped"]) -> None:
+    def _close_answer(self, turn: _OpenTurn, n_tokens: int, reason: Literal["end", "length", "stopped"]) -> None:
         self.cache.describe(turn.message["content"])
         self.last = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, time.perf_counter() - turn.started, reason, turn.drawn)
 
@@ -605,7 +605,7 @@ class ChatSession:
         if not self.cache.cut(mark.n_tokens):
             self._try_to_read_again(self.messages)
 
-    def _mend(self, turn: _Turn) -> None:
+    def _mend(self, turn: _OpenTurn) -> None:
         """After an exception in the middle of an answer: the cache holds what is noted again, or is not used any more."""
         self._turn = None
         if not self.cache.cut(self.cache.ledger.n_tokens):
