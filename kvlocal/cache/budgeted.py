@@ -49,7 +49,7 @@ class CacheConfig:
     stride: the cache may grow by this many cells before it is compressed again
     window: the most recent cells, which always stay, and whose queries score the others
     n_sink: the first cells, which always stay
-    type_k, type_v: types of the cache, "f16" or "q8_0"
+    type_k, type_v: types of the cache, of kvlocal.llama.engine.KV_TYPES
     n_ubatch: tokens evaluated at once
     n_threads: threads; None for all cores
 
