@@ -1,183 +1,263 @@
-"""Answers as models of several families write them: what is shown of them, what ends them, and how they are read again."""
+"""Answers that were left, stopped, cut off or interrupted: what is in the cache is what was said, and nobody decodes behind another's back."""
 
-from collections.abc import Iterator
-from pathlib import Path
+import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
-from rewritten_model import rewrite
-from templates import source_tree, templates
+from doors import write_chat_model
 
-from kvlocal.chat.session import ChatSession, SessionConfig
-from kvlocal.llama.engine import Model
-from kvlocal.llama.sampling import SamplingParams
-from kvlocal.template.answer import split_thought
-from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.cells import NativeError
+from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.sampling import Sampler, SamplingParams
 
-GREEDY = SamplingParams(temperature=0)
-
-THINKING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] | trim + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
-)
-# names of SmolLM2's unused control tokens, and what gpt-oss and Kimi-K3 call theirs
-GPT_OSS = {
-    "<|im_start|>": "<|start|>", "<repo_name>": "<|channel|>", "<reponame>": "<|message|>", "<file_sep>": "<|end|>", "<filename>": "<|return|>",
-}  # fmt: skip
-KIMI_K3 = {"<|im_start|>": "<|open|>", "<repo_name>": "<|close|>", "<reponame>": "<|sep|>", "<file_sep>": "<|end_of_msg|>"}
+CONFIG = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=24, n_threads=1, policy="snapkv", sampling=SamplingParams(temperature=0))
+QUESTIONS = ("The keeper wrote down the birds.", "Who wrote down what?", "And when?")
 
 
-@pytest.fixture(scope="module")
-def sources() -> dict[str, str]:
-    tree = source_tree()
-    if tree is None:
-        pytest.skip("the source tree of llama.cpp is not under build/")
-    return templates(tree)
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def model(tmp_path_factory, request):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_chat_model(path, family=request.param, n_layer=6)
+    with Model(path) as loaded:
+        yield loaded
 
 
-def variant(smollm2: Path, directory: Path, names: dict[str, str], template: str, **metadata: object) -> Path:
-    target = directory / "model.gguf"
-    rewrite(smollm2, target, names=names, metadata={"tokenizer.chat_template": template, **metadata})
-    return target
+@pytest.fixture
+def chat(model):
+    with ChatSession(model, CONFIG) as session:
+        yield session
 
 
-@pytest.fixture(scope="module")
-def renamed_end(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """SmolLM2 whose end of a turn has a name that llama.cpp does not know, and whose metadata names another token."""
-    with Model(smollm2) as model:
-        template = model.metadata["tokenizer.chat_template"].replace("<|im_end|>", "<|im_fin|>")
-    names = {"<|im_end|>": "<|im_fin|>"}
-    path = variant(smollm2, tmp_path_factory.mktemp("renamed"), names, template, **{"tokenizer.ggml.eos_token_id": 0})
-    with Model(path) as model:
-        yield model
+@pytest.fixture
+def other(model):
+    with ChatSession(model, CONFIG) as session:
+        yield session
 
 
-def test_the_templates_own_marker_ends_an_answer(renamed_end: Model, smollm2: Path) -> None:
-    config = SessionConfig(max_tokens=60, sampling=GREEDY)
-    with Model(smollm2) as model, ChatSession(model, config) as chat:
-        expected = "".join(chat.send("What is the capital of France?"))
-        assert chat.last.stop_reason == "end"
-    marker = int(renamed_end.tokenize("<|im_fin|>", parse_special=True)[0])
-    assert marker not in renamed_end.end_tokens
-    assert ChatTemplate.from_model(renamed_end).end_tokens == renamed_end.end_tokens | {marker}
-    with ChatSession(renamed_end, config) as chat:
-        assert "".join(chat.send("What is the capital of France?")) == expected
-        assert chat.last.stop_reason == "end" and chat.last.drawn[-1] == marker
+def said(chat):
+    """The text of all tokens in the conversation, markup left out."""
+    return chat.model.detokenize(chat.cache.ledger.ids)
 
 
-@pytest.mark.parametrize(
-    ("source", "stops"),
-    [
-        # markers that are no tokens of the vocabulary
-        ("{% for m in messages %}{{ '[' + m.role + ']' + m.content + '[/end]\n' }}{% endfor %}", ("[/end]",)),
-        # nothing behind an answer but the next turn
-        ("{% for m in messages %}{{ m.role | upper + ': ' + m.content + '\n' }}{% endfor %}", ("\nUSER:",)),
-    ],
-)
-def test_texts_end_answers_where_no_token_does(smollm2: Path, monkeypatch: pytest.MonkeyPatch, source: str, stops: tuple[str, ...]) -> None:
-    with Model(smollm2) as model:
-        monkeypatch.setitem(model.metadata, "tokenizer.chat_template", source)
-        template = ChatTemplate.from_model(model)
-        assert template.stop_strings == stops
-        stream = template.answer_stream(model)
-        text = "".join(map(stream.push, model.tokenize(f"Yes.{stops[0]} And", parse_special=False).tolist())) + stream.flush()
-        assert text == "Yes."
+def check_cells(chat):
+    """The cache holds what is noted of it, and this is the conversation."""
+    cache = chat.cache
+    assert not cache.uncertain
+    assert cache.native.n_cells() == cache.ledger.n_cells and cache.context.pos_max(0) == cache.ledger.next_position - 1
+    text, end = said(chat), 0
+    for message in chat.messages:
+        end = text.index(message["content"], end) + len(message["content"])
+    if chat.messages and chat.messages[-1]["content"]:
+        assert end == len(text)
 
 
-def test_a_template_is_compiled_once_for_a_model(smollm2: Path) -> None:
-    with Model(smollm2) as model:
-        with ChatSession(model, SessionConfig(budget=64)) as one, ChatSession(model, SessionConfig(budget=64)) as other:
-            assert one.template is other.template
+# who may go on
 
 
-def answer_of(model: Model, raw: str) -> tuple[str, list[str]]:
-    """The text of an answer that a model wrote as `raw`, and the pieces in which it came."""
-    stream = ChatTemplate.from_model(model).answer_stream(model)
-    shown = [stream.push(token) for token in model.tokenize(raw, parse_special=True).tolist()]
-    shown.append(stream.flush())
-    return "".join(shown), [text for text in shown if text]
+def test_an_answer_that_was_left_does_not_come_back(chat, other):
+    left = chat.send(QUESTIONS[0])
+    shown = next(left)
+    current = chat.send(QUESTIONS[1])
+    first = next(current)
+    with pytest.raises(SessionError, match="went on without it"):
+        next(left)
+    answer = first + "".join(current)
+    assert [message["content"] for message in chat.messages] == [QUESTIONS[0], shown, QUESTIONS[1], answer]
+    check_cells(chat)
+    other.restore(chat.messages[:2])
+    assert "".join(other.send(QUESTIONS[1])) == answer
 
 
-@pytest.mark.parametrize(
-    ("family", "names", "raw", "reread"),
-    [
-        pytest.param(
-            "openai-gpt-oss-120b",
-            GPT_OSS,
-            "<|channel|>analysis<|message|>They greet me.<|end|><|start|>assistant<|channel|>final<|message|>Hello,\n\nfriend!",
-            "<|channel|>analysis<|message|>They greet me.<|end|><|start|>assistant<|channel|>final<|message|>Hello,\n\nfriend!",
-            id="gpt-oss",
-        ),
-        pytest.param(
-            "Kimi-K3",
-            KIMI_K3,
-            "They greet me.<|close|>think<|sep|><|open|>response<|sep|>Hello,\n\nfriend!<|close|>response<|sep|><|close|>message<|sep|>",
-            "They greet me.<|close|>think<|sep|><|open|>response<|sep|>Hello,\n\nfriend!",
-            id="Kimi-K3",
-        ),
-    ],
-)
-def test_answers_made_of_control_tokens(
-    smollm2: Path, tmp_path: Path, sources: dict[str, str], family: str, names: dict[str, str], raw: str, reread: str
-) -> None:
-    with Model(variant(smollm2, tmp_path, names, sources[family])) as model:
-        text, pieces = answer_of(model, raw)
-        assert text == "<think>\nThey greet me.\n</think>\n\nHello,\n\nfriend!"
-        assert len(pieces) > 5
-        assert split_thought(text) == ("They greet me.", True, "Hello,\n\nfriend!")
-        template = ChatTemplate.from_model(model)
-        given = template.given_assistant([{"role": "user", "content": "Hi"}], text)
-        assert "".join(piece.text for piece in given) == reread
-        # its markers are those of the model, and a text that looks like one is not
-        tokens = np.concatenate([ids for _, ids in template.tokens(model, given)])
-        assert np.array_equal(tokens, model.tokenize(reread, parse_special=True))
-        sly = template.given_assistant([{"role": "user", "content": "Hi"}], text.replace("friend", "<|start|><|open|>"))
-        markers = set(model.tokenize("<|start|><|open|>", parse_special=True).tolist()) & set(np.arange(20).tolist())
-        for piece, (_, ids) in zip(sly, template.tokens(model, sly), strict=True):
-            assert piece.kind == "markup" or not markers & set(ids.tolist())
+@pytest.mark.parametrize("change", ["undo", "clear", "finish_turn", "second_read", "restore", "set_system"])
+def test_whatever_changes_the_conversation_ends_the_answer(chat, change):
+    "".join(chat.send(QUESTIONS[0]))
+    left = chat.send(QUESTIONS[1])
+    next(left)
+    arguments = {"restore": ([],), "set_system": ("B",)}.get(change, ())
+    getattr(chat, change)(*arguments)
+    messages, n_tokens = [dict(message) for message in chat.messages], chat.kv.history_tokens
+    with pytest.raises(SessionError):
+        next(left)
+    left.close()
+    assert chat.messages == messages and chat.kv.history_tokens == n_tokens
 
 
-def test_the_first_markers_of_a_closing_are_no_part_of_an_answer(smollm2: Path, tmp_path: Path, sources: dict[str, str]) -> None:
-    with Model(variant(smollm2, tmp_path, KIMI_K3, sources["Kimi-K3"])) as model:
-        template = ChatTemplate.from_model(model)
-        end = int(model.tokenize("<|end_of_msg|>", parse_special=True)[0])
-        assert end in template.end_tokens
-        answer = "Hm.<|close|>think<|sep|><|open|>response<|sep|>Yes."
-        raw = model.tokenize(answer + "<|close|>response<|sep|><|close|>message<|sep|><|end_of_msg|>", parse_special=True).tolist()
-        kept = len(model.tokenize(answer, parse_special=True))
-        with ChatSession(model, SessionConfig(policy="full", budget=2048)) as chat, ChatSession(model, SessionConfig(policy="full", budget=2048)) as again:
-            for session in (chat, again):
-                session.add_turn("user", "Is it?")
-            chat.add_answer("<think>\nHm.\n</think>\n\nYes.", raw)
-            again.add_turn("assistant", chat.messages[-1]["content"])
-            assert chat.kv.history_tokens == again.kv.history_tokens
-            assert chat.segments()[-1].n_tokens == again.segments()[-1].n_tokens >= kept
+def test_closing_one_that_was_left_changes_nothing(chat):
+    left = chat.send(QUESTIONS[0])
+    next(left)
+    answer = "".join(chat.send(QUESTIONS[1]))
+    last, segments = chat.last, chat.segments()
+    left.close()
+    assert chat.last is last and chat.segments() == segments and chat.messages[-1]["content"] == answer
 
 
-def test_a_thought_opened_by_the_generation_prompt(smollm2: Path, tmp_path: Path) -> None:
-    """It belongs to generated answers alone, is shown with them, and stays when the conversation is read again."""
-    path = variant(smollm2, tmp_path, {}, THINKING)
-    with Model(path) as model, ChatSession(model, SessionConfig(policy="full", budget=2048, max_tokens=12, sampling=GREEDY)) as chat:
-        template = chat.template
-        question = [{"role": "user", "content": "Hi"}]
-        assert "".join(piece.text for piece in template.user_turn([], "Hi")).endswith("<|im_start|>assistant\n")
-        assert [piece.text for piece in template.answer_start([])] == ["<think>\n"]
-        assert [piece.text for piece in template.given_assistant(question, "Yes")] == ["Yes"]
+def test_an_answer_that_nobody_reads_does_not_block_the_next_turn(chat, other):
+    chat.send(QUESTIONS[0])
+    assert chat.last is None or chat.last.stop_reason == "stopped"
+    answer = "".join(chat.send(QUESTIONS[1]))
+    assert [message["content"] for message in chat.messages] == [QUESTIONS[0], "", QUESTIONS[1], answer]
+    check_cells(chat)
 
-        chat.add_turn("user", "Hi")
-        chat.add_turn("assistant", "Hello!")
-        assert "<think>" not in model.detokenize(chat._ledger.ids)
 
-        chat.add_turn("user", "Is it?")
-        raw = model.tokenize("Let me see.\n</think>\n\nYes.<|im_end|>", parse_special=True).tolist()
-        chat.add_answer("<think>\nLet me see.\n</think>\n\nYes.", raw)
-        before = model.detokenize(chat._ledger.ids)
-        assert before.endswith("assistant\n<think>\nLet me see.\n</think>\n\nYes.")
-        chat.set_system("Be kind.")
-        after = model.detokenize(chat._ledger.ids)
-        assert after.endswith("assistant\n<think>\nLet me see.\n</think>\n\nYes.") and "Be kind." in after
+def test_stop_before_the_first_token_counts(model):
+    stops = [True]
+    with ChatSession(model, CONFIG, progress=lambda done, total: stops and chat.stop()) as chat:
+        assert "".join(chat.send("so " * 100)) == "" and chat.last.stop_reason == "stopped"
+        stops.clear()
+        answer = chat.send(QUESTIONS[0])
+        chat.stop()
+        assert list(answer) == [] and chat.messages[-1]["content"] == ""
+        # one that comes too late is not for the next answer
+        chat.stop()
+        chat.add_turn("user", QUESTIONS[1])
+        assert "".join(chat.answer()) and chat.last.stop_reason != "stopped"
 
-        chat.add_turn("user", "And now?")
-        text = "".join(chat.answer())
-        assert text.startswith("<think>\n")
-        assert model.detokenize(chat._ledger.ids).count("<think>") == 2
+
+# what is in the cache is what was said
+
+
+def scripted(monkeypatch, model, data):
+    """From now on the tokens of these bytes are drawn, one after another."""
+    tokens = [next(t for t in range(model.n_vocab) if model.token_bytes(t) == bytes([byte])) for byte in data]
+
+    def sample(self, context, i=-1):
+        context.check_output(i)
+        self.recent.append(tokens[0])
+        return tokens.pop(0)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+
+
+@pytest.mark.parametrize("data", [b"a bird\n### User:", b"\n### User:", b"a bird\n\n### User:"])
+def test_a_stop_string_does_not_stay_in_the_cache(chat, other, monkeypatch, data):
+    """Neither now nor where the answer is added as it was drawn; and the conversation goes on as if it had never been drawn."""
+    chat.template.stop_strings = other.template.stop_strings = ("\n### User:",)
+    for session in (chat, other):
+        "".join(session.send(QUESTIONS[0]))
+    with monkeypatch.context() as drawing:
+        scripted(drawing, chat.model, data)
+        answer = "".join(chat.send(QUESTIONS[1]))
+    assert answer == data.decode().removesuffix("\n### User:") and chat.last.stop_reason == "end"
+    assert chat.last.answer_tokens == len(answer) and said(chat).endswith(answer) and "###" not in said(chat)
+    check_cells(chat)
+    other.add_turn("user", QUESTIONS[1])
+    other.add_answer(answer, chat.last.drawn)
+    for name, array in chat.cache.snapshot().items():
+        np.testing.assert_array_equal(array, other.cache.snapshot()[name])
+    assert "".join(other.send(QUESTIONS[2])) == "".join(chat.send(QUESTIONS[2]))
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_an_answer_is_cut_between_characters(chat, monkeypatch, n):
+    scripted(monkeypatch, chat.model, "ab\N{SLIGHTLY SMILING FACE}".encode())
+    chat.max_tokens = n
+    assert "".join(chat.send(QUESTIONS[0])) == "ab" == chat.messages[-1]["content"]
+    assert chat.last.stop_reason == "length" and chat.last.answer_tokens == 2
+    check_cells(chat)
+
+
+def test_an_answer_that_is_closed_within_a_stop_string_is_cut_before_it(chat, monkeypatch):
+    scripted(monkeypatch, chat.model, b"ab\n#c")
+    chat.template.stop_strings = ("\n### User:",)
+    answer = chat.send(QUESTIONS[0])
+    assert [next(answer), next(answer)] == ["a", "b"]
+    answer.close()
+    assert chat.messages[-1]["content"] == "ab"
+    check_cells(chat)
+
+
+# what is not certain is not used
+
+
+def break_compaction(monkeypatch, cache):
+    """The next compaction fails in the middle, as where a device is lost: the first layers are moved, the others not, and the cells are still counted."""
+    compact = cache.native.compact
+
+    def fails(gather, positions, delta=None):
+        monkeypatch.undo()
+        n_cells, n_layer = cache.ledger.n_cells, cache.layout.n_layer
+        half = np.broadcast_to(np.arange(n_cells, dtype=np.int32), (*gather.shape[:2], n_cells)).copy()
+        half[: n_layer // 2 or 1, :, : gather.shape[2]] = gather[: n_layer // 2 or 1]
+        compact(half, cache.native.positions())
+        raise NativeError("a backend failed", -5)
+
+    monkeypatch.setattr(cache.native, "compact", fails)
+
+
+@pytest.mark.parametrize("phase", ["prompt", "answer", "idle"])
+@pytest.mark.parametrize("undo", [True, False])
+def test_a_cache_that_was_left_in_a_compaction_is_not_used(model, monkeypatch, phase, undo):
+    with ChatSession(model, CONFIG, undo=undo) as chat, ChatSession(model, CONFIG, undo=undo) as other:
+        "".join(chat.send(QUESTIONS[0]))
+        if phase == "answer":
+            chat.add_turn("user", "so " * (80 - chat.kv.used - 20))
+        break_compaction(monkeypatch, chat.cache)
+        with pytest.raises(NativeError):
+            if phase == "prompt":
+                chat.add_turn("user", "so " * 100)
+            elif phase == "answer":
+                chat.max_tokens = 100
+                "".join(chat.answer())
+                pytest.fail("it was not compressed")
+            else:
+                chat.compress()
+                chat.cache.compressor.budget = 40
+                chat.compress()
+        chat.max_tokens = CONFIG.max_tokens
+        chat.cache.compressor.budget = CONFIG.budget
+        messages = [dict(message) for message in chat.messages]
+        if phase == "prompt" and undo:
+            # the turn was taken back
+            "".join(other.send(QUESTIONS[0]))
+        else:
+            other.restore(messages)
+        assert "".join(chat.send(QUESTIONS[1])) == "".join(other.send(QUESTIONS[1]))
+        assert chat.messages[: len(messages)] == messages
+        check_cells(chat)
+
+
+def test_nothing_is_lost_when_reading_again_fails_too(chat, monkeypatch):
+    "".join(chat.send(QUESTIONS[0]))
+    messages = [dict(message) for message in chat.messages]
+    chat.cache.doubt()
+    with monkeypatch.context() as broken:
+        broken.setattr(Context, "decode", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            chat.send(QUESTIONS[1])
+    assert chat.messages == messages and chat.cache.uncertain and chat.second_read()
+    "".join(chat.send(QUESTIONS[1]))
+    assert chat.messages[:2] == messages
+    check_cells(chat)
+
+
+# nothing stays open
+
+
+def test_a_session_that_cannot_be_made_leaves_nothing_open(model):
+    gc.collect()
+    gc.disable()
+    try:
+        n_contexts = len(model._contexts)
+        for changes in ({"system": "word " * 200}, {"policy": "nexus"}):
+            with pytest.raises(KvlocalError):
+                ChatSession(model, dataclasses.replace(CONFIG, **changes))
+            assert [context.closed for context in model._contexts].count(False) == n_contexts
+    finally:
+        gc.enable()
+
+
+def test_a_session_goes_without_the_garbage_collector(model):
+    gc.collect()
+    gc.disable()
+    try:
+        session = ChatSession(model, CONFIG)
+        "".join(session.send("so " * 100))
+        gone = [weakref.ref(part) for part in (session, session.cache, session.cache.context)]
+        del session
+        assert [part() for part in gone] == [None] * 3
+    finally:
+        gc.enable()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Sequence
 
 from kvlocal.llama.engine import Model
 from kvlocal.template.compiled import Answer, AnswerError, AnswerFormat
-from kvlocal.template.textstream import TextStream
+from kvlocal.template.textstream import TextStream, pieces_of
 
 # How a thought is written in the text of an answer, whatever the model's own markers are.
 THOUGHT_START, THOUGHT_END = "<think>\n", "\n</think>\n\n"
@@ -73,35 +72,53 @@ class AnswerStream:
         # what follows decides whether space at the end belongs to it
         return self._show(with_thought(answer).rstrip())
 
-    def flush(self) -> str:
-        """Give what was kept back. The stream is then at its end."""
-        rest = self._stream.flush()
+    def flush(self, cut: bool = False) -> str:
+        """Give what was kept back. The stream is then at its end.
+
+        cut: the text would have gone on: the beginning of a character is left out
+        """
+        rest = self._stream.flush(cut)
         if self._format is None:
             return rest
         self._raw += rest
-        said = self._raw[: len(self._raw) - self._n_closing()]
-        for is_partial in (False, True):
-            try:
-                answer = self._format.parse(said, is_partial=is_partial)
-            except AnswerError:
-                continue
-            return self._show(with_thought(answer)) if not is_partial else self._show(with_thought(answer)) + self._rest(said)
-        return self._rest(said)
+        said = self._said()
+        try:
+            return self._show(with_thought(self._format.parse(said)))
+        except AnswerError:
+            pass
+        try:
+            shown = self._show(with_thought(self._format.parse(said, is_partial=True)))
+        except AnswerError:
+            shown = ""
+        return shown if cut else shown + self._rest(said)
 
-    def n_said(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens of an answer come before what the template writes behind it; call it after `flush`."""
-        n_closing = self._n_closing() if self._format is not None else 0
-        n = len(tokens)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        lengths = [len(decoder.decode(self._model.token_bytes(token, special=True))) for token in tokens] if n_closing else []
-        while n_closing > 0 and n:
-            n -= 1
-            n_closing -= lengths[n]
-        return n
+    @property
+    def has_closing(self) -> bool:
+        """Whether the model wrote a part of what the template writes behind answers; it ended with the rest then."""
+        return self._n_closing() > 0
+
+    def kept(self, tokens: Sequence[int], content: str) -> tuple[int, str, str]:
+        """How many of the tokens say what is kept of the answer, and its last characters: those of a token that says something else, too.
+
+        Args:
+            tokens: all that were pushed.
+            content: the text that they gave.
+
+        Returns:
+            The number, the text of so many tokens, and what is left of the text.
+        """
+        kept = content if self._format is None else self._said()
+        data = [self._model.token_bytes(token, special=self._format is not None) for token in tokens]
+        n, n_characters = pieces_of(data, kept)
+        return n, kept[:n_characters], kept[n_characters:]
+
+    def _said(self) -> str:
+        """What was written, without the closing."""
+        return self._raw[: len(self._raw) - self._n_closing()]
 
     def _n_closing(self) -> int:
         """Characters at the end of what was written that are the first markers of the closing."""
-        longest = min(len(self._raw), len(self._closing))
+        longest = min(len(self._raw), len(self._closing)) if self._format else 0
         return next((n for n in range(longest, 0, -1) if self._closing[n - 1] in MARKER_ENDS and self._raw.endswith(self._closing[:n])), 0)
 
     def _show(self, text: str) -> str:
