@@ -16,7 +16,7 @@ from kvlocal.llama.library import load
 from kvlocal.template.answer import AnswerStream, split_thought
 from kvlocal.template.compiled import LIMIT_SECONDS, CompiledTemplate, TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
-from kvlocal.template.markup import ASSISTANT, SYSTEM, USER, USER_2, Markup, Message, Turn, assistant, inside, system, user, with_folded_system
+from kvlocal.template.markup import ASSISTANT, SYSTEM, USER, USER_2, Markup, Message, UserTurn, assistant, inside, system, user, with_folded_system
 from kvlocal.template.pieces import Piece, Role, pieces_of
 from kvlocal.template.tokenizer import PieceTokenizer
 
@@ -227,7 +227,7 @@ class ChatTemplate:
             known = self._tokenizer = weakref.ref(model), PieceTokenizer(model, self._markup.all_texts())
         return known[1].run(pieces)
 
-    def _next_turn(self, messages: Sequence[Message]) -> Turn:
+    def _next_turn(self, messages: Sequence[Message]) -> UserTurn:
         return self._markup.later if _has_turns(messages) else self._markup.first[self._has_system(messages)]
 
     def _has_system(self, messages: Sequence[Message]) -> bool:
@@ -280,7 +280,7 @@ class ChatTemplate:
         head, _, tail = before_user(SYSTEM).partition(SYSTEM)
         return head, inside(before_user(system_text), head, tail, system_text), tail
 
-    def _user_content(self, turn: Turn, text: str) -> str:
+    def _user_content(self, turn: UserTurn, text: str) -> str:
         """The user's text as the template writes it: some strip it."""
         return self._content([*turn.messages[:-1], user(text)], turn.before, turn.opened, text)
 

@@ -21,7 +21,7 @@ _TIGHT = ("|>", "]")
 
 
 @dataclass(frozen=True)
-class Turn:
+class UserTurn:
     """The markup around a user's content at one point of a conversation, `before + content + after + header` in front of every answer.
 
     messages: the conversation it was taken from, the user's turn last
@@ -111,7 +111,7 @@ class Markup:
         texts += [self.thoughts.before, self.thoughts.after] if self.thoughts else []
         return "\n".join(texts)
 
-    def _turn(self, in_history: str, *messages: Message) -> Turn:
+    def _turn(self, in_history: str, *messages: Message) -> UserTurn:
         content = messages[-1]["content"]
         closed = self._render(messages, opening=False)
         opened = self._render(messages, opening=True)
@@ -122,7 +122,7 @@ class Markup:
         # what only the generation prompt has belongs to answers that are generated
         shared = shared_start(rest, in_history)
         after = after if shared.startswith(after) else shared
-        return Turn(messages, before, after, shared[len(after) :], rest[len(shared) :], in_history[len(shared) :])
+        return UserTurn(messages, before, after, shared[len(after) :], rest[len(shared) :], in_history[len(shared) :])
 
     def _end_of_last_answer(self) -> str:
         """What the template writes after an answer when nothing follows it."""
@@ -172,7 +172,7 @@ class Markup:
         )
 
 
-def _thoughts_between(turn: Turn, start: str, end: str) -> Thoughts:
+def _thoughts_between(turn: UserTurn, start: str, end: str) -> Thoughts:
     """The markup of thoughts, from their markers and from what stands in front of answers, which may be an empty thought."""
     if start in turn.given:
         n = turn.given.index(start) + len(start)
