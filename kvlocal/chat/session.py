@@ -566,16 +566,15 @@ class ChatSession:
         rows, tokens = [], []
         for part in parts:
             ids = part.tokens
-            if part.text:
-                rows.append(self._prediction[None])
             while len(ids):
                 chunk, ids = np.split(ids, [self.cache.room])
+                before = self._prediction[None]
                 self.cache.append(chunk, logits="all" if part.text else "last")
                 self._prediction = self.cache.context.logits()
                 if part.text:
                     tokens.append(chunk)
-                    rows.append(self.cache.context.logits_all())
-        return np.concatenate(tokens), np.concatenate(rows)[:-1]
+                    rows += [before, self.cache.context.logits_all()[:-1]]
+        return np.concatenate(tokens), np.concatenate(rows)
 
     def stop(self) -> None:
         """Ends the answer that is on its way after its current token, or before its first one while the turn is still read; safe in a signal

@@ -16,6 +16,8 @@ THOUGHT_START, THOUGHT_END = "<think>\n", "\n</think>\n\n"
 MARKER_ENDS = (">", "]")
 
 _THOUGHT = re.compile(r"\s*<think>\s*(.*?)(?:\s*</think>\s*(.*))?\Z", re.DOTALL)
+_READ_SHARE = 2048  # an answer is read anew when it is longer by this part of its length, as that takes time in proportion to it
+_MARKUP = 64  # characters that the markup between two parts of an answer has at most
 _TAIL = 32  # characters by which the end of what was shown is found again
 
 
@@ -53,7 +55,7 @@ class AnswerStream:
         self._format = answer_format
         self._closing = closing
         self._stream = TextStream(stop)
-        self._raw, self._shown = "", ""
+        self._raw, self._shown, self._n_read = "", "", 0
 
     @property
     def stopped(self) -> bool:
@@ -65,6 +67,9 @@ class AnswerStream:
         if self._format is None or not text:
             return text
         self._raw += text
+        if (len(self._raw) - self._n_read) * _READ_SHARE < len(self._raw):
+            return ""
+        self._n_read = len(self._raw)
         try:
             answer = self._format.parse(self._raw, is_partial=True)
         except AnswerError:
@@ -90,7 +95,9 @@ class AnswerStream:
             shown = self._show(with_thought(self._format.parse(said, is_partial=True)))
         except AnswerError:
             shown = ""
-        return shown if cut else shown + self._rest(said)
+        rest = self._rest(said)
+        # of an answer that was cut, it can be a marker that had begun
+        return shown if cut and len(rest) < _MARKUP else shown + rest
 
     @property
     def has_closing(self) -> bool:
