@@ -1,5 +1,6 @@
 """A short share of tests/measure/fuzz.py: what comes in from outside is taken, or refused with one sentence."""
 
+import copy
 import random
 import resource
 import sys
@@ -65,13 +66,16 @@ def test_mutations_are_those_of_the_seed() -> None:
     ],
 )
 def test_a_template_does_not_reach_python(expression: str) -> None:
-    """Each of these ends the rendering, or gives nothing."""
+    """Each of these ends the rendering, or gives nothing of Python; what a template adds to the messages is in its own copy."""
+    before = copy.deepcopy(MESSAGES)
     try:
         template = ChatTemplate("{{ (" + expression + ") }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
     except TemplateError as error:
         assert "\n" not in str(error)
     else:
-        assert template.render(MESSAGES, opening=False) == "[user]Hello[assistant]Hi.[user]Who are you?"
+        text = template.render(MESSAGES, opening=False)
+        assert text.removesuffix("[user]x") == "[user]Hello[assistant]Hi.[user]Who are you?"
+        assert MESSAGES == before and template.render(MESSAGES, opening=False) == text
 
 
 _LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
