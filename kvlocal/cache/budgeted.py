@@ -114,6 +114,23 @@ def allocation(config: CacheConfig, n_ctx_train: int) -> Allocation:
     return Allocation(budget, budget + slack, evicts)
 
 
+def check_budget(model: Model, config: CacheConfig) -> Allocation:
+    """The allocation for a model; CacheError if the budget is too large for it."""
+    asked = allocation(config, model.n_ctx_train)
+    if asked.n_cells > model.n_ctx_train:
+        raise CacheError(
+            f"a budget of {asked.budget} cells is too large for a model trained on {model.n_ctx_train} positions: "
+            f"give at most {model.n_ctx_train - (asked.n_cells - asked.budget)}"
+        )
+    return asked
+
+
+def least_budget(config: CacheConfig, n_pinned: int) -> int:
+    """The smallest budget in which so many tokens can always stay."""
+    evicts = policies.make(config.policy, config.policy_args).evicts
+    return max(config.n_sink, n_pinned) + 2 * config.window if evicts else 0
+
+
 def queries_to_record(config: CacheConfig) -> int:
     """How many queries a context must record for this configuration."""
     return n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)
@@ -202,12 +219,7 @@ class BudgetedCache:
     ) -> None:
         self.model, self.config = model, config
         self.policy = policies.make(config.policy, config.policy_args)
-        self.budget, self.capacity, _ = allocation(config, model.n_ctx_train)
-        if self.capacity > model.n_ctx_train:
-            raise CacheError(
-                f"a budget of {self.budget} cells is too large for a model trained on {model.n_ctx_train} positions: "
-                f"give at most {model.n_ctx_train - (self.capacity - self.budget)}"
-            )
+        self.budget, self.capacity, _ = check_budget(model, config)
         self._spare, self._undo = spare, undo
         with ExitStack() as opened:
             self.context = make_context(
@@ -251,10 +263,6 @@ class BudgetedCache:
         self.peak = 0
         self.compressor.compressions = self.compressor.rotations = 0
         self.ledger = self._empty_ledger(max(self.config.n_sink, n_pinned))
-
-    def least_budget(self, n_pinned: int) -> int:
-        """The smallest budget in which so many tokens can always stay."""
-        return max(self.config.n_sink, n_pinned) + 2 * self.config.window if self.policy.evicts else 0
 
     def _empty_ledger(self, n_pinned: int) -> Ledger:
         ledger = Ledger(self.layout.n_layer, self.layout.n_head_kv, self.capacity + self._spare, self.observer.carries)

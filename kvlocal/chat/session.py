@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.cache.budgeted import BudgetedCache, CacheConfig, CacheError, Passage, Progress
+from kvlocal import policies
+from kvlocal.cache.budgeted import BudgetedCache, CacheConfig, CacheError, Passage, Progress, allocation, check_budget, least_budget
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.second_read import INSTRUCTION, SecondRead
 from kvlocal.errors import KvlocalError
@@ -196,7 +197,7 @@ class ChatSession:
     ):
         self.model = model
         self.config = config
-        self.template = ChatTemplate.from_model(model)
+        self.template = self._template_for(model, config, nexus)
         self.messages: list[Message] = []
         self.last: TurnStats | None = None
         self.max_tokens = config.max_tokens
@@ -208,14 +209,27 @@ class ChatSession:
             self.cache = BudgetedCache(model, config, spare=spare, n_outputs=n_outputs, undo=undo, make_context=make_context)
             opened.callback(self.cache.close)
             needs = self.cache.policy.needs
-            if "nexus" in needs and nexus is None:
-                raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
             self._nexus = nexus if "nexus" in needs else None
             self._second_read = SecondRead(self.cache, self._instruction()) if config.idle and "reread" in needs else None
             self._sampler = Sampler(model, config.sampling)
             opened.callback(lambda sampler: sampler.close(), self._sampler)
             self._begin()
             opened.pop_all()
+
+    @classmethod
+    def check(cls, model: Model, config: SessionConfig, nexus: NexusTokens | None = None) -> None:
+        """Raises what a session would before it takes any memory for its cache: SessionError or CacheError."""
+        cls._template_for(model, config, nexus)
+
+    @classmethod
+    def _template_for(cls, model: Model, config: SessionConfig, nexus: NexusTokens | None) -> ChatTemplate:
+        needs = policies.make(config.policy, config.policy_args).needs
+        if "nexus" in needs and nexus is None:
+            raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
+        check_budget(model, config)
+        template = ChatTemplate.from_model(model)
+        _check_system(model, config, template, config.system)
+        return template
 
     def _instruction(self) -> npt.NDArray[np.int32]:
         """The tokens of a user turn that asks for a repetition."""
@@ -237,15 +251,8 @@ class ChatSession:
         self.last = None
         self.n_answers = 0
         self._sampler.reset()
-        pieces = self.template.prefix(self._system)
-        n_system = sum(len(tokens) for _, tokens in self.template.tokens(self.model, pieces))
+        pieces, n_system = _check_system(self.model, self.config, self.template, self._system)
         self.cache.begin(n_system)
-        least = self.cache.least_budget(n_system)
-        if least > self.budget:
-            raise SessionError(
-                f"the system prompt takes {n_system} tokens, which always stay, and leaves too little of a budget of {self.budget}: "
-                f"shorten it or give a budget of at least {least}"
-            )
         return pieces
 
     @property
@@ -640,6 +647,12 @@ class ChatSession:
         """The system prompt, None for the template's own default."""
         return self._system
 
+    def owe(self, messages: Sequence[Message]) -> None:
+        """These turns are the conversation; they are read when it goes on."""
+        self._turn = self._mark = None
+        self.messages[:] = [dict(message) for message in messages]
+        self.cache.doubt()
+
     def restore(self, messages: Sequence[Message]) -> None:
         """Forgets everything and reads these turns; the last may be a user turn, to be answered with answer()."""
         messages = [dict(message) for message in messages]
@@ -653,9 +666,7 @@ class ChatSession:
         try:
             self.restore(messages)
         except BaseException:
-            self._turn = self._mark = None
-            self.messages[:] = messages
-            self.cache.doubt()
+            self.owe(messages)
             raise
         finally:
             self.n_answers = n_answers
@@ -794,3 +805,16 @@ class ChatSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_system(model: Model, config: SessionConfig, template: ChatTemplate, system: str | None) -> tuple[Sequence[Piece], int]:
+    """What a conversation with this system prompt begins with, and how many tokens it has; SessionError if they leave too little of the budget."""
+    pieces = template.prefix(system)
+    n_system = sum(len(tokens) for _, tokens in template.tokens(model, pieces))
+    budget, least = allocation(config, model.n_ctx_train).budget, least_budget(config, n_system)
+    if least > budget:
+        raise SessionError(
+            f"the system prompt takes {n_system} tokens, which always stay, and leaves too little of a budget of {budget}: "
+            f"shorten it or give a budget of at least {least}"
+        )
+    return pieces, n_system
