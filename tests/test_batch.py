@@ -205,7 +205,7 @@ def tiny(tmp_path_factory):
 def test_lines_with_another_policy_do_not_disturb_the_others(tiny):
     """How many queries are recorded is decided once for all, when the context is made."""
     lines = [
-        line(user(f"The keeper counted {i} ships. " * 3), user("How many?"), user("And birds?"), id=i, **({"policy": "snapkv"} if i % 2 else {}))
+        line(*(user(f"The keeper counted {i} ships. " * (3 + i % 3)) for _ in range(4)), id=i, **({"policy": "snapkv"} if i < 7 else {}))
         for i in range(12)
     ]
     alone = run(tiny, *lines, policy="kvzip-snapkv", budget=64, n_ubatch=32)
