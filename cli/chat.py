@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Self
 
 import click
-from kvlocal_cli import chat_commands
-from kvlocal_cli.idle import Idle
-from kvlocal_cli.options import Loading, clean_text, session_options
-from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, write_answer
-from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 from rich.console import Console
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.replay import read_on
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal_cli import chat_commands
+from kvlocal_cli.idle import Idle
+from kvlocal_cli.options import Loading, clean_text, session_options
+from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, write_answer
+from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 
 
 @click.command("chat")

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+
 from kvlocal import policies
-from kvlocal.cache.budgeted import DEFAULT_BUDGET, DEFAULT_FULL
 from kvlocal.cache.compression import Positions
-from kvlocal.chat.session import SessionConfig
+from kvlocal.cache.config import DEFAULT_BUDGET, DEFAULT_FULL
+from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate as footprint
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import resolve
-from kvlocal.llama.engine import KV_TYPES, Model
+from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens

@@ -17,9 +17,11 @@ from doors import write_chat_model
 from kvlocal.batch.line import Failure, Job, LineError, Result
 from kvlocal.batch.run import run_batch
 from kvlocal.cache.ledger import Ledger
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 
 # One thread: two would wait for each other wherever the cores are shared.
@@ -423,7 +425,7 @@ def test_an_abandoned_batch_leaves_no_thread_and_no_cache(model):
     while threading.active_count() > n and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == n
-    assert all(context.closed for context in model._contexts)
+    assert all(context.closed for context in model.contexts)
 
 
 def test_conversations_that_are_done_take_no_memory(model):

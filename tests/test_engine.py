@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from kvlocal.llama.cells import NativeCache
-from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 PROMPT = (
     "The lighthouse keeper wrote in his journal every evening, and on the last page he had drawn a map of the coast"
@@ -304,7 +306,7 @@ def test_a_closed_model_closes_its_contexts_and_says_so(smollm2: Path) -> None:
 
 def test_objects_left_open_end_with_the_interpreter_in_the_right_order(smollm2: Path) -> None:
     script = (
-        "import sys; from kvlocal.llama.engine import *; from kvlocal.llama.sampling import *\n"
+        "import sys; from kvlocal.llama.model import *; from kvlocal.llama.context import *; from kvlocal.llama.sampling import *\n"
         "model = Model(sys.argv[1]); context = Context(model, n_cells=256, n_ubatch=32)\n"
         "sampler = Sampler(model, SamplingParams()); context.decode([1, 2], 0); sampler.sample(context)\n"
     )

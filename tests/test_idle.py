@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 from doors import write_chat_model
 
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Context
+from kvlocal.llama.context import Context
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.main import main
 

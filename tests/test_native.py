@@ -7,8 +7,9 @@ from shallow_model import write_shallow_model
 
 from kvlocal.doctor.memory_estimate import available_memory
 from kvlocal.llama.cells import NativeCache, NativeError
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 W = 16
 N = 300  # tokens decoded by most tests

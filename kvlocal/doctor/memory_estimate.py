@@ -9,11 +9,11 @@ from typing import Any, Self
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from kvlocal.cache.budgeted import allocation
-from kvlocal.chat.session import SessionConfig
+from kvlocal.cache.config import allocation
+from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import CELL_BLOCK
+from kvlocal.llama.context import CELL_BLOCK
 
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
 _PROCESS = 128 * 2**20

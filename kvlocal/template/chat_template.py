@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Model
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 Role = Literal["system", "user", "assistant"]
 Message = dict[str, str]
