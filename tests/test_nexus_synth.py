@@ -11,7 +11,8 @@ from kvlocal.evaluation.facts import load_facts
 from kvlocal.llama.context import Context
 from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.model import Model
-from kvlocal.template.chat_template import CHATML, GEMMA, PLAIN, ChatTemplate
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
 from kvlocal.training.dialogue_plan import MAX_PAIRS, MIN_PAIRS, draw_plan
 from kvlocal.training.draw import draw
 from kvlocal.training.synth import SEEDS_PER_RUN, DataFile, SynthSettings, synthesize

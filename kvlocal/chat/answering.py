@@ -10,10 +10,10 @@ import numpy as np
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.stats import StopReason, TurnStats
 from kvlocal.chat.turn_reader import TurnReader
-from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler
-from kvlocal.template.chat_template import Piece
-from kvlocal.template.textstream import TextStream, pieces_of
+from kvlocal.template.answer import AnswerStream
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.pieces import Piece
 
 
 class AnswerInProgress:
@@ -34,15 +34,18 @@ class AnswerInProgress:
         self.stopped = self.over = False
         self.message: dict[str, str] | None = None
         self.stats: TurnStats | None = None
+        self._stream = reader.template.answer_stream(reader.cache.model)
         self._fed: list[int] = []
         self._drawn: list[int] = []
 
-    def begin(self, sampler: Sampler, prompt_tokens: int, prompt_seconds: float) -> dict[str, str]:
+    def begin(self, sampler: Sampler, start: Sequence[Piece], prompt_tokens: int, prompt_seconds: float) -> dict[str, str]:
         """The answer is part of the conversation from now on; returns its message.
 
+        start: what only generated answers begin with (ChatTemplate.answer_start)
         prompt_tokens, prompt_seconds: what the turn took to read
         """
-        self._sampler, self._prompt, self._started = sampler, (prompt_tokens, prompt_seconds), time.perf_counter()
+        self._sampler, self._start, self._started = sampler, start, time.perf_counter()
+        self._prompt_tokens, self._prompt_seconds = prompt_tokens, prompt_seconds
         self.message = {"role": "assistant", "content": ""}
         return self.message
 
@@ -53,9 +56,11 @@ class AnswerInProgress:
             SessionError: it is over.
         """
         self._check_current()
-        cache, model, stream, reason = self._cache, self._cache.model, TextStream(self._reader.template.stop_strings), "stopped"
+        cache, template, stream, reason = self._cache, self._reader.template, self._stream, "stopped"
         self._started = time.perf_counter()
         try:
+            if not self.stopped:
+                self._prompt_tokens += self._reader.read(self._start)
             while not self.stopped:
                 if len(self._fed) >= max_tokens:
                     reason = "length"
@@ -64,12 +69,12 @@ class AnswerInProgress:
                 token = self._sampler.sample(cache.context)
                 self._drawn.append(token)
                 cache.seconds.sample += time.perf_counter() - sampling
-                if token in model.end_tokens:
+                if token in template.end_tokens:
                     reason = "end"
                     break
                 cache.append(np.array([token], np.int32), "decode")
                 self._fed.append(token)
-                text = stream.push(model.token_bytes(token))
+                text = stream.push(token)
                 if text:
                     self.message["content"] += text
                     yield text
@@ -77,7 +82,7 @@ class AnswerInProgress:
                 if stream.stopped:
                     reason = "end"
                     break
-            rest = stream.flush(cut=not ended_by_model(model, self._drawn))
+            rest = stream.flush(cut=not ended_by_model(self._drawn, template))
             self.message["content"] += rest
             self.end(reason)
         except GeneratorExit:
@@ -96,8 +101,8 @@ class AnswerInProgress:
             return
         self.over = True
         n = len(self._fed)
-        if not ended_by_model(self._cache.model, self._drawn):
-            n = keep_said(self._reader, self._sampler, self._fed, self.message["content"])
+        if not ended_by_model(self._drawn, self._reader.template) or self._stream.has_closing:
+            n = keep_said(self._reader, self._sampler, self._stream, self._fed, self.message["content"])
         self._close(n, reason)
 
     def break_off(self) -> None:
@@ -107,31 +112,30 @@ class AnswerInProgress:
 
     def _close(self, n_tokens: int, reason: StopReason) -> None:
         self._cache.describe(self.message["content"])
-        n_prompt, prompt_seconds = self._prompt
-        self.stats = TurnStats(n_prompt, n_tokens, prompt_seconds, time.perf_counter() - self._started, reason, self._drawn)
+        self.stats = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, time.perf_counter() - self._started, reason, self._drawn)
 
 
-def ended_by_model(model: Model, drawn: Sequence[int]) -> bool:
+def ended_by_model(drawn: Sequence[int], template: ChatTemplate) -> bool:
     """Whether these tokens are those of an answer that the model ended by a token."""
-    return bool(drawn) and drawn[-1] in model.end_tokens
+    return bool(drawn) and drawn[-1] in template.end_tokens
 
 
-def text_of(reader: TurnReader, drawn: Sequence[int]) -> str:
-    """What an answer says that was drawn as these tokens."""
-    model, stream = reader.cache.model, TextStream(reader.template.stop_strings)
-    text = "".join(stream.push(model.token_bytes(token)) for token in drawn if token not in model.end_tokens)
-    return text + stream.flush(cut=not ended_by_model(model, drawn))
+def text_of(stream: AnswerStream, drawn: Sequence[int], template: ChatTemplate) -> str:
+    """What an answer says that was drawn as these tokens; the stream is new."""
+    text = "".join(stream.push(token) for token in drawn if token not in template.end_tokens)
+    return text + stream.flush(cut=not ended_by_model(drawn, template))
 
 
-def keep_said(reader: TurnReader, sampler: Sampler, fed: Sequence[int], content: str) -> int:
-    """Takes tokens at the end of an answer out of the cache that say what is not in its text: a stop string, or the beginning of a character or of
-    a stop string. Returns how many tokens the answer has then.
+def keep_said(reader: TurnReader, sampler: Sampler, stream: AnswerStream, fed: Sequence[int], content: str) -> int:
+    """Takes tokens at the end of an answer out of the cache that say what is not in it: a stop string, the beginning of a character or of a stop
+    string, or of what the template writes behind answers. Returns how many tokens the answer has then.
 
     sampler: remembers them no more either
+    stream: made the text of the answer
     fed: the tokens of the answer, the last that were evaluated
     """
     cache = reader.cache
-    n, n_characters = pieces_of([cache.model.token_bytes(token) for token in fed], content)
+    n, before, rest = stream.kept(fed, content)
     n_drop = len(fed) - n
     if not n_drop or cache.uncertain:
         return len(fed)
@@ -140,5 +144,4 @@ def keep_said(reader: TurnReader, sampler: Sampler, fed: Sequence[int], content:
     if not cache.set_length(cache.ledger.n_tokens - n_drop):
         return n
     # a token may say the end of the answer and the beginning of what is left out
-    rest = content[n_characters:]
-    return n + cache.read(reader.passages([Piece("assistant", rest, "content", before=content[:n_characters] or "a")])) if rest else n
+    return n + cache.read(reader.passages([Piece("assistant", rest, "content", before=before or "a")])) if rest else n

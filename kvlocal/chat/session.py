@@ -27,7 +27,8 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.template.chat_template import ChatTemplate, Piece
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.pieces import Piece
 
 Message = dict[str, str]
 
@@ -201,10 +202,11 @@ class ChatSession:
         else:
             self._try_to_read_again(self.messages[:-1])
 
-    def _history_for_template(self) -> list[Message]:
+    def _history_for_template(self, n: int | None = None) -> list[Message]:
+        """What the template has to know of the first n messages, of all if None."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         # the markup depends on no more than the last turns
-        return system + self.messages[-2:]
+        return system + self.messages[:n][-2:]
 
     def answer(self) -> Iterator[str]:
         """Generates the answer to the last user turn: yields its text as it comes.
@@ -216,7 +218,8 @@ class ChatSession:
         if not self.messages or self.messages[-1]["role"] != "user":
             raise SessionError("there is no user turn to answer: send one first")
         answer = self._answer = self._answer or AnswerInProgress(self._reader)
-        self.messages.append(answer.begin(self._sampler, *self._prompt))
+        start = self.template.answer_start(self._history_for_template(len(self.messages) - 1))
+        self.messages.append(answer.begin(self._sampler, start, *self._prompt))
         self._sampler.begin(self.n_answers)
         self.n_answers += 1
         return self._texts(answer)
@@ -254,19 +257,22 @@ class ChatSession:
         self._settle()
         if max(drawn, default=0) >= self.model.n_vocab or min(drawn, default=0) < 0:
             drawn = ()
-        if text_of(self._reader, drawn) != content or not self.messages or self.messages[-1]["role"] != "user":
+        stream = self.template.answer_stream(self.model)
+        if text_of(stream, drawn, self.template) != content or not self.messages or self.messages[-1]["role"] != "user":
             return self.add_turn("assistant", content)
         self._answer = None
+        start = self.template.answer_start(self._history_for_template(len(self.messages) - 1)) if drawn else []
         self.messages.append({"role": "assistant", "content": content})
         try:
+            self._reader.read(start)
             fed = []
             for token in drawn:
                 self._sampler.accept(token)
-                if token not in self.model.end_tokens:
+                if token not in self.template.end_tokens:
                     self.cache.append(np.array([token], np.int32), "decode")
                     fed.append(token)
-            if not ended_by_model(self.model, drawn):
-                keep_said(self._reader, self._sampler, fed, content)
+            if not ended_by_model(drawn, self.template) or stream.has_closing:
+                keep_said(self._reader, self._sampler, stream, fed, content)
         except BaseException:
             self._take_back("assistant")
             raise

@@ -9,7 +9,8 @@ import numpy as np
 from kvlocal.cache.budgeted import BudgetedCache, Passage, Progress
 from kvlocal.nexus.allotment import n_nexus
 from kvlocal.nexus.tokens import LONG_TEXT, NexusTokens
-from kvlocal.template.chat_template import ChatTemplate, Piece
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.pieces import Piece
 
 
 class TurnReader:

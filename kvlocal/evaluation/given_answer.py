@@ -20,13 +20,12 @@ def read_answer(session: ChatSession, content: str) -> tuple[npt.NDArray[np.int3
     cache.ledger.begin_segment("assistant")
     for passage in passages:
         ids = passage.tokens
-        if passage.text:
-            rows.append(prediction[None])
         while len(ids):
             chunk, ids = np.split(ids, [cache.room])
+            before = prediction[None]
             cache.append(chunk, logits="all" if passage.text else "last")
             prediction = cache.context.logits()
             if passage.text:
                 tokens.append(chunk)
-                rows.append(cache.context.logits_all())
-    return np.concatenate(tokens), np.concatenate(rows)[:-1]
+                rows += [before, cache.context.logits_all()[:-1]]
+    return np.concatenate(tokens), np.concatenate(rows)

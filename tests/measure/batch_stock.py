@@ -114,7 +114,7 @@ class OursHost:
         load()
         self._model, self._n = Model(args.model), args.n
         # answers are as long as those of the others
-        self._model.end_tokens = frozenset()
+        ChatTemplate.from_model(self._model).end_tokens = frozenset()
         self._config = SessionConfig(
             budget=args.kv_budget, policy=args.policy, max_tokens=args.generate, sampling=SamplingParams(temperature=0), n_threads=args.threads
         )
