@@ -8,8 +8,9 @@ import pytest
 from rewritten_model import rewrite
 from templates import source_tree, templates
 
-from kvlocal.chat.session import ChatSession, SessionConfig
-from kvlocal.llama.engine import Model
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.template.answer import split_thought
 from kvlocal.template.chat_template import ChatTemplate

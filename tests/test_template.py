@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.compiled import TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN

@@ -84,7 +84,7 @@ def load() -> Library:
 def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
     """Loads an unpatched llama.cpp (`make stock`) instead, for the rest of the process and to compare with.
 
-    What only needs `llama_cpp` works with it, as kvlocal.llama.engine and kvlocal.template.chat_template do; `ffi` and `lib` are None.
+    What only needs `llama_cpp` works with it, as kvlocal.llama.context and kvlocal.template.chat_template do; `ffi` and `lib` are None.
     llama.cpp's messages go to standard error.
 
     Raises LibraryError if there is none in the directory, if it has the patches, or if another library is loaded already.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.template.compiled import Answer, AnswerError, AnswerFormat
 from kvlocal.template.textstream import TextStream, pieces_of
 

@@ -11,8 +11,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.engine import Model
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 from kvlocal.template.answer import AnswerStream, split_thought
 from kvlocal.template.compiled import LIMIT_SECONDS, CompiledTemplate, TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.engine import Model
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 from kvlocal.template.pieces import Piece, Role
 
 _C_WHITESPACE = " \t\n\v\f\r"

@@ -16,8 +16,9 @@ import kvlocal
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import LineFile
 from kvlocal.files.fingerprint import fingerprint, run_key
-from kvlocal.llama.engine import MAX_SEQUENCES, Context, Model
+from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
