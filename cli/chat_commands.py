@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvlocal.chat.session import SegmentStats, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.stats import SegmentStats
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError

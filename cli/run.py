@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
 from kvlocal.llama.sampling import MAX_SEED

@@ -19,7 +19,8 @@ from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
 from kvlocal.batch.line import Failure, Line
 from kvlocal.batch.output import Results
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations import dialogues
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
@@ -27,7 +28,8 @@ from kvlocal.conversations.snapshot import SnapshotError, Snapshots
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile

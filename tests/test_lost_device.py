@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from doors import write_chat_model
-from kvlocal_cli.main import main
 from lost_device import LosableDevice
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.saved_chat import load
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import EngineError, Model
+from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load as load_library
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=24, n_threads=1, sampling=SamplingParams(temperature=0))
 OPTIONS = ("--kv-budget", "64", "--stride", "16", "--threads", "1", "--temp", "0", "--max-tokens", "24")
@@ -37,8 +39,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> LosableDevice:
 
 
 def check_agreement(session: ChatSession) -> None:
-    ledger = session._ledger
-    assert session._native.n_cells() == ledger.n_cells and session._context.pos_max(0) == ledger.next_position - 1
+    ledger = session.cache.ledger
+    assert session.cache.native.n_cells() == ledger.n_cells and session.cache.context.pos_max(0) == ledger.next_position - 1
 
 
 # a token, and the compression after one
@@ -64,7 +66,8 @@ def test_a_session_goes_on(path: Path, device: LosableDevice, left: int, comes_b
         "".join(session.send("Now?"))
         assert [message["content"] for message in session.messages[len(before) + 1 :]][:2] == [shown, "Now?"]
         check_agreement(session)
-        assert np.isfinite(session._context.logits()).all()
+        session.add_turn("user", "And now?")
+        assert np.isfinite(session.cache.context.logits()).all()
 
 
 def test_a_refused_batch(path: Path) -> None:
@@ -72,7 +75,7 @@ def test_a_refused_batch(path: Path) -> None:
     with Model(path) as model, ChatSession(model, CONFIG) as session:
         pieces = session.send(QUESTIONS[0])
         shown = next(pieces)
-        load_library().llama_cpp.llama_memory_seq_rm(session._context.memory, 0, session._ledger.next_position - 1, -1)
+        load_library().llama_cpp.llama_memory_seq_rm(session.cache.context.memory, 0, session.cache.ledger.next_position - 1, -1)
         with pytest.raises(EngineError, match="refused the batch"):
             list(pieces)
         check_agreement(session)

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.doctor import memory_estimate
-from kvlocal.doctor.memory_estimate import (
-    MemoryEstimate,
-    OutOfMemory,
-    check,
-    largest_budget,
-)
+from kvlocal.doctor.memory_estimate import MemoryEstimate, OutOfMemory, check, largest_budget
 from kvlocal.doctor.memory_limits import left_of_cgroups
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal_cli.main import main
 
 
@@ -26,7 +22,7 @@ from kvlocal_cli.main import main
 def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_v: str, policy: str, copies: int) -> None:
     config = SessionConfig(budget=512, policy=policy, type_k=type_k, type_v=type_v)
     with Model(smollm2) as model, ChatSession(model, config) as session:
-        allocated = session._context.kv_bytes()
+        allocated = session.cache.context.kv_bytes()
     n_cells = -(-memory_estimate.allocation(config, 8192).n_cells // 256) * 256
     # llama.cpp tells sizes in hundredths of a MiB
     assert MemoryEstimate.of(Container(smollm2), config).cell * n_cells == pytest.approx(copies * allocated, rel=0.002)
@@ -36,14 +32,15 @@ def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_
 def test_a_sliding_window_is_counted_as_if_it_were_none(gemma3: Path) -> None:
     config = SessionConfig(budget=2048)
     with Model(gemma3) as model, ChatSession(model, config) as session:
-        assert MemoryEstimate.of(Container(gemma3), config).cell * 2176 > session._context.kv_bytes()
+        assert MemoryEstimate.of(Container(gemma3), config).cell * 2176 > session.cache.context.kv_bytes()
 
 
 MEASURE = """
 import sys
 from pathlib import Path
-from kvlocal.llama.engine import Model
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.llama.model import Model
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 with Model(Path(sys.argv[1])) as model, ChatSession(model, SessionConfig(budget=4096)) as session:
     session.add_turn("user", "Tell me about rivers. " * 100)
     print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))

@@ -7,19 +7,21 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 from random_nexus import K, nexus_file
 
 from kvlocal.batch.run import run_batch
 from kvlocal.cache.ledger import NEXUS
-from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
-from kvlocal.llama.engine import EngineError, Model
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.session import ChatSession
+from kvlocal.llama.errors import EngineError
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.file import NexusError, NexusFile, WrongBase
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.policies import make
 from kvlocal.policies.base import CacheState
+from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(
     budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
@@ -59,15 +61,15 @@ def test_every_finished_turn_gets_its_tokens(model, nexus):
         chat.add_turn("user", "Name a bird.")
         chat.add_turn("assistant", "An owl.")
         assert roles(chat) == ["system", "user", "assistant"]
-        n_turn = chat._ledger.n_tokens - chat.segments()[0].n_tokens
+        n_turn = chat.cache.ledger.n_tokens - chat.segments()[0].n_tokens
         chat.add_turn("user", "Another one.")
         assert roles(chat) == ["system", "user", "assistant", "nexus", "user", "assistant"]
         closing = len(model.tokenize("<|im_end|>\n", parse_special=True))
         n = chat.segments()[3].n_tokens
         assert n == -(-(n_turn + closing) // 10) and chat.kv.nexus == n
-        assert (chat._ledger.ids == NEXUS).sum() == n
+        assert (chat.cache.ledger.ids == NEXUS).sum() == n
         assert chat.kv.history_tokens == chat.kv.used - n
-        np.testing.assert_array_equal(chat._ledger.nexus().sum(axis=-1), n)
+        np.testing.assert_array_equal(chat.cache.ledger.nexus().sum(axis=-1), n)
 
 
 def test_a_small_cache_gets_as_many_as_fit(model, nexus):
@@ -91,7 +93,7 @@ def test_a_turn_can_be_finished_at_once(model, nexus):
                 chat.finish_turn()
                 assert roles(chat)[-1] == "nexus"
             chat.add_turn("user", "Another one.")
-            logits.append(chat._context.logits().copy())
+            logits.append(chat.cache.context.logits().copy())
     np.testing.assert_array_equal(*logits)
 
 
@@ -102,8 +104,8 @@ def test_a_long_text_gets_them_at_ends_of_its_blocks(model, nexus):
         user = [segment for segment in chat.segments() if segment.role == "user"]
         assert roles(chat) == ["system", "user", *["nexus", "user"] * (len(user) - 1), "assistant"] and len(user) >= 3
         assert all(256 <= segment.n_tokens <= 512 + 8 for segment in user[:-1]) and {segment.turn for segment in user} == {1}
-        ids = chat._ledger.ids
-        ends = [segment.end for segment in chat._ledger.segments if segment.role == "user"][:-1]
+        ids = chat.cache.ledger.ids
+        ends = [segment.end for segment in chat.cache.ledger.segments if segment.role == "user"][:-1]
         assert all(model.token_bytes(int(ids[end - 1])).endswith(b".") for end in ends)
         assert chat.kv.used <= chat.kv.budget + CONFIG.stride
         chat.add_turn("assistant", "I see.")
@@ -119,7 +121,7 @@ def test_before_the_first_one_nothing_is_different(model, nexus):
     for policy, tokens in (("kvzip-snapkv", None), ("hybrid", nexus)):
         with session(model, tokens, policy=policy) as chat:
             text = "".join(chat.send("What is the tallest animal?"))
-            answers.append((text, chat._context.logits().copy()))
+            answers.append((text, chat.cache.context.logits().copy()))
     assert answers[0][0] == answers[1][0]
     np.testing.assert_array_equal(answers[0][1], answers[1][1])
 
@@ -135,7 +137,7 @@ def test_they_change_what_follows_and_the_adapter_is_off_again(model, nexus, pat
             chat.add_turn("assistant", "An owl.")
             chat.finish_turn()
             n = chat.segments()[-1].n_tokens
-            values = chat._native.read_values(5)
+            values = chat.cache.native.read_values(5)
             keys.append(values)
             assert np.isfinite(values).all()
     assert not np.allclose(keys[0][:, -n:], keys[1][:, -n:], atol=1e-3)
@@ -159,8 +161,8 @@ def test_raw_cells_go_and_nexus_cells_stay(model, nexus, policy, share):
         assert all(one.n_cells < one.n_tokens / 2 for one in first)
         if policy == "nexus":
             assert all(one.n_cells == 0 for one in first)
-        ledger = chat._ledger
-        assert chat._native.n_cells() == ledger.n_cells
+        ledger = chat.cache.ledger
+        assert chat.cache.native.n_cells() == ledger.n_cells
 
 
 def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
@@ -177,7 +179,7 @@ def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
                 chat.undo()
                 assert roles(chat) == ["system", "user", "assistant"] and chat.kv.nexus == 0
             chat.add_turn("user", "Another one.")
-            logits.append(chat._context.logits().copy())
+            logits.append(chat.cache.context.logits().copy())
     np.testing.assert_array_equal(*logits)
 
 
@@ -241,7 +243,7 @@ def test_the_commands_use_them_unless_told_otherwise(path, smollm2, gemma3, tmp_
 
 
 def test_an_adapter_of_another_model_is_refused(path, gemma3):
-    from kvlocal.llama.engine import Adapter
+    from kvlocal.llama.adapter import Adapter
 
     with Model(gemma3) as other, pytest.raises(EngineError, match="adapter"):
         Adapter(other, path)

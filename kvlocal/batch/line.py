@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.messages import MessageError, check_order, parse_messages
-from kvlocal.chat.session import Message, SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.files.json_line import JsonError, json_value
 from kvlocal.llama.sampling import SamplingParams

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlocal.errors import KvlocalError
-from kvlocal.template.chat_template import Message
+from kvlocal.template.markup import Message
 
 ROLES = ("system", "user", "assistant")
 

@@ -10,7 +10,7 @@ from typing import Any
 from kvlocal.chat.messages import MessageError, parse_messages
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
-from kvlocal.template.chat_template import Message
+from kvlocal.template.markup import Message
 
 TRANSCRIPT_FORMAT = "kvlocal-transcript"
 VERSION = 1

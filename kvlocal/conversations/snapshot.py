@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 import kvlocal
-from kvlocal.chat.session import ChatSession, Message, SessionError
+from kvlocal.chat.config import SessionError
+from kvlocal.chat.session import ChatSession, Message
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import replace_at_leisure
 from kvlocal.files.fingerprint import fingerprint
@@ -66,6 +67,8 @@ class Snapshots:
             KvlocalError: it cannot be written; the older one is as it was.
         """
         key = _key(session)
+        if session.cache.uncertain:
+            return
         if key == self._kept or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
             return
         arrays = session.snapshot()

@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 import cffi
 
 import kvlocal
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor.memory_estimate import largest_budget
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import models_dir
 from kvlocal.hub.catalogue import Catalogue, HubFile
 from kvlocal.llama.cells import NativeCache, NativeError
-from kvlocal.llama.engine import KV_TYPES, Context, Model
+from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.library import Library, load
+from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
 
 _T = TypeVar("_T")

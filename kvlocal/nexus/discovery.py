@@ -8,7 +8,7 @@ from pathlib import Path
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import models_dir
 from kvlocal.hub.catalogue import shipped_dir
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.file import WrongBase
 from kvlocal.nexus.tokens import NexusTokens
 

@@ -1,0 +1,325 @@
+"""BudgetedCache: the tokens of one conversation in cells that never become more than a budget allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal import policies
+from kvlocal.cache.compression import Compressor, Seconds
+from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
+from kvlocal.cache.ledger import NEXUS
+from kvlocal.cache.noted_cells import Arrays, NotedCells
+from kvlocal.cache.rollback import taken_back
+from kvlocal.cache.score_sources import Observer, carried_scores
+from kvlocal.llama.adapter import Adapter
+from kvlocal.llama.context import Context, Outputs
+from kvlocal.llama.model import Model
+from kvlocal.llama.sequence_decoder import SequenceDecoder
+
+Progress = Callable[[int, int], None]
+
+_EXCERPT = 60  # characters of a segment's text that are kept for showing
+
+
+class Passage(NamedTuple):
+    """Tokens with one origin.
+
+    role: of the segment that they belong to (kvlocal.cache.ledger.Segment)
+    tokens: int32 [n], n may be 0
+    text: what they say, if it was written by somebody, to show its beginning
+    """
+
+    role: str
+    tokens: npt.NDArray[np.int32]
+    text: str = ""
+
+
+class BudgetedCache(NotedCells):
+    """The cache of one conversation, token by token.
+
+    Every token is evaluated once. The cache is compressed when it exceeds the budget by the stride, also in the middle of a long text; what is
+    pinned always stays. When positions come near the end of the trained context, kept keys are rotated back to low positions and the
+    conversation goes on.
+
+    After a failure in the middle of a change the cells are uncertain: every method that computes with them raises UncertainCache until `begin`
+    or `resume`.
+
+    model: the weights; must outlive the cache
+    config: budget and policy
+    spare: cells beyond those that budget and stride need, for what is read in hold()
+    n_outputs: tokens of a micro-batch whose logits are kept
+    undo: mark() keeps what the way back needs, a copy of the cache among it
+    make_context: makes the cells: Context, or what gives a stream beside others (kvlocal.llama.slots)
+
+    budget: the most cells of each layer and head after a compression
+    capacity: the most cells there are room for outside hold()
+    context, native, layout: the cells, as llama.cpp and as our own library see them
+    ledger: which token is in which cell
+    peak: the most cells it ever held
+
+    Raises CacheError if the budget does not go together with the model, EngineError or NativeError if the model cannot be run or compressed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: CacheConfig,
+        *,
+        spare: int = 0,
+        n_outputs: int = 1,
+        undo: bool = True,
+        make_context: Callable[..., SequenceDecoder] = Context,
+    ) -> None:
+        self.model, self.config = model, config
+        self.policy = policies.make(config.policy, config.policy_args)
+        self.budget, self.capacity, _ = check_budget(model, config)
+        self._spare = spare
+        with ExitStack() as opened:
+            context = make_context(
+                model,
+                # llama.cpp cuts the sliding-window cache to the size of the other one, and it has to hold the window beside a micro-batch
+                n_cells=max(self.capacity + spare, model.n_swa + config.n_ubatch if model.n_swa else 0),
+                n_ubatch=config.n_ubatch,
+                type_k=config.type_k,
+                type_v=config.type_v,
+                n_threads=config.n_threads,
+                n_outputs=n_outputs,
+                n_recorded=queries_to_record(config),
+            )
+            opened.callback(context.close)
+            super().__init__(context, self.capacity + spare, carried_scores(self.policy), undo=undo, copies=self.policy.evicts)
+            self.observer = Observer(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
+            self.compressor = Compressor(
+                self.native,
+                self.layout,
+                self.observer,
+                self.policy,
+                self.budget,
+                config.ratio,
+                config.stride,
+                config.window,
+                config.positions,
+                config.n_ubatch,
+                model.n_ctx_train,
+                model.n_swa if self.layout.is_swa else 0,
+                before=self._way_back.keep,
+            )
+            self.begin(0)
+            self._opened = opened.pop_all()
+
+    def begin(self, n_pinned: int) -> None:
+        """An empty cache, in which the first n_pinned tokens will always stay, and the sinks at least."""
+        self.empty(max(self.config.n_sink, n_pinned))
+        self.peak = 0
+        self.compressor.compressions = self.compressor.rotations = 0
+
+    @property
+    def seconds(self) -> Seconds:
+        """Where the time went since the cache was made."""
+        return self.compressor.seconds
+
+    @property
+    def target(self) -> int:
+        """Cells of each layer and head after a compression now."""
+        return self.compressor.target(self.ledger)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may be evaluated at once; at least one, which is refused where no cell is free."""
+        return min(self.context.n_ubatch, max(1, self.n_free))
+
+    # what comes
+
+    def read(self, parts: Sequence[Passage], progress: Progress = lambda done, total: None) -> int:
+        """Evaluates parts one after another, micro-batch by micro-batch; returns the number of tokens.
+
+        progress: called with (tokens done, tokens in all) after each
+        """
+        ids = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)])
+        ends = np.cumsum([len(part.tokens) for part in parts])
+        start = 0
+        while True:
+            stop = min(start + self.room, len(ids))
+            # what of each part is in this chunk; one without tokens counts where it stands
+            inside = [
+                (part, min(end, stop) - max(end - len(part.tokens), start))
+                for part, end in zip(parts, ends, strict=True)
+                if end - len(part.tokens) < stop and end > start or not len(part.tokens) and start <= end <= stop
+            ]
+            if start < stop:
+                self.append(ids[start:stop], parts=inside)
+            else:
+                self._note(inside, ids)
+            progress(stop, len(ids))
+            if stop == len(ids):
+                return stop
+            start = stop
+
+    def append(
+        self,
+        tokens: npt.NDArray[np.int32],
+        phase: Literal["prefill", "decode"] = "prefill",
+        logits: Outputs = "last",
+        parts: Sequence[tuple[Passage, int]] = (),
+    ) -> None:
+        """Evaluates at most a micro-batch of tokens and compresses if that is due.
+
+        phase: what its time is counted as
+        parts: where they come from, with the number of tokens of each; if not given, they go on with the last segment
+
+        Raises:
+            CacheError: there is no room for them and nothing can be removed.
+            UncertainCache: the cells are not certain.
+        """
+        self._make_room(len(tokens))
+        started = time.perf_counter()
+        self.context.decode(tokens, self.ledger.next_position, logits=logits)
+        self._count(phase, started)
+        if parts:
+            self._note(parts, tokens)
+        else:
+            self.ledger.append(tokens)
+        self._appended()
+
+    def append_vectors(self, vectors: npt.NDArray[np.float32], role: str, adapter: Adapter | None = None) -> int:
+        """Evaluates vectors in place of token embeddings, float32 [n, n_embd], in a segment of their own: the first of them, as many as there is
+        room for once the cache is compressed. Returns how many.
+
+        adapter: is on for this alone
+        """
+        self.check_certain()
+        if len(vectors) > self.n_free:
+            self.compressor.compress(self.ledger)
+        vectors = vectors[: self.n_free]
+        self.compressor.make_room(self.ledger, len(vectors))
+        started = time.perf_counter()
+        self.context.use_adapter(adapter)
+        try:
+            for start in range(0, len(vectors), self.context.n_ubatch):
+                self.context.decode_embeddings(vectors[start : start + self.context.n_ubatch], self.ledger.next_position + start)
+        finally:
+            self.context.use_adapter(None)
+        self._count("nexus", started)
+        self.ledger.begin_segment(role)
+        self.ledger.append(np.full(len(vectors), NEXUS, np.int32))
+        self._appended()
+        return len(vectors)
+
+    def _make_room(self, n: int) -> None:
+        self.check_certain()
+        if n > self.n_free:
+            # the compression after the last tokens may have failed
+            self.compressor.compress(self.ledger)
+        if n > self.n_free:
+            raise CacheError(
+                "the text is longer than the spare cells of the cache: ask for more of them"
+                if self.compressor.held
+                else f"the cache of {self.capacity} cells is full and the policy {self.config.policy} removes nothing: "
+                "choose another policy or a larger budget"
+            )
+        self.compressor.make_room(self.ledger, n)
+
+    def make_positions(self, n: int) -> None:
+        """Before n more tokens: moves the keys back if their positions would leave the trained context (Compressor.make_room)."""
+        self.check_certain()
+        self.compressor.make_room(self.ledger, n)
+
+    def _count(self, phase: str, started: float) -> None:
+        setattr(self.seconds, phase, getattr(self.seconds, phase) + time.perf_counter() - started)
+
+    def _appended(self) -> None:
+        self.peak = max(self.peak, self.ledger.n_cells)
+        self.compressor.after_append(self.ledger)
+
+    def _note(self, parts: Sequence[tuple[Passage, int]], ids: npt.NDArray[np.int32]) -> None:
+        """Notes tokens that were evaluated in the ledger, the first of them from the first part, and so on."""
+        done = 0
+        for part, n in parts:
+            segments = self.ledger.segments
+            # an answer's closing markup still belongs to it
+            if not segments or segments[-1].role != part.role:
+                self.ledger.begin_segment(part.role)
+            if part.text and not segments[-1].text:
+                self.describe(part.text)
+            self.ledger.append(ids[done : done + n])
+            done += n
+
+    def describe(self, text: str) -> None:
+        """What the last segment says; its beginning is kept, for showing."""
+        if self.ledger.segments:
+            self.ledger.segments[-1].text = text.strip()[:_EXCERPT]
+
+    def compress(self) -> None:
+        """Compresses to the budget now, if the cache is over it."""
+        self.check_certain()
+        self.compressor.compress(self.ledger)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Nothing is compressed inside, and on exit cells and ledger are as they were. Can be nested.
+
+        What is read inside must fit into the free and the spare cells.
+        """
+        self.check_certain()
+        ledger, compressor, way_back = self.ledger, self.compressor, self._way_back
+        outer, checkpoint, copy = compressor.held, way_back.checkpoint, way_back.copy
+        if not outer:
+            compressor.make_room(ledger, min(self.n_free, self.model.n_ctx_train // 2))
+            self.observer.before_removal(ledger)
+        # what is copied inside is not to overwrite the copy there is
+        n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
+        segments = [replace(segment) for segment in ledger.segments]
+        try:
+            with taken_back(self.context, self.native, ledger):
+                yield
+        finally:
+            compressor.held, way_back.checkpoint, way_back.copy = outer, checkpoint, copy
+            ledger.truncate(n_tokens)
+            ledger.segments[:] = segments
+
+    # a copy that outlives the process
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """All settings that decide what is in the cells besides the model and the tokens, as JSON can hold them."""
+        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
+        settings = {name: getattr(self.config, name) for name in names}
+        return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
+
+    def snapshot(self) -> Arrays:
+        """All that the tokens to come depend on, besides `signature`, the model and what is pinned; `resume` takes it.
+
+        As NotedCells.snapshot, and numbers: int64 [3]
+        """
+        numbers = np.array([self.compressor.compressions, self.compressor.rotations, self.peak], np.int64)
+        return {"numbers": numbers} | super().snapshot()
+
+    def snapshot_limits(self, n_text: int) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+        """As NotedCells.snapshot_limits."""
+        return {"numbers": ("<i8", (3,))} | super().snapshot_limits(n_text)
+
+    def resume(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """As NotedCells.resume, for a cache with the same signature."""
+        compressions, rotations, peak = arrays["numbers"].tolist()
+        super().resume(arrays)
+        self.compressor.compressions, self.compressor.rotations, self.peak = compressions, rotations, peak
+
+    # the end
+
+    def close(self) -> None:
+        """Frees the cells. Closing twice is harmless."""
+        self._opened.close()
+        self._way_back.checkpoint = None
+
+    def __enter__(self) -> BudgetedCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
