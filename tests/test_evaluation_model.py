@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 
 from kvlocal.chat.session import ChatSession, SessionConfig
 from kvlocal.conversations.dialogues import Dialogue
@@ -24,6 +23,7 @@ from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
 from kvlocal.llama.engine import Context, Model
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal_cli.main import main
 
 # One thread: two would wait for each other wherever the cores are shared.
 BASE = SessionConfig(stride=16, n_threads=1, sampling=SamplingParams(temperature=0, seed=0))
@@ -32,7 +32,9 @@ SEA = "The sea covers most of the earth. It is deep, cold and salt, and there is
 DIALOGUES = [
     Dialogue((("Tell me about the sea.", SEA), ("And lakes?", "Lakes are smaller, and most of them hold fresh water."))),
     Dialogue((("What is a harbour?", "A place where ships are safe from the waves."), ("Name one.", "Rotterdam is a large harbour in Europe."))),
-    Dialogue((("What do gulls eat?", "Fish, insects, and what people leave behind."), ("Do they sleep?", "Yes, often while they float on the water."))),
+    Dialogue(
+        (("What do gulls eat?", "Fish, insects, and what people leave behind."), ("Do they sleep?", "Yes, often while they float on the water.")),
+    ),
 ]
 
 

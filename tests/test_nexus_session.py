@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 from random_nexus import K, nexus_file
 
 from kvlocal.batch.run import run_batch
@@ -20,6 +19,7 @@ from kvlocal.nexus.file import NexusError, NexusFile, WrongBase
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.policies import make
 from kvlocal.policies.base import CacheState
+from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(
     budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
@@ -183,14 +183,14 @@ def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
 
 def test_old_ones_compete_when_their_share_is_full():
     """The newest Nexus cells are pinned up to their share of the budget; the others stay only by their score."""
-    C, budget, window = 100, 40, 8
-    is_nexus = np.zeros((2, 3, C), bool)
+    n_cells, budget, window = 100, 40, 8
+    is_nexus = np.zeros((2, 3, n_cells), bool)
     is_nexus[..., 10:90:2] = True
-    pinned = np.zeros((2, 3, C), bool)
+    pinned = np.zeros((2, 3, n_cells), bool)
     pinned[..., :4] = True
-    scores = np.ones((2, 3, C), np.float32)
+    scores = np.ones((2, 3, n_cells), np.float32)
     scores[..., 11] = scores[..., 12] = 9
-    none = np.zeros((2, 3, C), np.float32)
+    none = np.zeros((2, 3, n_cells), np.float32)
     state = CacheState(pinned, np.full_like(none, np.nan), window, scores=scores, redundancy=none, reread=none, nexus=is_nexus)
     keep = make("hybrid", {"share": 0.5}).plan(state, budget).keep
     newest = np.flatnonzero(is_nexus[0, 0])[-20:]

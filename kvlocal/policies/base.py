@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+_Array = TypeVar("_Array", bound=npt.NDArray[Any])
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,27 @@ class Policy(Protocol):
     rotates: True if kept keys move to their place in the cache at every compression
     """
 
-    needs: ClassVar[frozenset[str]]
-    evicts: ClassVar[bool]
-    rotates: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def evicts(self) -> bool: ...
+
+    @property
+    def rotates(self) -> bool: ...
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         """The `budget` cells of each layer and head that stay; budget < C."""
         ...
+
+
+def needed(array: _Array | None) -> _Array:
+    """An optional array of CacheState that the policy names in its `needs`; ValueError if it got none."""
+    if array is None:
+        raise ValueError("a policy reads an array of the state that its `needs` does not name")
+    return array
 
 
 def keep_best(importance: npt.NDArray[np.floating], state: CacheState, budget: int) -> npt.NDArray[np.intp]:
