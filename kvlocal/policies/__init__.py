@@ -1,4 +1,7 @@
-"""The policies by name. A new one is a file beside these and a line in POLICIES."""
+"""The policies by name, one file a method: which cells of each layer and head stay, from arrays alone.
+
+A new one is a file beside these and a line in POLICIES.
+"""
 
 from __future__ import annotations
 
