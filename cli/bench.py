@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import click
-from kvlocal_cli.options import CACHE_TYPES, split_policy_arg
+from kvlocal_cli.options import split_policy_arg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,6 +24,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.figure import check
 from kvlocal.files.atomic import atomic_write
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import KV_TYPES
 
 STOCK = Path("build/stock/dist/lib")
 
@@ -45,9 +46,9 @@ _EVICTING = [name for name, policy in policies.POLICIES.items() if policy.evicts
 @click.option("--pairs", type=click.IntRange(min=1), metavar="N", help=f"Slices compared for a ratio.  [default: {BenchSettings.pairs}]")
 @click.option("--quick", is_flag=True, help="Small sizes, to see that everything works.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads, of both.  [default: one per core]")
-@click.option("--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=BenchSettings.type_k, show_default=True,
+@click.option("--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=BenchSettings.type_k, show_default=True,
               help="Type of the keys, in both caches.")  # fmt: skip
-@click.option("--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=BenchSettings.type_v, show_default=True,
+@click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=BenchSettings.type_v, show_default=True,
               help="Type of the values, in both caches.")  # fmt: skip
 @click.option("--gpu-layers", type=click.IntRange(min=-1), default=BenchSettings.gpu_layers, show_default=True, metavar="N",
               help="Layers that go to the GPU, -1 for all, of both; without one it has no effect.")  # fmt: skip

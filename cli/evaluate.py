@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import click
-from kvlocal_cli.options import CACHE_TYPES, parse_ratios
+from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 from rich.console import Console
@@ -28,7 +28,7 @@ from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.files.atomic import atomic_write
 from kvlocal.files.fingerprint import fingerprint, run_key
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.engine import Model
+from kvlocal.llama.engine import KV_TYPES, Model
 from kvlocal.llama.library import load as load_library
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
@@ -62,9 +62,9 @@ _OPTIONS = (
                  help="The most recent cells, which always stay and whose queries score the others."),
     click.option("--stride", type=click.IntRange(min=1), default=_SESSION.stride, show_default=True, metavar="N",
                  help="Cells over the budget at which the cache is compressed."),
-    click.option("--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=_SESSION.type_k, show_default=True,
+    click.option("--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_k, show_default=True,
                  help="Type of the keys in the cache."),
-    click.option("--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=_SESSION.type_v, show_default=True,
+    click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_v, show_default=True,
                  help="Type of the values in the cache."),
     click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
                  help="Layers that go to the GPU, -1 for all; without one it has no effect."),

@@ -14,13 +14,11 @@ from kvlocal.chat.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
 from kvlocal.doctor import memory_estimate as footprint
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import resolve
-from kvlocal.llama.engine import Model
+from kvlocal.llama.engine import KV_TYPES, Model
 from kvlocal.llama.library import load as load_library
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
-
-CACHE_TYPES = ("f16", "q8_0")
 
 _SESSION = SessionConfig()
 _SAMPLING = SamplingParams()
@@ -118,11 +116,11 @@ _OPTIONS = (
         help="Longest answer, in tokens.",
     ),
     click.option(
-        "--ctk", "type_k", type=click.Choice(CACHE_TYPES), default=_SESSION.type_k, show_default=True,
+        "--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_k, show_default=True,
         help="Type of the keys in the cache.",
     ),
     click.option(
-        "--ctv", "type_v", type=click.Choice(CACHE_TYPES), default=_SESSION.type_v, show_default=True,
+        "--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_v, show_default=True,
         help="Type of the values in the cache.",
     ),
     click.option(

@@ -42,7 +42,7 @@ def check_ledger(chat):
 
 
 @pytest.mark.parametrize("policy", ["gkv", "streaming"])
-@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+@pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
 def test_many_turns_stay_within_the_budget(model, policy, cache):
     with session(model, policy=policy, type_k=cache, type_v=cache, system="Answer in one short sentence.") as chat:
         for i in range(9):
@@ -264,7 +264,7 @@ def test_seeds_repeat_and_clear_starts_again(model):
 
 
 def test_impossible_settings_are_refused(model):
-    for changes in ({"budget": 20}, {"budget": 0}, {"budget": 8192}, {"stride": 0}, {"window": 65}, {"max_tokens": 0}, {"policy": "magic"}, {"type_k": "q4_0"}):
+    for changes in ({"budget": 20}, {"budget": 0}, {"budget": 8192}, {"stride": 0}, {"window": 65}, {"max_tokens": 0}, {"policy": "magic"}, {"type_k": "q9"}):
         with pytest.raises(KvlocalError):
             session(model, **changes)
     with session(model) as chat:

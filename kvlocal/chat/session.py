@@ -54,7 +54,7 @@ class SessionConfig:
     window: the most recent cells, which always stay, and whose queries score the others
     n_sink: the first cells, which always stay, as the system prompt does
     system: system prompt; None for the template's own default
-    type_k, type_v: types of the cache, "f16" or "q8_0"
+    type_k, type_v: types of the cache, of kvlocal.llama.engine.KV_TYPES
     n_ubatch: tokens evaluated at once
     n_threads: threads; None for all cores
     sampling: how the next token is drawn

@@ -16,11 +16,9 @@ from kvlocal.doctor.memory_estimate import available_memory, largest_budget
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import Catalogue, HubFile, models_dir
 from kvlocal.llama.cells import NativeCache, NativeError
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.engine import KV_TYPES, Context, Model
 from kvlocal.llama.library import Library, load
 from kvlocal.template.chat_template import ChatTemplate
-
-CACHE_TYPES = ("f16", "q8_0")
 
 _T = TypeVar("_T")
 
@@ -177,7 +175,7 @@ def _describe_model(problems: list[str], library: Library, name: str) -> dict[st
         if layout is not None:
             _, ggml = _ggml(library)
             cost = {}
-            for kind in CACHE_TYPES:
+            for kind in KV_TYPES:
                 ggml_type = getattr(library.llama_cpp, f"GGML_TYPE_{kind.upper()}")
                 block = ggml.ggml_blck_size(ggml_type)
                 sizes = (layout.n_embd_head_k, layout.n_embd_head_v)

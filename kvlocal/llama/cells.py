@@ -37,6 +37,24 @@ class Layout:
     n_window: int
     is_swa: bool
     can_rotate: bool
+    row_size_k: int
+    row_size_v: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values of n cells as the cache stores them: they come back bit for bit.
+
+    k: uint8 [L, H, n, bytes of a key of one head]
+    v: uint8 [L, H, n, bytes of a value of one head]
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+
+    @property
+    def n(self) -> int:
+        return self.k.shape[2]
 
 
 class NativeCache:
@@ -161,12 +179,18 @@ class NativeCache:
         cells = np.ascontiguousarray(cells, np.int32)
         self._check(self._lib.kvl_remove_cells(self._context, self._seq, self._ints(cells), len(cells), self.n_cells()))
 
-    def compact(self, gather: np.ndarray, positions: np.ndarray, delta: np.ndarray | None = None) -> None:
-        """Moves cell gather[l, h, j] of each layer and head to cell j and frees the cells behind.
+    def compact(
+        self, gather: np.ndarray, positions: np.ndarray, delta: np.ndarray | None = None, rows: Rows | None = None, portable: bool = False
+    ) -> None:
+        """Moves cell gather[l, h, j] of each layer and head to cell j, or writes a row that is brought along there, and frees the cells behind.
 
-        gather: int [L, H, n_keep], used cells
+        What is not rotated is copied bit for bit; rotated keys of a quantised cache are quantised again.
+
+        gather: int [L, H, n_keep], used cells, or C + r for row r of rows
         positions: int [n_keep], strictly ascending, for the causal mask
         delta: int [L, H, n_keep], by how many positions each kept key is rotated; None for none
+        rows: keys and values that are not in the cache; with them the sequence may be empty, and n_keep larger than C
+        portable: use ggml's own operations only, as GPU backends do
         """
         gather = np.ascontiguousarray(gather, np.int32)
         positions = np.ascontiguousarray(positions, np.int32)
@@ -178,7 +202,39 @@ class NativeCache:
             if delta.shape != gather.shape:
                 raise ValueError(f"delta must have the shape of gather, {gather.shape}, not {delta.shape}")
             rotation = self._ints(delta)
-        self._compute(self._lib.kvl_compact, self._ints(gather), self._ints(positions), rotation, *gather.shape, self.n_cells())
+        brought = self._ffi.NULL
+        if rows is not None and rows.n:
+            rows = Rows(np.ascontiguousarray(rows.k), np.ascontiguousarray(rows.v))
+            self._check_rows(rows, rows.n)
+            brought = self._rows(rows)
+        self._compute(
+            self._lib.kvl_compact, self._ints(gather), self._ints(positions), rotation, brought, self._flags(portable), *gather.shape, self.n_cells()
+        )
+
+    def read_rows(self, cells: np.ndarray) -> Rows:
+        """Keys and values of these used cells, int [n], of all layers and heads, as they are stored."""
+        cells = np.ascontiguousarray(cells, np.int32)
+        layout = self.layout()
+        shape = (layout.n_layer, layout.n_head_kv, len(cells))
+        rows = Rows(np.empty((*shape, layout.row_size_k), np.uint8), np.empty((*shape, layout.row_size_v), np.uint8))
+        if len(cells):
+            self._compute(self._lib.kvl_read_rows, self._ints(cells), self._rows(rows), *shape[:2], self.n_cells())
+        return rows
+
+    def _check_rows(self, rows: Rows, n: int) -> None:
+        layout = self.layout()
+        for array, size in ((rows.k, layout.row_size_k), (rows.v, layout.row_size_v)):
+            shape = (layout.n_layer, layout.n_head_kv, n, size)
+            if array.shape != shape or array.dtype != np.uint8:
+                raise ValueError(f"rows of this cache must be uint8 {shape}, not {array.dtype} {array.shape}")
+
+    def _rows(self, rows: Rows) -> Any:
+        """A struct kvl_rows, which lives as long as what is returned; the arrays must outlive it."""
+        out = self._ffi.new("struct kvl_rows *")
+        out.k, out.n_bytes_k = self._ffi.cast("uint8_t *", rows.k.ctypes.data), rows.k.nbytes
+        out.v, out.n_bytes_v = self._ffi.cast("uint8_t *", rows.v.ctypes.data), rows.v.nbytes
+        out.n_rows = rows.n
+        return out
 
     def shift_window_cache(self, delta: int) -> None:
         """Shifts the positions of the sliding-window cache beside the compacted one, if there is one."""

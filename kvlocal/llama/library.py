@@ -201,6 +201,7 @@ def _route_log(llama_cpp: ModuleType, ffi: cffi.FFI, lib: Any) -> None:
             sys.stderr.flush()
 
     else:
+        lib.kvl_abort_in_a_sentence()
         # not a Python function: Ctrl-C that arrives inside one is lost
         callback = llama_cpp.llama_log_callback(int(ffi.cast("uintptr_t", ffi.addressof(lib, "kvl_log_discard"))))
     llama_cpp.llama_log_set(callback, None)

@@ -25,7 +25,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 3
+    KVL_API_VERSION = 4
 };
 
 enum kvl_status {
@@ -54,6 +54,18 @@ struct kvl_layout {
     int32_t n_window;      // queries the ring holds per sequence, 0 while it is off
     int32_t is_swa;        // 1: a sliding-window model, the layers here are its global ones
     int32_t can_rotate;    // 1: kept keys can be moved to new positions
+    int32_t row_size_k;    // bytes of a stored key of one head
+    int32_t row_size_v;    // bytes of a stored value of one head
+};
+
+// keys and values of n_rows cells in host memory, bytes as the cache stores them
+struct kvl_rows {
+    uint8_t * k; // [n_layer, n_head_kv, n_rows, row_size_k]
+    uint8_t * v; // [n_layer, n_head_kv, n_rows, row_size_v]
+
+    int64_t n_bytes_k; // of these arrays
+    int64_t n_bytes_v;
+    int32_t n_rows;
 };
 
 // the version of this interface, to be compared with KVL_API_VERSION
@@ -113,14 +125,23 @@ int32_t kvl_get_redundancy(struct llama_context * ctx, int32_t seq_id, int32_t f
 int32_t kvl_remove_cells(struct llama_context * ctx, int32_t seq_id,
         const int32_t * cells, int32_t n_remove, int32_t n_cells);
 
-// cell j of a head becomes a copy of its cell gather[.., j], for all j < n_keep; the cells behind are freed
-// gather: [n_layer, n_head_kv, n_keep], used cells
+// cell j of a head becomes a copy of what gather[.., j] names, for all j < n_keep; the cells behind are freed
+// what is not rotated is copied bit by bit, whatever its type; rotated keys of a quantised cache are quantised again
+// gather: [n_layer, n_head_kv, n_keep], used cells, or n_cells + r for row r of rows
 // pos:    [n_keep] positions of the new cells for the causal mask, strictly ascending
 // delta:  [n_layer, n_head_kv, n_keep] by how many positions each kept key is rotated, or NULL for none
-// a rotation empties the ring: the queries in it were made for the old positions
+// rows:   what the caller brings along, or NULL; with them the sequence may have no cells, and n_keep may be larger than n_cells
+// flags:  KVL_PORTABLE
+// a rotation of the last n_window cells empties the ring: the queries in it were made for the old positions
+// unless KVL_ERR_COMPUTE is returned, nothing has changed after an error
 int32_t kvl_compact(struct llama_context * ctx, int32_t seq_id,
-        const int32_t * gather, const int32_t * pos, const int32_t * delta,
+        const int32_t * gather, const int32_t * pos, const int32_t * delta, const struct kvl_rows * rows, int32_t flags,
         int32_t n_layer, int32_t n_head_kv, int32_t n_keep, int32_t n_cells);
+
+// keys and values of these cells of all layers and heads, as they are stored
+// cells: [rows->n_rows], used cells; rows: whose arrays are filled
+int32_t kvl_read_rows(struct llama_context * ctx, int32_t seq_id, const int32_t * cells, const struct kvl_rows * rows,
+        int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 
 // shift the positions that a sliding-window cache holds for a sequence, so that they follow a rotated base cache
 // cells whose position falls below zero are freed; without a sliding-window cache this does nothing
@@ -138,6 +159,9 @@ float kvl_get_kq_scale(struct llama_context * ctx, int32_t layer);
 
 // a log callback that drops what it gets
 void kvl_log_discard(int32_t level, const char * text, void * user_data);
+
+// where ggml aborts the process, one sentence on stderr takes the place of its backtrace
+void kvl_abort_in_a_sentence(void);
 
 /* cffi: end */
 

@@ -189,6 +189,8 @@ int32_t kvl_get_layout(llama_context * ctx, kvl_layout * layout) {
         layout->n_window      = ring ? ring->n_window : 0;
         layout->is_swa        = cache.swa != nullptr;
         layout->can_rotate    = can_rotate(cache);
+        layout->row_size_k    = kvl_row_size_k(cache);
+        layout->row_size_v    = kvl_row_size_v(cache);
 
         return KVL_OK;
     });
@@ -391,17 +393,24 @@ int32_t kvl_remove_cells(llama_context * ctx, int32_t seq_id, const int32_t * ce
     });
 }
 
-int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta,
+int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta, const kvl_rows * rows, int32_t flags,
         int32_t n_layer, int32_t n_head_kv, int32_t n_keep, int32_t n_cells) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(gather, "gather");
         check_pointer(pos, "pos");
-        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
+        check_flags(flags, KVL_PORTABLE);
+        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells, rows != nullptr);
 
-        if (n_keep < 1 || n_keep > n_cells) {
-            throw kvl_error(KVL_ERR_ARGUMENT, "the number of kept cells " + std::to_string(n_keep) + " is not in [1, " + std::to_string(n_cells) + "]");
+        if (rows) {
+            kvl_check_rows(cache, *rows);
+        }
+
+        const int32_t n_max = rows ? (int32_t) cache.kv->get_size() : n_cells;
+
+        if (n_keep < 1 || n_keep > n_max) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the number of kept cells " + std::to_string(n_keep) + " is not in [1, " + std::to_string(n_max) + "]");
         }
         if (delta && !can_rotate(cache)) {
             throw kvl_error(KVL_ERR_UNSUPPORTED, "the keys of this model can't be moved to other positions");
@@ -409,9 +418,13 @@ int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather,
 
         const auto & cells = kvl_access::cells(*cache.kv, seq_id);
 
-        const size_t n_idx = (size_t) n_layer*n_head_kv*n_keep;
+        const size_t  n_idx = (size_t) n_layer*n_head_kv*n_keep;
+        const int64_t n_all = n_cells + (rows ? (int64_t) rows->n_rows : 0);
+
         for (size_t i = 0; i < n_idx; ++i) {
-            check_cell(cells, gather[i], n_cells);
+            if (gather[i] < n_cells || gather[i] >= n_all) {
+                check_cell(cells, gather[i], n_cells);
+            }
         }
 
         for (int32_t j = 0; j < n_keep; ++j) {
@@ -420,7 +433,28 @@ int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather,
             }
         }
 
-        kvl_compact_cells(cache, seq_id, gather, pos, delta, n_keep);
+        kvl_compact_cells(cache, seq_id, {
+            gather, pos, delta, rows ? rows->k : nullptr, rows ? rows->v : nullptr, n_keep, rows ? rows->n_rows : 0, (flags & KVL_PORTABLE) != 0,
+        });
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_read_rows(llama_context * ctx, int32_t seq_id, const int32_t * cells, const kvl_rows * rows, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(cells, "cells");
+        check_pointer(rows, "rows");
+        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
+        kvl_check_rows(cache, *rows);
+
+        for (int32_t i = 0; i < rows->n_rows; ++i) {
+            check_cell(kvl_access::cells(*cache.kv, seq_id), cells[i], n_cells);
+        }
+
+        kvl_read_cells(cache, seq_id, cells, *rows);
 
         return KVL_OK;
     });

@@ -1,13 +1,111 @@
-// Compaction: per layer and head, gather the kept cells to the front of the stream and free the rest.
+// Compaction: per layer and head, bring the kept rows, of the cache or of the host, to the front of the stream and free the rest.
 
 #include "kvlocal-impl.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
-// re-rotate gathered keys, k: F32 [n_embd_head_k, n_keep, n_head_kv], by delta positions, delta: I32 [n_keep*n_head_kv]
-static ggml_tensor * build_rotate(
+namespace {
+
+// what becomes of the keys or values of one layer
+struct row_move {
+    ggml_tensor   * stream;
+    size_t          size;   // bytes of the row of one head
+    const int32_t * gather; // [n_head_kv, n_keep]
+    const uint8_t * host;   // [n_head_kv, n_rows, size]
+
+    size_t cell_size() const { return stream->nb[1]; }
+};
+
+// the rows of one head in place, data: [n_cells] rows that are cell_size apart
+// cells are named in ascending order: those that move forwards never meet those that move backwards, and within each kind
+// the order of moving sees to it that no row is overwritten before it was read; rows of the host come last
+void move_head(const row_move & move, char * data, int64_t head, int32_t n_keep, int32_t n_cells, int32_t n_rows) {
+    const size_t step = move.cell_size();
+
+    const int32_t * from = move.gather + head*n_keep;
+    const uint8_t * host = move.host + head*n_rows*move.size;
+
+    data += head*move.size;
+
+    for (int64_t j = 0; j < n_keep; ++j) {
+        if (from[j] > j && from[j] < n_cells) {
+            memcpy(data + j*step, data + from[j]*step, move.size);
+        }
+    }
+    for (int64_t j = n_keep - 1; j >= 0; --j) {
+        if (from[j] < j) {
+            memcpy(data + j*step, data + from[j]*step, move.size);
+        }
+    }
+    for (int64_t j = 0; j < n_keep; ++j) {
+        if (from[j] >= n_cells) {
+            memcpy(data + j*step, host + (int64_t) (from[j] - n_cells)*move.size, move.size);
+        }
+    }
+}
+
+struct move_task {
+    std::vector<row_move> moves;
+
+    int64_t n_head_kv;
+    int32_t n_keep;
+    int32_t n_cells;
+    int32_t n_rows;
+
+    static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
+        GGML_UNUSED(dst);
+
+        const auto & task = *(const move_task *) userdata;
+
+        const int64_t n_units = task.moves.size()*task.n_head_kv;
+
+        for (int64_t u = ith; u < n_units; u += nth) {
+            const auto & move = task.moves[u/task.n_head_kv];
+
+            move_head(move, (char *) move.stream->data, u%task.n_head_kv, task.n_keep, task.n_cells, task.n_rows);
+        }
+    }
+};
+
+// what a graph is given before it runs
+struct graph_input {
+    ggml_tensor        * tensor;
+    std::vector<uint8_t> data;
+
+    template <typename T>
+    graph_input(ggml_tensor * tensor, const std::vector<T> & values) : tensor(tensor), data(values.size()*sizeof(T)) {
+        memcpy(data.data(), values.data(), data.size());
+    }
+};
+
+// a stream that is moved in host memory, though it is elsewhere
+struct staged_move {
+    const row_move * move;
+
+    std::vector<uint8_t> before;
+    std::vector<uint8_t> after;
+};
+
+// a stream as n_rows rows of n_embd values of this type; t: the stream, or what was computed in its place
+ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t n_embd, int64_t n_rows) {
+    GGML_ASSERT(ggml_nbytes(t) == ggml_row_size(type, n_embd)*n_rows);
+
+    ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], 0);
+
+    res->type  = type;
+    res->ne[0] = n_embd;
+    res->ne[1] = n_rows;
+    res->nb[0] = ggml_type_size(type);
+    res->nb[1] = ggml_row_size(type, n_embd);
+    res->nb[2] = res->nb[3] = res->nb[1]*n_rows;
+
+    return res;
+}
+
+// re-rotate keys, k: F32 [n_embd_head_k, n], by delta positions, delta: I32 [n]
+ggml_tensor * build_rotate(
       const kvl_cache & cache,
          ggml_context * ctx,
           ggml_tensor * k,
@@ -24,21 +122,18 @@ static ggml_tensor * build_rotate(
     // the keys carry YaRN's magnitude already: the second rotation must not apply it again
     const float attn_factor = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/freq_scale)) : 1.0f;
 
-    const int64_t n_keep = k->ne[1];
-    const int64_t n_head = k->ne[2];
-
     if (hadamard) {
         k = llama_mul_mat_hadamard(ctx, k, hadamard);
     }
 
-    // every row of every head is a token of its own here: [n_embd_head_k, 1, n_keep*n_head_kv]
-    k = ggml_reshape_3d(ctx, k, k->ne[0], 1, n_keep*n_head);
+    // every row is a token of its own here
+    k = ggml_reshape_3d(ctx, k, k->ne[0], 1, k->ne[1]);
 
     k = ggml_rope_ext(ctx, k, delta, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type,
             cparams.n_ctx_orig_yarn, freq_base, freq_scale,
             cparams.yarn_ext_factor, attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
 
-    k = ggml_reshape_3d(ctx, k, k->ne[0], n_keep, n_head);
+    k = ggml_reshape_2d(ctx, k, k->ne[0], k->ne[2]);
 
     if (hadamard) {
         k = llama_mul_mat_hadamard(ctx, k, hadamard);
@@ -47,118 +142,252 @@ static ggml_tensor * build_rotate(
     return k;
 }
 
-// rows of the heads in place, for sources in ascending order: no row is overwritten before it was read
-// dst: a dummy; its sources: keys and values of a stream, indices I32 [n_keep, n_head_kv]
-static void move_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    GGML_UNUSED(userdata);
+// builds the graph of one compaction; everything that can fail for want of memory or support does so before the graph runs
+struct compaction {
+    const kvl_cache     & cache;
+    const kvl_compaction & what;
 
-    const ggml_tensor * idx = dst->src[2];
+    const int32_t  n_cells;
+    const uint32_t stream;
 
-    const int64_t n_keep = idx->ne[0];
-    const int64_t n_head = idx->ne[1];
+    kvl_graph graph;
+    move_task task;
 
-    for (int64_t u = ith; u < 2*n_head; u += nth) {
-        const ggml_tensor * stream = dst->src[u/n_head];
+    std::vector<graph_input> inputs;
+    std::vector<staged_move> staged;
 
-        const int64_t h    = u%n_head;
-        const size_t  size = stream->nb[1]/n_head;
+    compaction(const kvl_cache & cache, int32_t seq_id, const kvl_compaction & what) :
+        cache(cache),
+        what(what),
+        n_cells(kvl_access::cells(*cache.kv, seq_id).used_max_p1()),
+        stream(cache.kv->get_stream(seq_id)),
+        graph(cache, 32*cache.n_layer + 64),
+        task({ {}, cache.n_head_kv, what.n_keep, n_cells, what.n_rows }) {}
 
-        const int32_t * from = (const int32_t *) idx->data + h*n_keep;
-        char          * rows = (char *) stream->data + h*size;
+    size_t n_idx() const { return (size_t) cache.n_head_kv*what.n_keep; }
 
-        for (int64_t j = 0; j < n_keep; ++j) {
-            if (from[j] != j) {
-                memcpy(rows + j*stream->nb[1], rows + from[j]*stream->nb[1], size);
-            }
-        }
-    }
-}
+    // of one layer: flat indices, cell*n_head_kv + head
+    int64_t flat(int64_t cell, int64_t head) const { return cell*cache.n_head_kv + head; }
 
-static bool is_ascending(const int32_t * gather, size_t n_rows, int32_t n_keep) {
-    for (size_t i = 0; i < n_rows; ++i) {
-        const int32_t * row = gather + i*n_keep;
+    int64_t n_flat() const { return flat(cache.kv->get_size(), 0); }
 
-        for (int32_t j = 1; j < n_keep; ++j) {
-            if (row[j] <= row[j - 1]) {
-                return false;
-            }
-        }
+    template <typename T>
+    ggml_tensor * input(ggml_type type, const std::vector<T> & values) {
+        ggml_tensor * t = graph.input(type, values.size()*sizeof(T)/ggml_type_size(type));
+        inputs.emplace_back(t, values);
+        return t;
     }
 
-    return true;
-}
+    void run() {
+        plan();
 
-void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta, int32_t n_keep) {
-    const auto & hparams = kvl_access::hparams(*cache.kv);
+        const bool in_place = !what.portable && kvl_is_on_cpu(cache) && is_ascending();
 
-    auto & cells = kvl_access::cells(*cache.kv, seq_id);
+        if ((int64_t) cache.kv->get_size()*cache.n_head_kv > INT32_MAX) {
+            throw kvl_error(KVL_ERR_UNSUPPORTED, "a cache of " + std::to_string(cache.kv->get_size()) + " cells is too large to be compacted");
+        }
 
-    const int32_t  n_cells = cells.used_max_p1();
-    const uint32_t stream  = cache.kv->get_stream(seq_id);
+        if (in_place) {
+            graph.cpu_op(1, 1, 1, move_task::compute, &task);
+        }
 
-    const size_t n_idx = (size_t) cache.n_head_kv*n_keep;
+        ggml_tensor * hadamard = what.delta ? cache.kv->build_input_k_rot(graph.ctx()) : nullptr;
 
-    const bool in_place = !delta && kvl_is_on_cpu(cache) && is_ascending(gather, (size_t) cache.n_layer*cache.n_head_kv, n_keep);
+        for (int32_t i = 0; i < cache.n_layer; ++i) {
+            const auto & layer = kvl_access::layers(*cache.kv)[i];
 
-    {
-        kvl_graph graph(cache, 32*cache.n_layer + 64);
+            ggml_tensor * k = layer.k_stream[stream];
 
-        auto * ctx = graph.ctx();
-
-        // all heads are scattered to the same rows
-        ggml_tensor * dst = in_place ? nullptr : graph.input(GGML_TYPE_I64, n_keep);
-
-        ggml_tensor * hadamard = delta ? cache.kv->build_input_k_rot(ctx) : nullptr;
-
-        std::vector<ggml_tensor *> idxs;
-        std::vector<ggml_tensor *> deltas;
-
-        for (const auto & layer : kvl_access::layers(*cache.kv)) {
-            ggml_tensor * idx = graph.input(GGML_TYPE_I32, n_keep, cache.n_head_kv);
-            ggml_tensor * dlt = delta && hparams.has_rope(layer.il) ? graph.input(GGML_TYPE_I32, n_keep*cache.n_head_kv) : nullptr;
-
-            idxs  .push_back(idx);
-            deltas.push_back(dlt);
-
-            if (in_place) {
-                ggml_tensor * args[] = { layer.k_stream[stream], layer.v_stream[stream], idx };
-                graph.expand(ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, args, 3, move_rows, GGML_N_TASKS_MAX, nullptr));
-                continue;
+            if (!in_place) {
+                k = build_move(i, task.moves[2*i]);
+                build_move(i, task.moves[2*i + 1]);
             }
-
-            ggml_tensor * k = kvl_view_heads(ctx, layer.k_stream[stream], cache.n_embd_head_k, cache.n_head_kv, n_cells);
-            ggml_tensor * v = kvl_view_heads(ctx, layer.v_stream[stream], cache.n_embd_head_v, cache.n_head_kv, n_cells);
-
-            ggml_tensor * k_keep = ggml_get_rows(ctx, k, idx); // F32 [n_embd_head_k, n_keep, n_head_kv]
-            ggml_tensor * v_keep = ggml_get_rows(ctx, v, idx); // F32 [n_embd_head_v, n_keep, n_head_kv]
-
-            if (dlt) {
-                k_keep = build_rotate(cache, ctx, k_keep, dlt, hadamard, layer.il);
+            if (what.delta && kvl_access::hparams(*cache.kv).has_rope(layer.il)) {
+                build_rotation(i, k, layer.k->type, layer.il, hadamard);
             }
-
-            graph.expand(ggml_set_rows(ctx, k, k_keep, dst));
-            graph.expand(ggml_set_rows(ctx, v, v_keep, dst));
         }
 
         graph.run([&]() {
-            if (dst) {
-                std::vector<int64_t> rows(n_keep);
-                std::iota(rows.begin(), rows.end(), 0);
-                ggml_backend_tensor_set(dst, rows.data(), 0, ggml_nbytes(dst));
+            for (const auto & in : inputs) {
+                ggml_backend_tensor_set(in.tensor, in.data.data(), 0, in.data.size());
             }
-
             if (hadamard && hadamard->buffer) {
                 cache.kv->set_input_k_rot(hadamard);
             }
-
-            for (int32_t i = 0; i < cache.n_layer; ++i) {
-                ggml_backend_tensor_set(idxs[i], gather + i*n_idx, 0, ggml_nbytes(idxs[i]));
-                if (deltas[i]) {
-                    ggml_backend_tensor_set(deltas[i], delta + i*n_idx, 0, ggml_nbytes(deltas[i]));
-                }
+            for (auto & s : staged) {
+                move_staged(s);
             }
         });
     }
+
+private:
+    void plan() {
+        const auto & layers = kvl_access::layers(*cache.kv);
+
+        const size_t size_k = kvl_row_size_k(cache);
+        const size_t size_v = kvl_row_size_v(cache);
+
+        for (int32_t i = 0; i < cache.n_layer; ++i) {
+            const size_t n_host = (size_t) i*cache.n_head_kv*what.n_rows;
+
+            task.moves.push_back({ layers[i].k_stream[stream], size_k, what.gather + i*n_idx(), what.rows_k + n_host*size_k });
+            task.moves.push_back({ layers[i].v_stream[stream], size_v, what.gather + i*n_idx(), what.rows_v + n_host*size_v });
+        }
+    }
+
+    // the cells of every head, those of the host left out
+    bool is_ascending() const {
+        for (size_t i = 0; i < cache.n_layer*n_idx(); i += what.n_keep) {
+            int32_t last = -1;
+
+            for (int32_t j = 0; j < what.n_keep; ++j) {
+                const int32_t from = what.gather[i + j];
+
+                if (from < n_cells) {
+                    if (from <= last) {
+                        return false;
+                    }
+                    last = from;
+                }
+            }
+        }
+
+        return true;
+    }
+
+    // rows as numbers of 32 bits, whatever they mean: every backend copies those as they are
+    // returns the stream after the move
+    ggml_tensor * build_move(int32_t i_layer, const row_move & move) {
+        if (move.size % sizeof(float) != 0) {
+            staged.push_back({
+                &move,
+                std::vector<uint8_t>(n_cells*move.cell_size()),
+                std::vector<uint8_t>(what.n_keep*move.cell_size()),
+            });
+            return move.stream;
+        }
+
+        std::vector<int32_t> from;
+        std::vector<int64_t> to;
+
+        std::vector<uint8_t> host;
+        std::vector<int64_t> host_to;
+
+        for (int64_t h = 0; h < cache.n_head_kv; ++h) {
+            for (int64_t j = 0; j < what.n_keep; ++j) {
+                const int64_t cell = move.gather[h*what.n_keep + j];
+
+                if (cell >= n_cells) {
+                    const uint8_t * row = move.host + (h*what.n_rows + cell - n_cells)*move.size;
+
+                    host.insert(host.end(), row, row + move.size);
+                    host_to.push_back(flat(j, h));
+                } else if (cell != j) {
+                    from.push_back((int32_t) flat(cell, h));
+                    to.push_back(flat(j, h));
+                }
+            }
+        }
+
+        auto * ctx = graph.ctx();
+
+        const int64_t n_word = move.size/sizeof(float);
+
+        ggml_tensor * words = view_rows(ctx, move.stream, GGML_TYPE_F32, n_word, n_flat());
+
+        if (!from.empty()) {
+            ggml_tensor * kept = ggml_get_rows(ctx, words, input(GGML_TYPE_I32, from));
+            words = ggml_set_rows(ctx, words, kept, input(GGML_TYPE_I64, to));
+            graph.expand(words);
+        }
+        if (!host_to.empty()) {
+            ggml_tensor * brought = ggml_reshape_2d(ctx, input(GGML_TYPE_F32, host), n_word, host_to.size());
+            words = ggml_set_rows(ctx, words, brought, input(GGML_TYPE_I64, host_to));
+            graph.expand(words);
+        }
+
+        return words;
+    }
+
+    // k: the stream after the move
+    void build_rotation(int32_t i_layer, ggml_tensor * k, ggml_type type, uint32_t il, ggml_tensor * hadamard) {
+        const int32_t * delta = what.delta + i_layer*n_idx();
+
+        std::vector<int32_t> rows;
+        std::vector<int64_t> rows64;
+        std::vector<int32_t> by;
+
+        for (int64_t h = 0; h < cache.n_head_kv; ++h) {
+            for (int64_t j = 0; j < what.n_keep; ++j) {
+                const int32_t d = delta[h*what.n_keep + j];
+
+                if (d != 0) {
+                    rows  .push_back((int32_t) flat(j, h));
+                    rows64.push_back(flat(j, h));
+                    by    .push_back(d);
+                }
+            }
+        }
+
+        if (rows.empty()) {
+            return;
+        }
+
+        auto * ctx = graph.ctx();
+
+        ggml_tensor * keys    = view_rows(ctx, k, type, cache.n_embd_head_k, n_flat());
+        ggml_tensor * rotated = ggml_get_rows(ctx, keys, input(GGML_TYPE_I32, rows)); // F32 [n_embd_head_k, n]
+
+        rotated = build_rotate(cache, ctx, rotated, input(GGML_TYPE_I32, by), hadamard, il);
+
+        graph.expand(ggml_set_rows(ctx, keys, rotated, input(GGML_TYPE_I64, rows64)));
+    }
+
+    // where rows are no whole numbers of 32 bits: to the host and back
+    void move_staged(staged_move & s) const {
+        const auto & move = *s.move;
+
+        const size_t step = move.cell_size();
+
+        ggml_backend_tensor_get(move.stream, s.before.data(), 0, s.before.size());
+
+        for (int64_t h = 0; h < cache.n_head_kv; ++h) {
+            for (int64_t j = 0; j < what.n_keep; ++j) {
+                const int64_t from = move.gather[h*what.n_keep + j];
+
+                memcpy(s.after.data() + j*step + h*move.size, from < n_cells
+                    ? s.before.data() + from*step + h*move.size
+                    : move.host + (h*what.n_rows + from - n_cells)*move.size, move.size);
+            }
+        }
+
+        ggml_backend_tensor_set(move.stream, s.after.data(), 0, s.after.size());
+    }
+};
+
+} // namespace
+
+// whether one of the last n kept cells is moved to another position in any head
+static bool rotates_last(const kvl_cache & cache, const kvl_compaction & what, int32_t n) {
+    const size_t n_row = (size_t) cache.n_layer*cache.n_head_kv;
+
+    for (size_t i = 1; i <= n_row; ++i) {
+        const int32_t * end = what.delta + i*what.n_keep;
+
+        if (std::any_of(end - std::min(n, what.n_keep), end, [](int32_t d) { return d != 0; })) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
+void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const kvl_compaction & what) {
+    compaction(cache, seq_id, what).run();
+
+    auto & cells = kvl_access::cells(*cache.kv, seq_id);
+
+    const int32_t n_cells = cells.used_max_p1();
 
     for (int32_t i = 0; i < n_cells; ++i) {
         if (!cells.is_empty(i)) {
@@ -166,15 +395,19 @@ void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * 
         }
     }
 
-    for (int32_t j = 0; j < n_keep; ++j) {
-        cells.pos_set(j, pos[j]);
+    for (int32_t j = 0; j < what.n_keep; ++j) {
+        cells.pos_set(j, what.pos[j]);
         cells.seq_add(j, seq_id);
     }
 
-    kvl_access::head(*cache.kv, seq_id) = n_keep;
+    kvl_access::head(*cache.kv, seq_id) = what.n_keep;
 
-    if (delta) {
-        kvl_ring_invalidate(kvl_access::ring(*cache.kv).get(), seq_id);
+    if (what.delta) {
+        auto * ring = kvl_access::ring(*cache.kv).get();
+
+        if (ring && rotates_last(cache, what, ring->n_window)) {
+            kvl_ring_invalidate(ring, seq_id);
+        }
 
         // a rotation is rare and its buffers are the largest: they are not kept
         kvl_access::runtime(*cache.lctx).reset();

@@ -100,6 +100,43 @@ void kvl_graph::run(const std::function<void()> & set_inputs) {
     }
 }
 
+static bool is_cache_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_IQ4_NL:
+            return true;
+        default:
+            return false;
+    }
+}
+
+// where the device of a layer has no attention for the types of its cache, llama.cpp computes it elsewhere, with copies of the whole cache
+static void check_attention(const kvl_cache & cache, const kvl_access::kv_layer & layer, ggml_backend_dev_t dev) {
+    const ggml_init_params params = { 8*ggml_tensor_overhead(), nullptr, true };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    const int64_t n_kv = 256;
+
+    ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, cache.n_embd_head_k, 1,    cache.n_head);
+    ggml_tensor * k    = ggml_new_tensor_3d(ctx.get(), layer.k->type, cache.n_embd_head_k, n_kv, cache.n_head_kv);
+    ggml_tensor * v    = ggml_new_tensor_3d(ctx.get(), layer.v->type, cache.n_embd_head_v, n_kv, cache.n_head_kv);
+    ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_kv, 1);
+
+    const ggml_tensor * res = ggml_flash_attn_ext(ctx.get(), q, k, v, mask, 1.0f, 0.0f, 0.0f);
+
+    if (!ggml_backend_dev_supports_op(dev, res)) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("the device ") + ggml_backend_dev_name(dev) + " has no attention for keys of type " +
+                ggml_type_name(layer.k->type) + " and values of type " + ggml_type_name(layer.v->type) + ": use f16");
+    }
+}
+
 kvl_cache kvl_find_cache(llama_context * lctx) {
     if (!lctx) {
         throw kvl_error(KVL_ERR_ARGUMENT, "the context is null");
@@ -159,14 +196,27 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
         }
 
         for (const auto * t : { layer.k, layer.v }) {
-            if (t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16 && t->type != GGML_TYPE_BF16 && t->type != GGML_TYPE_Q8_0) {
-                throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("a KV cache of type ") + ggml_type_name(t->type) + " can't be moved without loss: use f16 or q8_0");
+            if (!is_cache_type(t->type)) {
+                throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("a KV cache of type ") + ggml_type_name(t->type) + " can't be compressed");
             }
         }
 
         // the rows of one head are moved alone
         if (res.n_embd_head_k % ggml_blck_size(layer.k->type) != 0 || res.n_embd_head_v % ggml_blck_size(layer.v->type) != 0) {
             throw kvl_error(KVL_ERR_UNSUPPORTED, "the head size is no multiple of the cache type's block size: use an f16 cache");
+        }
+    }
+
+    if (ggml_is_quantized(layers[0].k->type) || ggml_is_quantized(layers[0].v->type)) {
+        ggml_backend_dev_t last = nullptr;
+
+        for (const auto & layer : layers) {
+            auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
+
+            if (dev && dev != last) {
+                check_attention(res, layer, dev);
+                last = dev;
+            }
         }
     }
 
@@ -205,7 +255,7 @@ void kvl_check_seq(const kvl_cache & cache, int32_t seq_id) {
     }
 }
 
-void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
+void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells, bool may_be_empty) {
     kvl_check_seq(cache, seq_id);
 
     if (n_layer != cache.n_layer || n_head_kv != cache.n_head_kv) {
@@ -218,7 +268,7 @@ void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, i
     if (n_cells != n_used) {
         throw kvl_error(KVL_ERR_STATE, "the cell count " + std::to_string(n_cells) + " is stale: the sequence has " + std::to_string(n_used) + " cells");
     }
-    if (n_used == 0) {
+    if (n_used == 0 && !may_be_empty) {
         throw kvl_error(KVL_ERR_STATE, "the sequence has no cells");
     }
 }

@@ -135,7 +135,7 @@ bool kvl_is_on_cpu(const kvl_cache & cache);
 bool kvl_is_on_cpu(const ggml_tensor * t);
 
 void kvl_check_seq  (const kvl_cache & cache, int32_t seq_id);
-void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
+void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells, bool may_be_empty = false);
 
 // positions of the recorded queries that still belong to the sequence's end, ascending
 std::vector<llama_pos> kvl_valid_queries(const kvl_cache & cache, int32_t seq_id);
@@ -155,4 +155,24 @@ void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query,
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
 void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells);
 
-void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta, int32_t n_keep);
+// what kvl_compact is asked for, checked
+struct kvl_compaction {
+    const int32_t * gather; // [n_layer, n_head_kv, n_keep]
+    const int32_t * pos;    // [n_keep]
+    const int32_t * delta;  // [n_layer, n_head_kv, n_keep] or nullptr
+    const uint8_t * rows_k; // [n_layer, n_head_kv, n_rows, row size]
+    const uint8_t * rows_v;
+
+    int32_t n_keep;
+    int32_t n_rows;
+    bool    portable;
+};
+
+void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const kvl_compaction & what);
+
+// bytes of a stored key and value of one head
+size_t kvl_row_size_k(const kvl_cache & cache);
+size_t kvl_row_size_v(const kvl_cache & cache);
+
+void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows);
+void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cells, const kvl_rows & rows);

@@ -65,7 +65,10 @@ def _work_in(context: Context, adapter: Adapter | None) -> None:
     shape = (layout.n_layer, layout.n_head_kv, 64)
     keep = np.broadcast_to(np.arange(n_cells - 64, n_cells), shape)
     cache.remove(np.array([3, 5]))
+    rows = cache.read_rows(np.arange(8, 72))
     cache.compact(keep, np.arange(64), np.full(shape, 64 - n_cells))
+    for portable in (False, True):
+        cache.compact(np.broadcast_to(np.r_[64:96, 0:32], shape), np.arange(64), np.full(shape, 1), rows=rows, portable=portable)
     cache.shift_window_cache(64 - n_cells)
     context.state_set(1, state)
     cache.set_ring_state(ring)
@@ -74,6 +77,8 @@ def _work_in(context: Context, adapter: Adapter | None) -> None:
         lambda: cache.set_ring_state(ring[:-1]),
         lambda: cache.attention_map([99]),
         lambda: cache.compact(keep + 1000, np.arange(64)),
+        lambda: cache.compact(keep + 1000, np.arange(64), rows=rows),
+        lambda: cache.read_rows(np.array([1000])),
         lambda: cache.remove(np.array([3, 3])),
     ):
         try:

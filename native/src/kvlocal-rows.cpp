@@ -1,0 +1,76 @@
+// Rows of cells as they are stored: the bytes of keys and values, to host memory.
+
+#include "kvlocal-impl.h"
+
+#include <algorithm>
+#include <cstring>
+
+size_t kvl_row_size_k(const kvl_cache & cache) {
+    return ggml_row_size(kvl_access::layers(*cache.kv)[0].k->type, cache.n_embd_head_k);
+}
+
+size_t kvl_row_size_v(const kvl_cache & cache) {
+    return ggml_row_size(kvl_access::layers(*cache.kv)[0].v->type, cache.n_embd_head_v);
+}
+
+void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows) {
+    if (rows.n_rows < 1) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the number of rows is " + std::to_string(rows.n_rows) + ", but must be at least 1");
+    }
+    if (!rows.k || !rows.v) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the rows are null");
+    }
+
+    const int64_t n = (int64_t) cache.n_layer*cache.n_head_kv*rows.n_rows;
+
+    const int64_t n_bytes_k = n*(int64_t) kvl_row_size_k(cache);
+    const int64_t n_bytes_v = n*(int64_t) kvl_row_size_v(cache);
+
+    if (rows.n_bytes_k != n_bytes_k || rows.n_bytes_v != n_bytes_v) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the rows have " + std::to_string(rows.n_bytes_k) + " and " + std::to_string(rows.n_bytes_v) +
+                " bytes, " + std::to_string(n_bytes_k) + " and " + std::to_string(n_bytes_v) + " are needed");
+    }
+}
+
+// out: [n_head_kv, n, size]
+static void read_stream(const ggml_tensor * stream, int64_t n_head_kv, size_t size, const int32_t * cells, int64_t n, std::vector<uint8_t> & staged, uint8_t * out) {
+    const auto [first, last] = std::minmax_element(cells, cells + n);
+
+    const size_t step  = stream->nb[1];
+    const size_t begin = *first*step;
+
+    const uint8_t * data;
+
+    if (kvl_is_on_cpu(stream)) {
+        data = (const uint8_t *) stream->data + begin;
+    } else {
+        // one transfer takes less than one for each cell
+        staged.resize((*last - *first + 1)*step);
+        ggml_backend_tensor_get(stream, staged.data(), begin, staged.size());
+        data = staged.data();
+    }
+
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        for (int64_t i = 0; i < n; ++i, out += size) {
+            memcpy(out, data + (cells[i] - *first)*step + h*size, size);
+        }
+    }
+}
+
+void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cells, const kvl_rows & rows) {
+    const uint32_t stream = cache.kv->get_stream(seq_id);
+
+    const size_t n_k = (size_t) cache.n_head_kv*rows.n_rows*kvl_row_size_k(cache);
+    const size_t n_v = (size_t) cache.n_head_kv*rows.n_rows*kvl_row_size_v(cache);
+
+    cache.lctx->synchronize();
+
+    std::vector<uint8_t> staged;
+
+    for (int32_t i = 0; i < cache.n_layer; ++i) {
+        const auto & layer = kvl_access::layers(*cache.kv)[i];
+
+        read_stream(layer.k_stream[stream], cache.n_head_kv, kvl_row_size_k(cache), cells, rows.n_rows, staged, rows.k + i*n_k);
+        read_stream(layer.v_stream[stream], cache.n_head_kv, kvl_row_size_v(cache), cells, rows.n_rows, staged, rows.v + i*n_v);
+    }
+}

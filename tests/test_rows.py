@@ -1,0 +1,292 @@
+"""Rows of the cache as bytes: read, moved, brought along and rotated, for every type of keys and values."""
+
+import device
+import gguf
+import numpy as np
+import pytest
+import tiny_model
+from gguf import GGMLQuantizationType
+from shallow_model import write_shallow_model
+from test_native import L, N, W, Chat, hadamard_matrix, reference_redundancy, reference_scores, rotate
+
+from kvlocal.doctor.diagnosis import diagnose
+from kvlocal.llama.engine import KV_TYPES, Context, Model
+from kvlocal.llama.library import load
+from kvlocal.llama.cells import NativeCache, NativeError, Rows
+
+# every type, for keys and for values, and never the same for both but once
+PAIRS = [("f16", "f16"), ("f32", "q8_0"), ("q8_0", "q4_0"), ("q5_1", "f16"), ("q5_0", "iq4_nl"), ("q4_1", "q5_1"), ("q4_0", "q5_0"), ("iq4_nl", "q4_1"), ("f16", "f32")]
+# half a step of the type, as a share of the largest number of a block
+STEP = {"f32": 1e-3, "f16": 1e-3, "q8_0": 1e-2, "q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.08, "q4_0": 0.14, "iq4_nl": 0.14}
+
+
+@pytest.fixture(scope="module")
+def model(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
+    write_shallow_model(smollm2, path, L)
+    with Model(path) as m:
+        yield m
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return np.random.default_rng(7).integers(100, model.n_vocab, 2048).astype(np.int32)
+
+
+def supported(model, type_k, type_v):
+    """Whether the device that the tests run on takes these types; what it does not take is refused, and that is another test's."""
+    with Context(model, n_cells=256, n_ubatch=32, type_k=type_k, type_v=type_v) as context:
+        try:
+            NativeCache(context.pointer).layout()
+        except NativeError as error:
+            assert error.code == load().lib.KVL_ERR_UNSUPPORTED
+            return False
+    return True
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def types(request, model):
+    if not supported(model, *request.param):
+        pytest.skip("this device has no attention for these types")
+    return dict(zip(("type_k", "type_v"), request.param))
+
+
+def numbers(rows, kind):
+    """Rows [.., bytes] as float32 [.., head size], by gguf's own reading of the types."""
+    if kind in ("f16", "f32"):
+        return rows.view({"f16": np.float16, "f32": np.float32}[kind]).astype(np.float32)
+    return gguf.dequantize(rows, GGMLQuantizationType[kind.upper()])
+
+
+def everything(native):
+    return native.read_rows(np.arange(native.n_cells()))
+
+
+def pick(rows, gather):
+    """Row gather[l, h, j] of each layer and head."""
+    return Rows(*(np.take_along_axis(array, gather[..., None], axis=2) for array in (rows.k, rows.v)))
+
+
+def joined(a, b):
+    return Rows(np.concatenate([a.k, b.k], axis=2), np.concatenate([a.v, b.v], axis=2))
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.k, b.k)
+    np.testing.assert_array_equal(a.v, b.v)
+
+
+def mixed(chat, n_keep, n_rows, seed=0, ascending=True):
+    """Cells and rows of the host in any share and place, different for each head, [L, H, n_keep]; the cells among them ascend if asked for."""
+    layout, n = chat.native.layout(), chat.native.n_cells()
+    rng = np.random.default_rng(seed)
+    out = np.empty((layout.n_layer, layout.n_head_kv, n_keep), np.int32)
+    for i, head in enumerate(out.reshape(-1, n_keep)):
+        n_host = min(i * 7, n_keep - 1) if i % 4 else 0
+        host = rng.random(n_keep).argsort()[:n_host]
+        cells = rng.choice(n, n_keep - n_host, replace=not ascending)
+        head[:] = -1
+        head[host] = n + rng.integers(0, n_rows, n_host)
+        head[head < 0] = np.sort(cells) if ascending else cells
+    return out
+
+
+def test_rows_are_what_is_stored(model, tokens, types):
+    chat = Chat(model, tokens, n=100, **types)
+    layout = chat.native.layout()
+    rows = everything(chat.native)
+    assert rows.k.shape == (L, 3, 100, layout.row_size_k) and rows.v.shape == (L, 3, 100, layout.row_size_v) and rows.n == 100
+    for layer in (0, L - 1):
+        np.testing.assert_array_equal(numbers(rows.k[layer], types["type_k"]), chat.native.read_keys(layer))
+        np.testing.assert_array_equal(numbers(rows.v[layer], types["type_v"]), chat.native.read_values(layer))
+    cells = np.array([70, 3, 4, 99, 3])
+    assert_same(chat.native.read_rows(cells), pick(rows, np.broadcast_to(cells, (L, 3, 5))))
+    assert chat.native.read_rows(cells[:0]).n == 0
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+@pytest.mark.parametrize("portable", [False, True])
+def test_what_is_not_rotated_is_moved_bit_by_bit(model, tokens, types, portable, ascending):
+    chat, other = Chat(model, tokens, n=150, **types), Chat(model, tokens[500:], n=40, **types)
+    before, brought = everything(chat.native), everything(other.native)
+    gather = mixed(chat, 110, brought.n, ascending=ascending)
+    chat.native.compact(gather, np.arange(110) + 40, rows=brought, portable=portable)
+    assert chat.native.n_cells() == 110
+    assert_same(everything(chat.native), pick(joined(before, brought), gather))
+    np.testing.assert_array_equal(chat.native.positions(), np.arange(110) + 40)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_identity_and_no_rows(model, tokens, portable):
+    chat = Chat(model, tokens, n=60)
+    before = everything(chat.native)
+    chat.native.compact(chat.everywhere(np.arange(60)), np.arange(60), portable=portable)
+    chat.native.compact(chat.everywhere(np.arange(60)), np.arange(60), rows=Rows(before.k[:, :, :0], before.v[:, :, :0]), portable=portable)
+    chat.native.compact(chat.everywhere(np.arange(60)), np.arange(60), delta=np.zeros((L, 3, 60)), portable=portable)
+    assert_same(everything(chat.native), before)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_recalled_cells_are_as_if_they_had_never_left(model, tokens, types, portable):
+    """Evicted by head, then recalled into their old order: the next logits are those of the cache that kept everything."""
+    chat, plain = Chat(model, tokens, **types), Chat(model, tokens, **types)
+    archive = everything(chat.native)
+    keep = chat.random_keep(100)
+    chat.native.compact(keep, np.r_[np.arange(84), np.arange(N - W, N)], portable=portable)
+    back = np.broadcast_to(np.arange(N) + 100, (L, 3, N)).copy()
+    np.put_along_axis(back, keep, np.arange(100), axis=-1)
+    chat.native.compact(back, np.arange(N), rows=archive, portable=portable)
+    assert_same(everything(chat.native), archive)
+    np.testing.assert_array_equal(chat.native.query_positions(), np.arange(N - W, N))
+    np.testing.assert_array_equal(chat.feed(2, 1), plain.feed(2, 1))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_an_empty_cache_is_filled_from_rows(model, tokens, types, portable):
+    chat, plain = Chat(model, tokens, n=80, **types), Chat(model, tokens, n=80, **types)
+    archive = everything(chat.native)
+    chat.context.clear()
+    chat.native.compact(chat.everywhere(np.arange(80)), np.arange(80), rows=archive, portable=portable)
+    np.testing.assert_array_equal(chat.feed(2, 1), plain.feed(2, 1))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_rotation_touches_what_it_rotates_alone(model, tokens, types, portable):
+    """Cells stay, rows of the host come in at other positions: those alone are decoded, rotated and encoded again."""
+    chat, other = Chat(model, tokens, n=150, **types), Chat(model, tokens[500:], n=40, **types)
+    before, brought = everything(chat.native), everything(other.native)
+    gather = mixed(chat, 110, brought.n)
+    gather[..., -W:] = np.arange(150 - W, 150)
+    delta = np.where(gather >= 150, np.random.default_rng(1).integers(-30, 1000, gather.shape), 0)
+    delta[..., 0] = 17  # and a cell of the cache
+    chat.native.compact(gather, np.r_[np.arange(110 - W) + 3, np.arange(150 - W, 150)], delta, rows=brought, portable=portable)
+    after, expected = everything(chat.native), pick(joined(before, brought), gather)
+    np.testing.assert_array_equal(after.v, expected.v)
+    np.testing.assert_array_equal(after.k[delta == 0], expected.k[delta == 0])
+    kind = types["type_k"]
+    hadamard = np.eye(64) if kind in ("f16", "f32") else hadamard_matrix(64)
+    keys = numbers(expected.k, kind)[delta != 0] @ hadamard
+    wanted = rotate(keys, delta[delta != 0].astype(np.float64), 100000.0, 64) @ hadamard
+    off = np.abs(numbers(after.k, kind)[delta != 0] - wanted).max(-1) / np.abs(wanted).max(-1)
+    assert off.max() < STEP[kind]
+    # the newest cells kept their positions, and so did the queries
+    np.testing.assert_array_equal(chat.native.query_positions(), np.arange(150 - W, 150))
+    chat.native.compact(chat.everywhere(np.arange(110)), np.arange(110), chat.everywhere(np.arange(110) // 109), portable=portable)
+    assert len(chat.native.query_positions()) == 0
+
+
+def test_scores_and_redundancy_of_every_type(model, tokens, types):
+    text = np.concatenate([tokens[:60], tokens[:60], tokens[200:240]])
+    chat = Chat(model, text, n=160, **types)
+    chat.native.remove(np.array([7, 100]))
+    used = np.flatnonzero(chat.native.positions() >= 0)
+    for portable in (False, True):
+        scores, redundancy = chat.native.scores(portable=portable), chat.native.redundancy(portable=portable)
+        for layer in (0, L - 1):
+            np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, W), atol=1e-3)
+            for head, keys in enumerate(chat.native.read_keys(layer).astype(np.float64)):
+                expected, margin = reference_redundancy(keys, used)
+                np.testing.assert_allclose(redundancy[layer, head] / expected.max(), expected / expected.max(), atol=1e-3 if margin > 1e-5 else 5e-3)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_other_sequences_stay_as_they_are(model, tokens, types, portable):
+    context = Context(model, n_cells=256, n_ubatch=128, n_seq_max=3, **types)
+    natives = [NativeCache(context.pointer, seq) for seq in range(3)]
+    for seq in range(3):
+        context.decode(tokens[seq * 10 :][:100], 0, seq=seq)
+    before = [everything(native) for native in natives]
+    gather = np.broadcast_to(np.r_[100:140, 40:100], (L, 3, 100))
+    natives[1].compact(gather, np.arange(100), rows=before[2], portable=portable)
+    assert_same(everything(natives[0]), before[0])
+    assert_same(everything(natives[1]), pick(joined(before[1], before[2]), gather))
+    assert_same(everything(natives[2]), before[2])
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_heads_whose_rows_are_no_whole_words(tmp_path, monkeypatch, family, portable):
+    """A head of 32 numbers takes 34 bytes in q8_0; gemma3 has sliding-window layers beside."""
+    monkeypatch.setattr(tiny_model, "HEAD", 32)
+    tiny_model.write_tiny_model(tmp_path / "tiny.gguf", family, n_layer=12 if family == "gemma3" else 2)
+    with Model(tmp_path / "tiny.gguf") as model:
+        if not supported(model, "q8_0", "q5_0"):
+            pytest.skip("this device has no attention for heads of this size")
+        text = np.random.default_rng(0).integers(0, model.n_vocab, 200).astype(np.int32)
+        chat = Chat(model, text, n=80, n_cells=256, type_k="q8_0", type_v="q5_0")
+        layout = chat.native.layout()
+        assert (layout.row_size_k, layout.row_size_v) == (34, 22) and layout.is_swa == (family == "gemma3")
+        before = everything(chat.native)
+        shape = (layout.n_layer, layout.n_head_kv, 60)
+        gather = np.broadcast_to(np.r_[90:110, 20:40, 60:80], shape)
+        chat.native.compact(gather, np.r_[:40, 60:80], rows=before, portable=portable)
+        assert_same(everything(chat.native), pick(joined(before, before), gather))
+        delta = np.where(gather >= 80, 5, 0)
+        chat.native.compact(np.broadcast_to(np.arange(60), shape), np.r_[:40, 60:80], delta, portable=portable)
+        after = everything(chat.native)
+        np.testing.assert_array_equal(after.k[delta == 0], pick(joined(before, before), gather).k[delta == 0])
+        assert (after.k[delta != 0] != pick(joined(before, before), gather).k[delta != 0]).any(-1).all()
+        chat.n_past = 80
+        assert np.isfinite(chat.feed(3, 1)).all()
+
+
+def test_wrong_rows_are_refused_and_change_nothing(model, tokens):
+    chat = Chat(model, tokens, n=60, n_cells=256)
+    native, lib, ffi = chat.native, load().lib, load().ffi
+    before = everything(native)
+    good = np.broadcast_to(np.arange(60), (L, 3, 60))
+    for gather, positions, rows in (
+        (good + 60, np.arange(60), None),
+        (good + 61, np.arange(60), before),
+        (good - 1, np.arange(60), before),
+        (np.full((L, 3, 60), 2**31 - 1), np.arange(60), before),
+        (np.zeros((L, 3, 257)), np.arange(257), before),
+        (good, np.arange(60)[::-1], before),
+    ):
+        with pytest.raises(NativeError) as error:
+            native.compact(gather, positions, rows=rows)
+        assert error.value.code == lib.KVL_ERR_ARGUMENT
+    for wrong in (Rows(before.k[..., :-1], before.v), Rows(before.k, before.v[:1]), Rows(before.k.astype(np.int16), before.v)):
+        with pytest.raises(ValueError, match="rows of this cache must be"):
+            native.compact(good, np.arange(60), rows=wrong)
+    for cells in ([60], [-1]):
+        with pytest.raises(NativeError) as error:
+            native.read_rows(np.array(cells))
+        assert error.value.code == lib.KVL_ERR_ARGUMENT
+
+    def code(rows, flags=0, n_cells=60):
+        ints = native._ints(np.ascontiguousarray(good, np.int32))
+        result = lib.kvl_compact(native._context, 0, ints, native._ints(np.arange(60, dtype=np.int32)), ffi.NULL, rows, flags, L, 3, 60, n_cells)
+        assert result < 0 and ffi.string(lib.kvl_last_error())
+        return result
+
+    for change in ({"k": ffi.NULL}, {"v": ffi.NULL}, {"n_bytes_k": 5}, {"n_bytes_v": 2**40}, {"n_rows": 0}, {"n_rows": -1}):
+        rows = native._rows(before)
+        for name, value in change.items():
+            setattr(rows, name, value)
+        assert code(rows) == lib.KVL_ERR_ARGUMENT
+        assert lib.kvl_read_rows(native._context, 0, native._ints(np.arange(60, dtype=np.int32)), rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert code(ffi.NULL, flags=lib.KVL_LARGEST) == lib.KVL_ERR_ARGUMENT
+    assert code(ffi.NULL, n_cells=59) == lib.KVL_ERR_STATE
+    assert lib.kvl_read_rows(native._context, 0, ffi.NULL, native._rows(before), L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_read_rows(native._context, 7, native._ints(good[0, 0].astype(np.int32)), native._rows(before), L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert_same(everything(native), before)
+    native.remove(np.array([10]))
+    with pytest.raises(NativeError, match="cell 10 is empty"):
+        native.read_rows(np.arange(60))
+    chat.context.clear()
+    with pytest.raises(NativeError, match="no cells"):
+        native.compact(good, np.arange(60))
+
+
+def test_types_that_the_device_has_no_attention_for_are_refused(model):
+    """All types are for the CPU; CUDA has none for iq4_nl."""
+    backends = diagnose()["library"]["backends"]
+    refused = [kind for kind in KV_TYPES if not supported(model, kind, "f16")]
+    if device.on_cpu():
+        assert refused == []
+    elif "CUDA" in backends:
+        assert refused == ["iq4_nl"]
+    else:
+        pytest.skip(f"nothing is said here about what {', '.join(backends)} can do")
