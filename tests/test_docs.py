@@ -56,6 +56,7 @@ def test_defaults_that_depend_on_others_are_in_the_help():
     for name in ("--kv-budget", "--repeat-penalty"):
         assert f"[default: {rows[name][1]}" in known[name].help
     assert code(rows["--policy"][1]) == [WITH_NEXUS, DEFAULT_POLICY]
+    assert code(rows["--ctk"][2]) == list(known["--ctk"].type.choices)
 
 
 def test_the_table_of_policies():
@@ -104,6 +105,14 @@ def test_the_targets_of_make():
     makefile = (ROOT / "Makefile").read_text()
     documented = {name for row in table("docs/building.md", "target of make") for name in code(row[0])}
     assert documented == set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split())
+
+
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "## In a program"), ("docs/library.md", "# In a program")])
+def test_the_programs_run(page, heading, smollm2, capsys):
+    section = (ROOT / page).read_text().split(f"{heading}\n", 1)[1].split("\n#", 1)[0]
+    program = "\n".join(line.removeprefix("    ") for line in section.splitlines() if not line or line.startswith("    "))
+    exec(compile(program, page, "exec"), {})
+    assert "KvStats(budget=512" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
