@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kvlocal.policies.segmentation import Splitter
+
 _Array = TypeVar("_Array", bound=npt.NDArray[Any])
 
 
@@ -56,7 +58,7 @@ class Plan:
 class Policy(Protocol):
     """Chooses the cells to keep. One dataclass per method, its fields the hyper-parameters; pure, without side effects.
 
-    needs: the optional arrays of CacheState it reads, by name; one that needs "blocks" has a `splitter` (kvlocal.policies.segmentation)
+    needs: the optional arrays of CacheState it reads, by name; one that needs "blocks" is a SplittingPolicy
     evicts: False if it never removes anything
     rotates: True if kept keys move to their place in the cache at every compression
     """
@@ -75,6 +77,13 @@ class Policy(Protocol):
     def plan(self, state: CacheState, budget: int) -> Plan:
         """The `budget` cells of each layer and head that stay; budget < C."""
         ...
+
+
+class SplittingPolicy(Policy, Protocol):
+    """A policy that needs "blocks". splitter: what divides the conversation into them."""
+
+    @property
+    def splitter(self) -> Splitter: ...
 
 
 def needed(array: _Array | None) -> _Array:
