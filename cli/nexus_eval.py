@@ -58,8 +58,8 @@ def eval_command(
     rows = []
     for name in found[0]:
         kept, _, ratio = name.partition("@")
-        estimate = bootstrap([one[name] for one in found], [1] * len(found))
-        rows.append({"kept": kept, "ratio": float(ratio) if ratio else None, **estimate._asdict(), "n": len(found)})
+        mean, lo, hi = bootstrap([one[name] for one in found], [1] * len(found))
+        rows.append({"kept": kept, "ratio": float(ratio) if ratio else None, "mean": mean, "lo": lo, "hi": hi, "n": len(found)})
     if as_json:
         click.echo(json.dumps({"rows": rows}, indent=2))
         return
