@@ -14,6 +14,7 @@ from kvlocal.chat.messages import MessageError, check_order, parse_messages
 from kvlocal.errors import KvlocalError
 from kvlocal.files.json_line import JsonError, json_value
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal.template.markup import Message
 
 Identity = str | int | float | bool | None
 
