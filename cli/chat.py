@@ -1,6 +1,6 @@
 """`kvlocal chat`: a conversation on a terminal or through a pipe."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
-from kvlocal_cli.chat_input import PipedLines, TypedLines, read_turn
+from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
 from kvlocal_cli.chat_record import ChatRecord
 from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.idle import Idle
@@ -79,7 +80,7 @@ def chat_command(
                 chat.keep_session(kept)
             elif not no_transcript:
                 chat.record.begin(chat.name, chat.config.system)
-            if begun.messages:
+            if load_path and begun.messages:
                 chat.record.add(lambda transcript: transcript.add_load(begun.messages, system))
                 chat_commands.note_loaded(chat, load_path, begun)
             chat.run()
@@ -157,6 +158,7 @@ class Chat:
     def run(self) -> None:
         """Read and answer turns to the end of the input."""
         screen = self.screen
+        lines: Lines
         if screen.interactive:
             lines = TypedLines(screen.terminal, chat_commands.names())
             kept = f"kept in {self.record.transcript.path}" if self.record.transcript else "not kept in a file"
@@ -260,9 +262,9 @@ class Chat:
         self.record.add(Transcript.add_undo)
         return taken
 
-    def replace(self, config: SessionConfig, messages: Sequence[Mapping[str, str]]) -> None:
-        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again when it goes on:
-        there is never memory for more than one session.
+    def replace(self, config: SessionConfig, messages: Sequence[Message]) -> None:
+        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again when it goes
+        on: there is never memory for more than one session.
 
         Raises:
             KvlocalError: they do not go together, or not with the model, or not with the memory there is.
@@ -289,7 +291,7 @@ class Chat:
     def _open(self, config: SessionConfig) -> ChatSession:
         return ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
 
-    def _measured(self, messages: Sequence[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
+    def _measured(self, messages: Sequence[Message]) -> Iterator[Message]:
         """These messages one after another; the bar tells how far the reading of them has come."""
         total = sum(len(message["content"]) for message in messages) or 1
         done = 0
@@ -316,13 +318,15 @@ class Chat:
             self._bar.close()
 
     def _show(self, pieces: Iterator[str], turn: Interruptible | None) -> None:
-        piece, reason, drawn = "", "error", []
+        piece, reason = "", "error"
+        drawn: Sequence[int] = []
         try:
             for piece in turn.answering(pieces) if turn else pieces:
                 # first what outlives the program
-                self.record.add(lambda transcript, piece=piece: transcript.add_piece(piece))
+                self.record.add_piece(piece)
                 write_answer(piece)
-            reason, drawn = self.session.last.stop_reason, self.session.last.drawn
+            if last := self.session.last:
+                reason, drawn = last.stop_reason, last.drawn
         except KeyboardInterrupt:
             reason = "stopped"
             raise
@@ -333,6 +337,7 @@ class Chat:
 
     def _show_status(self, compressions: int) -> None:
         last, kv = self.session.last, self.session.kv
+        assert last is not None  # after an answer
         parts = [
             f"{last.tokens_per_second:.1f} tok/s",
             f"{kv.used}/{kv.budget} cells",

@@ -209,7 +209,8 @@ def _set(chat: Chat, argument: str) -> None:
     else:
         field, kind = _SAMPLING[name]
         number = None if (name, value) == ("seed", "random") else _number(name, value, kind)
-        sampling = replace(config.sampling, **{field: number})
+        changed: dict[str, Any] = {field: number}
+        sampling = replace(config.sampling, **changed)
         chat.session.set_sampling(sampling)
         chat.config = replace(config, sampling=sampling)
     chat.screen.note(f"{name}: {settings(chat)[name]}")
@@ -222,8 +223,8 @@ def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(text)
     except ValueError:
-        kinds = {int: "a whole number", float: "a number"}
-        raise KvlocalError(f"{name} takes {kinds[kind]}, not {printable(text[:40])}") from None
+        kinds = "a whole number" if kind is int else "a number"
+        raise KvlocalError(f"{name} takes {kinds}, not {printable(text[:40])}") from None
 
 
 def _with_policy(config: SessionConfig, text: str) -> SessionConfig:

@@ -67,6 +67,10 @@ class ChatRecord:
         except TranscriptError as error:
             raise KvlocalError(f"{error}; your turn is not taken: send it again then") from error
 
+    def add_piece(self, text: str) -> None:
+        """Add the next piece of an answer."""
+        self.add(lambda transcript: transcript.add_piece(text))
+
     @property
     def awaits_answer(self) -> bool:
         """Whether the transcript ends with a turn that has no answer."""

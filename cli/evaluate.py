@@ -168,7 +168,7 @@ def recall_command(run: "_Run", data_path: Path | None, questions: int, tokens: 
     with run.loaded() as model:
         with waiting("making the chats"):
             task = RecallTask(model, run.base, questions, tokens, run.seed, data.dialogues if data else (), run.nexus)
-        run.measure(task, {**(_source(data_path, data) if data else {}), "questions": questions, "tokens": tokens}, {})
+        run.measure(task, {**(_source(data_path, data) if data_path and data else {}), "questions": questions, "tokens": tokens}, {})
 
 
 def _source(path: Path, data: Data) -> dict[str, str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.models import models_command
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import atomic_write
 from kvlocal.files.places import models_dir
 from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, HubFile, resolve
+from kvlocal_cli.models import models_command
 
 
 @pytest.fixture
