@@ -25,7 +25,7 @@ FAILURE = 1
 class Kvlocal(click.Group):
     """A group whose failures are one sentence on stderr: exit code 1, for wrong usage 2, after Ctrl-C 130."""
 
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override] # click has two signatures for it
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):
                 # what the encoding cannot show becomes a question mark
