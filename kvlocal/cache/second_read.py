@@ -14,6 +14,9 @@ from kvlocal.cache.score_sources import REREAD_CHUNK
 
 INSTRUCTION = "Repeat the previous context exactly."
 
+# what the instruction comes behind, for templates that begin a conversation in another way
+EXCHANGE = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+
 # tokens before a stretch that are read along, so that the model finds its place
 _LEAD_IN = 8
 
