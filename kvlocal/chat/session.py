@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.budgeted import BudgetedCache, Passage, Progress
 from kvlocal.cache.compression import Seconds
-from kvlocal.cache.noted_cells import Arrays
+from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.cache.second_read import SecondRead
 from kvlocal.chat.answering import AnswerInProgress, ended_by_model, keep_said, text_of
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.opening import checked_opening, checked_template, repetition
-from kvlocal.chat.state import Limits, Mark, SessionState, limits, with_state, without_state
+from kvlocal.chat.state import Mark, SessionState, limits, with_state, without_state
 from kvlocal.chat.stats import KvStats, SegmentStats, TurnStats, segment_stats
 from kvlocal.chat.turn_reader import TurnReader
 from kvlocal.errors import KvlocalError
@@ -414,7 +415,7 @@ class ChatSession:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
         return limits(self.cache.snapshot_limits(n_text), self._sampler.recent.maxlen)
 
-    def resume(self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def resume(self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Goes on from a `snapshot` that a session with the same signature, model and system prompt gave after these messages.
 
         Raises:
