@@ -15,7 +15,7 @@ from kvlocal.cache.budgeted import BudgetedCache, Passage, Progress
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.config import allocation, check_budget, least_budget
 from kvlocal.cache.noted_cells import Arrays
-from kvlocal.cache.second_read import INSTRUCTION, SecondRead
+from kvlocal.cache.second_read import EXCHANGE, INSTRUCTION, SecondRead
 from kvlocal.chat.answering import AnswerInProgress, ended_by_model, keep_said, text_of
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.state import Limits, Mark, SessionState, limits, with_state, without_state
@@ -33,7 +33,6 @@ from kvlocal.template.pieces import Piece
 Message = dict[str, str]
 
 # what an instruction to the model comes behind, for templates that begin a conversation in another way
-_EXCHANGE = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 
 
 class ChatSession:
@@ -115,7 +114,7 @@ class ChatSession:
 
     def _instruction(self) -> npt.NDArray[np.int32]:
         """The tokens of a user turn that asks for a repetition."""
-        return np.concatenate([tokens for _, tokens in self.template.tokens(self.model, self.template.user_turn(_EXCHANGE, INSTRUCTION))])
+        return np.concatenate([tokens for _, tokens in self.template.tokens(self.model, self.template.user_turn(EXCHANGE, INSTRUCTION))])
 
     # what is in the cache
 
