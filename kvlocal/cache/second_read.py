@@ -12,7 +12,7 @@ from kvlocal.cache.budgeted import BudgetedCache
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.score_sources import REREAD_CHUNK
 
-# the turns that it comes behind: the markup around an instruction depends on them
+# what the instruction comes behind, for templates that begin a conversation in another way
 EXCHANGE = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 INSTRUCTION = "Repeat the previous context exactly."
 

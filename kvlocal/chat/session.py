@@ -32,8 +32,6 @@ from kvlocal.template.pieces import Piece
 
 Message = dict[str, str]
 
-# what an instruction to the model comes behind, for templates that begin a conversation in another way
-
 
 class ChatSession:
     """A conversation that never ends, in a cache that never grows.
