@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvlocal.cache.budgeted import BudgetedCache
+    from kvlocal.cache.config import CacheConfig
     from kvlocal.chat.config import SessionConfig
     from kvlocal.chat.session import ChatSession
     from kvlocal.errors import KvlocalError
