@@ -9,15 +9,12 @@ import numpy.typing as npt
 
 from kvlocal import policies
 from kvlocal.cache.config import allocation, check_budget, least_budget
-from kvlocal.cache.second_read import INSTRUCTION
+from kvlocal.cache.second_read import EXCHANGE, INSTRUCTION
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.pieces import Piece
-
-# what an instruction to the model comes behind, for templates that begin a conversation in another way
-_EXCHANGE = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 
 
 def checked_template(model: Model, config: SessionConfig, nexus: NexusTokens | None) -> ChatTemplate:
@@ -50,4 +47,4 @@ def checked_opening(model: Model, config: SessionConfig, template: ChatTemplate,
 
 def repetition(model: Model, template: ChatTemplate) -> npt.NDArray[np.int32]:
     """The tokens of a user turn that asks for a repetition of what was said, int32 [n]."""
-    return np.concatenate([tokens for _, tokens in template.tokens(model, template.user_turn(_EXCHANGE, INSTRUCTION))])
+    return np.concatenate([tokens for _, tokens in template.tokens(model, template.user_turn(EXCHANGE, INSTRUCTION))])

@@ -88,10 +88,10 @@ class NativeCache:
     def _compute(self, function: Callable[..., int], *args: Any) -> None:
         self._call(lambda: self._check(function(self._context, self._seq, *args)))
 
-    def _floats(self, array: np.ndarray):
+    def _floats(self, array: np.ndarray) -> Any:
         return self._ffi.from_buffer("float[]", array, require_writable=True)
 
-    def _ints(self, array: np.ndarray):
+    def _ints(self, array: np.ndarray) -> Any:
         return self._ffi.from_buffer("int32_t[]", array)
 
     def enable_ring(self, n_window: int) -> None:
