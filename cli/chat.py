@@ -9,6 +9,7 @@ from typing import Self
 import click
 
 from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.opening import checked_template
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.records import Conversation
@@ -271,7 +272,7 @@ class Chat:
         """
         before, n_answers = [dict(message) for message in self.session.messages], self.session.n_answers
         messages = [dict(message) for message in messages]
-        ChatSession.check(self._model, config, self._nexus)
+        checked_template(self._model, config, self._nexus)
         self._loading.check(self._model.path, config, instead_of=self.config)
         self.session.close()
         try:

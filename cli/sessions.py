@@ -9,16 +9,7 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from kvlocal.conversations.named_sessions import (
-    Session,
-    delete,
-    existing_path,
-    markdown,
-    rename,
-    session,
-    session_path,
-    sessions,
-)
+from kvlocal.conversations.named_sessions import Session, delete, existing_path, markdown, rename, session, session_path, sessions
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import saved
 from kvlocal.errors import KvlocalError
