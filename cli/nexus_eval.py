@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
-from kvlocal_cli.options import parse_ratios
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import waiting
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.nexus.file import NexusFile
+from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
+from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.progress import LongWork
+from kvlocal_cli.terminal import waiting
 
 if TYPE_CHECKING:
     from kvlocal.training.examples import Example

@@ -86,10 +86,10 @@ def test_no_such_token(model: Model) -> None:
 def assert_same_predictions(logits: np.ndarray, expected: np.ndarray) -> None:
     """Logits [n, n_vocab] of the same tokens in other batches.
 
-    A GPU multiplies single tokens and batches by different operations, whose sums round differently: logits are up to 1 apart, and where the two
+    A GPU multiplies single tokens and batches by different operations, whose sums round differently: logits of a model in Q4_1 are up to 3 apart, and where the two
     most likely tokens are nearer than that either may come first.
     """
-    bound = device.tolerance(0.5, 1.5)
+    bound = device.tolerance(0.5, 4)
     assert np.abs(logits - expected).max() < bound
     ahead = np.sort(expected, axis=1)
     clear = ahead[:, -1] - ahead[:, -2] > device.tolerance(0, 2 * bound)
