@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -27,7 +28,6 @@ _REPAIR = "run `make setup` in the source tree or reinstall kvlocal"
 
 _lock = threading.Lock()
 _library: Library | None = None
-_chat_library: ChatLibrary | None = None
 _log_callback: Any = None  # the library keeps its address, so it must stay alive
 
 
@@ -103,24 +103,20 @@ def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
         return _library
 
 
+@functools.cache
 def load_chat() -> ChatLibrary:
     """As `load`, libkvlocal-chat from the same directory.
 
     Raises LibraryError if it is missing or is not this kvlocal's.
     """
-    global _chat_library
-    lib_dir = load().lib_dir
-    with _lock:
-        if _chat_library is None:
-            path = lib_dir / _CHAT_LIBRARY_NAME
-            if not path.is_file():
-                raise LibraryError(f"{path} is missing: {_REPAIR}")
-            ffi = _declare(_find("include/kvlocal-chat.h", path))
-            lib = _open(ffi, path)
-            if lib.kvl_chat_api_version() != lib.KVL_CHAT_API_VERSION:
-                raise LibraryError(f"{path} is not the one that this kvlocal was made with: {_REPAIR}")
-            _chat_library = ChatLibrary(ffi, lib)
-        return _chat_library
+    path = load().lib_dir / _CHAT_LIBRARY_NAME
+    if not path.is_file():
+        raise LibraryError(f"{path} is missing: {_REPAIR}")
+    ffi = _declare(_find("include/kvlocal-chat.h", path))
+    lib = _open(ffi, path)
+    if lib.kvl_chat_api_version() != lib.KVL_CHAT_API_VERSION:
+        raise LibraryError(f"{path} is not the one that this kvlocal was made with: {_REPAIR}")
+    return ChatLibrary(ffi, lib)
 
 
 def _load() -> Library:
