@@ -1,5 +1,6 @@
 """Where the turns of a chat come from: lines typed at a terminal, or piped in."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -63,10 +64,8 @@ class _LineHistory(FileHistory):
     """A history that is lost, and not the chat, when the disk is full."""
 
     def store_string(self, string: str) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().store_string(string)
-        except OSError:
-            pass
 
 
 def _history() -> History:
