@@ -47,7 +47,7 @@ class ChatSession:
     n_outputs: tokens of a micro-batch whose logits are kept
     nexus: for the policies that need Nexus tokens: read behind every finished turn
     undo: keep what the last turn is taken back with at once, a copy of the cache among it; without, what came before is read again
-    make_context: makes the cells: Context, or what gives a stream beside others (kvlocal.llama.slots)
+    make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
 
     cache: the tokens of the conversation (kvlocal.cache.budgeted)
     messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
