@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -318,7 +318,7 @@ class BudgetedCache(NotedCells):
         self._opened.close()
         self._way_back.checkpoint = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> BudgetedCache:
         return self
 
     def __exit__(self, *_: object) -> None:
