@@ -310,7 +310,7 @@ def test_options_are_what_a_session_of_their_own_would_do(model):
         {"max_tokens": 3},
         {"temperature": 1.2, "seed": 5},
         {"system": "Be rude."},
-        # these two do not fit a stream of the command's settings
+        # these two do not fit a slot of the command's settings
         {"kv_budget": 700},
         {"policy": "h2o"},
         {"policy": "full", "kv_budget": 2048},
@@ -333,7 +333,7 @@ def test_streams_that_cannot_be_made_fail_before_the_first_line(model, monkeypat
     def too_large(*arguments, **options):
         raise KvlocalError("a cache of 64 x 256 cells cannot be made")
 
-    monkeypatch.setattr("kvlocal.batch.run.Streams", too_large)
+    monkeypatch.setattr("kvlocal.batch.run.Slots", too_large)
     with pytest.raises(KvlocalError, match="64 x 256"):
         run_batch([line(user("Hi"))], model, SMALL, parallel=64)
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from kvlocal.llama.scheduler import Rounds, Stopped
+from kvlocal.llama.scheduler import Scheduler, Stopped
 
 
 class Party:
@@ -12,7 +12,7 @@ class Party:
 
     def __init__(self, *counts):
         self.rounds_of_requests, self.inside, self.crowd, self.ended = [], 0, 0, []
-        self.rounds = Rounds(lambda requests: self.rounds_of_requests.append(sorted(requests)))
+        self.rounds = Scheduler(lambda requests: self.rounds_of_requests.append(sorted(requests)))
         self.threads = [threading.Thread(target=self.run, args=(name, count)) for name, count in zip("abc", counts, strict=False)]
 
     def run(self, name, count):
@@ -88,7 +88,7 @@ def test_a_call_is_made_by_the_driver_and_does_not_wait_for_the_others():
 
 
 def test_stop_ends_a_call_that_was_not_made():
-    rounds, ended = Rounds(lambda requests: None), []
+    rounds, ended = Scheduler(lambda requests: None), []
 
     def work():
         try:

@@ -20,7 +20,7 @@ from kvlocal.files.text import is_blank
 from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
-from kvlocal.llama.slots import Streams
+from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 
 # so many finished results wait at most for the one that comes before them
@@ -72,8 +72,8 @@ def run_batch(
 
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.cache.budget
-    streams = Streams(parallel, model, **asked)
-    return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
+    slots = Slots(parallel, model, **asked)
+    return _Batch(lines, model, config, budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
 
 
 class _Batch:
@@ -85,7 +85,7 @@ class _Batch:
         model: Model,
         config: SessionConfig,
         budget: int,
-        streams: Streams,
+        slots: Slots,
         parallel: int,
         ordered: bool,
         wanted: Callable[[int, bytes], bool],
@@ -94,7 +94,7 @@ class _Batch:
     ) -> None:
         self._model, self._config, self._budget, self._nexus = model, config, budget, nexus
         self._ordered, self._poll = ordered, poll
-        self._streams, self._rounds = streams, streams.rounds
+        self._slots, self._rounds = slots, slots.rounds
         # of the lines; one thread at a time waits for the next
         self._reading = threading.Lock()
         self._lines = ((number, line) for number, line in enumerate(lines, 1) if not is_blank(line) and wanted(number, line))
@@ -132,7 +132,7 @@ class _Batch:
         finally:
             self._rounds.stop()
             self._places.release(len(self._threads))
-            self._streams.close()
+            self._slots.close()
 
     def _work(self) -> None:
         try:
@@ -200,8 +200,8 @@ class _Batch:
             return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, session.seed, kv, timings)
 
     def _session(self, config: SessionConfig) -> ChatSession:
-        """A session in a stream."""
-        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._streams.open)
+        """A session in a slot."""
+        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._slots.open)
 
 
 def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:

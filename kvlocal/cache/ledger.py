@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -186,7 +187,7 @@ class Ledger:
             **{name: self.scores(name) for name in self.carried},
         }
 
-    def take(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def take(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes over what `arrays` of a ledger with the same carried scores and at most this capacity gave.
 
         Raises:
