@@ -16,7 +16,6 @@ from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
-from kvlocal.cache.rollback import taken_back
 from kvlocal.cache.score_sources import Observer, carried_scores
 from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.context import Context, Outputs
@@ -277,12 +276,13 @@ class BudgetedCache(NotedCells):
         n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
         segments = [replace(segment) for segment in ledger.segments]
         try:
-            with taken_back(self.context, self.native, ledger):
+            with self.taken_back():
                 yield
         finally:
             compressor.held, way_back.checkpoint, way_back.copy = outer, checkpoint, copy
-            ledger.truncate(n_tokens)
-            ledger.segments[:] = segments
+            if not self.uncertain:
+                self.ledger.truncate(n_tokens)
+                self.ledger.segments[:] = segments
 
     # a copy that outlives the process
 
