@@ -12,8 +12,9 @@ from kvlocal import policies
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.config import DEFAULT_BUDGET, DEFAULT_FULL
 from kvlocal.chat.config import SessionConfig
-from kvlocal.doctor import memory_estimate as footprint
+from kvlocal.doctor import memory_estimate
 from kvlocal.errors import KvlocalError
+from kvlocal.files.text import text_of
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
@@ -170,7 +171,7 @@ class Loading:
             KvlocalError: they do not.
         """
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
-            footprint.check(path, config, parallel, undo, instead_of)
+            memory_estimate.check(path, config, parallel, undo, instead_of)
 
     def tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         """The Nexus tokens for a model, if the policy uses them and there are some, and the configuration with a policy that goes with that.
@@ -247,4 +248,4 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def clean_text(text: str) -> str:
     """The text of an argument, which Python gives half surrogate pairs for bytes that are not UTF-8."""
-    return text.encode("utf-8", "replace").decode()
+    return text_of(text.encode("utf-8", "replace"))
