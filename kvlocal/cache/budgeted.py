@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -274,7 +274,7 @@ class BudgetedCache(NotedCells):
             self.observer.before_removal(ledger)
         # what is copied inside is not to overwrite the copy there is
         n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
-        segments = [replace(segment) for segment in ledger.segments]
+        segments = ledger.segments_now()
         try:
             with self.taken_back():
                 yield
