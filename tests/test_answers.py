@@ -176,7 +176,7 @@ def test_an_answer_that_is_closed_within_a_stop_string_is_cut_before_it(chat, mo
 
 
 def break_compaction(monkeypatch, cache):
-    """The next compaction fails in the middle, as where a device is lost: the first layers are moved, the others not, and the cells are still counted."""
+    """The next compaction fails in the middle, as where a device is lost: the first layers are moved, the others not, and no cell is freed."""
     compact = cache.native.compact
 
     def fails(gather, positions, delta=None):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -150,7 +150,7 @@ class BudgetedCache(NotedCells):
             inside = [
                 (part, min(end, stop) - max(end - len(part.tokens), start))
                 for part, end in zip(parts, ends, strict=True)
-                if end - len(part.tokens) < stop and end > start or not len(part.tokens) and start <= end <= stop
+                if (end - len(part.tokens) < stop and end > start) or (not len(part.tokens) and start <= end <= stop)
             ]
             if start < stop:
                 self.append(ids[start:stop], parts=inside)
@@ -318,7 +318,7 @@ class BudgetedCache(NotedCells):
         self._opened.close()
         self._way_back.checkpoint = None
 
-    def __enter__(self) -> BudgetedCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -171,7 +171,7 @@ class NotedCells:
             return self._agrees()
         holds_tail = n_drop < ledger.n_cells and (n_drop == 0 or bool((ledger.tokens[..., ledger.n_cells - n_drop] == n_tokens).all()))
         leaves_queries = not self.layout.n_window or n_removed < self.layout.n_window
-        if not (holds_tail and leaves_queries and 0 <= n_removed):
+        if not (holds_tail and leaves_queries and n_removed >= 0):
             return False
         self.doubt()
         ledger.truncate(n_tokens)
@@ -242,7 +242,7 @@ class NotedCells:
         cells = self.ledger.tokens.shape
         n_ring = 0 if (ring := self.native.ring_state()) is None else len(ring)
         ledger: Limits = {"numbers": ("<i8", (4,)), "ids": ("<i4", (n_text,)), "block_of": ("<i4", (n_text,)), "segments": ("u1", (n_text,))}
-        ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **{name: ("<f4", cells) for name in self.ledger.carried}}
+        ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **dict.fromkeys(self.ledger.carried, ("<f4", cells))}
         limits: Limits = {"checkpoint.numbers": ("<i8", (1,))}
         for prefix in ("", "checkpoint."):
             limits |= {f"{prefix}cache": ("u1", (_copy_bytes(self.context),)), f"{prefix}ring": ("u1", (n_ring,))}
