@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -230,7 +230,8 @@ class ChatSession:
             drawn = ()
         stream = self.template.answer_stream(self.model)
         if text_of(stream, drawn, self.template) != content or not self.messages or self.messages[-1]["role"] != "user":
-            return self.add_turn("assistant", content)
+            self.add_turn("assistant", content)
+            return
         self._answer = None
         start = self.template.answer_start(self._history_for_template(len(self.messages) - 1)) if drawn else []
         self.messages.append({"role": "assistant", "content": content})
@@ -323,6 +324,7 @@ class ChatSession:
     def _rewind(self) -> None:
         """The cache and the messages as they were before the last user turn."""
         mark, self._mark = self._mark, None
+        assert mark is not None
         del self.messages[mark.n_messages :]
         self._sampler.recent.clear()
         self._sampler.recent.extend(mark.recent)
@@ -392,10 +394,8 @@ class ChatSession:
 
     def _try_to_read_again(self, messages: Sequence[Message]) -> None:
         """As _read_again, where another error is on its way already."""
-        try:
+        with suppress(KvlocalError):
             self._read_again(messages)
-        except KvlocalError:
-            pass
 
     # a copy of the cache that outlives the process
 
@@ -413,7 +413,7 @@ class ChatSession:
 
     def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
-        return limits(self.cache.snapshot_limits(n_text), self._sampler.recent.maxlen)
+        return limits(self.cache.snapshot_limits(n_text), self._sampler.params.repeat_last_n)
 
     def resume(self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Goes on from a `snapshot` that a session with the same signature, model and system prompt gave after these messages.
@@ -473,7 +473,7 @@ class ChatSession:
         self._sampler.close()
         self.cache.close()
 
-    def __enter__(self) -> ChatSession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

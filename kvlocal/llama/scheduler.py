@@ -94,7 +94,7 @@ class Rounds:
                 function, future = self._calls.pop(0)
                 try:
                     future.set_result(function())
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - it is the caller's
                     future.set_exception(error)
                 self._handed_back.notify_all()
             if self._all_wait():

@@ -191,11 +191,13 @@ class Stream:
     def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
         """The logits after token `i` of what was decoded last, [n_vocab] float32."""
         self.check_output(i)
+        assert self._logits is not None
         return self._logits[i]
 
     def logits_all(self) -> npt.NDArray[np.float32]:
         """The logits of what was decoded last with `logits="all"`, [n, n_vocab] float32."""
         self.check_output(0)
+        assert self._logits is not None
         return self._logits
 
     def remove(self, seq: int, p0: int, p1: int) -> None:

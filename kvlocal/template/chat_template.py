@@ -17,7 +17,7 @@ from kvlocal.template.answer import AnswerStream, split_thought
 from kvlocal.template.compiled import LIMIT_SECONDS, CompiledTemplate, TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
 from kvlocal.template.markup import ASSISTANT, SYSTEM, USER, USER_2, Markup, Message, UserTurn, assistant, inside, system, user, with_folded_system
-from kvlocal.template.pieces import Piece, Role, pieces_of
+from kvlocal.template.pieces import Kind, Piece, Role, pieces_of
 from kvlocal.template.tokenizer import PieceTokenizer
 
 _MIN_STOP = 3  # characters of a text that ends answers
@@ -81,7 +81,7 @@ class ChatTemplate:
         self.history_dependent = self._markup.history_dependent
 
     @classmethod
-    def from_model(cls, model: Model) -> Self:
+    def from_model(cls, model: Model) -> ChatTemplate:
         """The template in the GGUF's metadata, or a default that fits the vocabulary; the same object every time."""
         with _lock:
             given = model.metadata.get("tokenizer.chat_template", "")
@@ -126,7 +126,7 @@ class ChatTemplate:
     def prefix(self, system_text: str | None) -> list[Piece]:
         """What comes before the first user turn: BOS, and the system block or the template's default for it."""
         found = self._markup
-        if not self._has_system([] if system_text is None else [system(system_text)]):
+        if system_text is None or not self._has_system([system(system_text)]):
             return pieces_of("", ("system", found.first[False].before.removesuffix(found.first_header(False)), "markup"))
         head, content, tail = self._system_block(system_text)
         return pieces_of(
@@ -194,6 +194,7 @@ class ChatTemplate:
         last = messages[-1]["role"] if messages else "system"
         found, turn = self._markup, self._markup.later
         thought, is_closed, answer = split_thought(text)
+        contents: list[tuple[Role, str, Kind]]
         if found.thoughts and thought:
             contents = [("assistant", found.thoughts.before, "markup"), ("assistant", thought, "content")]
             contents += [("assistant", found.thoughts.after, "markup")] if is_closed else []

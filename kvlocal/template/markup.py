@@ -148,7 +148,8 @@ class Markup:
         except TemplateError:
             pass
         # a template that leaves out the thoughts of all answers: what the markers alone tell
-        start, end = self.answer_format.thinking_start, self.answer_format.thinking_end
+        found = self.answer_format
+        start, end = (found.thinking_start, found.thinking_end) if found else ("", "")
         return _thoughts_between(turn, start, end) if start and end else None
 
     def _depends_on_history(self) -> bool:
