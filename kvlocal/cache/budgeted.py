@@ -16,7 +16,7 @@ from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
-from kvlocal.cache.score_sources import Observer, carried_scores
+from kvlocal.cache.score_sources import ScoreSources, carried_scores
 from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.context import Context, Outputs
 from kvlocal.llama.model import Model
@@ -94,7 +94,7 @@ class BudgetedCache(NotedCells):
             )
             opened.callback(context.close)
             super().__init__(context, self.capacity + spare, carried_scores(self.policy), undo=undo, copies=self.policy.evicts)
-            self.observer = Observer(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
+            self.observer = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
                 self.native,
                 self.layout,
