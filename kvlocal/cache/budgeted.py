@@ -55,7 +55,7 @@ class BudgetedCache(NotedCells):
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept
     undo: mark() keeps what the way back needs, a copy of the cache among it
-    make_context: makes the cells: Context, or what gives a stream beside others (kvlocal.llama.slots)
+    make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
 
     budget: the most cells of each layer and head after a compression
     capacity: the most cells there are room for outside hold()
