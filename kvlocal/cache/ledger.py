@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -174,7 +175,7 @@ class Ledger:
         other.segments = self.segments_now()
         return other
 
-    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """All it holds, for a file; `take` reads it.
 
         numbers: int64 [4]; ids: int32 [n_tokens]; block_of: int32 [n_split]; segments: uint8 [bytes], JSON; tokens, positions: int32 [L, H, n_cells];
@@ -190,7 +191,7 @@ class Ledger:
             **{name: self.scores(name) for name in self.carried},
         }
 
-    def take(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def take(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes over what `arrays` of a ledger with the same carried scores and at most this capacity gave.
 
         Raises:

@@ -149,7 +149,7 @@ class NotedCells:
     def _rewind(self, checkpoint: _Checkpoint) -> None:
         self.doubt()
         self._way_back.checkpoint = None
-        if checkpoint.state is not None:
+        if checkpoint.state is not None and checkpoint.ledger is not None:
             self.context.clear()
             self.context.state_set(0, checkpoint.state)
             self.ledger = checkpoint.ledger
