@@ -243,7 +243,7 @@ def test_lines_with_another_policy_do_not_disturb_the_others(tiny):
     assert all(result.kv["compressions"] > 1 for result in alone)
 
 
-def test_lines_that_fail_at_once_give_their_streams_back(tiny, monkeypatch):
+def test_lines_that_fail_at_once_give_their_slots_back(tiny, monkeypatch):
     """Those after them decode in the context that is shared, and not in one of their own each."""
     made, init = [], Context.__init__
     monkeypatch.setattr(Context, "__init__", lambda context, *args, **options: (init(context, *args, **options), made.append(context))[0])
@@ -329,7 +329,7 @@ def test_options_are_what_a_session_of_their_own_would_do(model):
     assert together[2].messages[0] == user(text)
 
 
-def test_streams_that_cannot_be_made_fail_before_the_first_line(model, monkeypatch):
+def test_slots_that_cannot_be_made_fail_before_the_first_line(model, monkeypatch):
     def too_large(*arguments, **options):
         raise KvlocalError("a cache of 64 x 256 cells cannot be made")
 

@@ -443,10 +443,10 @@ def test_wrong_calls_are_refused_and_change_nothing(model, tokens):
 def test_the_scale_of_a_layer_is_an_error_where_it_is_not_known(model, tokens):
     chat = Chat(model, tokens, n=4)
     assert chat.native.kq_scale(0) == pytest.approx(64**-0.5)
-    empty, without_ring = Chat(model, tokens, n=0), Chat(model, tokens, n=4, window=0)
-    for context, layer, match in ((chat, L, "layer"), (chat, -1, "layer"), (empty, 0, "not known yet"), (without_ring, 0, "off")):
+    empty, off = Chat(model, tokens, n=0), Chat(model, tokens, n=4, window=0)
+    for other, layer, match in ((chat, L, "layer"), (chat, -1, "layer"), (empty, 0, "not known yet"), (off, 0, "off")):
         with pytest.raises(NativeError, match=match):
-            context.native.kq_scale(layer)
+            other.native.kq_scale(layer)
     ffi, lib = load().ffi, load().lib
     assert lib.kvl_get_kq_scale(ffi.cast("struct llama_context *", chat.context.pointer), 0, ffi.NULL) == lib.KVL_ERR_ARGUMENT
 

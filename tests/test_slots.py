@@ -35,7 +35,7 @@ def together(model, *tasks, n=3, **changes):
     slots, results = Slots(n, model, **OPTIONS | changes), [None] * len(tasks)
 
     def run(i):
-        with slots.rounds.turn():
+        with slots.scheduler.turn():
             slot = slots.open(model, **OPTIONS | changes)
             try:
                 results[i] = tasks[i](slot)
@@ -48,7 +48,7 @@ def together(model, *tasks, n=3, **changes):
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        slots.rounds.advance(0.05)
+        slots.scheduler.advance(0.05)
     slots.close()
     return results
 
@@ -99,7 +99,7 @@ def test_a_full_stream_fails_alone(model, tokens):
 
 def test_what_does_not_fit_gets_a_context_of_its_own(model):
     slots = Slots(2, model, **OPTIONS)
-    with slots.rounds.turn():
+    with slots.scheduler.turn():
         first = slots.open(model, **OPTIONS)
         second = slots.open(model, **OPTIONS | {"n_cells": 100})
         large = slots.open(model, **OPTIONS | {"n_cells": 600})

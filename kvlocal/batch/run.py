@@ -94,7 +94,7 @@ class _Batch:
     ) -> None:
         self._model, self._config, self._budget, self._nexus = model, config, budget, nexus
         self._ordered, self._poll = ordered, poll
-        self._slots, self._rounds = slots, slots.rounds
+        self._slots, self._scheduler = slots, slots.scheduler
         # of the lines; one thread at a time waits for the next
         self._reading = threading.Lock()
         self._lines = ((number, line) for number, line in enumerate(lines, 1) if not is_blank(line) and wanted(number, line))
@@ -128,9 +128,9 @@ class _Batch:
                     n_yielded += 1
                     self._places.release()
                 else:
-                    self._rounds.advance(_POLL_SECONDS)
+                    self._scheduler.advance(_POLL_SECONDS)
         finally:
-            self._rounds.stop()
+            self._scheduler.stop()
             self._places.release(len(self._threads))
             self._slots.close()
 
@@ -138,9 +138,9 @@ class _Batch:
         try:
             while taken := self._take():
                 place, number, line = taken
-                with self._rounds.turn():
+                with self._scheduler.turn():
                     self._finished.put((place, self._outcome(number, line)))
-            with self._rounds.turn():
+            with self._scheduler.turn():
                 self._n_working -= 1
         except Stopped:
             pass

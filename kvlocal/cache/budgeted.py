@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,7 @@ from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
-from kvlocal.cache.rollback import taken_back
-from kvlocal.cache.score_sources import Observer, carried_scores
+from kvlocal.cache.score_sources import ScoreSources, carried_scores
 from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.context import Context, Outputs
 from kvlocal.llama.model import Model
@@ -95,7 +94,7 @@ class BudgetedCache(NotedCells):
             )
             opened.callback(context.close)
             super().__init__(context, self.capacity + spare, carried_scores(self.policy), undo=undo, copies=self.policy.evicts)
-            self.observer = Observer(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
+            self.observer = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
                 self.native,
                 self.layout,
@@ -275,14 +274,15 @@ class BudgetedCache(NotedCells):
             self.observer.before_removal(ledger)
         # what is copied inside is not to overwrite the copy there is
         n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
-        segments = [replace(segment) for segment in ledger.segments]
+        segments = ledger.segments_now()
         try:
-            with taken_back(self.context, self.native, ledger):
+            with self.taken_back():
                 yield
         finally:
             compressor.held, way_back.checkpoint, way_back.copy = outer, checkpoint, copy
-            ledger.truncate(n_tokens)
-            ledger.segments[:] = segments
+            if not self.uncertain:
+                self.ledger.truncate(n_tokens)
+                self.ledger.segments[:] = segments
 
     # a copy that outlives the process
 
@@ -318,7 +318,7 @@ class BudgetedCache(NotedCells):
         self._opened.close()
         self._way_back.checkpoint = None
 
-    def __enter__(self) -> BudgetedCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

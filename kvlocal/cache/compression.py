@@ -11,7 +11,7 @@ import numpy as np
 
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
-from kvlocal.cache.score_sources import Observer
+from kvlocal.cache.score_sources import ScoreSources
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.cells import Layout, NativeCache
 from kvlocal.policies import Policy
@@ -59,7 +59,7 @@ class Compressor:
 
     native: NativeCache
     layout: Layout
-    observer: Observer
+    observer: ScoreSources
     policy: Policy
     budget: int
     ratio: float | None

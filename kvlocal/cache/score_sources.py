@@ -34,7 +34,7 @@ def carried_scores(policy: Policy) -> list[str]:
     return [name for name in ("history", "sums", "reread") if name == "history" or name in policy.needs]
 
 
-class Observer:
+class ScoreSources:
     """Looks at one sequence on behalf of a policy.
 
     native, layout: the cache; its ring holds the queries that the policy needs

@@ -98,14 +98,14 @@ class Slots:
 
     n: slots of the context
     model, n_cells and options: as for Context
-    rounds: carry out what is decoded
+    scheduler: carries out what is decoded
 
     Raises:
         EngineError: there is not enough memory.
     """
 
     def __init__(self, n: int, model: Model, **options: Any) -> None:
-        self.rounds = Scheduler(carry_out)
+        self.scheduler = Scheduler(carry_out)
         self._context = Context(model, n_seq_max=n, **options)
         self._free = list(range(n))
 
@@ -117,9 +117,9 @@ class Slots:
         """
         if n_cells <= self._context.n_cells and n_recorded <= self._context.n_recorded and self._free:
             seq = heapq.heappop(self._free)
-            return Slot(self.rounds, self._context, seq, n_cells, lambda: self._give_back(seq))
+            return Slot(self.scheduler, self._context, seq, n_cells, lambda: self._give_back(seq))
         context = Context(model, n_cells=n_cells, n_recorded=n_recorded, **options)
-        return Slot(self.rounds, context, 0, n_cells, context.close)
+        return Slot(self.scheduler, context, 0, n_cells, context.close)
 
     def _give_back(self, seq: int) -> None:
         if not self._context.closed:
@@ -142,11 +142,11 @@ class Slot:
     on_close: called when it is closed
     """
 
-    def __init__(self, rounds: Scheduler, context: Context, seq: int, n_cells: int, on_close: Callable[[], None]) -> None:
+    def __init__(self, scheduler: Scheduler, context: Context, seq: int, n_cells: int, on_close: Callable[[], None]) -> None:
         self.model, self.seq = context.model, seq
         self.n_ubatch = context.n_ubatch
         self.n_cells = min(-(-n_cells // CELL_BLOCK) * CELL_BLOCK, context.n_cells)
-        self._rounds, self._context, self._on_close = rounds, context, on_close
+        self._scheduler, self._context, self._on_close = scheduler, context, on_close
         self._adapter: Adapter | None = None
         self._logits: npt.NDArray[np.float32] | None = None
         self.closed = False
@@ -160,7 +160,7 @@ class Slot:
 
     def call(self, function: Callable[[], T]) -> T:
         """As Context.call: hands over until it is done."""
-        return self._rounds.call(function)
+        return self._scheduler.call(function)
 
     def decode(self, tokens: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "last") -> None:
         """As Context.decode."""
@@ -174,7 +174,7 @@ class Slot:
         self._check(seq)
         self._logits = None
         request = _Request(self._context, self.seq, rows, pos, logits, self._adapter)
-        self._rounds.wait(request)
+        self._scheduler.wait(request)
         if request.error:
             raise request.error
         self._logits = request.result
