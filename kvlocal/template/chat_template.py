@@ -194,7 +194,6 @@ class ChatTemplate:
         found = self._markup
         turn = self._next_turn(messages[:-1]) if last == "user" else found.later
         thought, is_closed, answer = split_thought(text)
-        contents: list[tuple[Role, str, Kind]]
         if found.thoughts and thought:
             start, end, said = found.thoughts.before, found.thoughts.after if is_closed else "", answer
         else:
