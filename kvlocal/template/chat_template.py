@@ -16,7 +16,7 @@ from kvlocal.template.answer import AnswerStream, split_thought
 from kvlocal.template.compiled import LIMIT_SECONDS, CompiledTemplate, TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
 from kvlocal.template.markup import ASSISTANT, SYSTEM, USER, USER_2, Markup, Message, UserTurn, assistant, inside, system, user, with_folded_system
-from kvlocal.template.pieces import Kind, Piece, Role, pieces_of
+from kvlocal.template.pieces import Piece, Role, pieces_of
 from kvlocal.template.tokenizer import PieceTokenizer
 
 _MIN_STOP = 3  # characters of a text that ends answers
@@ -194,7 +194,6 @@ class ChatTemplate:
         found = self._markup
         turn = self._next_turn(messages[:-1]) if last == "user" else found.later
         thought, is_closed, answer = split_thought(text)
-        contents: list[tuple[Role, str, Kind]]
         if found.thoughts and thought:
             start, end, said = found.thoughts.before, found.thoughts.after if is_closed else "", answer
         else:
