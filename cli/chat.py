@@ -1,7 +1,7 @@
 """`kvlocal chat`: a conversation on a terminal or through a pipe."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -283,6 +283,9 @@ class Chat:
             self.session.close()
             self.session = self._open(self.config)
             self.session.owe(before)
+            # whoever does not want to wait for that waits when the chat goes on
+            with suppress(KvlocalError, KeyboardInterrupt):
+                self.session.settle()
             raise
         finally:
             self.session.n_answers = n_answers
