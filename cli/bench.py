@@ -7,24 +7,24 @@ from types import TracebackType
 from typing import Any, Self
 
 import click
+from kvlocal_cli.options import split_policy_arg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvlocal import policies
-from kvlocal.benchmark.comparison import Row
+from kvlocal.benchmark.comparison import Comparison
 from kvlocal.benchmark.measures import Bench
 from kvlocal.benchmark.plot import draw
 from kvlocal.benchmark.process import BenchmarkError
 from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
-from kvlocal.benchmark.settings import QUICK, Settings
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import KV_TYPES
+from kvlocal.benchmark.settings import QUICK, BenchSettings
 from kvlocal.errors import KvlocalError
-from kvlocal.figure import check
-from kvlocal.files import atomic_write
-from kvlocal_cli.options import split_policy_arg
+from kvlocal.evaluation.figure import check
+from kvlocal.files.atomic import atomic_write
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import KV_TYPES
 
 STOCK = Path("build/stock/dist/lib")
 
@@ -35,22 +35,22 @@ _EVICTING = [name for name, policy in policies.POLICIES.items() if policy.evicts
 @click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file.")
 @click.option("--stock", type=click.Path(path_type=Path), default=STOCK, show_default=True, metavar="DIR",
               help="Where `make stock` has put llama.cpp without our patches.")  # fmt: skip
-@click.option("--policy", type=click.Choice(_EVICTING), default=Settings.policy, show_default=True, help="What the session keeps.")
+@click.option("--policy", type=click.Choice(_EVICTING), default=BenchSettings.policy, show_default=True, help="What the session keeps.")
 @click.option("--policy-arg", "policy_args", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the policy; can be repeated.")
 @click.option("--nexus", metavar="FILE", help="Nexus tokens for the policies that use them.  [default: as kvlocal chat finds them]")
-@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=Settings.ratio, show_default=True, metavar="X",
+@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=BenchSettings.ratio, show_default=True, metavar="X",
               help="Share of the history that is removed.")  # fmt: skip
 @click.option("--only", metavar="NAME[,NAME]", default="",
-              help=f"What to measure, of: {', '.join(names(Settings(Path(), Path())))}; `decode` means all that begin so.")  # fmt: skip
-@click.option("--turns", type=click.IntRange(min=1), metavar="N", help=f"Turns of the chat.  [default: {Settings.turns}]")
-@click.option("--pairs", type=click.IntRange(min=1), metavar="N", help=f"Slices compared for a ratio.  [default: {Settings.pairs}]")
+              help=f"What to measure, of: {', '.join(names(BenchSettings(Path(), Path())))}; `decode` means all that begin so.")  # fmt: skip
+@click.option("--turns", type=click.IntRange(min=1), metavar="N", help=f"Turns of the chat.  [default: {BenchSettings.turns}]")
+@click.option("--pairs", type=click.IntRange(min=1), metavar="N", help=f"Slices compared for a ratio.  [default: {BenchSettings.pairs}]")
 @click.option("--quick", is_flag=True, help="Small sizes, to see that everything works.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads, of both.  [default: one per core]")
-@click.option("--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=Settings.type_k, show_default=True,
+@click.option("--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=BenchSettings.type_k, show_default=True,
               help="Type of the keys, in both caches.")  # fmt: skip
-@click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=Settings.type_v, show_default=True,
+@click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=BenchSettings.type_v, show_default=True,
               help="Type of the values, in both caches.")  # fmt: skip
-@click.option("--gpu-layers", type=click.IntRange(min=-1), default=Settings.gpu_layers, show_default=True, metavar="N",
+@click.option("--gpu-layers", type=click.IntRange(min=-1), default=BenchSettings.gpu_layers, show_default=True, metavar="N",
               help="Layers that go to the GPU, -1 for all, of both; without one it has no effect.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this file, as they come.")  # fmt: skip
@@ -78,7 +78,7 @@ def bench_command(
     Everything takes about 20 minutes on two cores; the machine should do nothing else.
     """
     arguments = dict(map(split_policy_arg, policy_args))
-    settings = Settings(resolve(model), stock.absolute(), policy_args=arguments, n_threads=threads, **same, **_sizes(quick, turns, pairs))
+    settings = BenchSettings(resolve(model), stock.absolute(), policy_args=arguments, n_threads=threads, **same, **_sizes(quick, turns, pairs))
     try:
         policies.make(settings.policy, settings.policy_args)
         wanted = select(settings, [name.strip() for name in only.split(",") if name.strip()])
@@ -88,7 +88,7 @@ def bench_command(
         raise BenchmarkError(f"there is no stock llama.cpp in {stock}: run `make stock` in the source tree, or give its path as --stock")
     if plot:
         check(plot)
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     with _Progress() as progress:
         bench = Bench(settings, progress.show)
         try:
@@ -110,7 +110,7 @@ def _sizes(quick: bool, turns: int | None, pairs: int | None) -> dict[str, Any]:
     return (QUICK if quick else {}) | {name: value for name, value in given.items() if value is not None}
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Comparison]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         # Rich would cut the lines to the width of a terminal that is not there.

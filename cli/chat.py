@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Self
 
 import click
-from rich.console import Console
-
-from kvlocal.catalogue import DEFAULT_MODEL
-from kvlocal.engine import Model
-from kvlocal.errors import KvlocalError
-from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.resumption import read_on
-from kvlocal.session import ChatSession, SessionConfig
-from kvlocal.sessions import session_path
-from kvlocal.snapshot import SnapshotError, Snapshots, snapshot_path
-from kvlocal.transcript import Conversation, Transcript, chat_path, load
 from kvlocal_cli import chat_commands
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loading, clean_text, session_options
 from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, write_answer
 from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
+from rich.console import Console
+
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.replay import read_on
+from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
+from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load
+from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import DEFAULT_MODEL
+from kvlocal.llama.engine import Model
+from kvlocal.nexus.tokens import NexusTokens
 
 
 @click.command("chat")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from kvlocal.doctor import diagnose
+from kvlocal.doctor.diagnosis import diagnose
 
 
 @click.command("doctor")

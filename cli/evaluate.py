@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Any, Self
 
 import click
+from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.progress import LongWork
+from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 from rich.console import Console
 from rich.table import Table
 
 import kvlocal
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import KV_TYPES, Model
+from kvlocal.chat.session import SessionConfig
+from kvlocal.conversations.dialogues import Data, load, shuffled
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
-from kvlocal.evaluation.data import Data, load, shuffled
 from kvlocal.evaluation.dialogue import DialogueTask
+from kvlocal.evaluation.figure import check
 from kvlocal.evaluation.recall import RecallTask
 from kvlocal.evaluation.reference import ReferenceCache, cache_dir, make_directory
-from kvlocal.evaluation.runner import Failure, Task, WorkFile, outcomes, pending, run_key
+from kvlocal.evaluation.runner import ChatFailure, Task, WorkFile, outcomes, pending
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
-from kvlocal.figure import check
-from kvlocal.files import atomic_write
-from kvlocal.fingerprint import fingerprint
-from kvlocal.library import load as load_library
+from kvlocal.files.atomic import atomic_write
+from kvlocal.files.fingerprint import fingerprint, run_key
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import KV_TYPES, Model
+from kvlocal.llama.library import load as load_library
+from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import SessionConfig
-from kvlocal_cli.options import parse_ratios
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 
 _SESSION = SessionConfig()
 _GREEDY = SamplingParams(temperature=0, seed=0)
@@ -282,7 +282,7 @@ class _Progress:
     def add(self, outcome: object) -> None:
         self._done += 1
         self._work.update(advance=1)
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, ChatFailure):
             self.failed += 1
             where = f"chat {outcome.chat + 1} with {outcome.variant.spec} at {outcome.variant.ratio:g}"
             self._work.say(f"{where}: {outcome.error}")
@@ -299,7 +299,7 @@ class _Progress:
             self._work.say(f"{interrupted}{self._done} of {self._total} measurements{failed} in {_duration(self._work.seconds)}{again}")
 
 
-def _show(found: list[report.Row]) -> None:
+def _show(found: list[report.MetricRow]) -> None:
     """The results on stdout: ruled tables on a terminal, else plain ones."""
     for i, (headers, lines) in enumerate(report.tables(found)):
         if is_terminal(sys.stdout):

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
-from kvlocal.session import ChatSession
 
 
 class Idle:

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-
-from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.statistics import bootstrap
-from kvlocal.nexus.file import NexusFile
 from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import waiting
 
+from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.statistics import bootstrap
+from kvlocal.nexus.file import NexusFile
+
 if TYPE_CHECKING:
-    from kvlocal.nexus.examples import Example
+    from kvlocal.training.examples import Example
 
 
 @click.command("eval")
@@ -40,11 +40,11 @@ def eval_command(
     """
     import torch
 
-    from kvlocal.nexus.decoder import Decoder
-    from kvlocal.nexus.divergence import divergences
-    from kvlocal.nexus.examples import joined
-    from kvlocal.nexus.parameters import Parameters
-    from kvlocal.nexus.weights import Weights
+    from kvlocal.training.decoder import Decoder
+    from kvlocal.training.divergence import divergences
+    from kvlocal.training.examples import joined
+    from kvlocal.training.parameters import Parameters
+    from kvlocal.training.weights import Weights
 
     loaded = NexusFile.load(file)
     loaded.check_base(place.container)

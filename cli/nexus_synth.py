@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Self
 
 import click
-
-from kvlocal.catalogue import resolve
-from kvlocal.engine import MAX_SEQUENCES, Model
-from kvlocal.nexus.synth import DataFile, Dialogue, SynthSettings, synthesize
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
+
+from kvlocal.hub.catalogue import resolve
+from kvlocal.llama.engine import MAX_SEQUENCES, Model
+from kvlocal.training.synth import DataFile, SynthSettings, WrittenDialogue, synthesize
 
 _SETTINGS = SynthSettings()
 
@@ -66,7 +66,7 @@ class _Progress:
             self._work.say(f"going on after {self._data.n_dialogues} dialogues with {self._before:,} tokens")
         return self
 
-    def add(self, dialogue: Dialogue) -> None:
+    def add(self, dialogue: WrittenDialogue) -> None:
         if not dialogue.messages:
             self._dropped[dialogue.flaw] += 1
         elif dialogue.flaw:

@@ -13,20 +13,20 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import click
-
-from kvlocal.catalogue import resolve
-from kvlocal.container import Container
-from kvlocal.engine import Model
-from kvlocal.errors import KvlocalError
-from kvlocal.fingerprint import fingerprint
-from kvlocal.nexus.file import NexusFile
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
 
+from kvlocal.errors import KvlocalError
+from kvlocal.files.fingerprint import fingerprint
+from kvlocal.gguf.container import Container
+from kvlocal.hub.catalogue import resolve
+from kvlocal.llama.engine import Model
+from kvlocal.nexus.file import NexusFile
+
 if TYPE_CHECKING:
-    from kvlocal.nexus.examples import Examples
-    from kvlocal.nexus.training import Measurement, Training
+    from kvlocal.training.examples import Examples
+    from kvlocal.training.nexus_training import Training, TrainingReport
 
 REPORT_SECONDS = 30  # between two lines about updates
 HELD_OUT = 0.1  # of the conversations, for evaluation
@@ -53,7 +53,7 @@ class Workplace:
     """What a command that needs PyTorch is given: conversations, and where and how to compute.
 
     path, container: the base model
-    examples: kvlocal.nexus.examples.Examples
+    examples: kvlocal.training.examples.Examples
     device, dtype: as PyTorch names them
     """
 
@@ -75,7 +75,7 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             import torch
         except ImportError as error:
             raise KvlocalError("training and its evaluation need PyTorch: install it with `pip install kvlocal[train]`") from error
-        from kvlocal.nexus import examples, hardware
+        from kvlocal.training import examples, hardware
 
         path = resolve(model)
         if threads:
@@ -133,7 +133,7 @@ def train_command(
 
     A run that was interrupted, also by kill -9, goes on when the same command is given again.
     """
-    from kvlocal.nexus.training import Settings, Training
+    from kvlocal.training.nexus_training import Training, TrainingSettings
 
     if output.exists() and not output.with_name(output.name + ".partial").exists():
         raise KvlocalError(f"{output} exists: remove it or name another file")
@@ -146,7 +146,7 @@ def train_command(
     if start:
         first = NexusFile.load(start)
         first.check_base(place.container)
-    chosen = Settings(
+    chosen = TrainingSettings(
         **settings,
         rank=0 if no_lora else rank,
         ratios=(fixed_ratio,) if fixed_ratio else ratios,
@@ -204,13 +204,13 @@ class _Progress:
     def __init__(self, done: int, steps: int) -> None:
         self._work = LongWork("updates", steps, done)
         self._steps = steps
-        self._recent: list[Measurement] = []
+        self._recent: list[TrainingReport] = []
 
     def __enter__(self) -> Self:
         self._work.__enter__()
         return self
 
-    def add(self, found: "Measurement") -> None:
+    def add(self, found: "TrainingReport") -> None:
         if found.held_out:
             self._flush(found.step)
             self._work.say(f"update {found.step}: held out {held_out_text(found.held_out)}")

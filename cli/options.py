@@ -6,18 +6,19 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import click
+from kvlocal_cli.terminal import waiting
 
-from kvlocal import footprint, policies
-from kvlocal.catalogue import resolve
-from kvlocal.compression import Positions
-from kvlocal.engine import KV_TYPES, Model
+from kvlocal import policies
+from kvlocal.cache.compression import Positions
+from kvlocal.chat.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
+from kvlocal.doctor import memory_estimate as footprint
 from kvlocal.errors import KvlocalError
-from kvlocal.library import load as load_library
+from kvlocal.hub.catalogue import resolve
+from kvlocal.llama.engine import KV_TYPES, Model
+from kvlocal.llama.library import load as load_library
+from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.sampling import REPEAT_PENALTY, SamplingParams
-from kvlocal.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
-from kvlocal_cli.terminal import waiting
 
 _SESSION = SessionConfig()
 _SAMPLING = SamplingParams()

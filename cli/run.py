@@ -7,11 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
-
-from kvlocal.catalogue import DEFAULT_MODEL, Catalogue
-from kvlocal.errors import KvlocalError
-from kvlocal.sampling import MAX_SEED
-from kvlocal.session import ChatSession, SessionConfig
 from kvlocal_cli.options import Loading, clean_text, session_options
 from kvlocal_cli.terminal import (
     INTERRUPTED,
@@ -21,6 +16,11 @@ from kvlocal_cli.terminal import (
     is_terminal,
     write_answer,
 )
+
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
+from kvlocal.llama.sampling import MAX_SEED
 
 
 @click.command("run")

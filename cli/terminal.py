@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from kvlocal.session import ChatSession
+from kvlocal.chat.session import ChatSession
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

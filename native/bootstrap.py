@@ -80,7 +80,7 @@ def step(what: str, command: list[str]) -> None:
 
 
 def build_digest() -> str:
-    """A digest of all that the installed package is built from, Python files excepted: those are used from where they are."""
+    """A digest of all that the installed package is built from. Python files are used from where they are: of them it is only where."""
     digest = hashlib.sha256(sys.version.encode())
     digest.update(f"\0{ROOT}\0{os.environ.get('CMAKE_ARGS', '')}".encode())
     inputs = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml", *sorted((ROOT / "native").rglob("*")), *sorted((ROOT / "models").rglob("*"))]
@@ -88,6 +88,8 @@ def build_digest() -> str:
         if path.is_file() and path.suffix != ".pyc" and path != Path(__file__).resolve():
             digest.update(f"\0{path.relative_to(ROOT)}\0".encode())
             digest.update(path.read_bytes())
+    for path in sorted(path for package in ("kvlocal", "cli") for path in (ROOT / package).rglob("*.py")):
+        digest.update(f"\0{path.relative_to(ROOT)}".encode())  # the installation maps each module's name to its file
     return digest.hexdigest()
 
 
@@ -147,7 +149,7 @@ def set_up(*, test: bool) -> None:
         return
     if model.get("place") != model_place() or not Path(model["path"]).exists():
         step(f"fetching the model {DEFAULT_MODEL}", [str(VENV / "bin" / "kvlocal"), "pull", DEFAULT_MODEL])
-        resolve = f"from kvlocal.catalogue import resolve; print(resolve({DEFAULT_MODEL!r}))"
+        resolve = f"from kvlocal import resolve; print(resolve({DEFAULT_MODEL!r}))"
         stamp["model"] = {"place": model_place(), "path": answer(resolve)}
         save(stamp)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import device
 import pytest
 
-from kvlocal.catalogue import resolve
-from kvlocal.pull import pull
+from kvlocal.hub.catalogue import resolve
+from kvlocal.hub.pull import pull
 
 # nohup and background jobs are started with these ignored, and so would be all that the tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from kvlocal.engine import Model
-from kvlocal.library import load
+from kvlocal.llama.engine import Model
+from kvlocal.llama.library import load
 
 
 def use(device: str) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvlocal.engine import Context
-from kvlocal.library import load
+from kvlocal.llama.engine import Context
+from kvlocal.llama.library import load
 
 
 class LosableDevice:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvlocal.container import Container
+from kvlocal.gguf.container import Container
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 

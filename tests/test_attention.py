@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from shallow_model import write_shallow_model
 
-from kvlocal.engine import Context, Model
-from kvlocal.library import load
-from kvlocal.native import NativeCache
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.library import load
 
 pytestmark = pytest.mark.cpu_only
 

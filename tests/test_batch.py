@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from kvlocal.batch import run_batch
-from kvlocal.engine import Model
+from kvlocal.batch.line import Failure, Job, LineError, Result
+from kvlocal.batch.run import run_batch
+from kvlocal.cache.ledger import Ledger
+from kvlocal.chat.session import ChatSession, SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.jobs import Failure, Job, LineError, Result
-from kvlocal.ledger import Ledger
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.llama.engine import Model
+from kvlocal.llama.sampling import SamplingParams
 
 # One thread: two would wait for each other wherever the cores are shared.
 SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_tokens=8, sampling=SamplingParams(temperature=0, seed=0))
@@ -272,7 +272,7 @@ def test_streams_that_cannot_be_made_fail_before_the_first_line(model, monkeypat
     def too_large(*arguments, **options):
         raise KvlocalError("a cache of 64 x 256 cells cannot be made")
 
-    monkeypatch.setattr("kvlocal.batch.Streams", too_large)
+    monkeypatch.setattr("kvlocal.batch.run.Streams", too_large)
     with pytest.raises(KvlocalError, match="64 x 256"):
         run_batch([line(user("Hi"))], model, SMALL, parallel=64)
 
@@ -304,7 +304,7 @@ def test_no_line_is_read_before_there_is_place_for_it(model, parallel):
 
 
 def test_a_slow_conversation_holds_back_so_many(model, monkeypatch):
-    monkeypatch.setattr("kvlocal.batch.HELD_BACK", 4)
+    monkeypatch.setattr("kvlocal.batch.run.HELD_BACK", 4)
     taken = []
 
     def lines():

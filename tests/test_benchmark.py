@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvlocal.benchmark.comparison import Row, of_pairs, of_speeds, of_totals
+from kvlocal.benchmark.comparison import Comparison, of_pairs, of_speeds, of_totals
 from kvlocal.benchmark.measures import Bench, Side, alternate
 from kvlocal.benchmark.plot import draw
 from kvlocal.benchmark.process import BenchmarkError, Worker
@@ -19,9 +19,9 @@ from kvlocal.benchmark.readers import PlainReader, SessionReader
 from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.script import Script
-from kvlocal.benchmark.settings import QUICK, Settings
-from kvlocal.engine import Model
-from kvlocal.session import SessionConfig
+from kvlocal.benchmark.settings import QUICK, BenchSettings
+from kvlocal.chat.session import SessionConfig
+from kvlocal.llama.engine import Model
 
 N_ANSWER = 20
 # bytes in SmolLM2: keys and values of a cell, and the queries of a window of 16 with the spare row
@@ -49,8 +49,8 @@ def stock() -> Path:
     return directory
 
 
-def quick(smollm2, stock, **others) -> Settings:
-    return Settings(Path(smollm2), Path(stock), n_threads=1, **QUICK | {"pairs": 2} | others)
+def quick(smollm2, stock, **others) -> BenchSettings:
+    return BenchSettings(Path(smollm2), Path(stock), n_threads=1, **QUICK | {"pairs": 2} | others)
 
 
 # rows
@@ -81,19 +81,19 @@ def test_interval_covers_the_truth():
 
 
 def test_table_and_record():
-    rows = [Row("decode@8000", 31.416, 9.1, 3.4523, 3.4, 3.5, 10, "tokens/s"), Row("rss@8000", 2e8, 4e8, 0.5, 0.5, 0.5, 1, "bytes")]
+    rows = [Comparison("decode@8000", 31.416, 9.1, 3.4523, 3.4, 3.5, 10, "tokens/s"), Comparison("rss@8000", 2e8, 4e8, 0.5, 0.5, 0.5, 1, "bytes")]
     assert [len(cells(row)) for row in rows] == [len(COLUMNS)] * 2
     assert cells(rows[0]) == ("decode@8000", "31.4", "9.1", "tokens/s", "3.452", "3.400 .. 3.500", "10")
     assert cells(rows[1]) == ("rss@8000", "200.0 MB", "400.0 MB", "", "0.500", "", "")
-    result = json.loads(json.dumps(record(Bench(Settings(Path("/a/m.gguf"), Path("/b")), print), rows)))
+    result = json.loads(json.dumps(record(Bench(BenchSettings(Path("/a/m.gguf"), Path("/b")), print), rows)))
     assert set(result["rows"][0]) == {"name", "ours", "other", "ratio", "lo", "hi", "n", "unit"}
     assert result["settings"]["model"] == "m.gguf" and "/b" not in json.dumps(result)
 
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [Row(f"{kind}@{n}", 40, 10, 4, 3, 5, 9, "tokens/s") for kind in ("decode", "prefill") for n in (1000, 2000)]
-    draw([*rows, Row("share.ring", -1, 10, -0.1, -0.2, 0.1, 9, "ms/token")], tmp_path / "bench.png")
+    rows = [Comparison(f"{kind}@{n}", 40, 10, 4, 3, 5, 9, "tokens/s") for kind in ("decode", "prefill") for n in (1000, 2000)]
+    draw([*rows, Comparison("share.ring", -1, 10, -0.1, -0.2, 0.1, 9, "ms/token")], tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -101,14 +101,14 @@ def test_plot(tmp_path):
 
 
 def test_names():
-    known = names(Settings(Path(), Path()))
+    known = names(BenchSettings(Path(), Path()))
     assert len(set(known)) == len(known)
     assert {"decode@8000", "prefill@1000", "decode@equal-cells", "kv-bytes@8000", "share.score"} <= set(known)
-    assert {"chat40", "chat40@context-shift"} <= set(known) and "chat7" in names(Settings(Path(), Path(), turns=7))
+    assert {"chat40", "chat40@context-shift"} <= set(known) and "chat7" in names(BenchSettings(Path(), Path(), turns=7))
 
 
 def test_select():
-    settings = Settings(Path(), Path())
+    settings = BenchSettings(Path(), Path())
     assert select(settings, []) == names(settings)
     assert select(settings, ["chat40"]) == ["chat40"]
     assert select(settings, ["rss", "prefill@1000"]) == ["prefill@1000", "rss@8000"]
@@ -300,7 +300,7 @@ def test_worker_that_waits_does_not_spin(worker):
 
 def test_what_is_allocated_is_the_share_of_the_history_that_stays(smollm2):
     """Budget, stride and recorded queries together, where the stride is not most of it."""
-    settings = Settings(smollm2, smollm2)
+    settings = BenchSettings(smollm2, smollm2)
     assert settings.budget(8000) == 1600 - 192 and settings.budget(1000) == 100
 
 
@@ -310,7 +310,7 @@ def test_stock_library_must_be_one(smollm2, tmp_path):
 
 
 def test_patched_library_is_not_stock(smollm2):
-    from kvlocal.library import load
+    from kvlocal.llama.library import load
 
     with pytest.raises(BenchmarkError, match="has kvlocal's patches"):
         Worker("stock", stock=str(load().lib_dir), model=str(smollm2), n_answer=8)

@@ -5,11 +5,11 @@ import time
 import numpy as np
 import pytest
 
-from kvlocal.blocks import UniformMap
 from kvlocal.policies import CacheState, PolicyError, make
+from kvlocal.policies.blocks import UniformMap
 from kvlocal.policies.gkv import GKV
-from kvlocal.scoring import against_redundancy
-from kvlocal.segmentation import Dynamic, FixedDelimiters, FixedInterval
+from kvlocal.policies.scoring import against_redundancy
+from kvlocal.policies.segmentation import Dynamic, FixedDelimiters, FixedInterval
 
 L, H, C, W = 3, 2, 90, 8
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
-from kvlocal.catalogue import DEFAULT_MODEL, Catalogue, HubFile, models_dir, resolve
-from kvlocal.errors import KvlocalError
-from kvlocal.files import atomic_write
 from kvlocal_cli.models import models_command
+
+from kvlocal.errors import KvlocalError
+from kvlocal.files.atomic import atomic_write
+from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, HubFile, models_dir, resolve
 
 
 @pytest.fixture

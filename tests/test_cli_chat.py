@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
-from kvlocal.transcript import Transcript
+from kvlocal.conversations.transcript import Transcript
 
 # one thread: two that wait for each other crawl when the machine is busy
 GREEDY = ("--threads", "1", "--temp", "0", "--max-tokens", "8")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from kvlocal_cli.main import main
 from terminal import Terminal
 
 import kvlocal
-from kvlocal_cli.main import main
 
 # one thread: two that wait for each other crawl when the machine is busy
 THREADS = ("--threads", "1")

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 import kvlocal
-from kvlocal import library
-from kvlocal.catalogue import Catalogue
-from kvlocal.doctor import diagnose
-from kvlocal.engine import Context, Model
+from kvlocal.doctor.diagnosis import diagnose
+from kvlocal.hub.catalogue import Catalogue
+from kvlocal.llama import library
+from kvlocal.llama.engine import Context, Model
 
 
 def doctor(*arguments, **environment):

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from kvlocal.engine import CacheFull, Context, EngineError, Model
+from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
 
 PROMPT = (
     "The lighthouse keeper wrote in his journal every evening, and on the last page he had drawn a map of the coast"
@@ -302,7 +302,7 @@ def test_a_closed_model_closes_its_contexts_and_says_so(smollm2: Path) -> None:
 
 def test_objects_left_open_end_with_the_interpreter_in_the_right_order(smollm2: Path) -> None:
     script = (
-        "import sys; from kvlocal.engine import *; from kvlocal.sampling import *\n"
+        "import sys; from kvlocal.llama.engine import *; from kvlocal.llama.sampling import *\n"
         "model = Model(sys.argv[1]); context = Context(model, n_cells=256, n_ubatch=32)\n"
         "sampler = Sampler(model, SamplingParams()); context.decode([1, 2], 0); sampler.sample(context)\n"
     )

@@ -7,21 +7,21 @@ import re
 import numpy as np
 import pytest
 
-from kvlocal import figure, policies
+from kvlocal import policies
+from kvlocal.chat.session import SessionConfig
+from kvlocal.conversations.dialogues import DataError, load, shuffled
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation import plot, report
-from kvlocal.evaluation.data import DataError, load, shuffled
+from kvlocal.evaluation import figure, plot, report
 from kvlocal.evaluation.dialogue import compare
-from kvlocal.evaluation.facts import CORRECTIONS, TOPICS
+from kvlocal.evaluation.facts import load_facts
 from kvlocal.evaluation.recall import bucket, mean_log_probabilities, names
 from kvlocal.evaluation.recall_chats import FACTS_PER_CHAT, N_EXAMPLES, recall_chats
 from kvlocal.evaluation.reference import Reference, ReferenceCache, cache_dir, log_softmax
-from kvlocal.evaluation.runner import Failure, Measurement, WorkFile, outcomes, pending, run_key
+from kvlocal.evaluation.runner import ChatFailure, Measurement, WorkFile, outcomes, pending
 from kvlocal.evaluation.small_talk import small_talk
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.evaluation.variants import FULL, Variant, VariantError, parse_all
-from kvlocal.fingerprint import fingerprint
-from kvlocal.session import SessionConfig
+from kvlocal.files.fingerprint import fingerprint, run_key
 
 # Dialogues
 
@@ -291,7 +291,7 @@ def test_runs_do_not_mix(tmp_path):
 def test_a_failure_costs_nothing_else(tmp_path):
     with WorkFile(tmp_path / "w", "k") as work:
         found = list(outcomes(Fake(bad=1), VARIANTS, work))
-        assert [(f.chat, f.variant.spec, str(f.error)) for f in found if isinstance(f, Failure)] == [(1, "gkv", "no")]
+        assert [(f.chat, f.variant.spec, str(f.error)) for f in found if isinstance(f, ChatFailure)] == [(1, "gkv", "no")]
         rows = report.rows(Fake(), VARIANTS, work.results, 0)
         assert [row.n for row in rows if row.metric == "score"] == [6, 4, 6]
         assert len(pending(Fake(), VARIANTS, work)) == 1
@@ -362,7 +362,7 @@ def test_chats_of_facts():
     chats = recall_chats(60, 800, 7, count_words)
     assert [len(chat.questions) for chat in chats] == [FACTS_PER_CHAT] * 7 + [4]
     kinds = {question.kind for chat in chats for question in chat.questions}
-    assert kinds == {topic.kind for topic in TOPICS} | {"correction"}
+    assert kinds == {topic.kind for topic in load_facts().topics} | {"correction"}
     for chat in chats:
         assert chat.n_history == sum(count_words(chat.history)) and 700 <= chat.n_history <= 800 and chat.n_prefix == 3
         assert [message["role"] for message in chat.history] == ["user", "assistant"] * (len(chat.history) // 2)
@@ -397,7 +397,7 @@ def test_other_talk_from_dialogues(tmp_path):
     texts = [message["content"] for message in chat.history]
     assert sum(text.startswith("Question") for text in texts) > 5
     # too few to fill it, and all of them name a value of a fact
-    values = " ".join(value for topic in TOPICS for value in topic.values)
+    values = " ".join(value for topic in load_facts().topics for value in topic.values)
     empty = load(write(tmp_path / "e.jsonl", history((values, "Yes."))))
     (short,) = recall_chats(8, 600, 0, count_words, empty.dialogues)
     assert short.n_history < 400 and len(short.questions) == 8
@@ -405,14 +405,14 @@ def test_other_talk_from_dialogues(tmp_path):
 
 def test_texts_of_facts():
     kinds = {}
-    for topic in TOPICS:
+    for topic in load_facts().topics:
         assert len(set(topic.values)) == len(topic.values) >= 20
         kinds.setdefault(topic.kind, set()).update(value.lower() for value in topic.values)
-        for text in (*topic.statements, *topic.questions, *CORRECTIONS):
+        for text in (*topic.statements, *topic.questions, *load_facts().corrections):
             said = topic.say(text, value="VALUE", old="OLD")
             assert "{" not in said and topic.about in said.replace("My ", "my ").replace("The ", "the ")
         assert "my" not in topic.lead.split() and topic.lead.endswith(topic.verb)
-    assert len({topic.about for topic in TOPICS}) == len(TOPICS)
+    assert len({topic.about for topic in load_facts().topics}) == len(load_facts().topics)
     sets = list(kinds.values())
     assert not any(one & other for i, one in enumerate(sets) for other in sets[:i])
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from kvlocal_cli.main import main
 
-from kvlocal.engine import Context, Model
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.data import Dialogue
 from kvlocal.evaluation.dialogue import MAX_ANSWER, DialogueTask
 from kvlocal.evaluation.history import read_history
 from kvlocal.evaluation.recall import RecallTask, answers, chooses
@@ -21,9 +22,8 @@ from kvlocal.evaluation.recall_chats import Question
 from kvlocal.evaluation.reference import ReferenceCache, log_softmax
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, SessionConfig
-from kvlocal_cli.main import main
+from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.sampling import SamplingParams
 
 # One thread: two would wait for each other wherever the cores are shared.
 BASE = SessionConfig(stride=16, n_threads=1, sampling=SamplingParams(temperature=0, seed=0))

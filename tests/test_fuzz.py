@@ -9,8 +9,8 @@ import pytest
 from doors import CHATML, MESSAGES, NAMES, doors
 from fuzzing import Door, attack, mutate
 
-import kvlocal.template
-from kvlocal.template import ChatTemplate, TemplateError
+import kvlocal.template.chat_template
+from kvlocal.template.chat_template import ChatTemplate, TemplateError
 
 SHARE = {"model": 60, "snapshot": 40, "window snapshot": 40}
 
@@ -74,7 +74,7 @@ def test_a_template_does_not_reach_python(expression: str) -> None:
 
 
 def test_a_template_does_not_run_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvlocal.template, "_LIMIT_SECONDS", 0.5)
+    monkeypatch.setattr(kvlocal.template.chat_template, "_LIMIT_SECONDS", 0.5)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     started, before = time.monotonic(), sys.gettrace()
     with pytest.raises(TemplateError, match="it takes more than 0.5 seconds"):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvlocal.ledger import Ledger
+from kvlocal.cache.ledger import Ledger
 
 L, H = 2, 3
 

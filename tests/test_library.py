@@ -1,16 +1,17 @@
-"""kvlocal.library: which library is loaded, and what is said when it is the wrong one."""
+"""kvlocal.llama.library: which library is loaded, and what is said when it is the wrong one."""
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kvlocal import library
+from kvlocal.llama import library
 
-LOAD = "from kvlocal.library import LibraryError, load\n"
+LOAD = "from kvlocal.llama.library import LibraryError, load\n"
 LOAD_AND_PRINT_ERROR = LOAD + "try:\n    load()\nexcept LibraryError as error:\n    print(error)\n"
 
 
@@ -154,3 +155,11 @@ def test_the_error_is_raised_again_after_a_failure(tmp_path):
         "print('yes')\n"
     )
     assert python(code, KVLOCAL_LIB_DIR=str(tmp_path)).stdout == "no\nno\nyes\n"
+
+
+def test_where_ggml_gives_up_there_is_one_sentence() -> None:
+    """A device that is lost ends the process: no way back from there, but no backtrace either."""
+    code = LOAD + "import ctypes\nctypes.CDLL(str(load().lib_dir / 'libggml-base.so')).ggml_abort(b'a.c', 7, b'no device any more')\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGABRT
+    assert result.stderr.startswith("kvlocal: llama.cpp had to stop (no device any more); what was said is kept") and result.stderr.count("\n") == 1

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from shallow_model import write_shallow_model
 
-from kvlocal.engine import Context, Model
-from kvlocal.library import load
-from kvlocal.native import NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache, NativeError
+from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.library import load
 
 W = 16
 N = 300  # tokens decoded by most tests

@@ -5,17 +5,17 @@ import pytest
 from shallow_model import write_shallow_model
 from tiny_model import HEAD, N_EMBD, N_HEAD, N_HEAD_KV, N_VOCAB, WINDOW, write_tiny_model
 
-from kvlocal.container import Container
-from kvlocal.engine import Adapter as RuntimeAdapter
-from kvlocal.engine import Context, Model
+from kvlocal.gguf.container import Container
+from kvlocal.llama.engine import Adapter as RuntimeAdapter
+from kvlocal.llama.engine import Context, Model
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 
 torch = pytest.importorskip("torch")
 
-from kvlocal.nexus.decoder import Cells, Decoder  # noqa: E402
-from kvlocal.nexus.parameters import Parameters  # noqa: E402
-from kvlocal.nexus.weights import FAMILIES, Weights, WeightsError  # noqa: E402
+from kvlocal.training.decoder import Cells, Decoder  # noqa: E402
+from kvlocal.training.parameters import Parameters  # noqa: E402
+from kvlocal.training.weights import FAMILIES, Weights, WeightsError  # noqa: E402
 
 TEXT = (
     "The lighthouse keeper wrote in his journal every evening. On the last page he had drawn a map of the coast, with the rocks, the "

@@ -5,18 +5,18 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-from kvlocal.engine import CacheFull, Context, EngineError, Model
-from kvlocal.errors import KvlocalError
-from kvlocal.evaluation import facts
-from kvlocal.nexus import words
-from kvlocal.nexus.draw import draw
-from kvlocal.nexus.plan import MAX_PAIRS, MIN_PAIRS, draw_plan
-from kvlocal.nexus.synth import SEEDS_PER_RUN, DataFile, SynthSettings, synthesize
-from kvlocal.nexus.text import flaw, sentence_ends
-from kvlocal.template import CHATML, GEMMA, PLAIN, ChatTemplate
 from kvlocal_cli.main import Kvlocal
 from kvlocal_cli.nexus_synth import synth_command
+
+from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.facts import load_facts
+from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
+from kvlocal.template.chat_template import CHATML, GEMMA, PLAIN, ChatTemplate
+from kvlocal.training.dialogue_plan import MAX_PAIRS, MIN_PAIRS, draw_plan
+from kvlocal.training.draw import draw
+from kvlocal.training.synth import SEEDS_PER_RUN, DataFile, SynthSettings, synthesize
+from kvlocal.training.themes import themes
+from kvlocal.training.turn_text import flaw, sentence_ends
 
 # One thread: two would wait for each other wherever the cores are shared.
 SETTINGS = SynthSettings(seed=3, parallel=4, n_threads=1)
@@ -144,7 +144,7 @@ def test_a_plan_depends_on_its_seed_alone():
 
 
 def test_what_is_asked_was_told_before():
-    values = {value for kind in words.FACTS for value in kind.values}
+    values = {value for kind in themes().facts for value in kind.values}
     recalled = 0
     for seed in range(200):
         pairs = draw_plan(seed).pairs
@@ -159,8 +159,8 @@ def test_what_is_asked_was_told_before():
 
 
 def test_no_fact_is_one_of_the_evaluation_s():
-    told = {value for topic in facts.TOPICS for value in topic.values} | {topic.about for topic in facts.TOPICS}
-    own = {text.strip('"') for kind in words.FACTS for text in (*kind.values, *kind.things)}
+    told = {value for topic in load_facts().topics for value in topic.values} | {topic.about for topic in load_facts().topics}
+    own = {text.strip('"') for kind in themes().facts for text in (*kind.values, *kind.things)}
     assert not told & own
 
 

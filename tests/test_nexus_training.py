@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from kvlocal_cli.main import main
+from kvlocal_cli.progress import LongWork
 from shallow_model import write_shallow_model
 from tiny_model import N_VOCAB, write_tiny_model
 
-from kvlocal.container import Container
-from kvlocal.engine import Model
+from kvlocal.cache.second_read import INSTRUCTION
+from kvlocal.conversations.dialogues import load as load_dialogues
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.data import load as load_dialogues
 from kvlocal.evaluation.history import turn_tokens
-from kvlocal.nexus.examples import Example, Examples, joined, read
+from kvlocal.gguf.container import Container
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.file import NexusFile
-from kvlocal.reread import INSTRUCTION
-from kvlocal.template import ChatTemplate
-from kvlocal_cli.main import main
-from kvlocal_cli.progress import LongWork
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.training.examples import Example, Examples, joined, read
 
 MESSAGES = [
     {"role": "user", "content": "My cat is called Noodle. What is a good food for her?"},
@@ -130,12 +130,12 @@ def test_pytorch_is_asked_for(smollm2: Path, tmp_path: Path, monkeypatch: pytest
 
 torch = pytest.importorskip("torch")
 
-from kvlocal.nexus.decoder import Decoder  # noqa: E402
-from kvlocal.nexus.distil import Compression, Distillation, Layout, _RowsKL  # noqa: E402
-from kvlocal.nexus.divergence import divergences  # noqa: E402
-from kvlocal.nexus.parameters import Parameters  # noqa: E402
-from kvlocal.nexus.training import Settings, Training, TrainingError  # noqa: E402
-from kvlocal.nexus.weights import Weights  # noqa: E402
+from kvlocal.training.decoder import Decoder  # noqa: E402
+from kvlocal.training.distil import Compression, Distillation, SequenceLayout, _RowsKL  # noqa: E402
+from kvlocal.training.divergence import divergences  # noqa: E402
+from kvlocal.training.nexus_training import Training, TrainingError, TrainingSettings  # noqa: E402
+from kvlocal.training.parameters import Parameters  # noqa: E402
+from kvlocal.training.weights import Weights  # noqa: E402
 
 
 def example(seed: int, *lengths: int) -> Example:
@@ -158,7 +158,7 @@ def decoder(base: Container) -> Decoder:
 
 def test_visibility_against_a_slow_loop() -> None:
     conversation = example(0, 3, 5, 4, 6, 7, 2)
-    layout = Layout.of(conversation, Compression((2, 3, 2, 9), 2, 0.5, n_judged=2))
+    layout = SequenceLayout.of(conversation, Compression((2, 3, 2, 9), 2, 0.5, n_judged=2))
     # who wrote each row: (segment, Nexus or not); nothing behind what is judged
     rows = [(-1, False)] * 3 + [(0, False)] * 5 + [(0, True)] * 2 + [(1, False)] * 4 + [(1, True)] * 3 + [(2, False)] * 6 + [(2, True)] * 2 + [(3, False)] * 7
     assert list(zip(layout.segments, layout.nexus >= 0, strict=True)) == rows
@@ -240,7 +240,7 @@ def test_chosen_cells_are_the_teachers_best(decoder: Decoder) -> None:
         visible = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
     for n_gone, end in ((1, 34), (2, 59)):
         compression = Compression((3, 2), n_gone, 0.4)
-        kept = reading._kept(Layout.of(conversation, compression), compression, np.random.default_rng(0))
+        kept = reading._kept(SequenceLayout.of(conversation, compression), compression, np.random.default_rng(0))
         assert kept.shape[-1] == end and (kept.sum(-1) == round(0.4 * (end - 4))).all() and not kept[..., :4].any()
         with torch.no_grad():
             watched = decoder.forward(decoder.embed(plain), torch.arange(n), visible, watch=torch.arange(end - 16, end)).watched
@@ -274,7 +274,7 @@ def test_samples_cover_what_is_promised() -> None:
     assert {Compression.sample(np.random.default_rng(i), conversation, (0.5,), 64, n_gone=2).n_gone for i in range(20)} == {2}
 
 
-SETTINGS = Settings(steps=6, batch=2, k=8, rank=2, ratios=(0.5, 0.8), join=1, recite=0.0, seed=1)
+SETTINGS = TrainingSettings(steps=6, batch=2, k=8, rank=2, ratios=(0.5, 0.8), join=1, recite=0.0, seed=1)
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def examples() -> Examples:
     return Examples(training, (example(9, 4, 20, 20, 20),), np.arange(3, dtype=np.int32), 6, 0, 0, 0, 0, 0, ("a",))
 
 
-def train(base: Container, examples: Examples, path: Path, settings: Settings = SETTINGS, **options) -> tuple[list, NexusFile]:
+def train(base: Container, examples: Examples, path: Path, settings: TrainingSettings = SETTINGS, **options) -> tuple[list, NexusFile]:
     measured = []
     file = Training(base, "tiny", examples, settings, path, "cpu").run(measured.append, **options)
     return measured, file

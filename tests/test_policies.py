@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvlocal.policies import POLICIES, CacheState, PolicyError, make
-from kvlocal.scoring import pooled
+from kvlocal.policies.scoring import pooled
 
 L, H, C, W = 3, 2, 90, 8
 N_PINNED = 5

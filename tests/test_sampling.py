@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from doors import write_chat_model
 
-from kvlocal.container import Container
-from kvlocal.engine import Context, EngineError, Model
+from kvlocal.chat.session import ChatSession, SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.library import load
-from kvlocal.sampling import MAX_SEED, REPEAT_PENALTY, Sampler, SamplingError, SamplingParams
-from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.gguf.container import Container
+from kvlocal.llama.engine import Context, EngineError, Model
+from kvlocal.llama.library import load
+from kvlocal.llama.sampling import MAX_SEED, REPEAT_PENALTY, Sampler, SamplingError, SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from kvlocal.engine import Model
-from kvlocal.segmentation import (
+from kvlocal.llama.engine import Model
+from kvlocal.policies.segmentation import (
     BREAK,
     CLAUSE,
     ITEM,

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvlocal.engine import Model
+from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.engine import Model
+from kvlocal.llama.sampling import SamplingParams
 from kvlocal.policies import POLICIES
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, SessionConfig, SessionError
 
 GREEDY = SamplingParams(temperature=0)
 SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=24, sampling=GREEDY)

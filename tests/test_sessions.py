@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from terminal import Terminal
-
-from kvlocal.sessions import session_path
-from kvlocal.snapshot import snapshot_path
-from kvlocal.transcript import Transcript, load
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.main import main
 from kvlocal_cli.terminal import ReadingBar
+from terminal import Terminal
+
+from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.snapshot import snapshot_path
+from kvlocal.conversations.transcript import Transcript, load
 
 # one thread: two that wait for each other crawl when the machine is busy
 OPTIONS = ("--threads", "1", "--temp", "0", "--max-tokens", "12", "--kv-budget", "96", "--stride", "32")

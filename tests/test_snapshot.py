@@ -10,16 +10,16 @@ import pytest
 from doors import write_chat_model
 from random_nexus import nexus_file
 
-from kvlocal import snapshot as module
-from kvlocal.engine import Model
+from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
+from kvlocal.conversations import snapshot as module
+from kvlocal.conversations.replay import EXACT, read_on
+from kvlocal.conversations.snapshot import SnapshotError, Snapshots
+from kvlocal.conversations.transcript import Conversation
 from kvlocal.errors import KvlocalError
-from kvlocal.files import staging_of
+from kvlocal.files.atomic import staging_of
+from kvlocal.llama.engine import Model
+from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.resumption import EXACT, read_on
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, SessionConfig, SessionError
-from kvlocal.snapshot import SnapshotError, Snapshots
-from kvlocal.transcript import Conversation
 
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1.1)
 SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=24, n_threads=1, sampling=GREEDY, system="Be brief.")

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvlocal.engine import Model
-from kvlocal.template import CHATML, GEMMA, PLAIN, PLAIN_STOP_STRINGS, ChatTemplate, Piece, TemplateError
+from kvlocal.llama.engine import Model
+from kvlocal.template.chat_template import CHATML, GEMMA, PLAIN, PLAIN_STOP_STRINGS, ChatTemplate, Piece, TemplateError
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}"

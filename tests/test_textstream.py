@@ -1,6 +1,6 @@
 import pytest
 
-from kvlocal.textstream import TextStream
+from kvlocal.template.textstream import TextStream
 
 TEXT = "naïve 日本語 👍🏽 \U0001f468‍\U0001f469‍\U0001f467 end"
 

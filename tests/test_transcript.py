@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load, save, state_dir
 from kvlocal.errors import KvlocalError
-from kvlocal.transcript import Conversation, Transcript, chat_path, load, save, state_dir
 
 
 @pytest.fixture

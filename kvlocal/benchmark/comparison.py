@@ -12,7 +12,7 @@ _RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """A result.
 
     name: what was measured
@@ -33,30 +33,30 @@ class Row:
     unit: str
 
 
-def of_pairs(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Row:
+def of_pairs(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Comparison:
     """Repeated measurements of the same thing, [n] each: medians, and the median of the pairs' ratios."""
     ours, other = np.asarray(ours, float), np.asarray(other, float)
     ratios = ours / other
     lo, hi = _interval(len(ratios), lambda i: np.median(ratios[i], axis=-1))
-    return Row(name, float(np.median(ours)), float(np.median(other)), float(np.median(ratios)), lo, hi, len(ratios), unit)
+    return Comparison(name, float(np.median(ours)), float(np.median(other)), float(np.median(ratios)), lo, hi, len(ratios), unit)
 
 
-def of_totals(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Row:
+def of_totals(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Comparison:
     """The parts of one whole, such as the turns of a chat, [n] each: sums, and the ratio of the sums."""
     ours, other = np.asarray(ours, float), np.asarray(other, float)
     lo, hi = _interval(len(ours), lambda i: ours[i].sum(axis=-1) / other[i].sum(axis=-1))
-    return Row(name, float(ours.sum()), float(other.sum()), float(ours.sum() / other.sum()), lo, hi, len(ours), unit)
+    return Comparison(name, float(ours.sum()), float(other.sum()), float(ours.sum() / other.sum()), lo, hi, len(ours), unit)
 
 
-def of_speeds(name: str, n_tokens: int, ours: npt.ArrayLike, other: npt.ArrayLike) -> Row:
+def of_speeds(name: str, n_tokens: int, ours: npt.ArrayLike, other: npt.ArrayLike) -> Comparison:
     """The parts of one whole in seconds, [n] each, as the speed of the whole of n_tokens: ours over other, so more is faster."""
     row = of_totals(name, other, ours, "tokens/s")
     return replace(row, ours=n_tokens / float(np.sum(ours)), other=n_tokens / float(np.sum(other)))
 
 
-def of_amounts(name: str, ours: float, other: float, unit: str) -> Row:
+def of_amounts(name: str, ours: float, other: float, unit: str) -> Comparison:
     """Two amounts that do not scatter."""
-    return Row(name, ours, other, ours / other, ours / other, ours / other, 1, unit)
+    return Comparison(name, ours, other, ours / other, ours / other, ours / other, 1, unit)
 
 
 def _interval(n: int, statistic: Callable[[npt.NDArray[np.intp]], npt.NDArray[np.float64]]) -> tuple[float, float]:

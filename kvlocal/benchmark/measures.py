@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.benchmark.comparison import Row, of_amounts, of_pairs, of_speeds, of_totals
+from kvlocal.benchmark.comparison import Comparison, of_amounts, of_pairs, of_speeds, of_totals
 from kvlocal.benchmark.process import BenchmarkError, Worker
-from kvlocal.benchmark.settings import Settings
+from kvlocal.benchmark.settings import BenchSettings
 
 # (what is being measured, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -28,7 +28,7 @@ class Bench:
     versions: of the libraries and the model, once both have been loaded
     """
 
-    settings: Settings
+    settings: BenchSettings
     progress: Progress
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -91,11 +91,11 @@ def alternate(sides: Sequence[Side], n_pairs: int, n_parts: int, label: str, pro
     return seconds
 
 
-def history_names(settings: Settings) -> list[str]:
+def history_names(settings: BenchSettings) -> list[str]:
     return [f"{kind}@{n}" for n in settings.histories for kind in ("prefill", "decode")]
 
 
-def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
+def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
     """Speed with a conversation of N tokens behind it: the session with (1 - ratio) * N cells, stock llama.cpp with all N.
 
     prefill: a micro-batch of tokens, after which the session compresses once. decode: the session decodes whole strides from one
@@ -124,11 +124,11 @@ def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
             ours.call("close", reader="session")
 
 
-def cells_names(settings: Settings) -> list[str]:
+def cells_names(settings: BenchSettings) -> list[str]:
     return ["decode@equal-cells", "decode@equal-cells-no-ring", "decode@control", "share.ring"]
 
 
-def measure_cells(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
+def measure_cells(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
     """Decoding with as many cells on average, all in one alternation: the session, our library that only records queries, our library that
     does not do that either, stock llama.cpp, and stock llama.cpp once more.
 
@@ -167,12 +167,12 @@ def measure_cells(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
             yield of_pairs("share.ring", with_ring - without, with_ring, "ms/token")
 
 
-def chat_names(settings: Settings) -> list[str]:
+def chat_names(settings: BenchSettings) -> list[str]:
     name = f"chat{settings.turns}"
     return [name, f"{name}@context-shift", "share.score", "share.plan", "share.compact", "share.nexus", "share.reread"]
 
 
-def measure_chat(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
+def measure_chat(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
     """A whole chat, turn by turn in alternation: the session, stock llama.cpp with room for everything, and stock llama.cpp with a context
     as large as the session's, which throws away the older half of what comes after the system prompt whenever it is full.
 
@@ -212,12 +212,12 @@ def measure_chat(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
             yield of_totals(name, parts, seconds["session"], "s")
 
 
-def memory_names(settings: Settings) -> list[str]:
+def memory_names(settings: BenchSettings) -> list[str]:
     longest = max(settings.histories)
     return [f"kv-bytes@{longest}", f"kv-used@{longest}", f"rss@{longest}"]
 
 
-def measure_memory(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
+def measure_memory(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
     """Memory at the end of a conversation of N tokens, each side in a process that did nothing else.
 
     kv-bytes: allocated for the cache and, beside it, the recorded queries. kv-used: of that, what the most cells ever in use take.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvlocal.benchmark.comparison import Row
-from kvlocal.figure import check, new_figure, save
+from kvlocal.benchmark.comparison import Comparison
+from kvlocal.evaluation.figure import check, new_figure, save
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: Sequence[Comparison], path: Path) -> None:
     """On the left the speeds of decode and prefill at each history, on the right every ratio but the shares.
 
     Raises:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from kvlocal.benchmark.script import Script, Tokens, Turn
-from kvlocal.engine import Context, EngineError, Model
-from kvlocal.library import load
-from kvlocal.native import Layout, NativeCache
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.llama.cells import Layout, NativeCache
+from kvlocal.llama.engine import Context, EngineError, Model
+from kvlocal.llama.library import load
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.session import ChatSession, SessionConfig
 
 Figures = dict[str, float]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from kvlocal.benchmark.comparison import Row
+from kvlocal.benchmark.comparison import Comparison
 from kvlocal.benchmark.measures import Bench
 
 COLUMNS = ("name", "ours", "other", "unit", "ratio", "95 % interval", "n")
 
 
-def record(bench: Bench, rows: Iterable[Row]) -> dict[str, Any]:
+def record(bench: Bench, rows: Iterable[Comparison]) -> dict[str, Any]:
     """{"rows": [...], "settings": {...}}; of the model's path only the file's name."""
     settings = asdict(bench.settings)
     del settings["stock"]
@@ -23,7 +23,7 @@ def record(bench: Bench, rows: Iterable[Row]) -> dict[str, Any]:
     return {"rows": [asdict(row) for row in rows], "settings": settings}
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Comparison) -> tuple[str, ...]:
     """A line of the table, as COLUMNS has them."""
     unit = "" if row.unit == "bytes" else row.unit
     scatter = ("", "") if row.n == 1 else (f"{row.lo:.3f} .. {row.hi:.3f}", str(row.n))

@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Collection, Iterator, Sequence
 
 from kvlocal.benchmark import measures
-from kvlocal.benchmark.comparison import Row
+from kvlocal.benchmark.comparison import Comparison
 from kvlocal.benchmark.measures import Bench
 from kvlocal.benchmark.process import BenchmarkError
-from kvlocal.benchmark.settings import Settings
+from kvlocal.benchmark.settings import BenchSettings
 
 _MEASURES = (
     (measures.history_names, measures.measure_history),
@@ -19,12 +19,12 @@ _MEASURES = (
 )
 
 
-def names(settings: Settings) -> list[str]:
+def names(settings: BenchSettings) -> list[str]:
     """All there is to measure, in order."""
     return [name for names_of, _ in _MEASURES for name in names_of(settings)]
 
 
-def select(settings: Settings, only: Sequence[str]) -> list[str]:
+def select(settings: BenchSettings, only: Sequence[str]) -> list[str]:
     """The names that are meant: one of them, or what several have before the @ or the dot, as "decode" or "share". All for none.
 
     Raises:
@@ -43,7 +43,7 @@ def select(settings: Settings, only: Sequence[str]) -> list[str]:
     return [name for name in known if name in wanted]
 
 
-def run(bench: Bench, wanted: Collection[str]) -> Iterator[Row]:
+def run(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
     """Measures what is wanted (see select) and yields each row as soon as it is known.
 
     Only one process computes at any time; all of them end with the iterator, also when it is closed early.

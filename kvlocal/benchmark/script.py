@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.engine import Model
-from kvlocal.template import ChatTemplate, Piece
+from kvlocal.llama.engine import Model
+from kvlocal.template.chat_template import ChatTemplate, Piece
 
 Tokens = npt.NDArray[np.int32]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal import policies
-from kvlocal.session import SessionConfig
+from kvlocal.chat.session import SessionConfig
 
 _SESSION = SessionConfig()
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How to measure.
 
     model: the GGUF file

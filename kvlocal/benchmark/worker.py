@@ -12,11 +12,11 @@ from typing import Any
 from kvlocal import policies
 from kvlocal.benchmark.readers import Figures, PlainReader, Reader, SessionReader
 from kvlocal.benchmark.script import Script
-from kvlocal.engine import Model
+from kvlocal.chat.session import SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.library import load, load_stock
+from kvlocal.llama.engine import Model
+from kvlocal.llama.library import load, load_stock
 from kvlocal.nexus.discovery import nexus_for
-from kvlocal.session import SessionConfig
 
 
 class Host:

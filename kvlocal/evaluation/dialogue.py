@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.engine import Model
-from kvlocal.evaluation.data import Dialogue
+from kvlocal.chat.session import Message, SessionConfig
+from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.reference import Reference, ReferenceCache, log_softmax
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.session import Message, SessionConfig
-from kvlocal.template import ChatTemplate
+from kvlocal.template.chat_template import ChatTemplate
 
 MAX_ANSWER = 256  # tokens of the last answer that are measured
 
@@ -24,7 +24,7 @@ METRICS = ("kl", "agreement", "cross_entropy")
 
 
 @dataclass(frozen=True)
-class Chat:
+class MeasuredChat:
     """A history and the turn it is measured on.
 
     history: messages before the last user turn
@@ -63,7 +63,7 @@ class DialogueTask:
         need Nexus tokens."""
         self._model, self._base, self._cache, self._depends, self._nexus = model, base, cache, depends, nexus
         self._template = ChatTemplate.from_model(model)
-        self._chats: list[Chat] = []
+        self._chats: list[MeasuredChat] = []
         self.n_too_long = self.n_without_history = 0
         for start in range(0, len(dialogues), concat):
             turns = [turn for dialogue in dialogues[start : start + concat] for turn in dialogue.turns]
@@ -78,11 +78,11 @@ class DialogueTask:
         self.n_chats = len(self._chats)
         self._current: tuple[int, Reference, npt.NDArray[np.float32]] | None = None
 
-    def _chat(self, messages: list[Message]) -> Chat:
+    def _chat(self, messages: list[Message]) -> MeasuredChat:
         answer = _cut(self._model, messages[-1]["content"])
         turns = turn_tokens(self._model, self._template, [*messages[:-1], {"role": "assistant", "content": answer}])
         lengths = [len(tokens) for tokens in turns]
-        return Chat(messages[:-2], messages[-2]["content"], answer, np.concatenate(turns), lengths[0], sum(lengths[:-2]))
+        return MeasuredChat(messages[:-2], messages[-2]["content"], answer, np.concatenate(turns), lengths[0], sum(lengths[:-2]))
 
     def measure(self, index: int, variant: Variant) -> Measurement:
         """Reads chat `index` with one variant.
@@ -107,7 +107,7 @@ class DialogueTask:
             self._current = index, reference, log_softmax(reference.logp)
         return self._current[1:]
 
-    def _read(self, chat: Chat, variant: Variant) -> tuple[float, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def _read(self, chat: MeasuredChat, variant: Variant) -> tuple[float, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The compression reached, the answer's tokens int32 [n], and what was predicted for each, logits float32 [n, n_vocab]."""
         spare = len(chat.tokens) - chat.n_history
         reading = read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, spare, self._nexus)

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.engine import Model
+from kvlocal.chat.session import ChatSession, Message, SessionConfig
 from kvlocal.evaluation.variants import Variant
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.session import ChatSession, Message, SessionConfig
-from kvlocal.template import ChatTemplate
+from kvlocal.template.chat_template import ChatTemplate
 
 
 def turn_tokens(model: Model, template: ChatTemplate, messages: Sequence[Message]) -> list[npt.NDArray[np.int32]]:

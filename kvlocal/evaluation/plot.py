@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlocal.evaluation.report import Row
+from kvlocal.evaluation.figure import check, new_figure, save
+from kvlocal.evaluation.report import MetricRow
 from kvlocal.evaluation.variants import FULL
-from kvlocal.figure import check, new_figure, save
 
 _APART = 0.005  # of the cells: policies that keep equally many stand side by side
 
 
-def draw(found: Sequence[Row], path: Path) -> None:
+def draw(found: Sequence[MetricRow], path: Path) -> None:
     """A panel for each metric that is not split by distance: a line for each policy over the cells it kept, the full context dashed.
 
     Raises:

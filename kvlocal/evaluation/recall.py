@@ -9,16 +9,16 @@ from itertools import takewhile
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.engine import Model
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.data import Dialogue
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.recall_chats import Question, recall_chats
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import Variant
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.session import ChatSession, SessionConfig
-from kvlocal.template import ChatTemplate
+from kvlocal.template.chat_template import ChatTemplate
 
 MAX_ANSWER = 24  # tokens that the model writes
 _SPARE = 160  # tokens of a question and an answer, more than any of them has

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 
-from kvlocal.evaluation.data import Dialogue, shuffled
-from kvlocal.evaluation.facts import ACKNOWLEDGMENTS, CORRECTIONS, TOPICS, Topic
+from kvlocal.chat.session import Message
+from kvlocal.conversations.dialogues import Dialogue, shuffled
+from kvlocal.evaluation.facts import Topic, load_facts
 from kvlocal.evaluation.small_talk import small_talk
-from kvlocal.session import Message
 
 FACTS_PER_CHAT = 8
 N_DISTRACTORS = 3
@@ -55,7 +55,7 @@ class RecallChat:
 
 
 @dataclass(frozen=True)
-class _Fact:
+class _ToldFact:
     """kind: as in Question. statements: user turns, the last of them states the value."""
 
     kind: str
@@ -87,35 +87,36 @@ def recall_chats(n_questions: int, n_tokens: int, seed: int, lengths: Lengths, d
     return chats
 
 
-def _facts(rng: random.Random, n: int) -> list[_Fact]:
+def _facts(rng: random.Random, n: int) -> list[_ToldFact]:
     """About different things, of as many kinds as there are before one comes twice, one of them a correction."""
-    kinds = sorted({topic.kind for topic in TOPICS})
+    topics = load_facts().topics
+    kinds = sorted({topic.kind for topic in topics})
     rng.shuffle(kinds)
     chosen = ["correction", *(kinds[i % len(kinds)] for i in range(n - 1))]
-    facts: list[_Fact] = []
+    facts: list[_ToldFact] = []
     used: set[str] = set()
     for kind in chosen:
         of_kind = rng.choice(kinds) if kind == "correction" else kind
-        topic = rng.choice([topic for topic in TOPICS if topic.kind == of_kind and topic.about not in {fact.topic.about for fact in facts}])
+        topic = rng.choice([topic for topic in topics if topic.kind == of_kind and topic.about not in {fact.topic.about for fact in facts}])
         value, *distractors = rng.sample([value for value in topic.values if value not in used], 1 + N_DISTRACTORS)
         statements = (topic.say(rng.choice(topic.statements), value=value),)
         if kind == "correction":
             old = distractors[0]
-            statements = topic.say(rng.choice(topic.statements), value=old), topic.say(rng.choice(CORRECTIONS), value=value, old=old)
+            statements = topic.say(rng.choice(topic.statements), value=old), topic.say(rng.choice(load_facts().corrections), value=value, old=old)
         used.update([value, *distractors])
-        facts.append(_Fact(kind, topic, value, tuple(distractors), statements))
+        facts.append(_ToldFact(kind, topic, value, tuple(distractors), statements))
     return facts
 
 
 def _chat(
     rng: random.Random,
-    facts: list[_Fact],
-    examples: list[_Fact],
+    facts: list[_ToldFact],
+    examples: list[_ToldFact],
     n_tokens: int,
     lengths: Lengths,
     talk: Iterator[list[tuple[str, str]]],
 ) -> RecallChat:
-    told = [[(statement, rng.choice(ACKNOWLEDGMENTS)) for statement in fact.statements] for fact in (*facts, *examples)]
+    told = [[(statement, rng.choice(load_facts().acknowledgments)) for statement in fact.statements] for fact in (*facts, *examples)]
     asked = [(_question(rng, fact), f"{fact.topic.lead} {fact.value}.") for fact in examples]
     other = _fill([*facts, *examples], n_tokens - sum(lengths(_messages([*chain(*told), *asked]))), lengths, talk)
     # places among the other turns; the second number decides at one place
@@ -136,11 +137,11 @@ def _chat(
     return RecallChat(history, questions, sizes[0], sum(sizes))
 
 
-def _question(rng: random.Random, fact: _Fact) -> str:
+def _question(rng: random.Random, fact: _ToldFact) -> str:
     return fact.topic.say(rng.choice(fact.topic.questions))
 
 
-def _fill(facts: list[_Fact], n_tokens: int, lengths: Lengths, talk: Iterator[list[tuple[str, str]]]) -> list[tuple[str, str]]:
+def _fill(facts: list[_ToldFact], n_tokens: int, lengths: Lengths, talk: Iterator[list[tuple[str, str]]]) -> list[tuple[str, str]]:
     """Turns of other talk with at most, and about, `n_tokens` tokens, which name none of the facts' values."""
     values = re.compile("|".join(rf"\b{re.escape(value)}\b" for fact in facts for value in (fact.value, *fact.distractors)), re.IGNORECASE)
     # what a later turn takes, as every dialogue but the first one begins with one

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
-from kvlocal.files import atomic_write
+from kvlocal.files.atomic import atomic_write
 
 
 def cache_dir() -> Path:

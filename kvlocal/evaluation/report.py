@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from kvlocal.evaluation.runner import Results, Task
+from kvlocal.evaluation.runner import Measurements, Task
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.evaluation.variants import Variant
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """One metric of one policy at one ratio.
 
     policy: its spec
@@ -35,7 +35,7 @@ class Row:
     compression: float
 
 
-def rows(task: Task, variants: Sequence[Variant], results: Results, seed: int) -> list[Row]:
+def rows(task: Task, variants: Sequence[Variant], results: Measurements, seed: int) -> list[MetricRow]:
     """A row for each variant and metric, in their order; none for what was not measured."""
     found = []
     for variant in variants:
@@ -46,16 +46,16 @@ def rows(task: Task, variants: Sequence[Variant], results: Results, seed: int) -
                 estimate = bootstrap([sum(chat) for chat in values], [len(chat) for chat in values], seed=seed)
                 compression = float(np.mean([measurement.compression for measurement in measured]))
                 n = sum(map(len, values))
-                found.append(Row(task.name, variant.spec, variant.ratio, metric, *estimate, n, compression))
+                found.append(MetricRow(task.name, variant.spec, variant.ratio, metric, *estimate, n, compression))
     return found
 
 
-def document(found: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
+def document(found: Sequence[MetricRow], settings: dict[str, Any]) -> dict[str, Any]:
     """The JSON object of a run."""
     return {"rows": [asdict(row) for row in found], "settings": settings}
 
 
-def tables(found: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+def tables(found: Sequence[MetricRow]) -> list[tuple[list[str], list[list[str]]]]:
     """Headers and lines of tables: one of the metrics over everything, and one for each metric that is split by distance.
 
     A cell is the mean with its interval.

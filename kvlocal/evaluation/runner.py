@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.variants import Variant
-from kvlocal.files import LineFile, atomic_write
+from kvlocal.files.atomic import LineFile, atomic_write
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Failure:
+class ChatFailure:
     """A chat that could not be measured with a variant, and why."""
 
     chat: int
@@ -51,7 +50,7 @@ class Task(Protocol):
 
 
 # By variant (spec and ratio) and chat.
-Results = dict[tuple[str, float], dict[int, Measurement]]
+Measurements = dict[tuple[str, float], dict[int, Measurement]]
 
 
 class WorkFile:
@@ -65,7 +64,7 @@ class WorkFile:
         self._file = LineFile(path)
         self._key = key
         self._others: list[bytes] = []
-        self.results: Results = {}
+        self.results: Measurements = {}
 
     def __enter__(self) -> Self:
         self._file.__enter__()
@@ -109,7 +108,7 @@ class WorkFile:
         self._file.__exit__()
 
 
-def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterator[Measurement | Failure]:
+def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterator[Measurement | ChatFailure]:
     """Measures what the work file does not hold yet, all variants of one chat before the next chat, and yields what became of each.
 
     Stopped at any point, it has the same chats for every variant, but for the last one.
@@ -118,7 +117,7 @@ def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterato
         try:
             measurement = task.measure(index, variant)
         except KvlocalError as error:
-            yield Failure(index, variant, error)
+            yield ChatFailure(index, variant, error)
             continue
         work.add(index, variant, measurement)
         yield measurement
@@ -127,8 +126,3 @@ def outcomes(task: Task, variants: Sequence[Variant], work: WorkFile) -> Iterato
 def pending(task: Task, variants: Sequence[Variant], work: WorkFile) -> list[tuple[int, Variant]]:
     """Chat and variant of each measurement that is still to be made, in order."""
     return [(index, variant) for index in range(task.n_chats) for variant in variants if not work.has(index, variant)]
-
-
-def run_key(settings: dict[str, Any]) -> str:
-    """Names a run by everything its measurements depend on."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from kvlocal import policies
+from kvlocal.chat.session import SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.session import SessionConfig
 
 ALL = "all"
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from kvlocal.container import Container
+from kvlocal.gguf.container import Container
 
 
 def base_hash(base: Container) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvlocal.catalogue import models_dir, shipped_dir
-from kvlocal.engine import Model
 from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import models_dir, shipped_dir
+from kvlocal.llama.engine import Model
 from kvlocal.nexus.file import WrongBase
 from kvlocal.nexus.tokens import NexusTokens
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter
 
-from kvlocal.container import Container, ContainerError
 from kvlocal.errors import KvlocalError
-from kvlocal.files import publish
+from kvlocal.files.atomic import publish
+from kvlocal.gguf.container import Container, ContainerError
 from kvlocal.nexus.base import base_hash
 
 VERSION = 1

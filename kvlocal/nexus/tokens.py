@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from kvlocal.container import Container
-from kvlocal.engine import Adapter, Context, Model
+from kvlocal.gguf.container import Container
+from kvlocal.llama.engine import Adapter, Context, Model
 from kvlocal.nexus.file import NexusFile
-from kvlocal.segmentation import Dynamic
+from kvlocal.policies.segmentation import Dynamic
 
 # where Nexus tokens come within a text of the user that is longer than a block
 LONG_TEXT = Dynamic(min_block=256, max_block=512)

@@ -54,7 +54,7 @@ class Plan:
 class Policy(Protocol):
     """Chooses the cells to keep. One dataclass per method, its fields the hyper-parameters; pure, without side effects.
 
-    needs: the optional arrays of CacheState it reads, by name; one that needs "blocks" has a `splitter` (kvlocal.segmentation)
+    needs: the optional arrays of CacheState it reads, by name; one that needs "blocks" has a `splitter` (kvlocal.policies.segmentation)
     evicts: False if it never removes anything
     rotates: True if kept keys move to their place in the cache at every compression
     """

@@ -5,11 +5,11 @@ from typing import get_args
 
 import numpy as np
 
-from kvlocal.blocks import Fold, UniformMap
 from kvlocal.policies.base import CacheState, Plan
+from kvlocal.policies.blocks import Fold, UniformMap
 from kvlocal.policies.gkv import GKV
-from kvlocal.scoring import against_redundancy, global_score
-from kvlocal.segmentation import Dynamic, FixedDelimiters, FixedInterval, Splitter
+from kvlocal.policies.scoring import against_redundancy, global_score
+from kvlocal.policies.segmentation import Dynamic, FixedDelimiters, FixedInterval, Splitter
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.policies.base import CacheState, Plan, keep_best
-from kvlocal.scoring import Scores, against_redundancy, check_kernel, check_weight, global_score, local_score
+from kvlocal.policies.scoring import Scores, against_redundancy, check_kernel, check_weight, global_score, local_score
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvlocal.policies.base import CacheState
 from kvlocal.policies.gkv import GKV
-from kvlocal.scoring import Scores, check_weight
+from kvlocal.policies.scoring import Scores, check_weight
 
 
 @dataclass(frozen=True)

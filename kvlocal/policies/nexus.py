@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.policies.base import CacheState, Plan, keep_best
-from kvlocal.scoring import check_weight
+from kvlocal.policies.scoring import check_weight
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvlocal.policies.base import CacheState, Plan, keep_best
-from kvlocal.scoring import check_kernel, local_score
+from kvlocal.policies.scoring import check_kernel, local_score
 
 
 @dataclass(frozen=True)

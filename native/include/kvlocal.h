@@ -167,6 +167,9 @@ float kvl_get_kq_scale(struct llama_context * ctx, int32_t layer);
 // a log callback that drops what it gets
 void kvl_log_discard(int32_t level, const char * text, void * user_data);
 
+// where ggml aborts the process, one sentence on stderr takes the place of its backtrace
+void kvl_abort_in_a_sentence(void);
+
 /* cffi: end */
 
 #pragma GCC visibility pop

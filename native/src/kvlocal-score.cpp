@@ -129,22 +129,43 @@ ggml_tensor * build_fold(ggml_context * ctx, ggml_tensor * w, int64_t n_head_kv,
     return largest ? build_largest_over_queries(ctx, m) : build_mean_over_queries(ctx, m);
 }
 
-// the last other key that is similar to each key of one head
-// kn: [n_embd, n], order: [n] 1, 2, .. n, twos: [n] -> index I32 [n], similarity F32 [1, n]
-std::pair<ggml_tensor *, ggml_tensor *> build_last_similar(ggml_context * ctx, ggml_tensor * kn, ggml_tensor * order, ggml_tensor * twos) {
-    const int64_t n = kn->ne[1];
+// heads whose similarities are computed at once: on a device every operation costs a launch, and n x n numbers cost memory
+int64_t heads_at_once(int64_t n, int64_t n_head) {
+    constexpr int64_t n_similarities = 1 << 24;
+    constexpr int64_t n_rows         = 65535; // what every device takes in one dimension
 
-    ggml_tensor * sim = ggml_mul_mat(ctx, kn, kn); // [n, n]
+    return std::clamp<int64_t>(std::min(n_similarities/(n*n), n_rows/n), 1, n_head);
+}
+
+// the last other key that is similar to each key of some heads
+// kn: [n_embd, n, n_head], order: [n] 1, 2, .. n, itself: [n, n] 2 on the diagonal -> index I32 [n*n_head], similarity F32 [1, 1, n*n_head]
+std::pair<ggml_tensor *, ggml_tensor *> build_last_similar(ggml_context * ctx, ggml_tensor * kn, ggml_tensor * order, ggml_tensor * itself) {
+    const int64_t n      = kn->ne[1];
+    const int64_t n_rows = kn->ne[2]*n;
+
+    ggml_tensor * sim = ggml_mul_mat(ctx, kn, kn); // [n, n, n_head]
     ggml_prec_set_acc(sim, GGML_PREC_F32);
 
-    sim = ggml_sub(ctx, sim, ggml_diag(ctx, twos)); // no key is its own twin
+    sim = ggml_sub(ctx, sim, itself); // no key is its own twin
 
     ggml_tensor * similar = ggml_step(ctx, ggml_scale_bias(ctx, sim, 1.0f, -KVL_SIMILAR));
-    ggml_tensor * last    = ggml_argmax(ctx, ggml_mul(ctx, similar, order)); // I32 [n]
+    ggml_tensor * last    = ggml_argmax(ctx, ggml_reshape_2d(ctx, ggml_mul(ctx, similar, order), n, n_rows)); // I32 [n_rows]
 
-    ggml_tensor * value = ggml_get_rows(ctx, ggml_reshape_3d(ctx, sim, 1, n, n), ggml_reshape_2d(ctx, last, 1, n)); // [1, 1, n]
+    ggml_tensor * value = ggml_get_rows(ctx, ggml_reshape_3d(ctx, sim, 1, n, n_rows), ggml_reshape_2d(ctx, last, 1, n_rows));
 
     return { last, value };
+}
+
+// the first n_cells of each row of a result, F32 with rows of n_pad
+void read_cells(const ggml_tensor * result, int64_t n_pad, int64_t n_cells, float * out) {
+    const int64_t n_rows = ggml_nelements(result)/n_pad;
+
+    std::vector<float> padded(n_rows*n_pad);
+    ggml_backend_tensor_get(result, padded.data(), 0, padded.size()*sizeof(float));
+
+    for (int64_t i = 0; i < n_rows; ++i) {
+        std::copy_n(padded.data() + i*n_pad, n_cells, out + i*n_cells);
+    }
 }
 
 } // namespace
@@ -210,9 +231,7 @@ static void scores_on_cpu(const kvl_cache & cache, uint32_t stream, query_set qu
 
     graph.run([]() {});
 
-    for (int64_t i = 0; i < ggml_nrows(out); ++i) {
-        ggml_backend_tensor_get(out, scores + i*n_cells, i*n_pad*sizeof(float), n_cells*sizeof(float));
-    }
+    read_cells(out, n_pad, n_cells, scores);
 }
 
 void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, bool largest, float * scores, int32_t n_cells) {
@@ -249,10 +268,7 @@ void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool p
     });
 
     for (int32_t i = 0; i < cache.n_layer; ++i) {
-        for (int32_t h = 0; h < cache.n_head_kv; ++h) {
-            ggml_backend_tensor_get(results[i], scores, h*n_pad*sizeof(float), n_cells*sizeof(float));
-            scores += n_cells;
-        }
+        read_cells(results[i], n_pad, n_cells, scores + (int64_t) i*cache.n_head_kv*n_cells);
     }
 }
 
@@ -342,10 +358,7 @@ void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query,
     });
 
     for (int32_t i = 0; i < n_chosen; ++i) {
-        for (int64_t q = 0; q < n_rows; ++q) {
-            ggml_backend_tensor_get(results[i], map, q*n_pad*sizeof(float), n_cells*sizeof(float));
-            map += n_cells;
-        }
+        read_cells(results[i], n_pad, n_cells, map + i*n_rows*n_cells);
     }
 }
 
@@ -366,8 +379,9 @@ static void redundancy_on_cpu(const kvl_cache & cache, uint32_t stream, const st
 static void redundancy_portable(const kvl_cache & cache, uint32_t stream, const std::vector<int32_t> & order, float * redundancy, int32_t n_cells) {
     const int64_t n      = order.size();
     const int64_t n_head = cache.n_head_kv;
+    const int64_t n_once = heads_at_once(n, n_head);
 
-    kvl_graph graph(cache, cache.n_layer*(24 + 20*n_head) + 64);
+    kvl_graph graph(cache, cache.n_layer*(24 + 20*((n_head + n_once - 1)/n_once)) + 64);
 
     auto * ctx = graph.ctx();
 
@@ -375,9 +389,11 @@ static void redundancy_portable(const kvl_cache & cache, uint32_t stream, const 
     ggml_tensor * ramp = graph.input(GGML_TYPE_F32, n);
     ggml_tensor * twos = graph.input(GGML_TYPE_F32, n);
 
+    ggml_tensor * itself = ggml_diag(ctx, twos); // [n, n]
+
     struct layer_result {
         ggml_tensor * sums; // F32 [n, 1, n_head_kv] column sums of the similarity matrix
-        std::vector<std::pair<ggml_tensor *, ggml_tensor *>> last; // per head, see build_last_similar
+        std::vector<std::pair<ggml_tensor *, ggml_tensor *>> last; // of n_once heads each, see build_last_similar
     };
 
     std::vector<layer_result> results;
@@ -397,10 +413,10 @@ static void redundancy_portable(const kvl_cache & cache, uint32_t stream, const 
         ggml_prec_set_acc(res.sums, GGML_PREC_F32);
         graph.output(res.sums);
 
-        for (int64_t h = 0; h < n_head; ++h) {
-            ggml_tensor * kn_h = ggml_view_2d(ctx, kn, kn->ne[0], n, kn->nb[1], h*kn->nb[2]);
+        for (int64_t h = 0; h < n_head; h += n_once) {
+            ggml_tensor * kn_h = ggml_view_3d(ctx, kn, kn->ne[0], n, std::min(n_once, n_head - h), kn->nb[1], kn->nb[2], h*kn->nb[2]);
 
-            res.last.push_back(build_last_similar(ctx, kn_h, ramp, twos));
+            res.last.push_back(build_last_similar(ctx, kn_h, ramp, itself));
             graph.output(res.last.back().first);
             graph.output(res.last.back().second);
         }
@@ -425,22 +441,27 @@ static void redundancy_portable(const kvl_cache & cache, uint32_t stream, const 
         ggml_backend_tensor_set(twos, values.data(), 0, ggml_nbytes(twos));
     });
 
-    std::vector<float>   sums(n);
-    std::vector<int32_t> last(n);
-    std::vector<float>   value(n);
-    std::vector<float>   twin(n);
+    std::vector<float>   sums (n_head*n);
+    std::vector<int32_t> last (n_head*n);
+    std::vector<float>   value(n_head*n);
+    std::vector<float>   twin (n);
 
     for (const auto & res : results) {
-        for (int64_t h = 0; h < n_head; ++h) {
-            ggml_backend_tensor_get(res.sums,           sums .data(), h*n*sizeof(float), n*sizeof(float));
-            ggml_backend_tensor_get(res.last[h].first,  last .data(), 0, n*sizeof(int32_t));
-            ggml_backend_tensor_get(res.last[h].second, value.data(), 0, n*sizeof(float));
+        ggml_backend_tensor_get(res.sums, sums.data(), 0, ggml_nbytes(res.sums));
 
+        int64_t first = 0;
+        for (const auto & [index, similarity] : res.last) {
+            ggml_backend_tensor_get(index,      last .data() + first, 0, ggml_nbytes(index));
+            ggml_backend_tensor_get(similarity, value.data() + first, 0, ggml_nbytes(similarity));
+            first += ggml_nelements(index);
+        }
+
+        for (int64_t h = 0; h < n_head; ++h) {
             for (int64_t i = 0; i < n; ++i) {
-                twin[i] = value[i] > KVL_SIMILAR ? (float) last[i] : -1.0f;
+                twin[i] = value[h*n + i] > KVL_SIMILAR ? (float) last[h*n + i] : -1.0f;
             }
 
-            kvl_finish_redundancy(n, sums.data(), twin.data(), value.data(), redundancy);
+            kvl_finish_redundancy(n, sums.data() + h*n, twin.data(), value.data() + h*n, redundancy);
             redundancy += n;
         }
     }

@@ -21,16 +21,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvlocal.batch import run_batch
+from kvlocal.batch.run import run_batch
 from kvlocal.benchmark.comparison import of_pairs
 from kvlocal.benchmark.readers import ring_bytes
 from kvlocal.benchmark.script import Script
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import Context, Model
-from kvlocal.library import load, load_stock
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, Message, SessionConfig
-from kvlocal.template import ChatTemplate
+from kvlocal.chat.session import ChatSession, Message, SessionConfig
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.library import load, load_stock
+from kvlocal.llama.sampling import SamplingParams
+from kvlocal.template.chat_template import ChatTemplate
 
 BATCH, PARALLEL, SEPARATE = "batch", "stock, one context", "stock, N processes"
 SPEEDS = ("generation", "whole")

@@ -12,11 +12,11 @@ import statistics
 import sys
 import time
 
-from kvlocal.batch import run_batch
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import Model
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import SessionConfig
+from kvlocal.batch.run import run_batch
+from kvlocal.chat.session import SessionConfig
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import Model
+from kvlocal.llama.sampling import SamplingParams
 
 TOPICS = ("whales", "bridges", "bread", "glaciers", "violins", "deserts", "clocks", "maps")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from shaped_model import SHAPES, write_shaped_model
 
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.files import atomic_write
+from kvlocal.files.atomic import atomic_write
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 
 HERE = Path(__file__).parent
 SUITE = ("native", "engine", "session", "snapshot", "streams", "rounds", "lost_device")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kvlocal.catalogue import DEFAULT_MODEL
+from kvlocal.hub.catalogue import DEFAULT_MODEL
 
 
 def write_lines(path: Path, n: int) -> None:

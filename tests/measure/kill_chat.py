@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvlocal.catalogue import DEFAULT_MODEL
-from kvlocal.transcript import Conversation, Transcript, TranscriptError
+from kvlocal.conversations.transcript import Conversation, Transcript, TranscriptError
+from kvlocal.hub.catalogue import DEFAULT_MODEL
 
 SCRIPT = [
     "Name a bird that lives near the sea.",

@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from kvlocal import figure
 from kvlocal.benchmark.script import Script
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import Model
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, SessionConfig
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.evaluation import figure
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import Model
+from kvlocal.llama.sampling import SamplingParams
 
 SYSTEM = "You are a patient librarian. End every answer with the word indeed."
 

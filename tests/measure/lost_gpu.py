@@ -17,8 +17,9 @@ import threading
 import time
 from pathlib import Path
 
-from kvlocal.transcript import load
 from kvlocal_cli.main import main as kvlocal
+
+from kvlocal.conversations.transcript import load
 
 QUESTIONS = ("The keeper wrote down the birds. Remember the word heron.", "Tell a long story about the keeper and his lamp.", "And what came next?")
 SILENT_AFTER = 1.5  # seconds into the second answer

@@ -10,11 +10,11 @@ printed with each answer: cells of the question, of the answer, and Nexus cells.
 import argparse
 from pathlib import Path
 
-from kvlocal.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.engine import Model
+from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.engine import Model
+from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.sampling import SamplingParams
-from kvlocal.session import ChatSession, SessionConfig
 
 # what is asked about, and the word that the summary has to hold
 TOPICS = {

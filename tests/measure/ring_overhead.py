@@ -63,8 +63,8 @@ def main() -> int:
         child(args.model, args.cells, args.burst, args.window, args.gpu_layers)
         return 0
 
-    from kvlocal.catalogue import DEFAULT_MODEL, resolve
-    from kvlocal.library import load
+    from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+    from kvlocal.llama.library import load
 
     library = load()
     bindings = os.path.dirname(os.path.dirname(library.llama_cpp.__file__))

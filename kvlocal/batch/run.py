@@ -1,0 +1,212 @@
+"""Answers a file of conversations: one JSON object a line in, one a line out; several of them decode together."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from kvlocal import policies
+from kvlocal.batch.line import Failure, Job, Result
+from kvlocal.cache.compression import Seconds
+from kvlocal.cache.score_sources import n_recorded
+from kvlocal.chat.session import REPORTED, ChatSession, SessionConfig
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.engine import MAX_SEQUENCES, Context, Model
+from kvlocal.llama.scheduler import Stopped
+from kvlocal.llama.slots import Streams
+from kvlocal.nexus.tokens import NexusTokens
+
+# so many finished results wait at most for the one that comes before them
+HELD_BACK = 64
+
+_POLL_SECONDS = 0.1  # between two polls while nothing happens
+
+Outcome = Result | Failure
+
+
+def run_batch(
+    lines: Iterable[bytes],
+    model: Model,
+    config: SessionConfig,
+    *,
+    parallel: int = 1,
+    ordered: bool = False,
+    wanted: Callable[[int, bytes], bool] = lambda number, line: True,
+    poll: Callable[[], None] = lambda: None,
+    nexus: NexusTokens | None = None,
+) -> Iterator[Outcome]:
+    """Completes each conversation and yields what became of it; blank lines are skipped. The iterator is to be closed before the model.
+
+    Each has a session of its own, so that no result depends on the lines before it: with a seed, each starts from that seed, without one each
+    draws another. Several decode together; when one is finished, the next takes its place. There are never more lines in memory than
+    conversations that were begun and not yielded yet: `parallel`, and HELD_BACK more if ordered.
+
+    Args:
+        lines: of the input, as bytes; read in other threads, by one of them at a time.
+        model: the weights.
+        config: of every session; a conversation can want it otherwise (kvlocal.batch.line.WISHES, a system message).
+        parallel: how many conversations decode together, each in cells of its own.
+        ordered: yield in the order of the lines instead of the order of completion.
+        wanted: whether a line, given by its number and itself, is to be completed.
+        poll: called between two steps of all conversations, each a token or a micro-batch of a long text; an exception from it ends the batch.
+        nexus: for the policies that need Nexus tokens.
+
+    Raises:
+        KvlocalError: no session is possible with this configuration. What concerns one conversation only is a Failure.
+    """
+    if not 1 <= parallel <= MAX_SEQUENCES:
+        raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_SEQUENCES}")
+    # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
+    asked: dict[str, Any] = {}
+
+    def make_context(model: Model, **options: Any) -> Context:
+        asked.update(options)
+        return Context(model, **options)
+
+    with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
+        budget = session.budget
+    streams = Streams(parallel, _n_recorded(config), model, **asked)
+    return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
+
+
+class _Batch:
+    """Threads that take lines and complete them, in turns."""
+
+    def __init__(
+        self,
+        lines: Iterable[bytes],
+        model: Model,
+        config: SessionConfig,
+        budget: int,
+        streams: Streams,
+        parallel: int,
+        ordered: bool,
+        wanted: Callable[[int, bytes], bool],
+        poll: Callable[[], None],
+        nexus: NexusTokens | None,
+    ) -> None:
+        self._model, self._config, self._budget, self._nexus = model, config, budget, nexus
+        self._ordered, self._poll = ordered, poll
+        self._streams, self._rounds = streams, streams.rounds
+        # of the lines; one thread at a time waits for the next
+        self._reading = threading.Lock()
+        self._lines = ((number, line) for number, line in enumerate(lines, 1) if line.strip() and wanted(number, line))
+        self._n_taken = 0
+        # for conversations that were begun and not yielded yet
+        self._places = threading.Semaphore(parallel + (HELD_BACK if ordered else 0))
+        # each with the number of lines that were taken before its own
+        self._finished: SimpleQueue[tuple[int, Outcome]] = SimpleQueue()
+        self._error: BaseException | None = None
+        # daemons, because one that waits for a line may wait forever
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(parallel)]
+        self._n_working = parallel
+
+    def outcomes(self) -> Iterator[Outcome]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            ready: list[tuple[int, Outcome]] = []
+            n_yielded = 0
+            while True:
+                ended = not self._n_working
+                self._poll()
+                if self._error:
+                    raise self._error
+                while not self._finished.empty():
+                    heapq.heappush(ready, self._finished.get())
+                if ended and not ready:
+                    return
+                if ready and (not self._ordered or ready[0][0] == n_yielded):
+                    yield heapq.heappop(ready)[1]
+                    n_yielded += 1
+                    self._places.release()
+                else:
+                    self._rounds.advance(_POLL_SECONDS)
+        finally:
+            self._rounds.stop()
+            self._places.release(len(self._threads))
+            self._streams.close()
+
+    def _work(self) -> None:
+        try:
+            while taken := self._take():
+                place, number, line = taken
+                with self._rounds.turn():
+                    self._finished.put((place, self._outcome(number, line)))
+            with self._rounds.turn():
+                self._n_working -= 1
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+
+    def _take(self) -> tuple[int, int, bytes] | None:
+        """The next line: how many were taken before, its number, and itself; None if there is none."""
+        self._places.acquire()
+        with self._reading:
+            number, line = next(self._lines, (0, b""))
+            place = self._n_taken
+            self._n_taken += 1
+        return (place, number, line) if number else None
+
+    def _outcome(self, number: int, line: bytes) -> Outcome:
+        identity = number
+        try:
+            job = Job.parse(number, line)
+            identity = job.id
+            return self._complete(job)
+        except KvlocalError as error:
+            return Failure(number, identity, error)
+
+    def _complete(self, job: Job) -> Result:
+        config, unanswered = job.configure(self._config), job.unanswered
+        if not unanswered:
+            kv = dict.fromkeys(REPORTED, 0) | {"budget": config.budget or self._budget}
+            return Result(job.number, job.id, job.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
+
+        started = time.perf_counter()
+        first, end = (0 if job.system is None else 1), unanswered[-1] + 1
+        messages, stop_reasons = job.messages[:first], []
+        answer_tokens, answer_seconds = 0, 0.0
+        with self._session(config) as session:
+            for i in range(first, end):
+                message = job.messages[i]
+                session.add_turn(message["role"], message["content"])
+                messages.append(message)
+                if i in unanswered:
+                    for _ in session.answer():
+                        pass
+                    messages.append(dict(session.messages[-1]))
+                    stop_reasons.append(session.last.stop_reason)
+                    answer_tokens += session.last.answer_tokens
+                    answer_seconds += session.last.answer_seconds
+                if i < end - 1:
+                    session.finish_turn()
+                    session.second_read()
+            kv = session.kv.report()
+            prompt_tokens = kv["history_tokens"] - answer_tokens
+            timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
+            return Result(job.number, job.id, messages + job.messages[end:], stop_reasons, session.seed, kv, timings)
+
+    def _session(self, config: SessionConfig) -> ChatSession:
+        """A session in a stream."""
+        make_context = partial(self._streams.open, _n_recorded(config))
+        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=make_context)
+
+
+def _n_recorded(config: SessionConfig) -> int:
+    return n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)
+
+
+def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:
+    times = {"seconds": seconds, "prompt_seconds": seconds - answer_seconds, "answer_seconds": answer_seconds}
+    times |= {f"{phase}_seconds": value for phase, value in asdict(phases).items()}
+    speed = answer_tokens / answer_seconds if answer_seconds else 0.0
+    counts = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "tokens_per_second": round(speed, 2)}
+    return counts | {name: round(value, 4) for name, value in times.items()}

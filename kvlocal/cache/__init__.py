@@ -1,0 +1,1 @@
+"""Which cells stay: the ledger of what lies where, compression inside a budget, and what the scores are computed from."""

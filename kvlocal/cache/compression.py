@@ -1,0 +1,152 @@
+"""The one place that decides when to compress, and that carries a policy's plan out on the cache and the ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from kvlocal.cache.ledger import Ledger
+from kvlocal.cache.memory import give_back
+from kvlocal.cache.score_sources import Observer
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.cells import Layout, NativeCache
+from kvlocal.policies import Policy
+
+Positions = Literal["auto", "original", "cache"]
+
+
+class PositionsExhausted(KvlocalError):
+    """The conversation has reached the end of the trained context, and its keys may not be moved back."""
+
+
+@dataclass
+class Seconds:
+    """Where the time of a session went, in seconds."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    sample: float = 0.0
+    score: float = 0.0
+    plan: float = 0.0
+    compact: float = 0.0
+    reread: float = 0.0
+    nexus: float = 0.0
+
+
+@dataclass
+class Compressor:
+    """Keeps one sequence within its budget.
+
+    native, layout: the cache
+    observer: what the policy wants to know
+    policy: what to keep
+    budget: the most cells of each layer and head after a compression
+    ratio: the share of the history to remove, as long as what stays is less than the budget; None for the budget alone
+    stride: a compression is due when the cache has grown this many cells past the target
+    window: the most recent cells, which always stay
+    positions: "original": keys keep the positions they were made for, to the end of the trained context; "cache": kept keys move to their
+        place in the cache at every compression; "auto": as the policy says, and back to low positions when the trained context comes near
+    n_batch: tokens that may come at once
+    n_ctx_train: positions the model was trained for
+    n_swa: size of the sliding window of the layers that are not compressed, 0 without any
+    before: called before anything is removed; None once the cache is closed
+    held: while set, nothing is removed or moved
+    """
+
+    native: NativeCache
+    layout: Layout
+    observer: Observer
+    policy: Policy
+    budget: int
+    ratio: float | None
+    stride: int
+    window: int
+    positions: Positions
+    n_batch: int
+    n_ctx_train: int
+    n_swa: int
+    before: Callable[[], None] | None
+    seconds: Seconds = field(default_factory=Seconds)
+    compressions: int = 0
+    rotations: int = 0
+    held: bool = False
+
+    def target(self, ledger: Ledger) -> int:
+        """Cells of each layer and head after a compression now."""
+        if self.ratio is None:
+            return self.budget
+        least = ledger.n_pinned + 2 * self.window
+        return min(self.budget, max(least, round((1 - self.ratio) * (ledger.n_tokens - ledger.n_nexus))))
+
+    def make_room(self, ledger: Ledger, n: int) -> None:
+        """Before n more tokens: moves the keys back if their positions would leave the trained context.
+
+        Raises:
+            PositionsExhausted: they would, and "original" positions are asked for.
+        """
+        if self.held:
+            return
+        started = time.perf_counter()
+        self.observer.before_append(ledger, n)
+        self.seconds.score += time.perf_counter() - started
+        if ledger.next_position + n <= self.n_ctx_train or not self.policy.evicts:
+            return
+        if self.positions == "original":
+            raise PositionsExhausted(
+                f"the conversation has reached position {ledger.next_position} of {self.n_ctx_train} and its positions are to stay original: "
+                "choose the positions auto or cache, or start a new conversation"
+            )
+        if self.layout.can_rotate:
+            self.before()
+            self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
+
+    def after_append(self, ledger: Ledger) -> None:
+        """After new tokens: compresses if it is due."""
+        if ledger.n_cells >= self.target(ledger) + self.stride:
+            self.compress(ledger)
+
+    def compress(self, ledger: Ledger) -> None:
+        """Compresses if the cache is over its target."""
+        if ledger.n_cells <= self.target(ledger) or self.held or not self.policy.evicts:
+            return
+        self.before()
+        started = time.perf_counter()
+        state = self.observer.state(ledger)
+        observed = time.perf_counter()
+        plan = self.policy.plan(state, self.target(ledger))
+        self.seconds.score += observed - started
+        self.seconds.plan += time.perf_counter() - observed
+        near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
+        rotate = self.positions == "cache" or (self.positions == "auto" and (self.policy.rotates or near_end))
+        ledger.scores("history")[:] = np.nan if plan.history is None else plan.history
+        self._compact(ledger, plan.keep, rotate=rotate)
+        self.compressions += 1
+        del state, plan
+        trimming = time.perf_counter()
+        give_back()
+        self.seconds.compact += time.perf_counter() - trimming
+
+    def _compact(self, ledger: Ledger, keep: np.ndarray, *, rotate: bool) -> None:
+        started = time.perf_counter()
+        n_keep = keep.shape[-1]
+        if rotate and self.layout.can_rotate:
+            # the sliding-window cache moves along, and none of its positions may fall below zero
+            first = max(0, self.n_swa + 1 - n_keep)
+            positions = np.arange(first, first + n_keep, dtype=np.int32)
+            delta = positions - np.take_along_axis(ledger.positions, keep, axis=-1)
+            shift = int(positions[-1]) + 1 - ledger.next_position
+            # rotating empties the ring
+            self.observer.before_removal(ledger)
+            self.native.compact(keep, positions, delta)
+            self.native.shift_window_cache(shift)
+            self.rotations += 1
+        else:
+            # the mask wants ascending positions; the window's are the true ones
+            positions = None
+            self.native.compact(keep, np.arange(ledger.next_position - n_keep, ledger.next_position))
+        ledger.compact(keep, positions)
+        self.seconds.compact += time.perf_counter() - started

@@ -1,0 +1,35 @@
+"""Brings a session to where a conversation stood when its program ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from kvlocal.chat.session import ChatSession, Message
+from kvlocal.conversations.transcript import Conversation
+
+# tokens of answers that are evaluated one by one, as when they were drawn, so that the cache becomes what it was; more would take too long
+EXACT = 1024
+
+
+def read_on(
+    session: ChatSession, conversation: Conversation, measured: Callable[[Sequence[Message]], Iterable[Message]] = iter
+) -> None:
+    """Reads the messages of a conversation that a session does not have yet, with all that a chat does between its turns.
+
+    measured: given these messages, gives them back one after another, to tell how far the reading has come
+
+    Raises:
+        KvlocalError: they do not go together with the session.
+    """
+    start = len(session.messages)
+    exact = sum(len(conversation.drawn.get(i, ())) for i in range(start, len(conversation.messages))) <= EXACT
+    for i, message in enumerate(measured(conversation.messages[start:]), start):
+        if message["role"] == "user":
+            session.finish_turn()
+            session.second_read()
+            session.add_turn("user", message["content"])
+        elif exact and i in conversation.drawn:
+            session.add_answer(message["content"], conversation.drawn[i])
+        else:
+            session.add_turn("assistant", message["content"])
+    session.n_answers = conversation.n_answers

@@ -1,0 +1,237 @@
+"""Snapshots: the cache of a conversation in a file, with all that the answers to come depend on.
+
+A line of JSON, the arrays that it names one after another as they are, and the SHA-256 of all that. Nothing in such a file is trusted: it can be
+foreign, outdated, cut off or made by somebody else, and the conversation is then read again from its transcript.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+import kvlocal
+from kvlocal.chat.session import ChatSession, Message, SessionError
+from kvlocal.errors import KvlocalError
+from kvlocal.files.atomic import replace_at_leisure
+from kvlocal.files.fingerprint import fingerprint
+from kvlocal.llama.library import load as load_library
+
+FORMAT = "kvlocal-snapshot"
+VERSION = 1
+
+_MAX_HEADER = 2**16  # bytes
+_CHUNK = 2**22  # bytes that are written before the next look at whether to stop
+_N_DIGEST = hashlib.sha256().digest_size
+
+
+class SnapshotError(KvlocalError):
+    """A snapshot is of no use here; its text says why."""
+
+
+class _Stopped(Exception):
+    pass
+
+
+def snapshot_path(transcript: Path) -> Path:
+    """Where the snapshot of a conversation is, beside its transcript."""
+    return transcript.with_name(f"{transcript.name}.snapshot")
+
+
+class Snapshots:
+    """The snapshot of one conversation, of which a file holds the latest.
+
+    path: of the file; whoever writes it has the transcript locked
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # what the file is known to hold
+        self._kept: tuple[str, str] | None = None
+
+    def save(self, session: ChatSession, stop: Callable[[], bool] = lambda: False) -> None:
+        """Writes a snapshot, unless the file holds it already, or the conversation is empty or waits for an answer.
+
+        stop: asked between stretches of the file; True gives it up, and what was there stays
+
+        Raises:
+            KvlocalError: it cannot be written; the older one is as it was.
+        """
+        key = _key(session)
+        if key == self._kept or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
+            return
+        arrays = session.snapshot()
+        try:
+            replace_at_leisure(self.path, _chunks(_header(session, arrays), arrays, stop))
+        except _Stopped:
+            return
+        self._kept = key
+
+    def load(self, session: ChatSession, messages: Sequence[Message]) -> int:
+        """Puts a fresh session where the snapshot was taken, if the conversation came past that point, and returns how many of its messages it has
+        then. Where only the last turn of the snapshot is another than in the conversation, that turn is taken back.
+
+        Raises:
+            SnapshotError: there is none, or it does not fit; the session is at its beginning.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                header, n_header = _read_header(file)
+                _check_made_with(header.get("made_with"), session)
+                n, takes_back = _common(header.get("conversations"), session.system, messages)
+                limits = session.snapshot_limits(_text_limit(session.system, messages))
+                arrays = _read_arrays(file, n_header, header.get("arrays"), limits)
+        except FileNotFoundError:
+            raise SnapshotError("there is no snapshot") from None
+        except OSError as error:
+            raise SnapshotError(f"the snapshot cannot be read ({error.strerror})") from error
+        # the words of a turn that is taken back do not matter
+        turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] if takes_back else []
+        try:
+            session.resume([*messages[:n], *turn], arrays)
+        except SessionError as error:
+            raise SnapshotError("the snapshot contradicts itself") from error
+        if takes_back:
+            session.undo()
+        else:
+            self._kept = _key(session)
+        return n
+
+
+def _fingerprint(path: Path) -> str:
+    """As fingerprint.
+
+    Raises:
+        SnapshotError: the file cannot be read any more.
+    """
+    try:
+        return fingerprint(path)
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read for the snapshot ({error.strerror})") from error
+
+
+def _made_with(session: ChatSession) -> dict[str, Any]:
+    library = load_library()
+    return {
+        "kvlocal": kvlocal.__version__,
+        "llama.cpp": f"{library.bindings_version} {library.patch_level}",
+        "model": _fingerprint(session.model.path),
+        "Nexus tokens": _fingerprint(Path(session.nexus.path)) if session.nexus else None,
+        **session.signature,
+    }
+
+
+def _check_made_with(made_with: object, session: ChatSession) -> None:
+    wanted = json.loads(json.dumps(_made_with(session)))
+    if not isinstance(made_with, dict):
+        raise SnapshotError("the snapshot is damaged")
+    for name, value in wanted.items():
+        if made_with.get(name) != value:
+            raise SnapshotError(f"the snapshot was made with another {name.replace('_', ' ')}")
+
+
+def _digest(system: str | None, messages: Sequence[Message]) -> str:
+    turns = [[message["role"], message["content"]] for message in messages]
+    return hashlib.sha256(json.dumps([system, turns]).encode()).hexdigest()
+
+
+def _key(session: ChatSession) -> tuple[str, str]:
+    return json.dumps(session.signature), _digest(session.system, session.messages)
+
+
+def _header(session: ChatSession, arrays: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
+    messages = session.messages
+    # of the conversation now, and of that before its last turn
+    lengths = [len(messages), *arrays.get("checkpoint.numbers", np.zeros(0, np.int64))[1:].tolist()]
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_with": _made_with(session),
+        "conversations": [[n, _digest(session.system, messages[:n])] for n in lengths],
+        "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
+    }
+    return json.dumps(header).encode() + b"\n"
+
+
+def _chunks(header: bytes, arrays: Mapping[str, npt.NDArray[np.generic]], stop: Callable[[], bool]) -> Iterator[bytes | memoryview]:
+    digest = hashlib.sha256(header)
+    yield header
+    for array in arrays.values():
+        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for start in range(0, len(data), _CHUNK):
+            if stop():
+                raise _Stopped
+            digest.update(data[start : start + _CHUNK])
+            yield data[start : start + _CHUNK]
+    yield digest.digest()
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    line = file.readline(_MAX_HEADER)
+    try:
+        header = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise SnapshotError("the snapshot is damaged")
+    if header.get("version") != VERSION:
+        raise SnapshotError("the snapshot was made by another version of kvlocal")
+    return header, len(line)
+
+
+def _common(conversations: object, system: str | None, messages: Sequence[Message]) -> tuple[int, bool]:
+    """How many messages the snapshot has in common with these, and whether its last turn is none of them.
+
+    Raises:
+        SnapshotError: it is of another conversation.
+    """
+    pairs = conversations if isinstance(conversations, list) else []
+    for i, pair in enumerate(pairs[:2]):
+        n = pair[0] if isinstance(pair, list) and len(pair) == 2 else None
+        if type(n) is int and 0 < n <= len(messages) and pair[1] == _digest(system, messages[:n]):
+            return n, i > 0
+    raise SnapshotError("the snapshot is of another conversation")
+
+
+def _text_limit(system: str | None, messages: Sequence[Message]) -> int:
+    """More tokens, and more bytes of notes about them, than a conversation can have."""
+    n_bytes = sum(len(message["content"].encode(errors="replace")) for message in messages) + len((system or "").encode(errors="replace"))
+    return 8 * n_bytes + 2**16 * (len(messages) + 3)
+
+
+def _read_arrays(
+    file: BinaryIO, n_header: int, names: object, limits: Mapping[str, tuple[npt.DTypeLike, tuple[int, ...]]]
+) -> dict[str, npt.NDArray[np.generic]]:
+    """The arrays, checked: nothing is allocated before it is known to be in the file and no larger than it may be."""
+    sizes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for entry in names if isinstance(names, list) else [None]:
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and entry[0] in limits and entry[0] not in sizes):
+            raise SnapshotError("the snapshot is damaged")
+        name, kind, shape = entry
+        dtype, most = np.dtype(limits[name][0]), limits[name][1]
+        fits = isinstance(shape, list) and len(shape) == len(most) and shape[:-1] == list(most[:-1]) and all(type(n) is int for n in shape)
+        if kind != dtype.str or not fits or not 0 <= shape[-1] <= most[-1]:
+            raise SnapshotError("the snapshot is damaged")
+        sizes[name] = dtype, tuple(shape)
+    n_data = sum(dtype.itemsize * math.prod(shape) for dtype, shape in sizes.values())
+    if os.fstat(file.fileno()).st_size != n_header + n_data + _N_DIGEST:
+        raise SnapshotError("the snapshot is incomplete")
+    file.seek(0)
+    digest = hashlib.sha256(file.read(n_header))
+    arrays = {}
+    for name, (dtype, shape) in sizes.items():
+        array = arrays[name] = np.empty(shape, dtype)
+        data = memoryview(array.reshape(-1).view(np.uint8))
+        if file.readinto(data) != len(data):
+            raise SnapshotError("the snapshot is incomplete")
+        digest.update(data)
+    if file.read() != digest.digest():
+        raise SnapshotError("the snapshot is damaged")
+    return arrays

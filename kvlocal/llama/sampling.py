@@ -1,0 +1,184 @@
+"""SamplingParams and Sampler: how the next token is drawn, by llama.cpp's own sampler chain."""
+
+import ctypes
+import math
+import random
+import secrets
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.engine import Context, EngineError, Model
+from kvlocal.llama.library import load
+
+# llama.cpp reads the highest 32-bit number as "choose for me"; the caller could then not repeat the run.
+MAX_SEED = 2**32 - 2
+
+REPEAT_PENALTY = 1.1
+
+
+class SamplingError(KvlocalError, ValueError):
+    """A sampling parameter is out of range."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a token from the logits, in the order in which it is applied.
+
+    The defaults are for chat. Top-k, top-p and min-p are llama.cpp's: together they cut the tail that makes small
+    quantized models derail. The temperature is a little below llama.cpp's 0.8, for the same reason. The repeat penalty
+    is Ollama's: without one small models fall into endless loops. Greedy decoding has none unless it is asked for.
+
+    Attributes:
+        repeat_penalty: logits of recent tokens are divided (or multiplied, when negative) by it; 1 is off. None is
+            REPEAT_PENALTY, or 1 at temperature 0.
+        repeat_last_n: how many recent tokens that concerns.
+        top_k: keep the k most likely tokens; 0 is off.
+        top_p: keep the most likely tokens that together reach this probability; 1 is off.
+        min_p: drop tokens less likely than this share of the most likely one; 0 is off.
+        temperature: logits are divided by it; at 0 the most likely token is taken.
+        seed: of the random numbers, 0 to 2**32 - 2; None draws one, which `Sampler.seed` tells.
+
+    Raises:
+        SamplingError: a value is out of range.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float | None = None
+    repeat_last_n: int = 64
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeat_penalty is None:
+            object.__setattr__(self, "repeat_penalty", REPEAT_PENALTY if self.temperature else 1.0)
+        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _check(math.isfinite(self.temperature), "temperature", self.temperature, "a finite number")
+        _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (off) or more")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
+        _check(0 < self.repeat_penalty < math.inf, "repeat_penalty", self.repeat_penalty, "above 0 (1 is off)")
+        _check(0 <= self.repeat_last_n < 2**31, "repeat_last_n", self.repeat_last_n, "0 (off) or more")
+        _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"between 0 and {MAX_SEED}")
+
+
+def _check(valid: bool, name: str, value: object, wanted: str) -> None:
+    if not valid:
+        raise SamplingError(f"{name} is {value}, but must be {wanted}")
+
+
+class Sampler:
+    """Draws tokens from the logits of a context and remembers them for the repeat penalty.
+
+    Args:
+        model: the model whose vocabulary is sampled.
+        params: how.
+
+    Attributes:
+        seed: the seed in use, also when the parameters left it open.
+        recent: the tokens that the repeat penalty looks at, the oldest first.
+    """
+
+    def __init__(self, model: Model, params: SamplingParams) -> None:
+        self._lib = lib = load().llama_cpp
+        self.params = params
+        self.seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
+
+        self._ids = np.arange(model.n_vocab, dtype=np.int32)
+        # llama_token_data; the chain reorders them
+        self._candidates = np.zeros(model.n_vocab, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self.recent: deque[int] = deque(maxlen=params.repeat_last_n)
+        chain_params = lib.llama_sampler_chain_default_params()
+        chain_params.no_perf = True
+        chain = lib.llama_sampler_chain_init(chain_params)
+        self._chain = chain
+        # the chain owns what is added to it
+        self._free = weakref.finalize(self, lib.llama_sampler_free, chain)
+
+        if params.temperature == 0:
+            return
+        if params.top_k:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(params.top_k))
+        if params.top_p < 1:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(params.top_p, 1))
+        if params.min_p > 0:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(params.min_p, 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(params.temperature))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(self.seed))
+
+    @property
+    def _open_chain(self) -> int:
+        if not self._free.alive:
+            raise EngineError("the sampler is closed: make a new one")
+        return self._chain
+
+    def sample(self, context: Context, i: int = -1) -> int:
+        """Draw the token that follows token `i` of the last batch (-1: its last) and remember it.
+
+        Raises:
+            EngineError: that token has no logits, or some that are not finite.
+        """
+        chain, logits = self._open_chain, context.logits(i)
+        # the largest is NaN if any is
+        if not math.isfinite(logits.max()):
+            raise EngineError(
+                "the model's predictions are not numbers any more: its file is damaged or a device failed; fetch it again or use --gpu-layers 0"
+            )
+        logits = self._penalized(logits)
+        token = self._draw(chain, logits) if self.params.temperature else int(logits.argmax())
+        self.recent.append(token)
+        return token
+
+    def _penalized(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """As llama.cpp's sampler of that name, which looks every token of the vocabulary up, and not only the recent ones."""
+        penalty, recent = self.params.repeat_penalty, list(self.recent)
+        if penalty == 1 or not recent:
+            return logits
+        penalized = logits.copy()
+        values = logits[recent]
+        with np.errstate(over="ignore"):
+            penalized[recent] = np.where(values > 0, values / penalty, values * penalty)
+        return penalized
+
+    def _draw(self, chain: int, logits: npt.NDArray[np.float32]) -> int:
+        lib, candidates = self._lib, self._candidates
+        candidates["id"], candidates["logit"] = self._ids, logits
+        array = lib.llama_token_data_array(ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p), len(candidates), -1, False)
+        lib.llama_sampler_apply(chain, ctypes.byref(array))
+        return array.data[array.selected].id
+
+    def accept(self, token: int) -> None:
+        """Remember a token that was not drawn here."""
+        _ = self._open_chain
+        self.recent.append(token)
+
+    def begin(self, answer: int) -> None:
+        """Start the random numbers of an answer, counted from 0: they depend on the seed and this number alone. The first has those of the seed."""
+        lib, chain = self._lib, self._open_chain
+        if not self.params.temperature:
+            return
+        seed = random.Random(f"{self.seed}/{answer}").randint(0, MAX_SEED) if answer else self.seed
+        lib.llama_sampler_free(lib.llama_sampler_chain_remove(chain, lib.llama_sampler_chain_n(chain) - 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(seed))
+
+    def reset(self) -> None:
+        """Forget the tokens and start the random numbers of the first answer."""
+        self.begin(0)
+        self.recent.clear()
+
+    def close(self) -> None:
+        """Free the chain. Closing twice is harmless."""
+        self._free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

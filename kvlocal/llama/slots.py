@@ -1,0 +1,239 @@
+"""Streams: conversations that decode together, each in a sequence of one context."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.llama.engine import CELL_BLOCK, Adapter, Context, EngineError, Model, Outputs
+from kvlocal.llama.scheduler import Rounds, T
+
+
+@dataclass(eq=False)
+class _Request:
+    """What a stream wants to be decoded, and what became of it.
+
+    rows: tokens, int32 [n], or vectors in their place, float32 [n, n_embd]
+    adapter: what is on for this alone
+    result: the logits that were asked for, float32 [n or 1, n_vocab]
+    """
+
+    context: Context
+    seq: int
+    rows: npt.NDArray[Any]
+    pos: int
+    logits: Outputs
+    adapter: Adapter | None
+    result: npt.NDArray[np.float32] | None = None
+    error: EngineError | None = None
+
+    @property
+    def is_next_token(self) -> bool:
+        return self.rows.shape == (1,) and self.logits == "last" and self.adapter is None
+
+    def decode(self) -> None:
+        """Alone."""
+        context = self.context
+        try:
+            if self.adapter:
+                context.use_adapter(self.adapter)
+            try:
+                decode = context.decode if self.rows.ndim == 1 else context.decode_embeddings
+                decode(self.rows, self.pos, self.seq, self.logits)
+            finally:
+                if self.adapter:
+                    context.use_adapter(None)
+            if self.logits == "all":
+                self.result = context.logits_all()
+            elif self.logits == "last":
+                self.result = context.logits()[None]
+        except EngineError as error:
+            self.error = error
+
+
+def carry_out(requests: Sequence[_Request]) -> None:
+    """Decodes what streams wait for: single next tokens of a context together, everything longer by itself.
+
+    So a text is read in the same batches as alone, which gives the same cache, and a next token sees nothing but its own stream. The logits are
+    those of a conversation alone, bit by bit, wherever llama.cpp computes a row of a matrix product the same way whatever rows stand beside it.
+    """
+    for request in requests:
+        if not request.is_next_token:
+            request.decode()
+    for context in dict.fromkeys(request.context for request in requests):
+        _decode_together(context, [request for request in requests if request.context is context and request.is_next_token])
+
+
+def _decode_together(context: Context, requests: list[_Request]) -> None:
+    """One token of each, by ascending sequences, as llama.cpp works on neighbours at once."""
+    requests.sort(key=lambda request: request.seq)
+    if len(requests) > 1:
+        tokens, positions, sequences = np.array([(request.rows[0], request.pos, request.seq) for request in requests], np.int32).T
+        try:
+            context.decode_sequences(tokens, positions, sequences)
+        except EngineError:
+            # whose fault it is shows when each is decoded alone
+            pass
+        else:
+            for request, row in zip(requests, context.logits_all(), strict=True):
+                request.result = row[None]
+            return
+    for request in requests:
+        request.decode()
+
+
+class Streams:
+    """Gives each conversation a stream in one context, or in a context of its own if it needs more than a stream of that one holds.
+
+    Conversations run in rounds, in whose turns streams are opened, used and closed.
+
+    n: streams of the context
+    n_recorded: queries that their rings hold
+    model, n_cells and options: as for Context
+    rounds: carry out what is decoded
+
+    Raises:
+        EngineError: there is not enough memory.
+    """
+
+    def __init__(self, n: int, n_recorded: int, model: Model, **options: Any) -> None:
+        self.rounds = Rounds(carry_out)
+        self._context = Context(model, n_seq_max=n, **options)
+        self._n_recorded = n_recorded
+        self._free = list(range(n))
+
+    def open(self, n_recorded: int, model: Model, *, n_cells: int, **options: Any) -> Stream:
+        """A stream of at least n_cells cells whose ring can hold n_recorded queries; the other options must be those of the context.
+
+        Raises:
+            EngineError: there is not enough memory.
+        """
+        if n_cells <= self._context.n_cells and n_recorded <= self._n_recorded and self._free:
+            seq = heapq.heappop(self._free)
+            return Stream(self.rounds, self._context, seq, n_cells, lambda: self._give_back(seq))
+        context = Context(model, n_cells=n_cells, **options)
+        return Stream(self.rounds, context, 0, n_cells, context.close)
+
+    def _give_back(self, seq: int) -> None:
+        if not self._context.closed:
+            self._context.clear(seq)
+        heapq.heappush(self._free, seq)
+
+    def close(self) -> None:
+        """Frees the context that is shared. Closing twice is harmless."""
+        self._context.close()
+
+
+class Stream:
+    """One sequence of a context that may have others, with the interface of a Context that has this one alone, as sequence 0.
+
+    Decoding hands over until a round has done it, and what else computes until it is done. Everything else happens at once, in the conversation's
+    turn.
+
+    context, seq: the context, and the sequence's number there
+    n_cells: how many cells are to be used, which is rounded up as for a context
+    on_close: called when it is closed
+    """
+
+    def __init__(self, rounds: Rounds, context: Context, seq: int, n_cells: int, on_close: Callable[[], None]) -> None:
+        self.model, self.seq = context.model, seq
+        self.n_ubatch = context.n_ubatch
+        self.n_cells = min(-(-n_cells // CELL_BLOCK) * CELL_BLOCK, context.n_cells)
+        self._rounds, self._context, self._on_close = rounds, context, on_close
+        self._adapter: Adapter | None = None
+        self._logits: npt.NDArray[np.float32] | None = None
+        self.closed = False
+
+    @property
+    def pointer(self) -> int:
+        """The address of the llama_context."""
+        if self.closed:
+            raise EngineError("the stream is closed: open a new one")
+        return self._context.pointer
+
+    def call(self, function: Callable[[], T]) -> T:
+        """As Context.call: hands over until it is done."""
+        return self._rounds.call(function)
+
+    def decode(self, tokens: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "last") -> None:
+        """As Context.decode."""
+        self._decode(np.asarray(tokens, np.int32), pos, seq, logits)
+
+    def decode_embeddings(self, embd: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "none") -> None:
+        """As Context.decode_embeddings."""
+        self._decode(np.asarray(embd, np.float32), pos, seq, logits)
+
+    def _decode(self, rows: npt.NDArray[Any], pos: int, seq: int, logits: Outputs) -> None:
+        self._check(seq)
+        self._logits = None
+        request = _Request(self._context, self.seq, rows, pos, logits, self._adapter)
+        self._rounds.wait(request)
+        if request.error:
+            raise request.error
+        self._logits = request.result
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """What this stream decodes from now on is computed with this adapter, or with the weights alone."""
+        self._adapter = adapter
+
+    def check_output(self, i: int = -1) -> None:
+        """Raise EngineError unless the last decode kept logits for token `i` of its batch."""
+        if self._logits is None or not -len(self._logits) <= i < len(self._logits):
+            raise EngineError(f"there are no logits for token {i} of the last batch: decode with logits='last' or 'all'")
+
+    def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
+        """The logits after token `i` of what was decoded last, [n_vocab] float32."""
+        self.check_output(i)
+        return self._logits[i]
+
+    def logits_all(self) -> npt.NDArray[np.float32]:
+        """The logits of what was decoded last with `logits="all"`, [n, n_vocab] float32."""
+        self.check_output(0)
+        return self._logits
+
+    def remove(self, seq: int, p0: int, p1: int) -> None:
+        """As Context.remove."""
+        self._check(seq)
+        self._logits = None
+        self._context.remove(self.seq, p0, p1)
+
+    def clear(self, seq: int = 0) -> None:
+        """Free all cells."""
+        self.remove(seq, -1, -1)
+
+    def pos_max(self, seq: int = 0) -> int:
+        """The highest position, -1 when it is empty."""
+        self._check(seq)
+        return self._context.pos_max(self.seq)
+
+    def state_get(self, seq: int = 0, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+        """As Context.state_get."""
+        self._check(seq)
+        return self._context.state_get(self.seq, out)
+
+    def state_set(self, seq: int, state: npt.NDArray[np.uint8] | bytes) -> None:
+        """As Context.state_set."""
+        self._check(seq)
+        self._logits = None
+        self._context.state_set(self.seq, state)
+
+    def kv_bytes(self) -> int:
+        """What the cells of this stream take, in bytes."""
+        return self._context.kv_bytes() // self._context.n_seq_max
+
+    def close(self) -> None:
+        """Free the cells. Closing twice is harmless."""
+        if not self.closed:
+            self.closed = True
+            self._on_close()
+
+    def _check(self, seq: int) -> None:
+        if self.closed:
+            raise EngineError("the stream is closed: open a new one")
+        if seq != 0:
+            raise EngineError(f"there is no sequence {seq}: a stream has 1")

@@ -1,0 +1,146 @@
+"""A stream behaves as a context of its own, whatever the others beside it do."""
+
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
+from kvlocal.llama.sampling import Sampler, SamplingParams
+from kvlocal.llama.slots import Streams
+
+OPTIONS = {"n_cells": 256, "n_outputs": 1, "n_ubatch": 64, "n_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    with Model(smollm2) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    return np.random.default_rng(7).integers(100, model.n_vocab, 300).astype(np.int32)
+
+
+def together(model, *tasks, n=3, **changes):
+    """What each task returns, which gets a stream and runs beside the others."""
+    streams, results = Streams(n, 0, model, **OPTIONS | changes), [None] * len(tasks)
+
+    def run(i):
+        with streams.rounds.turn():
+            stream = streams.open(0, model, **OPTIONS | changes)
+            try:
+                results[i] = tasks[i](stream)
+            except EngineError as error:
+                results[i] = error
+            finally:
+                stream.close()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        streams.rounds.advance(0.05)
+    streams.close()
+    return results
+
+
+def read(tokens, n, context):
+    """Reads a text and then n tokens one by one: the logits of each."""
+    context.decode(tokens[:-n], 0)
+    rows = [context.logits()]
+    for pos in range(len(tokens) - n, len(tokens)):
+        context.decode(tokens[pos : pos + 1], pos)
+        rows.append(context.logits())
+    return np.stack(rows)
+
+
+def test_the_same_logits_as_alone(model, tokens):
+    tasks = [partial(read, tokens[20 * i : 20 * i + 20 + 5 * i], 6) for i in range(3)]
+    for task, rows in zip(tasks, together(model, *tasks), strict=True):
+        with Context(model, **OPTIONS) as context:
+            np.testing.assert_array_equal(rows, task(context))
+
+
+def test_the_same_draws_as_alone(model, tokens):
+    def draw(context):
+        with Sampler(model, SamplingParams(temperature=1.5, seed=4)) as sampler:
+            context.decode(tokens[:9], 0)
+            drawn = [sampler.sample(context)]
+            for pos in range(9, 15):
+                context.decode(drawn[-1:], pos)
+                drawn.append(sampler.sample(context))
+        return drawn
+
+    with Context(model, **OPTIONS) as context:
+        alone = draw(context)
+    assert together(model, draw, partial(read, tokens[:30], 9))[0] == alone
+
+
+def test_a_full_stream_fails_alone(model, tokens):
+    def fill(context):
+        for pos in range(0, 256, 64):
+            context.decode(tokens[:64], pos)
+        context.decode(tokens[:1], 256)
+
+    rows, error = together(model, partial(read, tokens[:40], 12), fill)
+    assert isinstance(error, CacheFull) and rows.shape == (13, model.n_vocab)
+
+
+def test_what_does_not_fit_gets_a_context_of_its_own(model):
+    streams = Streams(2, 0, model, **OPTIONS)
+    with streams.rounds.turn():
+        first = streams.open(0, model, **OPTIONS)
+        second = streams.open(0, model, **OPTIONS | {"n_cells": 100})
+        large = streams.open(0, model, **OPTIONS | {"n_cells": 600})
+        recorded = streams.open(16, model, **OPTIONS)
+    assert (first.pointer, first.seq) != (second.pointer, second.seq) and first.pointer == second.pointer
+    assert len({first.pointer, large.pointer, recorded.pointer}) == 3
+    assert [stream.n_cells for stream in (first, second, large)] == [256, 256, 768]
+    for stream in (first, second, large, recorded):
+        stream.close()
+    with pytest.raises(EngineError, match="closed"):
+        first.pos_max()
+    streams.close()
+
+
+def test_state_and_cells_are_those_of_the_stream(model, tokens):
+    def task(n, stream):
+        stream.decode(tokens[:n], 0)
+        native = NativeCache(stream.pointer, stream.seq)
+        before = native.n_cells(), stream.pos_max(), native.read_keys(3)
+        state = stream.state_get()
+        stream.clear()
+        assert (native.n_cells(), stream.pos_max()) == (0, -1)
+        stream.state_set(0, state)
+        np.testing.assert_array_equal(native.read_keys(3), before[2])
+        with pytest.raises(EngineError, match="no logits"):
+            stream.logits()
+        with pytest.raises(EngineError, match="no sequence 1"):
+            stream.remove(1, 0, -1)
+        return before[:2]
+
+    assert together(model, partial(task, 10), partial(task, 33)) == [(10, 9), (33, 32)]
+
+
+def test_everything_is_computed_in_the_thread_that_decodes(model, tokens):
+    """Each thread that computes has helpers of its own, and all of them slow down once there are more than cores."""
+
+    def compressed(stream):
+        native = NativeCache(stream.pointer, stream.seq, stream.call)
+        native.enable_ring(16)
+        stream.decode(tokens[:32], 0)
+        n_threads = len(list(Path("/proc/self/task").iterdir()))
+        scores, redundancy = native.scores(), native.redundancy()
+        native.attention_map([0])
+        layers, heads, n_cells = scores.shape
+        native.compact(np.broadcast_to(np.arange(0, n_cells, 2, dtype=np.int32), (layers, heads, n_cells // 2)), np.arange(n_cells // 2))
+        return len(list(Path("/proc/self/task").iterdir())) - n_threads, float(scores.sum()), float(redundancy.sum())
+
+    ((n_new, *sums),) = together(model, compressed, n=1, n_threads=2)
+    assert n_new == 0
+    assert all(sums)
