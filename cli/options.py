@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import click
-from kvlocal_cli.terminal import waiting
-
 from kvlocal import policies
+from kvlocal.cache.budgeted import DEFAULT_BUDGET, DEFAULT_FULL
 from kvlocal.cache.compression import Positions
-from kvlocal.chat.session import DEFAULT_BUDGET, DEFAULT_FULL, SessionConfig
+from kvlocal.chat.session import SessionConfig
 from kvlocal.doctor import memory_estimate as footprint
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import resolve
@@ -19,6 +18,7 @@ from kvlocal.llama.library import load as load_library
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal_cli.terminal import waiting
 
 _SESSION = SessionConfig()
 _SAMPLING = SamplingParams()

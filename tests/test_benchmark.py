@@ -144,7 +144,7 @@ def test_both_sides_read_the_same_tokens(model, script, monkeypatch):
         while reader.extend(401, 50) < 401:
             pass
     assert ours.history == plain.history == 401
-    assert ours._session._ledger.ids.tolist() == np.concatenate(read).tolist()
+    assert ours._session.cache.ledger.ids.tolist() == np.concatenate(read).tolist()
     ours.close(), plain.close()
 
 

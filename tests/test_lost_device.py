@@ -37,8 +37,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> LosableDevice:
 
 
 def check_agreement(session: ChatSession) -> None:
-    ledger = session._ledger
-    assert session._native.n_cells() == ledger.n_cells and session._context.pos_max(0) == ledger.next_position - 1
+    ledger = session.cache.ledger
+    assert session.cache.native.n_cells() == ledger.n_cells and session.cache.context.pos_max(0) == ledger.next_position - 1
 
 
 # a token, and the compression after one
@@ -64,7 +64,8 @@ def test_a_session_goes_on(path: Path, device: LosableDevice, left: int, comes_b
         "".join(session.send("Now?"))
         assert [message["content"] for message in session.messages[len(before) + 1 :]][:2] == [shown, "Now?"]
         check_agreement(session)
-        assert np.isfinite(session._context.logits()).all()
+        session.add_turn("user", "And now?")
+        assert np.isfinite(session.cache.context.logits()).all()
 
 
 def test_a_refused_batch(path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_refused_batch(path: Path) -> None:
     with Model(path) as model, ChatSession(model, CONFIG) as session:
         pieces = session.send(QUESTIONS[0])
         shown = next(pieces)
-        load_library().llama_cpp.llama_memory_seq_rm(session._context.memory, 0, session._ledger.next_position - 1, -1)
+        load_library().llama_cpp.llama_memory_seq_rm(session.cache.context.memory, 0, session.cache.ledger.next_position - 1, -1)
         with pytest.raises(EngineError, match="refused the batch"):
             list(pieces)
         check_agreement(session)

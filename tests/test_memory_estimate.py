@@ -20,7 +20,7 @@ from kvlocal.llama.engine import Model
 def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_v: str, policy: str, copies: int) -> None:
     config = SessionConfig(budget=512, policy=policy, type_k=type_k, type_v=type_v)
     with Model(smollm2) as model, ChatSession(model, config) as session:
-        allocated = session._context.kv_bytes()
+        allocated = session.cache.context.kv_bytes()
     n_cells = -(-footprint.allocation(config, 8192).n_cells // 256) * 256
     # llama.cpp tells sizes in hundredths of a MiB
     assert Footprint.of(Container(smollm2), config).cell * n_cells == pytest.approx(copies * allocated, rel=0.002)
@@ -30,7 +30,7 @@ def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_
 def test_a_sliding_window_is_counted_as_if_it_were_none(gemma3: Path) -> None:
     config = SessionConfig(budget=2048)
     with Model(gemma3) as model, ChatSession(model, config) as session:
-        assert Footprint.of(Container(gemma3), config).cell * 2176 > session._context.kv_bytes()
+        assert Footprint.of(Container(gemma3), config).cell * 2176 > session.cache.context.kv_bytes()
 
 
 MEASURE = """

@@ -59,15 +59,15 @@ def test_every_finished_turn_gets_its_tokens(model, nexus):
         chat.add_turn("user", "Name a bird.")
         chat.add_turn("assistant", "An owl.")
         assert roles(chat) == ["system", "user", "assistant"]
-        n_turn = chat._ledger.n_tokens - chat.segments()[0].n_tokens
+        n_turn = chat.cache.ledger.n_tokens - chat.segments()[0].n_tokens
         chat.add_turn("user", "Another one.")
         assert roles(chat) == ["system", "user", "assistant", "nexus", "user", "assistant"]
         closing = len(model.tokenize("<|im_end|>\n", parse_special=True))
         n = chat.segments()[3].n_tokens
         assert n == -(-(n_turn + closing) // 10) and chat.kv.nexus == n
-        assert (chat._ledger.ids == NEXUS).sum() == n
+        assert (chat.cache.ledger.ids == NEXUS).sum() == n
         assert chat.kv.history_tokens == chat.kv.used - n
-        np.testing.assert_array_equal(chat._ledger.nexus().sum(axis=-1), n)
+        np.testing.assert_array_equal(chat.cache.ledger.nexus().sum(axis=-1), n)
 
 
 def test_a_small_cache_gets_as_many_as_fit(model, nexus):
@@ -91,7 +91,7 @@ def test_a_turn_can_be_finished_at_once(model, nexus):
                 chat.finish_turn()
                 assert roles(chat)[-1] == "nexus"
             chat.add_turn("user", "Another one.")
-            logits.append(chat._context.logits().copy())
+            logits.append(chat.cache.context.logits().copy())
     np.testing.assert_array_equal(*logits)
 
 
@@ -102,8 +102,8 @@ def test_a_long_text_gets_them_at_ends_of_its_blocks(model, nexus):
         user = [segment for segment in chat.segments() if segment.role == "user"]
         assert roles(chat) == ["system", "user", *["nexus", "user"] * (len(user) - 1), "assistant"] and len(user) >= 3
         assert all(256 <= segment.n_tokens <= 512 + 8 for segment in user[:-1]) and {segment.turn for segment in user} == {1}
-        ids = chat._ledger.ids
-        ends = [segment.end for segment in chat._ledger.segments if segment.role == "user"][:-1]
+        ids = chat.cache.ledger.ids
+        ends = [segment.end for segment in chat.cache.ledger.segments if segment.role == "user"][:-1]
         assert all(model.token_bytes(int(ids[end - 1])).endswith(b".") for end in ends)
         assert chat.kv.used <= chat.kv.budget + CONFIG.stride
         chat.add_turn("assistant", "I see.")
@@ -119,7 +119,7 @@ def test_before_the_first_one_nothing_is_different(model, nexus):
     for policy, tokens in (("kvzip-snapkv", None), ("hybrid", nexus)):
         with session(model, tokens, policy=policy) as chat:
             text = "".join(chat.send("What is the tallest animal?"))
-            answers.append((text, chat._context.logits().copy()))
+            answers.append((text, chat.cache.context.logits().copy()))
     assert answers[0][0] == answers[1][0]
     np.testing.assert_array_equal(answers[0][1], answers[1][1])
 
@@ -135,7 +135,7 @@ def test_they_change_what_follows_and_the_adapter_is_off_again(model, nexus, pat
             chat.add_turn("assistant", "An owl.")
             chat.finish_turn()
             n = chat.segments()[-1].n_tokens
-            values = chat._native.read_values(5)
+            values = chat.cache.native.read_values(5)
             keys.append(values)
             assert np.isfinite(values).all()
     assert not np.allclose(keys[0][:, -n:], keys[1][:, -n:], atol=1e-3)
@@ -159,8 +159,8 @@ def test_raw_cells_go_and_nexus_cells_stay(model, nexus, policy, share):
         assert all(one.n_cells < one.n_tokens / 2 for one in first)
         if policy == "nexus":
             assert all(one.n_cells == 0 for one in first)
-        ledger = chat._ledger
-        assert chat._native.n_cells() == ledger.n_cells
+        ledger = chat.cache.ledger
+        assert chat.cache.native.n_cells() == ledger.n_cells
 
 
 def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
@@ -177,7 +177,7 @@ def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
                 chat.undo()
                 assert roles(chat) == ["system", "user", "assistant"] and chat.kv.nexus == 0
             chat.add_turn("user", "Another one.")
-            logits.append(chat._context.logits().copy())
+            logits.append(chat.cache.context.logits().copy())
     np.testing.assert_array_equal(*logits)
 
 

@@ -8,7 +8,7 @@ import pytest
 from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.engine import Model
-from kvlocal.llama.sampling import SamplingParams
+from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.policies import POLICIES
 
 GREEDY = SamplingParams(temperature=0)
@@ -28,7 +28,7 @@ def session(model, **changes):
 
 def check_ledger(chat):
     """Cache and ledger agree; tokens ascend in every head; what is pinned and the window are in every head."""
-    ledger, native = chat._ledger, chat._native
+    ledger, native = chat.cache.ledger, chat.cache.native
     positions = native.positions()
     assert len(positions) == ledger.n_cells == chat.kv.used and (positions >= 0).all()
     assert positions[-1] == ledger.next_position - 1
@@ -75,14 +75,14 @@ def test_a_document_many_times_the_budget_is_taken_in_chunks(model):
 def test_heads_choose_for_themselves(model):
     with session(model) as chat:
         "".join(chat.send(STORY * 12))
-        tokens = chat._ledger.tokens[..., : chat.kv.used].reshape(-1, chat.kv.used)
+        tokens = chat.cache.ledger.tokens[..., : chat.kv.used].reshape(-1, chat.kv.used)
         assert len(np.unique(tokens, axis=0)) == len(tokens)
 
 
 def test_positions_are_rotated_back_before_the_trained_context_ends(model):
     """With a trained context of 512 the chat goes far past it, and every position stays inside."""
     with session(model) as chat:
-        chat._compressor.n_ctx_train = 512
+        chat.cache.compressor.n_ctx_train = 512
         for _ in range(4):
             "".join(chat.send(STORY * 15))
             check_ledger(chat)
@@ -93,12 +93,12 @@ def test_positions_are_rotated_back_before_the_trained_context_ends(model):
 def test_keys_are_where_the_ledger_says_after_rotations(model):
     """A key in the cache is the key of its token, rotated to the position in the ledger: the first layer's depends on the token alone."""
     with session(model) as chat:
-        chat._compressor.n_ctx_train = 400
+        chat.cache.compressor.n_ctx_train = 400
         "".join(chat.send(STORY * 50))
         assert chat.kv.rotations >= 2
-        ledger = chat._ledger
+        ledger = chat.cache.ledger
         tokens = np.concatenate([t for _, t in chat.template.tokens(model, chat.template.prefix(None) + chat.template.user_turn([], STORY * 50))])
-        keys = chat._native.read_keys(0)
+        keys = chat.cache.native.read_keys(0)
         freq = 100000.0 ** (-np.arange(0, 64, 2) / 64)
         by_token = {}
         for head in range(3):
@@ -128,13 +128,13 @@ def test_undo_and_regenerate_go_back_exactly(model):
         with session(model) as chat:
             for text in ("Name a bird.", "Name a tree.", STORY * 8):
                 "".join(chat.send(text))
-            before, cells, keys = chat.kv, chat._native.positions(), chat._native.read_keys(5)
+            before, cells, keys = chat.kv, chat.cache.native.positions(), chat.cache.native.read_keys(5)
             answer = "".join(chat.send(prompt))
             assert [m["role"] for m in chat.undo()] == ["user", "assistant"]
             after = chat.kv
             assert (after.used, after.history_tokens, after.next_position) == (before.used, before.history_tokens, before.next_position)
-            np.testing.assert_array_equal(chat._native.positions(), cells)
-            np.testing.assert_array_equal(chat._native.read_keys(5), keys)
+            np.testing.assert_array_equal(chat.cache.native.positions(), cells)
+            np.testing.assert_array_equal(chat.cache.native.read_keys(5), keys)
             check_ledger(chat)
             "".join(chat.send(prompt))
             assert "".join(chat.regenerate()) == answer == chat.messages[-1]["content"]
@@ -160,9 +160,9 @@ def test_without_undo_nothing_is_kept_for_it_and_turns_are_taken_back_by_reading
     with ChatSession(model, SMALL, undo=False) as chat, session(model) as usual:
         for text in ("Name a bird.", STORY * 8, "Name a tree."):
             assert "".join(chat.send(text)) == "".join(usual.send(text))
-        assert chat.kv.compressions and not len(chat._copy) and chat._checkpoint is None
+        assert chat.kv.compressions and not len(chat.cache._way_back.copy) and chat.cache.marked is None
         messages = list(chat.messages)
-        chat._ledger.compact = raise_interrupt
+        chat.cache.ledger.compact = raise_interrupt
         with pytest.raises(KeyboardInterrupt):
             chat.add_turn("user", STORY * 20)
         assert chat.messages == messages
@@ -202,11 +202,23 @@ def test_an_exception_in_an_answer_leaves_the_session_usable(model):
         chat.undo()
         chat.add_turn("user", "Go on." + " on" * (due - 2 - used - n_other))
         assert chat.kv.used == due - 2
-        chat._ledger.compact = raise_interrupt
+        chat.cache.ledger.compact = raise_interrupt
         with pytest.raises(KeyboardInterrupt):
             "".join(chat.answer())
         check_ledger(chat)
         assert "".join(chat.send("And now?"))
+
+
+def test_a_token_that_says_more_than_the_answer_is_read_again_in_part(model, monkeypatch):
+    """The end of an answer and the beginning of a stop string can be one token."""
+    with session(model) as chat:
+        (token,) = model.tokenize(" lighthouse", parse_special=False)[:1]
+        text = model.token_bytes(int(token)).decode()
+        chat.template.stop_strings = (text[3:],)
+        monkeypatch.setattr(Sampler, "sample", lambda self, context, i=-1: self.accept(int(token)) or int(token))
+        assert "".join(chat.send("What is this?")) == text[:3]
+        assert model.detokenize(chat.cache.ledger.ids).endswith(text[:3])
+        check_ledger(chat)
 
 
 def raise_interrupt(*_):
@@ -277,16 +289,16 @@ def test_sliding_window_model(gemma3):
     """Its global layers are compressed; it goes past the window, back by undo, and past a (short) trained context."""
     with Model(gemma3) as model, session(model, n_ubatch=128) as chat:
         "".join(chat.send(STORY * 30))
-        before, cells, keys = chat.kv, chat._native.positions(), chat._native.read_keys(0)
+        before, cells, keys = chat.kv, chat.cache.native.positions(), chat.cache.native.read_keys(0)
         assert before.compressions > 2
         "".join(chat.send(STORY * 12))
         chat.undo()
         assert chat.kv.used == before.used
-        np.testing.assert_array_equal(chat._native.positions(), cells)
-        np.testing.assert_array_equal(chat._native.read_keys(0), keys)
+        np.testing.assert_array_equal(chat.cache.native.positions(), cells)
+        np.testing.assert_array_equal(chat.cache.native.read_keys(0), keys)
         assert "".join(chat.send("What did the keeper do?"))
         check_ledger(chat)
-        chat._compressor.n_ctx_train = 1500
+        chat.cache.compressor.n_ctx_train = 1500
         "".join(chat.send(STORY * 50))
         assert chat.kv.rotations >= 1 and chat.kv.next_position <= 1500
         check_ledger(chat)
@@ -295,7 +307,7 @@ def test_sliding_window_model(gemma3):
 def next_logits(chat, text):
     """What the model predicts after a user turn."""
     chat.add_turn("user", text)
-    return chat._context.logits()
+    return chat.cache.context.logits()
 
 
 @pytest.mark.parametrize("policy", ["kvzip", "kvzip-gkv"])
@@ -312,7 +324,7 @@ def test_a_second_read_leaves_nothing_but_scores(model, policy):
                     done = chat.second_read(lambda waits=waits: next(waits, False))
                     assert done == (not stops) and chat.second_read()
             check_ledger(chat)
-            rereads.append(chat._ledger.scores("reread").copy())
+            rereads.append(chat.cache.ledger.scores("reread").copy())
             before = chat.kv
             logits.append(next_logits(chat, "And a fish?"))
             assert before.evicted == 0 and before.next_position == before.history_tokens
@@ -328,7 +340,7 @@ def test_idle_off_reads_nothing_again(model):
     with session(model, policy="kvzip", idle=False) as chat:
         chat.add_turn("user", "Name a bird.")
         chat.add_turn("assistant", "An owl.")
-        assert chat.second_read() and np.isnan(chat._ledger.scores("reread")).all() and chat.seconds.reread == 0
+        assert chat.second_read() and np.isnan(chat.cache.ledger.scores("reread")).all() and chat.seconds.reread == 0
 
 
 def test_a_second_read_makes_itself_room(model):
@@ -342,7 +354,7 @@ def test_a_second_read_makes_itself_room(model):
         chat.add_turn("assistant", "Yes.")
         before = chat.kv
         assert before.used > 230
-        assert chat.second_read() and chat._ledger.n_reread == chat.kv.history_tokens
+        assert chat.second_read() and chat.cache.ledger.n_reread == chat.kv.history_tokens
         assert chat.kv.compressions == before.compressions + 1
         check_ledger(chat)
 
@@ -353,8 +365,8 @@ def test_the_second_read_finds_what_is_said_again(model):
         chat.add_turn("user", "My locker has the number 7341 and stands in the cellar.")
         chat.add_turn("assistant", "Thank you, I will remember it.")
         chat.second_read()
-        start = chat._ledger.segments[1].start
-        assert np.nanmean(chat._ledger.scores("reread")[..., start:]) > 3 * chat._native.scores(n_query=16)[..., start:].mean()
+        start = chat.cache.ledger.segments[1].start
+        assert np.nanmean(chat.cache.ledger.scores("reread")[..., start:]) > 3 * chat.cache.native.scores(n_query=16)[..., start:].mean()
 
 
 def test_hold_gives_everything_back(model, smollm2):
@@ -365,7 +377,7 @@ def test_hold_gives_everything_back(model, smollm2):
             chat.add_turn("user", STORY * 8)
             chat.add_turn("assistant", STORY * 2)
             chat.compress()
-            before, queries, segments = chat.kv, chat._native.query_positions(), chat.segments()
+            before, queries, segments = chat.kv, chat.cache.native.query_positions(), chat.segments()
             if probes:
                 with chat.hold():
                     chat.add_turn("user", "Who wrote down the weather?")
@@ -381,7 +393,7 @@ def test_hold_gives_everything_back(model, smollm2):
                 after = chat.kv
                 assert (after.used, after.next_position, after.history_tokens) == (before.used, before.next_position, before.history_tokens)
                 assert chat.segments() == segments and len(chat.messages) == 2
-                np.testing.assert_array_equal(chat._native.query_positions(), queries)
+                np.testing.assert_array_equal(chat.cache.native.query_positions(), queries)
                 check_ledger(chat)
             logits.append(next_logits(chat, "And a fish? " + STORY * 5))
     np.testing.assert_array_equal(*logits)
@@ -396,8 +408,8 @@ def test_read_answer_predicts_each_token_from_those_before_it(model):
         with chat.hold():
             chat.add_turn("user", "Name the capital of France.")
             for i, token in enumerate(tokens):
-                np.testing.assert_allclose(chat._context.logits()[np.argsort(-logits[i])[:5]], np.sort(logits[i])[::-1][:5], atol=0.6)
-                chat._append(np.array([token], np.int32), "decode")
+                np.testing.assert_allclose(chat.cache.context.logits()[np.argsort(-logits[i])[:5]], np.sort(logits[i])[::-1][:5], atol=0.6)
+                chat.cache.append(np.array([token], np.int32), "decode")
 
 
 def test_a_ratio_lets_the_budget_grow_with_the_conversation(model):
@@ -409,7 +421,7 @@ def test_a_ratio_lets_the_budget_grow_with_the_conversation(model):
             chat.compress()
             used.append(chat.kv.used)
             check_ledger(chat)
-            assert chat.kv.used == chat.kv.budget == max(round(0.3 * chat.kv.history_tokens), chat._ledger.n_pinned + 2 * SMALL.window)
+            assert chat.kv.used == chat.kv.budget == max(round(0.3 * chat.kv.history_tokens), chat.cache.ledger.n_pinned + 2 * SMALL.window)
         assert used[3] > used[1] > used[0] and chat.kv.compressions > 4
     with session(model, budget=150, ratio=0.2) as chat:
         chat.add_turn("user", STORY * 20)
@@ -434,7 +446,7 @@ def test_positions(model):
     with session(model, policy="streaming", positions="original") as chat:
         chat.add_turn("user", STORY * 12)
         assert chat.kv.rotations == 0 < chat.kv.compressions and chat.kv.next_position == chat.kv.history_tokens
-        chat._compressor.n_ctx_train = 300
+        chat.cache.compressor.n_ctx_train = 300
         chat.add_turn("assistant", "Yes.")
         before = chat.kv
         with pytest.raises(KvlocalError, match="original"):
@@ -460,8 +472,8 @@ def test_h2o_adds_up_the_attention_of_every_query(model):
     largest of a group of heads, a little more."""
     with session(model, policy="h2o", budget=300) as chat:
         chat.add_turn("user", STORY * 12)
-        state = chat._observer.state(chat._ledger)
-        assert chat.kv.evicted == 0 and chat._ledger.n_summed == chat.kv.history_tokens
+        state = chat.cache.observer.state(chat.cache.ledger)
+        assert chat.kv.evicted == 0 and chat.cache.ledger.n_summed == chat.kv.history_tokens
         total = state.sums.sum(axis=-1)
         assert (total >= chat.kv.history_tokens - 0.5).all() and (total <= 3 * chat.kv.history_tokens).all()
 
@@ -469,7 +481,7 @@ def test_h2o_adds_up_the_attention_of_every_query(model):
 def test_h2o_in_a_cache_smaller_than_a_micro_batch(model):
     config = SessionConfig(policy="h2o", budget=64, max_tokens=8, sampling=GREEDY)
     with ChatSession(model, config) as chat:
-        assert chat._context.n_ubatch < config.n_ubatch
+        assert chat.cache.context.n_ubatch < config.n_ubatch
         "".join(chat.send(STORY * 30))
-        assert chat.kv.compressions > 0 and chat._ledger.n_summed > 500
+        assert chat.kv.compressions > 0 and chat.cache.ledger.n_summed > 500
         check_ledger(chat)

@@ -28,11 +28,11 @@ def tokens(model):
 
 def together(model, *tasks, n=3, **changes):
     """What each task returns, which gets a stream and runs beside the others."""
-    streams, results = Streams(n, 0, model, **OPTIONS | changes), [None] * len(tasks)
+    streams, results = Streams(n, model, **OPTIONS | changes), [None] * len(tasks)
 
     def run(i):
         with streams.rounds.turn():
-            stream = streams.open(0, model, **OPTIONS | changes)
+            stream = streams.open(model, **OPTIONS | changes)
             try:
                 results[i] = tasks[i](stream)
             except EngineError as error:
@@ -92,12 +92,12 @@ def test_a_full_stream_fails_alone(model, tokens):
 
 
 def test_what_does_not_fit_gets_a_context_of_its_own(model):
-    streams = Streams(2, 0, model, **OPTIONS)
+    streams = Streams(2, model, **OPTIONS)
     with streams.rounds.turn():
-        first = streams.open(0, model, **OPTIONS)
-        second = streams.open(0, model, **OPTIONS | {"n_cells": 100})
-        large = streams.open(0, model, **OPTIONS | {"n_cells": 600})
-        recorded = streams.open(16, model, **OPTIONS)
+        first = streams.open(model, **OPTIONS)
+        second = streams.open(model, **OPTIONS | {"n_cells": 100})
+        large = streams.open(model, **OPTIONS | {"n_cells": 600})
+        recorded = streams.open(model, n_recorded=16, **OPTIONS)
     assert (first.pointer, first.seq) != (second.pointer, second.seq) and first.pointer == second.pointer
     assert len({first.pointer, large.pointer, recorded.pointer}) == 3
     assert [stream.n_cells for stream in (first, second, large)] == [256, 256, 768]
@@ -132,7 +132,6 @@ def test_everything_is_computed_in_the_thread_that_decodes(model, tokens):
 
     def compressed(stream):
         native = NativeCache(stream.pointer, stream.seq, stream.call)
-        native.enable_ring(16)
         stream.decode(tokens[:32], 0)
         n_threads = len(list(Path("/proc/self/task").iterdir()))
         scores, redundancy = native.scores(), native.redundancy()
@@ -141,6 +140,6 @@ def test_everything_is_computed_in_the_thread_that_decodes(model, tokens):
         native.compact(np.broadcast_to(np.arange(0, n_cells, 2, dtype=np.int32), (layers, heads, n_cells // 2)), np.arange(n_cells // 2))
         return len(list(Path("/proc/self/task").iterdir())) - n_threads, float(scores.sum()), float(redundancy.sum())
 
-    ((n_new, *sums),) = together(model, compressed, n=1, n_threads=2)
+    ((n_new, *sums),) = together(model, compressed, n=1, n_threads=2, n_recorded=16)
     assert n_new == 0
     assert all(sums)

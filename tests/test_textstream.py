@@ -1,6 +1,6 @@
 import pytest
 
-from kvlocal.template.textstream import TextStream
+from kvlocal.template.textstream import TextStream, pieces_of
 
 TEXT = "naïve 日本語 👍🏽 \U0001f468‍\U0001f469‍\U0001f467 end"
 
@@ -51,3 +51,21 @@ def test_what_only_looks_like_a_stop_string_is_given_in_the_end() -> None:
 def test_the_first_stop_string_counts() -> None:
     stream = TextStream(stop=["later", "now"])
     assert stream.push(b"stop now or later") == "stop "
+
+
+@pytest.mark.parametrize(
+    "pieces, text, expected",
+    [
+        ([b"ab", b"c"], "abc", (2, 3)),
+        ([b"ab", b"c"], "ab", (1, 2)),
+        ([b"ab", b"c"], "a", (0, 0)),
+        ([b"a", b"\xc3", b"\xa9"], "a\u00e9", (3, 2)),
+        ([b"a", b"\xc3"], "a", (1, 1)),
+        ([b"a", b"\xc3", b"\xa9."], "a\u00e9", (1, 1)),
+        ([b"\xe2", b"\xe2", b"\xe2"], "\ufffd\ufffd", (2, 2)),
+        ([b"a", b"", b"b"], "a", (2, 1)),
+        ([], "", (0, 0)),
+    ],
+)
+def test_the_pieces_of_a_text(pieces, text, expected):
+    assert pieces_of(pieces, text) == expected

@@ -7,14 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from kvlocal import policies
 from kvlocal.batch.line import Failure, Job, Result
 from kvlocal.cache.compression import Seconds
-from kvlocal.cache.score_sources import n_recorded
 from kvlocal.chat.session import REPORTED, ChatSession, SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.engine import MAX_SEQUENCES, Context, Model
@@ -71,7 +68,7 @@ def run_batch(
 
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.budget
-    streams = Streams(parallel, _n_recorded(config), model, **asked)
+    streams = Streams(parallel, model, **asked)
     return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
 
 
@@ -196,12 +193,7 @@ class _Batch:
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a stream."""
-        make_context = partial(self._streams.open, _n_recorded(config))
-        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=make_context)
-
-
-def _n_recorded(config: SessionConfig) -> int:
-    return n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)
+        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._streams.open)
 
 
 def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvlocal.benchmark.script import Script, Tokens, Turn
 from kvlocal.chat.session import ChatSession, SessionConfig
-from kvlocal.llama.cells import Layout, NativeCache
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.engine import Context, EngineError, Model
 from kvlocal.llama.library import load
 from kvlocal.nexus.tokens import NexusTokens
@@ -96,16 +96,13 @@ class PlainReader(Reader):
 
     def __init__(self, model: Model, script: Script, context: Mapping[str, Any], shift: bool = False, window: int = 0):
         super().__init__(script, context["n_ubatch"])
-        self._context = Context(model, n_outputs=1, **context)
+        self._context = Context(model, n_outputs=1, n_recorded=window, **context)
         self._lib = load().llama_cpp
         self._shift = shift
         if shift and not self._lib.llama_memory_can_shift(self._context.memory):
+            self._context.close()
             raise EngineError(f"llama.cpp cannot shift the context of {model.path}: leave that measurement out")
-        self._ring_bytes = 0
-        if window:
-            native = NativeCache(self._context.pointer)
-            native.enable_ring(window)
-            self._ring_bytes = ring_bytes(native.layout())
+        self._ring_bytes = NativeCache(self._context.pointer).layout().ring_bytes if window else 0
         self._history = self._position = 0
         self._read(script.prefix, self._n_ubatch)
 
@@ -155,26 +152,6 @@ class PlainReader(Reader):
         self._context.close()
 
 
-class _ScriptedSession(ChatSession):
-    """A session that is told the tokens of its answers."""
-
-    def feed(self, tokens: Tokens, at_once: int) -> None:
-        if self.messages[-1]["role"] == "user":
-            self.messages.append({"role": "assistant", "content": ""})
-        while len(tokens):
-            batch, tokens = np.split(tokens, [min(at_once, self._room())])
-            self._append(batch, "decode" if at_once == 1 else "prefill")
-            self._context.synchronize()
-
-    @property
-    def layout(self) -> Layout:
-        return self._native.layout()
-
-    @property
-    def kv_bytes(self) -> int:
-        return self._context.kv_bytes()
-
-
 class SessionReader(Reader):
     """A ChatSession, compressed as it goes; a slice stays in the conversation.
 
@@ -183,7 +160,7 @@ class SessionReader(Reader):
 
     def __init__(self, model: Model, script: Script, config: SessionConfig, nexus: NexusTokens | None = None):
         super().__init__(script, config.n_ubatch)
-        self._session = _ScriptedSession(model, config, nexus=nexus)
+        self._session = ChatSession(model, config, nexus=nexus)
 
     @property
     def history(self) -> int:
@@ -193,7 +170,13 @@ class SessionReader(Reader):
         self._session.add_turn("user", turn.text)
 
     def read_answer(self, tokens: Tokens, at_once: int) -> None:
-        self._session.feed(tokens, at_once)
+        session, cache = self._session, self._session.cache
+        if session.messages[-1]["role"] == "user":
+            session.add_answer("", ())
+        while len(tokens):
+            batch, tokens = np.split(tokens, [min(at_once, cache.room)])
+            cache.append(batch, "decode" if at_once == 1 else "prefill")
+            cache.context.synchronize()
 
     def idle(self) -> None:
         self._session.finish_turn()
@@ -209,22 +192,16 @@ class SessionReader(Reader):
 
     def figures(self) -> Figures:
         """Besides, how many tokens more make a compression due, how many there were, and how many queries the ring holds."""
-        kv, layout = self._session.kv, self._session.layout
+        kv, cache = self._session.kv, self._session.cache
         return {
             "history": kv.history_tokens,
             "peak_cells": kv.peak_cells,
             "capacity": kv.capacity,
-            "kv_bytes": self._session.kv_bytes + ring_bytes(layout),
+            "kv_bytes": cache.kv_bytes,
             "until_compression": kv.budget + self._session.config.stride - kv.used,
             "compressions": kv.compressions,
-            "window": layout.n_window,
+            "window": cache.layout.n_window,
         }
 
     def close(self) -> None:
         self._session.close()
-
-
-def ring_bytes(layout: Layout) -> int:
-    """What the recorded queries take: [n_embd_head_k * n_head, n_window * n_seq_max + 1] float32 in each layer."""
-    n_rows = layout.n_window * layout.n_seq_max + 1 if layout.n_window else 0
-    return layout.n_layer * layout.n_head * layout.n_embd_head_k * n_rows * 4

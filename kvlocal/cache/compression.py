@@ -53,7 +53,7 @@ class Compressor:
     n_batch: tokens that may come at once
     n_ctx_train: positions the model was trained for
     n_swa: size of the sliding window of the layers that are not compressed, 0 without any
-    before: called before anything is removed; None once the cache is closed
+    before: called before anything is removed or moved, with the ledger
     held: while set, nothing is removed or moved
     """
 
@@ -69,7 +69,7 @@ class Compressor:
     n_batch: int
     n_ctx_train: int
     n_swa: int
-    before: Callable[[], None] | None
+    before: Callable[[Ledger], None]
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0
@@ -101,7 +101,7 @@ class Compressor:
                 "choose the positions auto or cache, or start a new conversation"
             )
         if self.layout.can_rotate:
-            self.before()
+            self.before(ledger)
             self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
 
     def after_append(self, ledger: Ledger) -> None:
@@ -113,7 +113,7 @@ class Compressor:
         """Compresses if the cache is over its target."""
         if ledger.n_cells <= self.target(ledger) or self.held or not self.policy.evicts:
             return
-        self.before()
+        self.before(ledger)
         started = time.perf_counter()
         state = self.observer.state(ledger)
         observed = time.perf_counter()
@@ -141,12 +141,15 @@ class Compressor:
             shift = int(positions[-1]) + 1 - ledger.next_position
             # rotating empties the ring
             self.observer.before_removal(ledger)
-            self.native.compact(keep, positions, delta)
-            self.native.shift_window_cache(shift)
+            # cells are moved in place, layer by layer
+            with ledger.changing():
+                self.native.compact(keep, positions, delta)
+                self.native.shift_window_cache(shift)
+                ledger.compact(keep, positions)
             self.rotations += 1
         else:
-            # the mask wants ascending positions; the window's are the true ones
-            positions = None
-            self.native.compact(keep, np.arange(ledger.next_position - n_keep, ledger.next_position))
-        ledger.compact(keep, positions)
+            with ledger.changing():
+                # the mask wants ascending positions; the window's are the true ones
+                self.native.compact(keep, np.arange(ledger.next_position - n_keep, ledger.next_position))
+                ledger.compact(keep, None)
         self.seconds.compact += time.perf_counter() - started

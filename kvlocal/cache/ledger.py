@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,8 @@ class Ledger:
     n_summed: the queries of the first n_summed tokens are in "sums"
     n_reread: the first n_reread tokens were read a second time, or need not be
     block_of: int32 [n_split], the block of each of the first n_split tokens; blocks are numbered over the whole conversation
+    n_nexus: how many of the tokens are Nexus tokens
+    certain: whether the cells hold what is noted here; False while they are changed in place, and after a failure of that
     """
 
     def __init__(self, n_layer: int, n_head_kv: int, capacity: int, carries: Collection[str] = ()):
@@ -56,6 +59,8 @@ class Ledger:
         self.n_cells = 0
         self.n_tokens = 0
         self.next_position = 0
+        self.n_nexus = 0
+        self.certain = True
         self._ids = np.zeros(capacity, np.int32)
 
     @property
@@ -63,10 +68,12 @@ class Ledger:
         """The whole conversation in the model's vocabulary, int32 [n_tokens], with NEXUS for each Nexus token."""
         return self._ids[: self.n_tokens]
 
-    @property
-    def n_nexus(self) -> int:
-        """How many of the tokens are Nexus tokens."""
-        return sum(segment.end - segment.start for segment in self.segments if segment.role == "nexus")
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """What is done to the cells inside leaves them uncertain if it fails."""
+        before, self.certain = self.certain, False
+        yield
+        self.certain = before
 
     def begin_segment(self, role: str) -> Segment:
         """Tokens appended from now on belong to a new segment."""
@@ -85,6 +92,7 @@ class Ledger:
         if self.n_tokens + n > len(self._ids):
             self._ids = np.concatenate([self._ids, np.zeros(len(self._ids) + n, np.int32)])
         self._ids[self.n_tokens : self.n_tokens + n] = ids
+        self.n_nexus += int(np.count_nonzero(ids == NEXUS))
         self.n_cells += n
         self.n_tokens += n
         self.next_position += n
@@ -130,6 +138,7 @@ class Ledger:
     def truncate(self, n_tokens: int) -> int:
         """Forgets the tokens from n_tokens on; they must be the last cells of every head. Returns how many cells that frees."""
         n_drop = self.n_tokens - n_tokens
+        self.n_nexus -= int(np.count_nonzero(self.ids[n_tokens:] == NEXUS))
         self.n_cells -= n_drop
         self.n_tokens = n_tokens
         self.next_position -= n_drop
@@ -144,11 +153,13 @@ class Ledger:
 
     def cells_per_segment(self) -> npt.NDArray[np.int64]:
         """Cells each segment still holds, by layer and head: [n_segments, L, H]."""
-        bounds = np.array([segment.start for segment in self.segments] + [self.n_tokens + 1])
-        tokens = self.tokens[..., : self.n_cells]
-        # tokens ascend along the cells of a head, so a segment's cells are a stretch between two insertion points
-        counts = np.stack([(tokens < bound).sum(axis=-1) for bound in bounds])
-        return np.diff(counts, axis=0)
+        lengths = [segment.end - segment.start for segment in self.segments]
+        segment_of = np.repeat(np.arange(len(lengths)), lengths)
+        n_layer, n_head = self.tokens.shape[:2]
+        # each layer and head counts in numbers of its own
+        heads = np.arange(n_layer * n_head).reshape(n_layer, n_head, 1) * len(lengths)
+        counts = np.bincount((heads + segment_of[self.tokens[..., : self.n_cells]]).ravel(), minlength=n_layer * n_head * len(lengths))
+        return np.moveaxis(counts.reshape(n_layer, n_head, len(lengths)), -1, 0)
 
     def copy(self) -> Ledger:
         """An independent copy."""
@@ -199,5 +210,6 @@ class Ledger:
             raise ValueError("the ledger contradicts itself")
         self.n_summed, self.n_reread, self.next_position = n_summed, n_reread, next_position
         self.n_cells, self.n_tokens, self._ids, self.block_of, self.segments = n_cells, n_tokens, ids.copy(), arrays["block_of"].copy(), segments
+        self.n_nexus = int(np.count_nonzero(ids == NEXUS))
         for name, array in {"tokens": self.tokens, "positions": self.positions, **self.carried}.items():
             array[..., :n_cells] = arrays[name]

@@ -30,9 +30,7 @@ def n_recorded(policy: Policy, window: int, n_ubatch: int) -> int:
 class Observer:
     """Looks at one sequence on behalf of a policy.
 
-    The query ring is switched on if the policy needs it and it is not large enough yet.
-
-    native, layout: the cache
+    native, layout: the cache; its ring holds the queries that the policy needs
     policy: says what it needs
     window: the queries that score the cells
     n_ubatch: tokens that may come at once
@@ -44,8 +42,6 @@ class Observer:
     ):
         self._native, self._layout, self._policy, self._window, self._text_of = native, layout, policy, window, text_of
         self._n_ring = n_recorded(policy, window, n_ubatch)
-        if self._n_ring > layout.n_window:
-            native.enable_ring(self._n_ring)
 
     @property
     def carries(self) -> Collection[str]:

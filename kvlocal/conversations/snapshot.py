@@ -65,6 +65,8 @@ class Snapshots:
             KvlocalError: it cannot be written; the older one is as it was.
         """
         key = _key(session)
+        if session.cache.uncertain:
+            return
         if key == self._kept or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
             return
         arrays = session.snapshot()

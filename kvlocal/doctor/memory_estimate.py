@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from kvlocal.chat.session import SessionConfig, allocation
+from kvlocal.cache.budgeted import allocation
+from kvlocal.chat.session import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
 from kvlocal.llama.engine import CELL_BLOCK

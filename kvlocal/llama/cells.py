@@ -56,6 +56,12 @@ class Rows:
     def n(self) -> int:
         return self.k.shape[2]
 
+    @property
+    def ring_bytes(self) -> int:
+        """What the recorded queries take: [n_embd_head_k * n_head, n_window * n_seq_max + 1] float32 in each layer."""
+        n_rows = self.n_window * self.n_seq_max + 1 if self.n_window else 0
+        return self.n_layer * self.n_head * self.n_embd_head_k * n_rows * 4
+
 
 class NativeCache:
     """The KV cache of one sequence of a llama_context, seen cell by cell.
@@ -89,7 +95,9 @@ class NativeCache:
         return self._ffi.from_buffer("int32_t[]", array)
 
     def enable_ring(self, n_window: int) -> None:
-        """Keeps the last n_window queries of every layer, for all sequences of the context; 0 switches that off and forgets them."""
+        """Keeps the last n_window queries of every layer, for all sequences of the context; 0 switches that off. What was recorded is forgotten, in
+        all sequences: a context does it once, when it is made.
+        """
         self._check(self._lib.kvl_ring_enable(self._context, n_window))
 
     def enable_attention(self, on: bool) -> None:
@@ -263,4 +271,6 @@ class NativeCache:
 
     def kq_scale(self, layer: int) -> float:
         """The factor attention applies to q.k in a layer; known after the first decode with the ring on."""
-        return self._lib.kvl_get_kq_scale(self._context, layer)
+        out = self._ffi.new("float *")
+        self._check(self._lib.kvl_get_kq_scale(self._context, layer, out))
+        return out[0]

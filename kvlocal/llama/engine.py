@@ -16,6 +16,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import ALIGNMENT, ContainerError, Header
 from kvlocal.gguf.safety import Alphabet, examine
 from kvlocal.interrupts import CtrlCWaits
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.library import load
 
 # What a KV cache can be made of, and ggml's name for it.
@@ -106,7 +107,7 @@ class Model:
 
     Args:
         path: the GGUF file.
-        n_gpu_layers: how many layers go to the GPU, -1 for all; without a GPU backend it has no effect.
+        n_gpu_layers: how many layers go to the GPU, -1 for all; without a GPU backend it has no effect. With 0 everything is computed on the CPU.
         use_mmap: map the file instead of reading it.
 
     Raises:
@@ -115,6 +116,7 @@ class Model:
 
     def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int = 0, use_mmap: bool = True) -> None:
         self.path = Path(path)
+        self.n_gpu_layers = n_gpu_layers
         _check_is_gguf(self.path)
         header, self._alphabet = _sound(self.path)
         self._lib = lib = load().llama_cpp
@@ -326,9 +328,12 @@ class Context:
         offload_kqv: keep the cache on the GPU, if there is one.
         n_outputs: for how many tokens of a batch logits can be asked; `n_ubatch` by default. With a large vocabulary
             each costs memory on the device, and a chat needs one per sequence.
+        n_recorded: how many queries of each layer and sequence are recorded, at most n_ubatch; never changed later, as that would forget what
+            was recorded in every sequence.
 
     Raises:
         EngineError: wrong arguments, or not enough memory.
+        NativeError: queries of this model cannot be recorded.
     """
 
     seq = 0
@@ -346,12 +351,15 @@ class Context:
         n_threads_batch: int | None = None,
         offload_kqv: bool = True,
         n_outputs: int | None = None,
+        n_recorded: int = 0,
     ) -> None:
         for name, value in (("n_cells", n_cells), ("n_ubatch", n_ubatch), ("n_seq_max", n_seq_max)):
             if value < 1:
                 raise EngineError(f"{name} is {value}, but must be at least 1")
         if n_cells * n_seq_max > _MAX_CELLS:
             raise EngineError(f"{n_seq_max} x {n_cells} cells are too many: choose a smaller budget")
+        if not 0 <= n_recorded <= n_ubatch:
+            raise EngineError(f"{n_recorded} queries cannot be recorded: a micro-batch has {n_ubatch}")
         self.model = model
         self._lib = lib = load().llama_cpp
         self.type_k, self.type_v = type_k, type_v
@@ -370,6 +378,8 @@ class Context:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k, params.type_v = (_ggml_type(lib, name) for name in (type_k, type_v))
         params.offload_kqv = offload_kqv
+        # else llama.cpp sends large batches to a GPU also where no layer lies there
+        params.op_offload = model.n_gpu_layers != 0
         params.kv_unified = False
         params.swa_full = False
         params.no_perf = True
@@ -393,6 +403,14 @@ class Context:
         self._outputs: range = range(0)
         self._batch_size = 0
         self._build_batch()
+        # llama.cpp makes micro-batches no larger than the cache
+        self.n_recorded = min(n_recorded, self.n_ubatch)
+        if self.n_recorded:
+            try:
+                NativeCache(pointer).enable_ring(self.n_recorded)
+            except BaseException:
+                self.close()
+                raise
 
     def _build_batch(self) -> None:
         """One llama_batch for all decodes; its arrays are numpy's, so that filling it needs no loop."""
@@ -624,6 +642,11 @@ class Context:
         """The highest position in a sequence, -1 when it is empty."""
         self._check_seq(seq)
         return self._lib.llama_memory_seq_pos_max(self.memory, seq)
+
+    def pos_min(self, seq: int = 0) -> int:
+        """The lowest position from which on all are there, also in the cache of a sliding window; -1 when the sequence is empty."""
+        self._check_seq(seq)
+        return self._lib.llama_memory_seq_pos_min(self.memory, seq)
 
     def state_get(self, seq: int = 0, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
         """The cells of a sequence in llama.cpp's own format, [bytes] uint8, without its logits.

@@ -93,7 +93,6 @@ class Streams:
     Conversations run in rounds, in whose turns streams are opened, used and closed.
 
     n: streams of the context
-    n_recorded: queries that their rings hold
     model, n_cells and options: as for Context
     rounds: carry out what is decoded
 
@@ -101,22 +100,21 @@ class Streams:
         EngineError: there is not enough memory.
     """
 
-    def __init__(self, n: int, n_recorded: int, model: Model, **options: Any) -> None:
+    def __init__(self, n: int, model: Model, **options: Any) -> None:
         self.rounds = Rounds(carry_out)
         self._context = Context(model, n_seq_max=n, **options)
-        self._n_recorded = n_recorded
         self._free = list(range(n))
 
-    def open(self, n_recorded: int, model: Model, *, n_cells: int, **options: Any) -> Stream:
-        """A stream of at least n_cells cells whose ring can hold n_recorded queries; the other options must be those of the context.
+    def open(self, model: Model, *, n_cells: int, n_recorded: int = 0, **options: Any) -> Stream:
+        """A stream of at least n_cells cells that records at least n_recorded queries; the other options must be those of the context.
 
         Raises:
             EngineError: there is not enough memory.
         """
-        if n_cells <= self._context.n_cells and n_recorded <= self._n_recorded and self._free:
+        if n_cells <= self._context.n_cells and n_recorded <= self._context.n_recorded and self._free:
             seq = heapq.heappop(self._free)
             return Stream(self.rounds, self._context, seq, n_cells, lambda: self._give_back(seq))
-        context = Context(model, n_cells=n_cells, **options)
+        context = Context(model, n_cells=n_cells, n_recorded=n_recorded, **options)
         return Stream(self.rounds, context, 0, n_cells, context.close)
 
     def _give_back(self, seq: int) -> None:
@@ -210,6 +208,11 @@ class Stream:
         """The highest position, -1 when it is empty."""
         self._check(seq)
         return self._context.pos_max(self.seq)
+
+    def pos_min(self, seq: int = 0) -> int:
+        """As Context.pos_min."""
+        self._check(seq)
+        return self._context.pos_min(self.seq)
 
     def state_get(self, seq: int = 0, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
         """As Context.state_get."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+import numpy.typing as npt
+
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Adapter, Context, Model
+from kvlocal.llama.engine import Adapter, Model
 from kvlocal.nexus.file import NexusFile
 from kvlocal.policies.segmentation import Dynamic
 
@@ -20,6 +23,7 @@ class NexusTokens:
     path: the Nexus file
 
     file: what it holds
+    adapter: what they are computed with besides, None for nothing
 
     Raises:
         NexusError: the file cannot be used, or not with this model.
@@ -30,14 +34,8 @@ class NexusTokens:
         self.path = os.fspath(path)
         self.file = NexusFile.load(path)
         self.file.check_base(Container(model.path))
-        self._adapter = Adapter(model, path) if self.file.adapter else None
+        self.adapter = Adapter(model, path) if self.file.adapter else None
 
-    def read(self, context: Context, k: int, position: int) -> None:
-        """Decodes the first k rows of the table at the positions from `position` on; the adapter is on for this alone."""
-        context.use_adapter(self._adapter)
-        try:
-            for start in range(0, k, context.n_ubatch):
-                rows = self.file.table[start : min(start + context.n_ubatch, k)]
-                context.decode_embeddings(rows, position + start)
-        finally:
-            context.use_adapter(None)
+    def vectors(self, k: int) -> npt.NDArray[np.float32]:
+        """The first k rows of the table, float32 [k, n_embd]."""
+        return self.file.table[:k]

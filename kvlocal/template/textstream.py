@@ -23,9 +23,12 @@ class TextStream:
         """Take the next bytes and give the text that is certain now."""
         return self._release(self._decoder.decode(data))
 
-    def flush(self) -> str:
-        """Give what was kept back. The stream is then at the start of a new text."""
-        rest = self._release(self._decoder.decode(b"", final=True))
+    def flush(self, cut: bool = False) -> str:
+        """Give what was kept back. The stream is then at the start of a new text.
+
+        cut: the text would have gone on: the beginning of a character is left out
+        """
+        rest = "" if cut else self._release(self._decoder.decode(b"", final=True))
         if not self.stopped:
             rest += self._held
         self._held, self.stopped = "", False
@@ -44,6 +47,27 @@ class TextStream:
         split = len(text) - n_held
         self._held = text[split:]
         return text[:split]
+
+
+def pieces_of(pieces: Sequence[bytes], text: str) -> tuple[int, int]:
+    """How many of these pieces, in order, say the text or, where it ends within a piece, as much of its beginning as whole pieces do; and how many of
+    its characters these are.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    found = clean = (0, 0)
+    n_decoded = 0
+    for i, data in enumerate(pieces, 1):
+        n_decoded += len(decoder.decode(data))
+        if n_decoded > len(text):
+            # no further than to the last character that ended with a piece
+            return clean
+        # bytes that are kept back begin one more character
+        is_within = bool(decoder.getstate()[0])
+        if n_decoded + is_within <= len(text):
+            found = i, n_decoded + is_within
+        if not is_within:
+            clean = i, n_decoded
+    return found
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -100,8 +100,8 @@ int32_t kvl_get_queries(struct llama_context * ctx, int32_t seq_id, int32_t * po
 
 // what the ring holds of a sequence, as bytes; a state fits a ring of the same size in a context of the same model
 // kvl_ring_get_state: returns their number, which may be larger than n_max: then, or if state is NULL, nothing is written
-int32_t kvl_ring_get_state(struct llama_context * ctx, int32_t seq_id, uint8_t * state, int32_t n_max);
-int32_t kvl_ring_set_state(struct llama_context * ctx, int32_t seq_id, const uint8_t * state, int32_t n_bytes);
+int64_t kvl_ring_get_state(struct llama_context * ctx, int32_t seq_id, uint8_t * state, int64_t n_max);
+int32_t kvl_ring_set_state(struct llama_context * ctx, int32_t seq_id, const uint8_t * state, int64_t n_bytes);
 
 // the attention that the last n_query recorded queries (0: all) pay to each cell:
 // the mean over the queries of the maximum over the group of query heads of the softmax weights; 0 for holes
@@ -161,8 +161,8 @@ int32_t kvl_read_keys   (struct llama_context * ctx, int32_t seq_id, int32_t lay
 int32_t kvl_read_values (struct llama_context * ctx, int32_t seq_id, int32_t layer, float * v, int32_t n_cells);
 int32_t kvl_read_queries(struct llama_context * ctx, int32_t seq_id, int32_t layer, float * q, int32_t n_query);
 
-// the factor attention applies to q.k in a layer, known after the first decode with the ring on
-float kvl_get_kq_scale(struct llama_context * ctx, int32_t layer);
+// the factor attention applies to q.k in a layer, known after the first decode with the ring on; scale: one number
+int32_t kvl_get_kq_scale(struct llama_context * ctx, int32_t layer, float * scale);
 
 // a log callback that drops what it gets
 void kvl_log_discard(int32_t level, const char * text, void * user_data);

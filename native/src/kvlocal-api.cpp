@@ -13,7 +13,7 @@
 static thread_local std::string g_error;
 
 template <typename F>
-static int32_t guard(F && f) {
+static auto guard(F && f) -> decltype(f()) {
     g_error.clear();
 
     try {
@@ -251,14 +251,14 @@ int32_t kvl_get_queries(llama_context * ctx, int32_t seq_id, int32_t * pos, int3
     });
 }
 
-int32_t kvl_ring_get_state(llama_context * ctx, int32_t seq_id, uint8_t * state, int32_t n_max) {
-    return guard([&]() -> int32_t {
+int64_t kvl_ring_get_state(llama_context * ctx, int32_t seq_id, uint8_t * state, int64_t n_max) {
+    return guard([&]() -> int64_t {
         const auto cache = kvl_find_cache(ctx);
 
         kvl_check_seq(cache, seq_id);
 
         const auto & ring = check_ring(cache);
-        const auto   size = (int32_t) kvl_ring_state_size(ring);
+        const auto   size = (int64_t) kvl_ring_state_size(ring);
 
         if (state && n_max >= size) {
             ctx->synchronize();
@@ -270,14 +270,14 @@ int32_t kvl_ring_get_state(llama_context * ctx, int32_t seq_id, uint8_t * state,
     });
 }
 
-int32_t kvl_ring_set_state(llama_context * ctx, int32_t seq_id, const uint8_t * state, int32_t n_bytes) {
+int32_t kvl_ring_set_state(llama_context * ctx, int32_t seq_id, const uint8_t * state, int64_t n_bytes) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(state, "state");
         kvl_check_seq(cache, seq_id);
 
-        const auto size = (int32_t) kvl_ring_state_size(check_ring(cache));
+        const auto size = (int64_t) kvl_ring_state_size(check_ring(cache));
 
         if (n_bytes != size) {
             throw kvl_error(KVL_ERR_ARGUMENT, "the state has " + std::to_string(n_bytes) + " bytes, the ring holds " + std::to_string(size));
@@ -583,19 +583,23 @@ int32_t kvl_read_queries(llama_context * ctx, int32_t seq_id, int32_t layer, flo
     });
 }
 
-float kvl_get_kq_scale(llama_context * ctx, int32_t layer) {
-    float scale = 0.0f;
-
-    guard([&]() -> int32_t {
+int32_t kvl_get_kq_scale(llama_context * ctx, int32_t layer, float * scale) {
+    return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
+        check_pointer(scale, "scale");
         check_layer(cache, layer);
-        scale = check_ring(cache).layers[layer].kq_scale;
+
+        const float noted = check_ring(cache).layers[layer].kq_scale;
+
+        if (noted == 0.0f) {
+            throw kvl_error(KVL_ERR_STATE, "the scale is not known yet: decode something with the query ring on");
+        }
+
+        *scale = noted;
 
         return KVL_OK;
     });
-
-    return scale;
 }
 
 void kvl_log_discard(int32_t level, const char * text, void * user_data) {

@@ -118,7 +118,7 @@ class OursHost:
         )
         self._line = json.dumps({"messages": conversation(self._model, args.tokens)[0]}).encode()
         with ChatSession(self._model, self._config) as session:
-            self._kv_bytes = session._context.kv_bytes() + ring_bytes(session._native.layout())
+            self._kv_bytes = session.cache.context.kv_bytes() + ring_bytes(session.cache.native.layout())
 
     def turn(self) -> Turn:
         started = time.perf_counter()

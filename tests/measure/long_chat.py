@@ -70,7 +70,7 @@ def main() -> int:
         n_system = chat.segments()[0].n_tokens
         while chat.kv.history_tokens < args.tokens or answer_tokens < args.answer_tokens:
             "".join(chat.send(script.turn(len(rows)).text))
-            tokens = chat._ledger.tokens[..., :n_system]
+            tokens = chat.cache.ledger.tokens[..., :n_system]
             answer_tokens += chat.last.answer_tokens
             row = {
                 "history": chat.kv.history_tokens,
