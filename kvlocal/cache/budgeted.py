@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlocal import policies
+from kvlocal.cache.archive import STORES, Archive, Store
 from kvlocal.cache.compression import Compressor, Positions, Seconds
 from kvlocal.cache.ledger import NEXUS, Ledger
+from kvlocal.cache.recall import Recall
 from kvlocal.cache.rollback import taken_back
 from kvlocal.cache.score_sources import Observer, n_recorded
 from kvlocal.errors import KvlocalError
@@ -52,6 +56,9 @@ class CacheConfig:
     type_k, type_v: types of the cache, of kvlocal.llama.engine.KV_TYPES
     n_ubatch: tokens evaluated at once
     n_threads: threads; None for all cores
+    archive: whether what is evicted can be recalled: "off", "ram" with an archive in memory, "disk" with one that goes on in a file
+    archive_ram: bytes of memory that the archive may take
+    archive_dir: where its file is, the system's directory for temporary files if None
 
     Raises:
         CacheError: a value is out of range.
@@ -69,6 +76,9 @@ class CacheConfig:
     type_v: str = "f16"
     n_ubatch: int = 256
     n_threads: int | None = None
+    archive: Store = "off"
+    archive_ram: int = 2**30
+    archive_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "stride", "window", "n_ubatch"):
@@ -81,6 +91,12 @@ class CacheConfig:
             raise CacheError(f"the ratio is {self.ratio}: it must be at least 0 and below 1, the share of the history to remove")
         if self.positions not in get_args(Positions):
             raise CacheError(f"the positions are {self.positions!r}: they must be one of {', '.join(get_args(Positions))}")
+        if self.archive not in STORES:
+            raise CacheError(f"the archive is {self.archive!r}: it must be one of {', '.join(STORES)}")
+        if self.archive_ram < 0:
+            raise CacheError(f"archive_ram is {self.archive_ram}: it must be at least 0")
+        if self.archive != "off" and (self.policy != "recall" or self.positions == "cache"):
+            raise CacheError("only the policy recall chooses from an archive, and not with positions cache: change that or leave the archive off")
         if self.window > self.n_ubatch:
             raise CacheError(f"the window of {self.window} must not be larger than the micro-batch of {self.n_ubatch}: make it smaller")
         if self.budget is not None and self.budget < self.least_budget:
@@ -225,6 +241,7 @@ class BudgetedCache:
             self.native = NativeCache(self.context.pointer, self.context.seq, self.context.call)
             self.layout = self.native.layout()
             self.observer = Observer(self.native, self.layout, self.policy, config.window, self.context.n_ubatch, model.token_bytes)
+            self._exchanged: tuple[npt.NDArray[np.uint8], Ledger] | None = None  # in hold(): cells and ledger before any were exchanged
             self._way_back = _WayBack(self.context, _copy_bytes(self.context) if undo and self.policy.evicts else 0)
             self.compressor = Compressor(
                 self.native,
@@ -239,10 +256,25 @@ class BudgetedCache:
                 config.n_ubatch,
                 model.n_ctx_train,
                 model.n_swa if self.layout.is_swa else 0,
-                before=self._way_back.keep,
+                before=self._keep,
             )
+            opened.callback(self._close_archive)
             self.begin(0)
             self._opened = opened.pop_all()
+
+    def _open_archive(self) -> None:
+        """An empty archive for what the policy evicts, if one is asked for."""
+        self._close_archive()
+        config, compressor = self.config, self.compressor
+        compressor.recall, compressor.lost, compressor.n_recalled = None, "", 0.0
+        if config.archive != "off":
+            directory = (config.archive_dir or Path(tempfile.gettempdir())) if config.archive == "disk" else None
+            compressor.recall = Recall(self.native, self.policy, config.window, Archive(self.layout, config.archive_ram, directory))
+        self._since_recall = 0
+
+    def _close_archive(self) -> None:
+        if self.compressor.recall:
+            self.compressor.recall.archive.close()
 
     def begin(self, n_pinned: int) -> None:
         """An empty cache, in which the first n_pinned tokens will always stay, and the sinks at least."""
@@ -250,6 +282,7 @@ class BudgetedCache:
         self._way_back.checkpoint = None
         self.peak = 0
         self.compressor.compressions = self.compressor.rotations = 0
+        self._open_archive()
         self.ledger = self._empty_ledger(max(self.config.n_sink, n_pinned))
 
     def least_budget(self, n_pinned: int) -> int:
@@ -311,9 +344,9 @@ class BudgetedCache:
         """
         ids = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)])
         ends = np.cumsum([len(part.tokens) for part in parts])
-        start = 0
+        start, breaks = 0, self._ends_of_user_text(parts)
         while True:
-            stop = min(start + self.room, len(ids))
+            stop = min([start + self.room, len(ids), *breaks[:1]])
             # what of each part is in this chunk; one without tokens counts where it stands
             inside = [
                 (part, min(end, stop) - max(end - len(part.tokens), start))
@@ -325,9 +358,29 @@ class BudgetedCache:
             else:
                 self._note(inside, ids)
             progress(stop, len(ids))
+            if breaks and stop == breaks[0]:
+                del breaks[0]
+                self.choose_again()
             if stop == len(ids):
                 return stop
             start = stop
+
+    def _ends_of_user_text(self, parts: Sequence[Passage]) -> list[int]:
+        """After how many of the tokens the user has said all and the markup of an answer begins: the last queries are about what was asked then."""
+        if not self.compressor.recall:
+            return []
+        role, n, found = self.ledger.segments[-1].role if self.ledger.segments else "", 0, []
+        for part in parts:
+            if part.role == "assistant" and role == "user" and n:
+                found.append(n)
+            role, n = part.role, n + len(part.tokens)
+        return found
+
+    def choose_again(self) -> None:
+        """Chooses the cells anew from the whole conversation, if there is an archive."""
+        self.check_certain()
+        self._since_recall = 0
+        self.compressor.choose_again(self.ledger)
 
     def append(
         self,
@@ -354,6 +407,10 @@ class BudgetedCache:
         else:
             self.ledger.append(tokens)
         self._appended()
+        if self.compressor.recall and phase == "decode":
+            self._since_recall += len(tokens)
+            if self._since_recall >= self.policy.refresh:
+                self.choose_again()
 
     def append_vectors(self, vectors: npt.NDArray[np.float32], role: str, adapter: Adapter | None = None) -> int:
         """Evaluates vectors in place of token embeddings, float32 [n, n_embd], in a segment of their own: the first of them, as many as there is
@@ -459,15 +516,26 @@ class BudgetedCache:
     def _rewind(self, checkpoint: _Checkpoint) -> None:
         self.doubt()
         self._way_back.checkpoint = None
-        if checkpoint.state is not None:
-            self.context.clear()
-            self.context.state_set(0, checkpoint.state)
+        if checkpoint.ledger:
             self.ledger = checkpoint.ledger
-            self.doubt()
-        self.ledger.truncate(checkpoint.n_tokens)
+        self._restore(checkpoint.state, checkpoint.n_tokens, checkpoint.ring)
+
+    def _restore(self, state: npt.NDArray[np.uint8] | None, n_tokens: int, ring: npt.NDArray[np.uint8] | None) -> None:
+        """Cells from a copy that was made with the ledger there is, or those that are there if None, up to a length of the conversation."""
+        self.doubt()
+        if state is not None:
+            self.context.clear()
+            self.context.state_set(0, state)
+        self._truncate(n_tokens)
         self.context.remove(0, self.ledger.next_position, -1)
-        self.native.set_ring_state(checkpoint.ring)
+        self.native.set_ring_state(ring)
         self.ledger.certain = self._agrees()
+
+    def _keep(self, ledger: Ledger) -> None:
+        """Before something that cutting off the tail could not bring back."""
+        self._way_back.keep(ledger)
+        if self.compressor.held and self._exchanged is None:
+            self._exchanged = self.context.state_get(), ledger.copy()
 
     def _cut_tail(self, n_tokens: int) -> bool:
         """Removes the cells of the tokens from n_tokens on, and any behind that are not noted; False if that does not bring back what was before.
@@ -484,10 +552,15 @@ class BudgetedCache:
         if not (holds_tail and leaves_queries and 0 <= n_removed):
             return False
         self.doubt()
-        ledger.truncate(n_tokens)
+        self._truncate(n_tokens)
         self.context.remove(0, ledger.next_position, -1)
         ledger.certain = self._agrees() and self._has_window()
         return ledger.certain
+
+    def _truncate(self, n_tokens: int) -> None:
+        self.ledger.truncate(n_tokens)
+        if self.compressor.recall:
+            self.compressor.recall.archive.truncate(n_tokens)
 
     def _agrees(self) -> bool:
         """Whether there are as many cells as are noted, up to the position that is noted."""
@@ -508,7 +581,7 @@ class BudgetedCache:
     def hold(self) -> Iterator[None]:
         """Nothing is compressed inside, and on exit cells and ledger are as they were. Can be nested.
 
-        What is read inside must fit into the free and the spare cells.
+        What is read inside must fit into the free and the spare cells. Where there is an archive cells may be exchanged, but their number stays.
         """
         self.check_certain()
         ledger, compressor, way_back = self.ledger, self.compressor, self._way_back
@@ -519,13 +592,19 @@ class BudgetedCache:
         # what is copied inside is not to overwrite the copy there is
         n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
         segments = [replace(segment) for segment in ledger.segments]
+        ring = self.native.ring_state() if compressor.recall else None
+        outside, self._exchanged = self._exchanged, None
         try:
             with taken_back(self.context, self.native, ledger):
                 yield
         finally:
+            exchanged, self._exchanged = self._exchanged, outside
             compressor.held, way_back.checkpoint, way_back.copy = outer, checkpoint, copy
-            ledger.truncate(n_tokens)
-            ledger.segments[:] = segments
+            if exchanged:
+                state, self.ledger = exchanged
+                self._restore(state, n_tokens, ring)
+            self._truncate(n_tokens)
+            self.ledger.segments[:] = segments
 
     # a copy that outlives the process
 
@@ -579,6 +658,8 @@ class BudgetedCache:
             KvlocalError, LookupError, TypeError, ValueError, AttributeError: it does not fit.
         """
         self.doubt()
+        if self.compressor.recall:
+            raise CacheError("a snapshot does not hold what the archive had")
         # first, because whether it can be gone back to shows in the cells
         checkpoint = self._checkpoint_of(arrays) if "checkpoint.numbers" in arrays else None
         self.ledger.take(_of("ledger", arrays))

@@ -18,6 +18,7 @@ from kvlocal.policies.kvzip import KVzip
 from kvlocal.policies.kvzip_gkv import KVzipGKV
 from kvlocal.policies.kvzip_snapkv import KVzipSnapKV
 from kvlocal.policies.nexus import Nexus
+from kvlocal.policies.recall import Recall
 from kvlocal.policies.rkv import RKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
@@ -29,6 +30,7 @@ POLICIES: dict[str, type[Policy]] = {
     "streaming": Streaming,
     "h2o": H2O,
     "snapkv": SnapKV,
+    "recall": Recall,
     "rkv": RKV,
     "gkv": GKV,
     "kvzip": KVzip,
