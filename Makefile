@@ -44,7 +44,7 @@ setup:
 # A second build of the library, outside the package: $(call library,NAME,OPTIONS) leaves it in build/NAME/dist
 library = PATH="$(CURDIR)/.venv/bin:$$PATH" && ( \
 	cmake -S . -B build/$(1) -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python $(2) $(CMAKE_ARGS) && \
-	cmake --build build/$(1) --target llama && \
+	cmake --build build/$(1) --target llama kvlocal-chat && \
 	cmake --install build/$(1) --component kvlocal --prefix build/$(1)/dist ) </dev/null >&2
 
 # The library with the sanitizers in it, and what Python needs to load it.

@@ -11,16 +11,16 @@ from types import FrameType
 from typing import BinaryIO, Self
 
 import click
-from kvlocal_cli.options import Loading, session_options
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED
 
 from kvlocal.batch.line import Failure, Result
 from kvlocal.batch.output import Results, settings_key
 from kvlocal.batch.run import run_batch
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.hub.catalogue import DEFAULT_MODEL
-from kvlocal.llama.engine import MAX_SEQUENCES
+from kvlocal.llama.context import MAX_SEQUENCES
+from kvlocal_cli.options import Loading, session_options
+from kvlocal_cli.progress import LongWork
+from kvlocal_cli.terminal import INTERRUPTED
 
 _BLOCK = 2**16
 

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import click
-from kvlocal_cli.options import split_policy_arg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,7 +23,8 @@ from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.figure import check
 from kvlocal.files.atomic import atomic_write
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.engine import KV_TYPES
+from kvlocal.llama.context import KV_TYPES
+from kvlocal_cli.options import split_policy_arg
 
 STOCK = Path("build/stock/dist/lib")
 

@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Self
 
 import click
-from kvlocal_cli import chat_commands
-from kvlocal_cli.idle import Idle
-from kvlocal_cli.options import Loading, clean_text, session_options
-from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, write_answer
-from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 from rich.console import Console
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.replay import read_on
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal_cli import chat_commands
+from kvlocal_cli.idle import Idle
+from kvlocal_cli.options import Loading, clean_text, session_options
+from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, write_answer
+from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 
 
 @click.command("chat")
@@ -68,7 +69,7 @@ def chat_command(
         before = begun if load_path else earlier
         system = before.system if config.system is None else clean_text(config.system)
         config = replace(config, system=system)
-        with loading.model(name, config) as model, Chat(name, model, *loading.tokens(model, config), Screen(verbose=verbose)) as chat:
+        with loading.model(name, config) as model, Chat(name, model, *loading.tokens(model, config), Screen(verbose=verbose), loading) as chat:
             if begun.messages:
                 # before there is a transcript: a file that does not fit leaves none
                 chat.replace(chat.config, begun.messages)
@@ -123,23 +124,27 @@ class Chat:
         failed: whether a command failed; on a terminal the user has seen it, a script needs the exit code.
     """
 
-    def __init__(self, name: str, model: Model, config: SessionConfig, nexus: NexusTokens | None, screen: Screen) -> None:
+    def __init__(
+        self, name: str, model: Model, config: SessionConfig, nexus: NexusTokens | None, screen: Screen, loading: Loading
+    ) -> None:
         self.name = name
         self.config = config
         self.screen = screen
         self.failed = False
-        self._model, self._nexus = model, nexus
+        self._model, self._nexus, self._loading = model, nexus, loading
         self._bar = ReadingBar()
         self._transcript: Transcript | None = None
         self._snapshots: Snapshots | None = None
         # of failures to write: what is to be said, and what has been
         self._unsaid, self._said = "", set()
-        self.session = ChatSession(model, config, progress=self._bar.show, nexus=nexus)
+        self._idle = Idle(self.keep_snapshot)
+        self.session = self._open(config)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._idle.end()
         self.session.close()
         if self._transcript is not None:
             self._transcript.close()
@@ -250,12 +255,13 @@ class Chat:
         while True:
             try:
                 if screen.interactive:
-                    with Idle(self.session, self.keep_snapshot):
+                    with self._idle.working(self.session):
                         text, literal = read_turn(lines)
                 else:
                     self._work_between_turns()
                     text, literal = read_turn(lines)
                 self._tell(self._unsaid)
+                self._tell(self._idle.problem)
                 if not text.strip():
                     continue
                 if text.startswith("/") and not literal:
@@ -337,30 +343,39 @@ class Chat:
         try:
             taken = self.session.undo()
         except BaseException:
-            if self.session.messages != messages:
-                self.replace(self.config, messages)
+            self.session.owe(messages)
             raise
         self.record(Transcript.add_undo)
         return taken
 
     def replace(self, config: SessionConfig, messages: Sequence[Mapping[str, str]]) -> None:
-        """Read this conversation under this configuration. If that fails, the chat stays as it was.
+        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again when it goes on:
+        there is never memory for more than one session.
 
         Raises:
-            KvlocalError: they do not go together, or not with the model.
+            KvlocalError: they do not go together, or not with the model, or not with the memory there is.
         """
-        session = ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
+        before, n_answers = [dict(message) for message in self.session.messages], self.session.n_answers
+        messages = [dict(message) for message in messages]
+        ChatSession.check(self._model, config, self._nexus)
+        self._loading.check(self._model.path, config, instead_of=self.config)
+        self.session.close()
         try:
+            self.session = self._open(config)
             for message in self._measured(messages):
-                session.add_turn(message["role"], message["content"])
+                self.session.add_turn(message["role"], message["content"])
         except BaseException:
-            session.close()
+            self.session.close()
+            self.session = self._open(self.config)
+            self.session.owe(before)
             raise
         finally:
+            self.session.n_answers = n_answers
             self._bar.close()
-        session.n_answers = self.session.n_answers
-        self.session.close()
-        self.session, self.config = session, config
+        self.config = config
+
+    def _open(self, config: SessionConfig) -> ChatSession:
+        return ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
 
     def _measured(self, messages: Sequence[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
         """These messages one after another; the bar tells how far the reading of them has come."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from kvlocal_cli.options import split_policy_arg
-from kvlocal_cli.terminal import printable
 
-from kvlocal.chat.session import SegmentStats, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.stats import SegmentStats
 from kvlocal.conversations.transcript import Conversation, load, save
 from kvlocal.errors import KvlocalError
+from kvlocal_cli.options import split_policy_arg
+from kvlocal_cli.terminal import printable
 
 if TYPE_CHECKING:
     from kvlocal_cli.chat import Chat

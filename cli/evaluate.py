@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import click
-from kvlocal_cli.options import parse_ratios
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 from rich.console import Console
 from rich.table import Table
 
 import kvlocal
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.conversations.dialogues import Data, load, shuffled
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
@@ -28,11 +25,15 @@ from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.files.atomic import atomic_write
 from kvlocal.files.fingerprint import fingerprint, run_key
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.engine import KV_TYPES, Model
+from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.progress import LongWork
+from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 
 _SESSION = SessionConfig()
 _GREEDY = SamplingParams(temperature=0, seed=0)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Self
 
 import click
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED, waiting
 
 from kvlocal.hub.catalogue import resolve
-from kvlocal.llama.engine import MAX_SEQUENCES, Model
+from kvlocal.llama.context import MAX_SEQUENCES
+from kvlocal.llama.model import Model
 from kvlocal.training.synth import DataFile, SynthSettings, WrittenDialogue, synthesize
+from kvlocal_cli.progress import LongWork
+from kvlocal_cli.terminal import INTERRUPTED, waiting
 
 _SETTINGS = SynthSettings()
 

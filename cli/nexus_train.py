@@ -13,16 +13,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import click
-from kvlocal_cli.options import parse_ratios
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED, waiting
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.fingerprint import fingerprint
 from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.file import NexusFile
+from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.progress import LongWork
+from kvlocal_cli.terminal import INTERRUPTED, waiting
 
 if TYPE_CHECKING:
     from kvlocal.training.examples import Examples

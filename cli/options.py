@@ -3,18 +3,21 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import click
+
 from kvlocal import policies
-from kvlocal.cache.budgeted import DEFAULT_BUDGET, DEFAULT_FULL
 from kvlocal.cache.compression import Positions
-from kvlocal.chat.session import SessionConfig
+from kvlocal.cache.config import DEFAULT_BUDGET, DEFAULT_FULL
+from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate as footprint
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import resolve
-from kvlocal.llama.engine import KV_TYPES, Model
+from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
@@ -153,10 +156,21 @@ class Loading:
             KvlocalError: there is none, or it cannot be loaded, or it takes too much memory.
         """
         path = resolve(name)
-        if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
-            footprint.check(path, config, parallel, undo)
+        self.check(path, config, parallel, undo)
         with waiting(f"loading {name}"):
             return Model(path, n_gpu_layers=self.gpu_layers)
+
+    def check(
+        self, path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None
+    ) -> None:
+        """Whether so many conversations with the model of this file, with undo or without, fit into the memory that is free, or that is once a
+        conversation kept otherwise has ended.
+
+        Raises:
+            KvlocalError: they do not.
+        """
+        if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
+            footprint.check(path, config, parallel, undo, instead_of)
 
     def tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         """The Nexus tokens for a model, if the policy uses them and there are some, and the configuration with a policy that goes with that.

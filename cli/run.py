@@ -7,6 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
+
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
+from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
+from kvlocal.llama.sampling import MAX_SEED
 from kvlocal_cli.options import Loading, clean_text, session_options
 from kvlocal_cli.terminal import (
     INTERRUPTED,
@@ -16,11 +22,6 @@ from kvlocal_cli.terminal import (
     is_terminal,
     write_answer,
 )
-
-from kvlocal.chat.session import ChatSession, SessionConfig
-from kvlocal.errors import KvlocalError
-from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
-from kvlocal.llama.sampling import MAX_SEED
 
 
 @click.command("run")

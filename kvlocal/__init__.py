@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvlocal.chat.session import ChatSession, SessionConfig
+    from kvlocal.chat.config import SessionConfig
+    from kvlocal.chat.session import ChatSession
     from kvlocal.errors import KvlocalError
     from kvlocal.hub.catalogue import resolve
     from kvlocal.hub.pull import pull
-    from kvlocal.llama.engine import Model
+    from kvlocal.llama.model import Model
     from kvlocal.llama.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -23,9 +24,9 @@ __all__ = ["ChatSession", "KvlocalError", "Model", "SamplingParams", "SessionCon
 _HOMES = {
     "ChatSession": "kvlocal.chat.session",
     "KvlocalError": "kvlocal.errors",
-    "Model": "kvlocal.llama.engine",
+    "Model": "kvlocal.llama.model",
     "SamplingParams": "kvlocal.llama.sampling",
-    "SessionConfig": "kvlocal.chat.session",
+    "SessionConfig": "kvlocal.chat.config",
     "pull": "kvlocal.hub.pull",
     "resolve": "kvlocal.hub.catalogue",
 }

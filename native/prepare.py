@@ -19,8 +19,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-# What configuring and compiling libllama reads of llama.cpp; the rest (tools, tests, models, converters) stays in the archive.
-LLAMA_CPP_PARTS = ("CMakeLists.txt", "LICENSE", "AUTHORS", "cmake", "ggml", "include", "src", "vendor")
+# What configuring and compiling libllama and libkvlocal-chat reads of llama.cpp, and the chat templates that our tests try; the rest (tools,
+# tests, models, converters) stays in the archive.
+LLAMA_CPP_PARTS = (
+    "CMakeLists.txt", "LICENSE", "AUTHORS", "cmake", "common", "ggml", "include", "src", "vendor", "models/templates", "tests/test-chat-template.cpp"
+)  # fmt: skip
 
 
 class PrepareError(Exception):
@@ -84,7 +87,7 @@ def copy_tree(llama_cpp_dir: Path, version: str, into: Path) -> bool:
         if source.is_dir():
             shutil.copytree(source, into / "llama.cpp" / part)
         elif source.exists():
-            (into / "llama.cpp").mkdir(exist_ok=True)
+            (into / "llama.cpp" / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, into / "llama.cpp" / part)
     sdist = llama_cpp_dir.parent.parent
     init = sdist / "llama_cpp" / "__init__.py"

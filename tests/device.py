@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from kvlocal.llama.engine import Model
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 
 def use(device: str) -> None:

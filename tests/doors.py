@@ -15,20 +15,22 @@ import numpy as np
 from click.testing import CliRunner
 from fuzzing import SLOW, Door
 from gguf import GGUFWriter, TokenType
-from kvlocal_cli.main import main
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
 from kvlocal.batch.line import Job
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations import dialogues, transcript
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal_cli.main import main
 
 NAMES = ("gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "batch line", "dialogues", "template", "arguments")
 

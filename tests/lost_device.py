@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvlocal.llama.engine import Context
+from kvlocal.llama.context import Context
 from kvlocal.llama.library import load
 
 

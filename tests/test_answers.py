@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from doors import write_chat_model
 
-from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.cells import NativeError
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 
 CONFIG = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=24, n_threads=1, policy="snapkv", sampling=SamplingParams(temperature=0))
@@ -241,11 +243,11 @@ def test_a_session_that_cannot_be_made_leaves_nothing_open(model):
     gc.collect()
     gc.disable()
     try:
-        n_contexts = len(model._contexts)
+        n_contexts = len(model.contexts)
         for changes in ({"system": "word " * 200}, {"policy": "nexus"}):
             with pytest.raises(KvlocalError):
                 ChatSession(model, dataclasses.replace(CONFIG, **changes))
-            assert [context.closed for context in model._contexts].count(False) == n_contexts
+            assert [context.closed for context in model.contexts].count(False) == n_contexts
     finally:
         gc.enable()
 

@@ -5,8 +5,9 @@ import pytest
 from shallow_model import write_shallow_model
 
 from kvlocal.llama.cells import NativeCache
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 pytestmark = pytest.mark.cpu_only
 

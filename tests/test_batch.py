@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from doors import write_chat_model
 
 from kvlocal.batch.line import Failure, Job, LineError, Result
 from kvlocal.batch.run import run_batch
 from kvlocal.cache.ledger import Ledger
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 
 # One thread: two would wait for each other wherever the cores are shared.
@@ -191,6 +194,38 @@ def test_the_system_prompt_of_the_line_or_of_the_configuration(model):
     (pirate,) = run(model, none, system="Speak like a pirate.")
     assert first.messages[1:] == pirate.messages
     assert first.kv == pirate.kv != second.kv
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_chat_model(path)
+    with Model(path) as loaded:
+        yield loaded
+
+
+def test_lines_with_another_policy_do_not_disturb_the_others(tiny):
+    """How many queries are recorded is decided once for all, when the context is made."""
+    lines = [
+        line(*(user(f"The keeper counted {i} ships. " * (3 + i % 3)) for _ in range(4)), id=i, **({"policy": "snapkv"} if i < 7 else {}))
+        for i in range(12)
+    ]
+    alone = run(tiny, *lines, policy="kvzip-snapkv", budget=64, n_ubatch=32)
+    beside = run(tiny, *lines, policy="kvzip-snapkv", budget=64, n_ubatch=32, parallel=4, ordered=True)
+    assert [type(result) for result in beside] == [Result] * 12
+    assert all(same(one, other) for one, other in zip(alone, beside, strict=True))
+    assert all(result.kv["compressions"] > 1 for result in alone)
+
+
+def test_lines_that_fail_at_once_give_their_streams_back(tiny, monkeypatch):
+    """Those after them decode in the context that is shared, and not in one of their own each."""
+    made, init = [], Context.__init__
+    monkeypatch.setattr(Context, "__init__", lambda context, *args, **options: (init(context, *args, **options), made.append(context))[0])
+    lines = [line(user("Hi"), system="word " * 200), line(user("Hi"), system="word " * 200), *(line(user(f"Hello {i}")) for i in range(6))]
+    results = run(tiny, *lines, policy="snapkv", budget=64, n_ubatch=32, parallel=2, ordered=True)
+    assert [type(result) for result in results] == [Failure] * 2 + [Result] * 6
+    # one to try the configuration, and the one that is shared
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0, seed=0), SamplingParams(temperature=1.5, seed=11)])
@@ -390,7 +425,7 @@ def test_an_abandoned_batch_leaves_no_thread_and_no_cache(model):
     while threading.active_count() > n and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == n
-    assert all(context.closed for context in model._contexts)
+    assert all(context.closed for context in model.contexts)
 
 
 def test_conversations_that_are_done_take_no_memory(model):

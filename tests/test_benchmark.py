@@ -20,8 +20,8 @@ from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.script import Script
 from kvlocal.benchmark.settings import QUICK, BenchSettings
-from kvlocal.chat.session import SessionConfig
-from kvlocal.llama.engine import Model
+from kvlocal.chat.config import SessionConfig
+from kvlocal.llama.model import Model
 
 N_ANSWER = 20
 # bytes in SmolLM2: keys and values of a cell, and the queries of a window of 16 with the spare row

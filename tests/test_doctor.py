@@ -11,7 +11,8 @@ import kvlocal
 from kvlocal.doctor.diagnosis import diagnose
 from kvlocal.hub.catalogue import Catalogue
 from kvlocal.llama import library
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 
 
 def doctor(*arguments, **environment):

@@ -7,7 +7,11 @@ import gguf
 import numpy as np
 import pytest
 
-from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import CacheFull, EngineError
+from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 PROMPT = (
     "The lighthouse keeper wrote in his journal every evening, and on the last page he had drawn a map of the coast"
@@ -302,9 +306,31 @@ def test_a_closed_model_closes_its_contexts_and_says_so(smollm2: Path) -> None:
 
 def test_objects_left_open_end_with_the_interpreter_in_the_right_order(smollm2: Path) -> None:
     script = (
-        "import sys; from kvlocal.llama.engine import *; from kvlocal.llama.sampling import *\n"
+        "import sys; from kvlocal.llama.model import *; from kvlocal.llama.context import *; from kvlocal.llama.sampling import *\n"
         "model = Model(sys.argv[1]); context = Context(model, n_cells=256, n_ubatch=32)\n"
         "sampler = Sampler(model, SamplingParams()); context.decode([1, 2], 0); sampler.sample(context)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, smollm2], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("n_gpu_layers, offloads", [(0, False), (-1, True), (3, True)])
+def test_without_layers_on_a_gpu_nothing_is_sent_there(smollm2: Path, monkeypatch: pytest.MonkeyPatch, n_gpu_layers: int, offloads: bool) -> None:
+    lib, seen = load().llama_cpp, []
+    make = lib.llama_init_from_model
+    monkeypatch.setattr(lib, "llama_init_from_model", lambda model, params: (seen.append(bool(params.op_offload)), make(model, params))[1])
+    with Model(smollm2, n_gpu_layers=n_gpu_layers) as model, Context(model, n_cells=256, n_ubatch=32):
+        assert seen == [offloads]
+
+
+def test_how_many_queries_are_recorded_is_decided_once(model: Model) -> None:
+    with Context(model, n_cells=256, n_ubatch=64, n_recorded=16, n_seq_max=2) as context:
+        assert context.n_recorded == NativeCache(context.pointer).layout().n_window == 16
+    with pytest.raises(EngineError, match="65 queries cannot be recorded"):
+        Context(model, n_cells=256, n_ubatch=64, n_recorded=65)
+
+
+def test_the_lowest_position(context: Context, tokens: np.ndarray) -> None:
+    assert context.pos_min() == -1
+    context.decode(tokens, 0)
+    assert (context.pos_min(), context.pos_max()) == (0, len(tokens) - 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvlocal import policies
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.conversations.dialogues import DataError, load, shuffled
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import figure, plot, report

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.dialogue import MAX_ANSWER, DialogueTask
@@ -22,8 +22,10 @@ from kvlocal.evaluation.recall_chats import Question
 from kvlocal.evaluation.reference import ReferenceCache, log_softmax
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal_cli.main import main
 
 # One thread: two would wait for each other wherever the cores are shared.
 BASE = SessionConfig(stride=16, n_threads=1, sampling=SamplingParams(temperature=0, seed=0))

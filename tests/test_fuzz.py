@@ -1,6 +1,8 @@
 """A short share of tests/measure/fuzz.py: what comes in from outside is taken, or refused with one sentence."""
 
+import copy
 import random
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -9,8 +11,8 @@ import pytest
 from doors import CHATML, MESSAGES, NAMES, doors
 from fuzzing import Door, attack, mutate
 
-import kvlocal.template.chat_template
-from kvlocal.template.chat_template import ChatTemplate, TemplateError
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.compiled import TemplateError
 
 SHARE = {"model": 60, "snapshot": 40, "window snapshot": 40}
 
@@ -64,19 +66,45 @@ def test_mutations_are_those_of_the_seed() -> None:
     ],
 )
 def test_a_template_does_not_reach_python(expression: str) -> None:
-    """Each of these ends the rendering, or gives nothing."""
+    """Each of these ends the rendering, or gives nothing of Python; what a template adds to the messages is in its own copy."""
+    before = copy.deepcopy(MESSAGES)
     try:
         template = ChatTemplate("{{ (" + expression + ") }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
     except TemplateError as error:
         assert "\n" not in str(error)
     else:
-        assert template.render(MESSAGES, opening=False) == "[user]Hello[assistant]Hi.[user]Who are you?"
+        text = template.render(MESSAGES, opening=False)
+        assert text.removesuffix("[user]x") == "[user]Hello[assistant]Hi.[user]Who are you?"
+        assert MESSAGES == before and template.render(MESSAGES, opening=False) == text
 
 
-def test_a_template_does_not_run_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvlocal.template.chat_template, "_LIMIT_SECONDS", 0.5)
-    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    started, before = time.monotonic(), sys.gettrace()
-    with pytest.raises(TemplateError, match="it takes more than 0.5 seconds"):
-        ChatTemplate(loops + CHATML)
-    assert time.monotonic() - started < 10 and sys.gettrace() is before
+_LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+_NESTED = "{% set ns = namespace(x=[]) %}{% for i in range(300000) %}{% set ns.x = [ns.x] %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        pytest.param("{{ 9**(9**9) }}", "broken", id="power"),
+        pytest.param("{{ 'a' * 5000000000 }}", "more than 67 MB", id="string"),
+        pytest.param("{% for i in range(1000000000000) %}{% endfor %}", "more than 67 MB", id="range"),
+        pytest.param("{% set a = 'a' * 100000 %}{{ a | replace('a', a) }}", "more than 67 MB", id="replace"),
+        pytest.param("{{ 'a\nb' | indent(2000000000) }}", "more than 67 MB", id="indent"),
+        pytest.param(_LOOPS, "more than 0.5 seconds", id="loops"),
+        pytest.param("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "nested|more than", id="macro"),
+        pytest.param("{% set ns = namespace() %}{% set ns.a = ns %}{{ ns | tojson }}", "nested|more than", id="circle"),
+        pytest.param(_NESTED, "more than", id="deep value"),
+        pytest.param("{{ " + "(" * 200000 + "1" + ")" * 200000 + " }}", "nested|more than", id="parentheses"),
+        pytest.param("{{ " + "+".join(["'a'"] * 200000) + " }}", "nested|more than", id="chain"),
+        pytest.param("{% if true %}" * 20000 + "{% endif %}" * 20000, "nested|more than", id="statements"),
+    ],
+)
+def test_a_template_takes_neither_the_time_nor_the_memory_of_the_process(expression: str, reason: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(TemplateError, match=reason) as caught:
+        ChatTemplate(expression + CHATML, seconds=0.5)
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert peak < 2**31
+    # and the next one is not affected
+    assert ChatTemplate(CHATML).render(MESSAGES, opening=False)

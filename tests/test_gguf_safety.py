@@ -10,7 +10,9 @@ from gguf import GGUFWriter
 
 from kvlocal.gguf.container import Container, Header
 from kvlocal.gguf.safety import examine
-from kvlocal.llama.engine import Context, EngineError, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import EngineError
+from kvlocal.llama.model import Model
 
 
 def header(path: Path, *, architecture: str = "llama", tokenizer: str = "gpt2", tokens: list[str] = (), **numbers: object) -> Header:

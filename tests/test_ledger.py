@@ -1,8 +1,10 @@
 """The ledger against a list of dictionaries that does the same one cell at a time."""
 
+import time
+
 import numpy as np
 
-from kvlocal.cache.ledger import Ledger
+from kvlocal.cache.ledger import NEXUS, Ledger
 
 L, H = 2, 3
 
@@ -49,6 +51,35 @@ def test_pinned_cells_and_cells_per_segment():
     ledger.compact(keep, None)
     assert ledger.pinned().sum(axis=-1).tolist() == [[3] * H] * L
     np.testing.assert_array_equal(ledger.cells_per_segment()[:, 0], [[3, 3, 3], [7, 6, 5], [2, 3, 4]])
+
+
+def test_many_segments_are_counted_at_once():
+    """Twenty thousand of them in some milliseconds, of which one counts none where it has lost all its cells."""
+    n, kept = 20_000, 500
+    ledger = Ledger(30, 3, n)
+    for i in range(n):
+        ledger.begin_segment("user" if i % 2 else "assistant")
+        ledger.append(np.zeros(1, np.int32))
+    rng = np.random.default_rng(0)
+    keep = np.stack([np.sort(rng.choice(n, kept, replace=False)) for _ in range(90)]).reshape(30, 3, kept)
+    ledger.compact(keep, None)
+    started = time.perf_counter()
+    counts = ledger.cells_per_segment()
+    assert time.perf_counter() - started < 0.3
+    assert counts.shape == (n, 30, 3) and (counts.sum(axis=0) == kept).all()
+    np.testing.assert_array_equal(counts[:, 7, 1].nonzero()[0], keep[7, 1])
+
+
+def test_nexus_tokens_are_counted_as_they_come_and_go():
+    ledger = filled()
+    for n in (3, 2):
+        ledger.begin_segment("nexus")
+        ledger.append(np.full(n, NEXUS, np.int32))
+        ledger.begin_segment("user")
+        ledger.append(np.zeros(4, np.int32))
+    assert ledger.n_nexus == 5
+    ledger.truncate(ledger.n_tokens - 5)
+    assert ledger.n_nexus == 4 == (ledger.ids == NEXUS).sum()
 
 
 def test_truncate_takes_the_tail_off():

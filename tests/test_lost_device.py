@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from doors import write_chat_model
-from kvlocal_cli.main import main
 from lost_device import LosableDevice
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.transcript import load
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import EngineError, Model
+from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load as load_library
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=24, n_threads=1, sampling=SamplingParams(temperature=0))
 OPTIONS = ("--kv-budget", "64", "--stride", "16", "--threads", "1", "--temp", "0", "--max-tokens", "24")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.doctor import memory_estimate as footprint
 from kvlocal.doctor.memory_estimate import Footprint, OutOfMemory, check, largest_budget
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
+from kvlocal_cli.main import main
 
 
 @pytest.mark.parametrize(("type_k", "type_v"), [("f16", "f16"), ("q8_0", "f16")])
@@ -36,8 +37,9 @@ def test_a_sliding_window_is_counted_as_if_it_were_none(gemma3: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from kvlocal.llama.engine import Model
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.llama.model import Model
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 with Model(Path(sys.argv[1])) as model, ChatSession(model, SessionConfig(budget=4096)) as session:
     session.add_turn("user", "Tell me about rivers. " * 100)
     print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))

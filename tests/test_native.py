@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import tiny_model
 from shallow_model import write_shallow_model
 
+from kvlocal.doctor.memory_estimate import available_memory
 from kvlocal.llama.cells import NativeCache, NativeError
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 W = 16
 N = 300  # tokens decoded by most tests
@@ -434,6 +437,30 @@ def test_wrong_calls_are_refused_and_change_nothing(model, tokens):
     chat.context.clear()
     with pytest.raises(NativeError, match="no cells"):
         native.redundancy()
+
+
+def test_the_scale_of_a_layer_is_an_error_where_it_is_not_known(model, tokens):
+    chat = Chat(model, tokens, n=4)
+    assert chat.native.kq_scale(0) == pytest.approx(64**-0.5)
+    for context, layer, match in ((chat, L, "layer"), (chat, -1, "layer"), (Chat(model, tokens, n=0), 0, "not known yet"), (Chat(model, tokens, n=4, window=0), 0, "off")):
+        with pytest.raises(NativeError, match=match):
+            context.native.kq_scale(layer)
+    assert load().lib.kvl_get_kq_scale(load().ffi.cast("struct llama_context *", chat.context.pointer), 0, load().ffi.NULL) == load().lib.KVL_ERR_ARGUMENT
+
+
+@pytest.mark.skipif((available_memory() or 0) < 6 * 2**30, reason="takes 2.2 GB")
+def test_a_ring_may_hold_more_than_two_gigabytes(tmp_path, monkeypatch):
+    for name, value in {"N_EMBD": 8, "N_FF": 8, "N_HEAD": 256, "N_HEAD_KV": 1, "HEAD": 256}.items():
+        monkeypatch.setattr(tiny_model, name, value)
+    tiny_model.write_tiny_model(tmp_path / "wide.gguf", "llama", n_layer=32)
+    n_window = 272
+    with Model(tmp_path / "wide.gguf") as wide, Context(wide, n_cells=512, n_ubatch=n_window, n_outputs=1) as context:
+        NativeCache(context.pointer).enable_ring(n_window)
+        ffi, lib = load().ffi, load().lib
+        size = lib.kvl_ring_get_state(ffi.cast("struct llama_context *", context.pointer), 0, ffi.NULL, 0)
+        assert size == n_window * 4 + 32 * n_window * 256 * 256 * 4 > 2**31
+        code = lib.kvl_ring_set_state(ffi.cast("struct llama_context *", context.pointer), 0, ffi.new("uint8_t[]", 8), 8)
+        assert code == lib.KVL_ERR_ARGUMENT and str(size).encode() in ffi.string(lib.kvl_last_error())
 
 
 def test_unsupported_caches_are_refused(model):

@@ -6,8 +6,9 @@ from shallow_model import write_shallow_model
 from tiny_model import HEAD, N_EMBD, N_HEAD, N_HEAD_KV, N_VOCAB, WINDOW, write_tiny_model
 
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Adapter as RuntimeAdapter
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.adapter import Adapter as RuntimeAdapter
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 

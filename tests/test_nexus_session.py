@@ -7,19 +7,21 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 from random_nexus import K, nexus_file
 
 from kvlocal.batch.run import run_batch
 from kvlocal.cache.ledger import NEXUS
-from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
-from kvlocal.llama.engine import EngineError, Model
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.session import ChatSession
+from kvlocal.llama.errors import EngineError
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.file import NexusError, NexusFile, WrongBase
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.policies import make
 from kvlocal.policies.base import CacheState
+from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(
     budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
@@ -241,7 +243,7 @@ def test_the_commands_use_them_unless_told_otherwise(path, smollm2, gemma3, tmp_
 
 
 def test_an_adapter_of_another_model_is_refused(path, gemma3):
-    from kvlocal.llama.engine import Adapter
+    from kvlocal.llama.adapter import Adapter
 
     with Model(gemma3) as other, pytest.raises(EngineError, match="adapter"):
         Adapter(other, path)

@@ -5,18 +5,21 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import Kvlocal
-from kvlocal_cli.nexus_synth import synth_command
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.facts import load_facts
-from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
-from kvlocal.template.chat_template import CHATML, GEMMA, PLAIN, ChatTemplate
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import CacheFull, EngineError
+from kvlocal.llama.model import Model
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
 from kvlocal.training.dialogue_plan import MAX_PAIRS, MIN_PAIRS, draw_plan
 from kvlocal.training.draw import draw
 from kvlocal.training.synth import SEEDS_PER_RUN, DataFile, SynthSettings, synthesize
 from kvlocal.training.themes import themes
 from kvlocal.training.turn_text import flaw, sentence_ends
+from kvlocal_cli.main import Kvlocal
+from kvlocal_cli.nexus_synth import synth_command
 
 # One thread: two would wait for each other wherever the cores are shared.
 SETTINGS = SynthSettings(seed=3, parallel=4, n_threads=1)

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
-from kvlocal_cli.progress import LongWork
 from shallow_model import write_shallow_model
 from tiny_model import N_VOCAB, write_tiny_model
 
@@ -16,10 +14,12 @@ from kvlocal.conversations.dialogues import load as load_dialogues
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.history import turn_tokens
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.training.examples import Example, Examples, joined, read
+from kvlocal_cli.main import main
+from kvlocal_cli.progress import LongWork
 
 MESSAGES = [
     {"role": "user", "content": "My cat is called Noodle. What is a good food for her?"},

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from shallow_model import write_shallow_model
 
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 
 pytestmark = pytest.mark.cpu_only
 

@@ -5,9 +5,10 @@ import pytest
 from shallow_model import write_shallow_model
 
 from kvlocal.cache.archive import Archive
-from kvlocal.cache.budgeted import BudgetedCache, CacheConfig, CacheError, Passage
+from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.compression import _PAST_CONTEXT
-from kvlocal.llama.engine import Model
+from kvlocal.cache.config import CacheConfig, CacheError
+from kvlocal.llama.model import Model
 from kvlocal.llama.library import load
 from kvlocal.policies.base import CacheState
 from kvlocal.policies.recall import Recall, in_blocks
@@ -140,7 +141,7 @@ def test_going_back_forgets_what_was_archived_since(model):
         cache.mark()
         cache.read(user(150, 3))
         assert cache.compressor.recall.archive.n_tokens > before
-        assert cache.cut(before)
+        assert cache.set_length(before)
         np.testing.assert_array_equal(cache.ledger.tokens[..., : cache.ledger.n_cells], held)
         cache.read(user(80, 4))
         cache.choose_again()

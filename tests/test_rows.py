@@ -7,12 +7,13 @@ import pytest
 import tiny_model
 from gguf import GGMLQuantizationType
 from shallow_model import write_shallow_model
-from test_native import L, N, W, Chat, hadamard_matrix, reference_redundancy, reference_scores, rotate
+from test_native import Chat, L, N, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
-from kvlocal.llama.engine import KV_TYPES, Context, Model
-from kvlocal.llama.library import load
 from kvlocal.llama.cells import NativeCache, NativeError, Rows
+from kvlocal.llama.context import KV_TYPES, Context
+from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 # every type, for keys and for values, and never the same for both but once
 PAIRS = [("f16", "f16"), ("f32", "q8_0"), ("q8_0", "q4_0"), ("q5_1", "f16"), ("q5_0", "iq4_nl"), ("q4_1", "q5_1"), ("q4_0", "q5_0"), ("iq4_nl", "q4_1"), ("f16", "f32")]

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 from doors import write_chat_model
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Context, EngineError, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import MAX_SEED, REPEAT_PENALTY, Sampler, SamplingError, SamplingParams
 
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.policies.segmentation import (
     BREAK,
     CLAUSE,

@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Model
+from kvlocal.evaluation.given_answer import read_answer
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.policies import POLICIES
 
@@ -382,10 +384,10 @@ def test_hold_gives_everything_back(model, smollm2):
                 with chat.hold():
                     chat.add_turn("user", "Who wrote down the weather?")
                     with chat.hold():
-                        first = chat.read_answer("The keeper of the lighthouse.")
+                        first = read_answer(chat, "The keeper of the lighthouse.")
                     with chat.hold():
-                        again = chat.read_answer("The keeper of the lighthouse.")
-                    other = chat.read_answer(STORY * 3)
+                        again = read_answer(chat, "The keeper of the lighthouse.")
+                    other = read_answer(chat, STORY * 3)
                     assert chat.kv.compressions == before.compressions and chat.kv.used > before.used
                 np.testing.assert_array_equal(first[0], again[0])
                 np.testing.assert_array_equal(first[1], again[1])
@@ -403,7 +405,7 @@ def test_read_answer_predicts_each_token_from_those_before_it(model):
     with ChatSession(model, dataclasses.replace(SMALL, budget=400), spare=200, n_outputs=SMALL.n_ubatch) as chat:
         with chat.hold():
             chat.add_turn("user", "Name the capital of France.")
-            tokens, logits = chat.read_answer("The capital of France is Paris.")
+            tokens, logits = read_answer(chat, "The capital of France is Paris.")
         assert model.detokenize(tokens) == "The capital of France is Paris."
         with chat.hold():
             chat.add_turn("user", "Name the capital of France.")

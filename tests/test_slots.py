@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from kvlocal.llama.cells import NativeCache
-from kvlocal.llama.engine import CacheFull, Context, EngineError, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import CacheFull, EngineError
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.llama.slots import Streams
 

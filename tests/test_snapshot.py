@@ -10,14 +10,15 @@ import pytest
 from doors import write_chat_model
 from random_nexus import nexus_file
 
-from kvlocal.chat.session import ChatSession, SessionConfig, SessionError
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations import snapshot as module
 from kvlocal.conversations.replay import EXACT, read_on
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
 from kvlocal.conversations.transcript import Conversation
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import staging_of
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
 

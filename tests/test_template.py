@@ -4,8 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvlocal.llama.engine import Model
-from kvlocal.template.chat_template import CHATML, GEMMA, PLAIN, PLAIN_STOP_STRINGS, ChatTemplate, Piece, TemplateError
+from kvlocal.llama.model import Model
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.compiled import TemplateError
+from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
+from kvlocal.template.pieces import Piece
 
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}"
@@ -59,6 +62,11 @@ GEMMA_3 = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
+# only the generation prompt begins a thought
+OPENING = QWEN_3.replace("{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}", "").replace(
+    "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"
+)
+
 TURNS = [
     ("Hello", "Hi there!"),
     ("What is\n\n1 + 1?", "It is **2**."),
@@ -85,8 +93,9 @@ def conversation(
     steps = [template.prefix(system)]
     for user, answer in turns:
         steps.append(template.user_turn(messages, user))
+        start = template.answer_start(messages)
         messages = [*messages, {"role": "user", "content": user}]
-        yield messages, list(steps)
+        yield messages, [*steps, start]
         steps.append(template.given_assistant(messages, answer))
         messages = [*messages, {"role": "assistant", "content": answer}]
 
@@ -96,7 +105,7 @@ def text_of(steps: list[list[Piece]]) -> str:
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("source", [CHATML, GEMMA, PLAIN, LLAMA_3, MISTRAL, LLAMA_2, PHI_3, QWEN_3, GEMMA_3])
+@pytest.mark.parametrize("source", [CHATML, GEMMA, PLAIN, LLAMA_3, MISTRAL, LLAMA_2, PHI_3, QWEN_3, OPENING, GEMMA_3])
 def test_increments_add_up_to_the_whole(source: str, system: str | None) -> None:
     template = make(source)
     for messages, steps in conversation(template, system):
@@ -204,10 +213,28 @@ def test_dependence_on_history_is_noted_and_survived() -> None:
     assert text_of(steps).endswith(" はい\n- one\n- two</s>[INST] Thanks[/INST]")
 
 
-def test_given_reasoning_is_dropped_as_the_template_drops_it() -> None:
-    template = make(QWEN_3)
-    pieces = template.given_assistant([{"role": "user", "content": "U"}], "<think>\nhm\n</think>\n\nYes")
-    assert pieces == [Piece("assistant", "Yes", "content")]
+@pytest.mark.parametrize("source", [QWEN_3, OPENING])
+def test_a_given_thought_stays_as_a_generated_one_does(source: str) -> None:
+    template = make(source)
+    asked = [{"role": "user", "content": "U"}]
+    thought = [Piece("assistant", "<think>\n", "markup"), Piece("assistant", "hm", "content")]
+    after = Piece("assistant", "\n</think>\n\n", "markup")
+    pieces = template.given_assistant(asked, "<think>\nhm\n</think>\n\nYes")
+    assert pieces == [*thought, after, Piece("assistant", "Yes", "content")]
+    assert template.given_assistant(asked, "<think>\nhm") == thought
+    assert template.given_assistant(asked, "Yes") == [Piece("assistant", "Yes", "content")]
+    # a template that knows no thoughts
+    text = "<think>\nhm\n</think>\n\nYes"
+    assert make(CHATML).given_assistant(asked, text) == [Piece("assistant", text, "content")]
+
+
+def test_what_only_the_generation_prompt_has_belongs_to_generated_answers() -> None:
+    template = make(OPENING)
+    assert text_of([template.user_turn([], "U")]) == "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    assert template.answer_start([]) == [Piece("assistant", "<think>\n", "markup")]
+    assert template.answer_start([])[0].before.endswith("<|im_start|>assistant\n")
+    for source in (CHATML, GEMMA, PLAIN, LLAMA_3, MISTRAL, LLAMA_2, PHI_3, QWEN_3, GEMMA_3):
+        assert make(source).answer_start([]) == []
 
 
 def test_contents_are_stripped_where_the_template_strips_them() -> None:
@@ -278,7 +305,8 @@ def test_long_contents_are_tokenized_whole(model: Model) -> None:
         ("{{ raise_exception('never') }}", "never"),
         ("{{ messages[0].content[0].text }}", "refuses|leaves out"),
         ("nothing of it", "leaves out"),
-        ("{{ ''.__class__.__mro__ }}", "refuses"),
+        ("{{ ''.__class__.__mro__ }}", "refuses|leaves out"),
+        ("{{ messages[0].content * 'a' }}", "refuses"),
     ],
 )
 def test_unusable_templates(source: str, reason: str) -> None:
@@ -287,13 +315,15 @@ def test_unusable_templates(source: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_defaults_follow_the_vocabulary(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_follow_the_vocabulary(smollm2: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(model.metadata, "tokenizer.chat_template")
     assert ChatTemplate.from_model(model).source == "default:chatml"
-    tokenize = model.tokenize
-    monkeypatch.setattr(model, "tokenize", lambda text, **options: tokenize(text.replace("<|", "< |"), **options))
-    plain = ChatTemplate.from_model(model)
-    assert (plain.source, plain.stop_strings) == ("default:plain", PLAIN_STOP_STRINGS)
-    assert text_of([plain.user_turn([], "Hi")]) == "### User:\nHi\n\n### Assistant:\n"
     monkeypatch.setitem(model.metadata, "tokenizer.chat_template", PHI_3)
     assert ChatTemplate.from_model(model).source == "gguf"
+    with Model(smollm2) as other:
+        del other.metadata["tokenizer.chat_template"]
+        tokenize = other.tokenize
+        monkeypatch.setattr(other, "tokenize", lambda text, **options: tokenize(text.replace("<|", "< |"), **options))
+        plain = ChatTemplate.from_model(other)
+    assert (plain.source, plain.stop_strings) == ("default:plain", ("\n### User:",))
+    assert text_of([plain.user_turn([], "Hi")]) == "### User:\nHi\n\n### Assistant:\n"

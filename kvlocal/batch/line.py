@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from kvlocal.chat.session import Message, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import Message
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingParams
 

@@ -12,11 +12,11 @@ from typing import Any, Self
 
 import kvlocal
 from kvlocal.batch.line import Failure, Result
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import LineFile
 from kvlocal.files.fingerprint import fingerprint, run_key
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 
 _KEY_BYTES = 8

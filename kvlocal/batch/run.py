@@ -12,9 +12,12 @@ from typing import Any
 
 from kvlocal.batch.line import Failure, Job, Result
 from kvlocal.cache.compression import Seconds
-from kvlocal.chat.session import REPORTED, ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
+from kvlocal.chat.stats import REPORTED
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import MAX_SEQUENCES, Context, Model
+from kvlocal.llama.context import MAX_SEQUENCES, Context
+from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.llama.slots import Streams
 from kvlocal.nexus.tokens import NexusTokens

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from kvlocal.benchmark.script import Script, Tokens, Turn
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.llama.cells import NativeCache
-from kvlocal.llama.engine import Context, EngineError, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 
 Figures = dict[str, float]

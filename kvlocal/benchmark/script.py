@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.engine import Model
-from kvlocal.template.chat_template import ChatTemplate, Piece
+from kvlocal.llama.model import Model
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.pieces import Piece
 
 Tokens = npt.NDArray[np.int32]
 

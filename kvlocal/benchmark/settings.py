@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal import policies
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 
 _SESSION = SessionConfig()
 

@@ -12,10 +12,10 @@ from typing import Any
 from kvlocal import policies
 from kvlocal.benchmark.readers import Figures, PlainReader, Reader, SessionReader
 from kvlocal.benchmark.script import Script
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Model
 from kvlocal.llama.library import load, load_stock
+from kvlocal.llama.model import Model
 from kvlocal.nexus.discovery import nexus_for
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from kvlocal.cache.archive import ArchiveFailed
+from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
 from kvlocal.cache.recall import Recall
@@ -177,11 +177,20 @@ class Compressor:
         self.seconds.recall += time.perf_counter() - started
         return True
 
+    def open_archive(self, archive: Archive) -> None:
+        """From now on what is evicted can be recalled; nothing must have been evicted yet."""
+        self.recall = Recall(self.native, self.policy, self.window, archive)
+
+    def close_archive(self) -> None:
+        if self.recall:
+            self.recall.archive.close()
+        self.recall, self.lost, self.n_recalled = None, "", 0.0
+
     def _give_up_archive(self, reason: str) -> None:
         """What is evicted from now on is gone for good, and so is what was evicted."""
         if self.recall:
-            self.recall.archive.close()
-            self.recall, self.lost = None, reason
+            self.close_archive()
+            self.lost = reason
 
     def _compact(self, ledger: Ledger, keep: np.ndarray, *, rotate: bool) -> None:
         started = time.perf_counter()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from kvlocal.cache.ledger import Ledger
 from kvlocal.llama.cells import NativeCache
-from kvlocal.llama.engine import Context
+from kvlocal.llama.context import Context
 
 
 @contextmanager

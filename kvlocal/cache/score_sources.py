@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,11 @@ def n_recorded(policy: Policy, window: int, n_ubatch: int) -> int:
     return max((at_once.get(name, 0) for name in policy.needs), default=0)
 
 
+def carried_scores(policy: Policy) -> list[str]:
+    """The scores a ledger must carry for a policy."""
+    return [name for name in ("history", "sums", "reread") if name == "history" or name in policy.needs]
+
+
 class Observer:
     """Looks at one sequence on behalf of a policy.
 
@@ -42,11 +47,6 @@ class Observer:
     ):
         self._native, self._layout, self._policy, self._window, self._text_of = native, layout, policy, window, text_of
         self._n_ring = n_recorded(policy, window, n_ubatch)
-
-    @property
-    def carries(self) -> Collection[str]:
-        """The scores a ledger must carry for this policy."""
-        return [name for name in ("history", "sums", "reread") if name == "history" or name in self._policy.needs]
 
     def before_append(self, ledger: Ledger, n: int) -> None:
         """Before n more tokens: uses the queries that they would push out of the ring."""

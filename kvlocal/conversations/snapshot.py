@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 import kvlocal
-from kvlocal.chat.session import ChatSession, Message, SessionError
+from kvlocal.chat.config import SessionError
+from kvlocal.chat.session import ChatSession, Message
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import replace_at_leisure
 from kvlocal.files.fingerprint import fingerprint

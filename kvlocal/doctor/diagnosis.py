@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import cffi
 
 import kvlocal
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor.memory_estimate import available_memory, largest_budget
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import Catalogue, HubFile, models_dir
 from kvlocal.llama.cells import NativeCache, NativeError
-from kvlocal.llama.engine import KV_TYPES, Context, Model
+from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.library import Library, load
+from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
 
 _T = TypeVar("_T")

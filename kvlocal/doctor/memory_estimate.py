@@ -9,11 +9,11 @@ from typing import Any, Self
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from kvlocal.cache.budgeted import allocation
-from kvlocal.chat.session import SessionConfig
+from kvlocal.cache.config import allocation
+from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import CELL_BLOCK
+from kvlocal.llama.context import CELL_BLOCK
 
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
 _PROCESS = 128 * 2**20
@@ -73,8 +73,10 @@ def _bytes_of(kind: str) -> float:
     return size / block
 
 
-def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True) -> None:
+def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None) -> None:
     """Whether so many conversations with this model, with undo or without, fit into the memory that is free; nothing where that cannot be found out.
+
+    instead_of: how a conversation is kept that ends before, whose memory is free then
 
     Raises:
         OutOfMemory: it does not; says the largest budget that fits.
@@ -85,6 +87,8 @@ def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = Tru
     if free is None or found is None:
         return
     footprint, n_ctx_train = found
+    if instead_of and (ends := _footprint(path, instead_of, undo)):
+        free += ends[0].total(allocation(instead_of, n_ctx_train).n_cells) - ends[0].weights
     asked = allocation(config, n_ctx_train)
     need = footprint.total(parallel * asked.n_cells)
     if need <= free:

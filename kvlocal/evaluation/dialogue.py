@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.chat.session import Message, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import Message
 from kvlocal.conversations.dialogues import Dialogue
+from kvlocal.evaluation.given_answer import read_answer
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.reference import Reference, ReferenceCache, log_softmax
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.chat_template import ChatTemplate
 
@@ -113,7 +115,7 @@ class DialogueTask:
         reading = read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, spare, self._nexus)
         with reading as (session, compression), session.hold():
             session.add_turn("user", chat.user)
-            return compression, *session.read_answer(chat.answer)
+            return compression, *read_answer(session, chat.answer)
 
 
 def compare(reference: Reference, full: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> dict[str, float]:

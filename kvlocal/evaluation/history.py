@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.chat.session import ChatSession, Message, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession, Message
 from kvlocal.evaluation.variants import Variant
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.chat_template import ChatTemplate
 

@@ -9,14 +9,16 @@ from itertools import takewhile
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.given_answer import read_answer
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.recall_chats import Question, recall_chats
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import Variant
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.chat_template import ChatTemplate
 
@@ -84,7 +86,7 @@ def chooses(session: ChatSession, question: Question) -> bool:
         session.add_turn("user", question.text)
         for option in (question.answer, *question.distractors):
             with session.hold():
-                reads.append(session.read_answer(f"{question.lead} {option}"))
+                reads.append(read_answer(session, f"{question.lead} {option}"))
     right, *wrong = mean_log_probabilities(reads)
     return right > max(wrong)
 

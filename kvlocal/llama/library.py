@@ -20,12 +20,14 @@ import kvlocal
 from kvlocal.errors import KvlocalError
 
 _LIBRARY_NAMES = {"darwin": ("libllama.dylib",), "win32": ("llama.dll", "libllama.dll")}.get(sys.platform, ("libllama.so",))
+_CHAT_LIBRARY_NAME = {"darwin": "libkvlocal-chat.dylib", "win32": "kvlocal-chat.dll"}.get(sys.platform, "libkvlocal-chat.so")
 _CFFI_PART = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)
 _VERSION = re.compile(r"^__version__ = \"(.+?)\"", re.MULTILINE)
 _REPAIR = "run `make setup` in the source tree or reinstall kvlocal"
 
 _lock = threading.Lock()
 _library: Library | None = None
+_chat_library: ChatLibrary | None = None
 _log_callback: Any = None  # the library keeps its address, so it must stay alive
 
 
@@ -52,6 +54,17 @@ class Library:
     patch_level: str
 
 
+@dataclass(frozen=True)
+class ChatLibrary:
+    """libkvlocal-chat, beside libllama: chat templates and the parsers of answers, as the functions of kvlocal-chat.h.
+
+    ffi, lib: cffi in ABI mode; the functions are `lib.kvl_chat_...`
+    """
+
+    ffi: cffi.FFI
+    lib: Any
+
+
 def load() -> Library:
     """Loads the library on the first call and returns the same object on every later one, from any thread.
 
@@ -71,7 +84,7 @@ def load() -> Library:
 def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
     """Loads an unpatched llama.cpp (`make stock`) instead, for the rest of the process and to compare with.
 
-    What only needs `llama_cpp` works with it, as kvlocal.llama.engine and kvlocal.template.chat_template do; `ffi` and `lib` are None.
+    What only needs `llama_cpp` works with it, as kvlocal.llama.context and kvlocal.template.chat_template do; `ffi` and `lib` are None.
     llama.cpp's messages go to standard error.
 
     Raises LibraryError if there is none in the directory, if it has the patches, or if another library is loaded already.
@@ -88,6 +101,26 @@ def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
             raise LibraryError(f"{libllama} has kvlocal's patches: name the directory that `make stock` fills")
         _library = Library(llama_cpp, None, None, libllama.parent, version, "")
         return _library
+
+
+def load_chat() -> ChatLibrary:
+    """As `load`, libkvlocal-chat from the same directory.
+
+    Raises LibraryError if it is missing or is not this kvlocal's.
+    """
+    global _chat_library
+    lib_dir = load().lib_dir
+    with _lock:
+        if _chat_library is None:
+            path = lib_dir / _CHAT_LIBRARY_NAME
+            if not path.is_file():
+                raise LibraryError(f"{path} is missing: {_REPAIR}")
+            ffi = _declare(_find("include/kvlocal-chat.h", path))
+            lib = _open(ffi, path)
+            if lib.kvl_chat_api_version() != lib.KVL_CHAT_API_VERSION:
+                raise LibraryError(f"{path} is not the one that this kvlocal was made with: {_REPAIR}")
+            _chat_library = ChatLibrary(ffi, lib)
+        return _chat_library
 
 
 def _load() -> Library:
@@ -136,13 +169,22 @@ def _find(name: str, libllama: Path) -> Path:
     raise LibraryError(f"kvlocal is incomplete, {name} is missing: {_REPAIR}")
 
 
-def _bind_cffi(libllama: Path, header: Path) -> tuple[cffi.FFI, Any]:
+def _declare(header: Path) -> cffi.FFI:
     ffi = cffi.FFI()
     ffi.cdef("struct llama_context;" + _CFFI_PART.search(header.read_text(encoding="utf-8"))[1])
+    return ffi
+
+
+def _open(ffi: cffi.FFI, path: Path) -> Any:
     try:
-        lib = ffi.dlopen(str(libllama))
+        return ffi.dlopen(str(path))
     except OSError as error:
-        raise LibraryError(f"the system cannot load {libllama} ({error}): {_REPAIR}") from None
+        raise LibraryError(f"the system cannot load {path} ({error}): {_REPAIR}") from None
+
+
+def _bind_cffi(libllama: Path, header: Path) -> tuple[cffi.FFI, Any]:
+    ffi = _declare(header)
+    lib = _open(ffi, libllama)
     try:
         version = lib.kvl_api_version()
     except AttributeError:

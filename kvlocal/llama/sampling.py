@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Context, EngineError, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
 
 # llama.cpp reads the highest 32-bit number as "choose for me"; the caller could then not repeat the run.
 MAX_SEED = 2**32 - 2

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.engine import CELL_BLOCK, Adapter, Context, EngineError, Model, Outputs
+from kvlocal.llama.adapter import Adapter
+from kvlocal.llama.context import CELL_BLOCK, Context
+from kvlocal.llama.errors import EngineError
+from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Rounds, T
+from kvlocal.llama.sequence_decoder import Outputs
 
 
 @dataclass(eq=False)

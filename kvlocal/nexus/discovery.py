@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import models_dir, shipped_dir
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.nexus.file import WrongBase
 from kvlocal.nexus.tokens import NexusTokens
 

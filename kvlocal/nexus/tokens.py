@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.gguf.container import Container
-from kvlocal.llama.engine import Adapter, Model
+from kvlocal.llama.adapter import Adapter
+from kvlocal.llama.model import Model
 from kvlocal.nexus.file import NexusFile
 from kvlocal.policies.segmentation import Dynamic
 

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from kvlocal.cache.second_read import EXCHANGE, INSTRUCTION
 from kvlocal.conversations.dialogues import Dialogue, load
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.engine import Model
-from kvlocal.template.chat_template import ChatTemplate, Piece
+from kvlocal.llama.model import Model
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.pieces import Piece
 
 _BUCKETS = 2**32
 

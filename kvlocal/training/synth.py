@@ -16,9 +16,12 @@ import kvlocal
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import LineFile
 from kvlocal.files.fingerprint import fingerprint, run_key
-from kvlocal.llama.engine import MAX_SEQUENCES, Context, Model
+from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.library import load
-from kvlocal.template.chat_template import ChatTemplate, Message, Piece
+from kvlocal.llama.model import Model
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.markup import Message
+from kvlocal.template.pieces import Piece
 from kvlocal.training.dialogue_plan import MIN_PAIRS, PairPlan, TurnPlan, draw_plan
 from kvlocal.training.draw import draw
 from kvlocal.training.turn_text import FENCE, flaw, in_code, sentence_ends
@@ -248,7 +251,7 @@ class _Scribe:
         controls = [token for token in range(model.n_vocab) if model.token_attributes(token) & control]
         # a sliding window forgets what would come back into it
         self.can_rewind = not model.n_swa
-        self.ends = model.end_tokens
+        self.ends = template.end_tokens
         self._ends = np.array(sorted(self.ends), dtype=np.int64)
         self._forbidden = np.array([token for token in controls if token not in self.ends], dtype=np.int64)
         texts = {model.token_bytes(token, special=True).decode("utf-8", "replace") for token in {*controls, *self.ends}}
@@ -304,6 +307,8 @@ class _Author:
         self._pieces += self._template.user_end(before)
         if pair.answer.given:
             self._pieces += self._template.given_assistant(self._messages, pair.answer.given)
+        else:
+            self._pieces += self._template.answer_start(before)
         return (yield from self._write_turn("assistant", pair.answer, _ANSWER_TEMPERATURE))
 
     def _write_turn(self, role: str, part: TurnPlan, temperature: float) -> Generator[_Step, int, str | None]:

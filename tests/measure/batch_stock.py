@@ -25,10 +25,12 @@ from kvlocal.batch.run import run_batch
 from kvlocal.benchmark.comparison import of_pairs
 from kvlocal.benchmark.readers import ring_bytes
 from kvlocal.benchmark.script import Script
-from kvlocal.chat.session import ChatSession, Message, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession, Message
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
 from kvlocal.llama.library import load, load_stock
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.template.chat_template import ChatTemplate
 
@@ -112,7 +114,7 @@ class OursHost:
         load()
         self._model, self._n = Model(args.model), args.n
         # answers are as long as those of the others
-        self._model.end_tokens = frozenset()
+        ChatTemplate.from_model(self._model).end_tokens = frozenset()
         self._config = SessionConfig(
             budget=args.kv_budget, policy=args.policy, max_tokens=args.generate, sampling=SamplingParams(temperature=0), n_threads=args.threads
         )

@@ -13,9 +13,9 @@ import sys
 import time
 
 from kvlocal.batch.run import run_batch
-from kvlocal.chat.session import SessionConfig
+from kvlocal.chat.config import SessionConfig
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 
 TOPICS = ("whales", "bridges", "bread", "glaciers", "violins", "deserts", "clocks", "maps")

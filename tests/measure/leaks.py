@@ -18,8 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np  # noqa: E402
 from doors import write_chat_model, write_nexus  # noqa: E402
 
+from kvlocal.llama.adapter import Adapter  # noqa: E402
 from kvlocal.llama.cells import NativeCache, NativeError  # noqa: E402
-from kvlocal.llama.engine import Adapter, Context, EngineError, Model  # noqa: E402
+from kvlocal.llama.context import Context  # noqa: E402
+from kvlocal.llama.errors import EngineError  # noqa: E402
+from kvlocal.llama.model import Model  # noqa: E402
 
 ROUNDS = 3
 _OURS = re.compile(r"\blib(llama|ggml)[\w-]*\.so|/native/src/")

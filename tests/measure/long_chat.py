@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 from kvlocal.benchmark.script import Script
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.evaluation import figure
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 
 SYSTEM = "You are a patient librarian. End every answer with the word indeed."

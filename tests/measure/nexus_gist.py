@@ -10,9 +10,10 @@ printed with each answer: cells of the question, of the answer, and Nexus cells.
 import argparse
 from pathlib import Path
 
-from kvlocal.chat.session import ChatSession, SessionConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.engine import Model
+from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
 

@@ -1,0 +1,134 @@
+"""CacheConfig: what is kept of a conversation, and how many cells that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from kvlocal import policies
+from kvlocal.cache.archive import STORES, Store
+from kvlocal.cache.compression import Positions
+from kvlocal.cache.score_sources import n_recorded
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.model import Model
+
+DEFAULT_BUDGET = 1024
+DEFAULT_FULL = 8192
+
+
+class CacheError(KvlocalError):
+    """The cache cannot do this, now or with this configuration."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What is kept of a conversation.
+
+    budget: cells each layer and head holds after a compression, DEFAULT_BUDGET if None; for the policy "full", all there ever are, and if
+        None as many as the model was trained for, up to DEFAULT_FULL
+    ratio: the share of the history to remove, 0 to 1: the budget grows with the conversation, (1 - ratio) of its tokens, up to `budget`, which
+        is then as large as for "full" if None
+    policy, policy_args: what to keep (kvlocal.policies), and its hyper-parameters
+    positions: where kept keys are rotated to (kvlocal.cache.compression.Compressor)
+    stride: the cache may grow by this many cells before it is compressed again
+    window: the most recent cells, which always stay, and whose queries score the others
+    n_sink: the first cells, which always stay
+    type_k, type_v: types of the cache, of kvlocal.llama.context.KV_TYPES
+    n_ubatch: tokens evaluated at once
+    n_threads: threads; None for all cores
+    archive: whether what is evicted can be recalled: "off", "ram" with an archive in memory, "disk" with one that goes on in a file
+    archive_ram: bytes of memory that the archive may take
+    archive_dir: where its file is, the system's directory for temporary files if None
+
+    Raises:
+        CacheError: a value is out of range.
+    """
+
+    budget: int | None = None
+    ratio: float | None = None
+    policy: str = policies.DEFAULT_POLICY
+    policy_args: Mapping[str, Any] = field(default_factory=dict)
+    positions: Positions = "auto"
+    stride: int = 128
+    window: int = 16
+    n_sink: int = 4
+    type_k: str = "f16"
+    type_v: str = "f16"
+    n_ubatch: int = 256
+    n_threads: int | None = None
+    archive: Store = "off"
+    archive_ram: int = 2**30
+    archive_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "stride", "window", "n_ubatch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CacheError(f"{name} is {value}: it must be at least 1")
+        if self.n_sink < 0:
+            raise CacheError(f"n_sink is {self.n_sink}: it must be at least 0")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise CacheError(f"the ratio is {self.ratio}: it must be at least 0 and below 1, the share of the history to remove")
+        if self.positions not in get_args(Positions):
+            raise CacheError(f"the positions are {self.positions!r}: they must be one of {', '.join(get_args(Positions))}")
+        if self.archive not in STORES:
+            raise CacheError(f"the archive is {self.archive!r}: it must be one of {', '.join(STORES)}")
+        if self.archive_ram < 0:
+            raise CacheError(f"archive_ram is {self.archive_ram}: it must be at least 0")
+        if self.archive != "off" and (self.policy != "recall" or self.positions == "cache"):
+            raise CacheError("only the policy recall chooses from an archive, and not with positions cache: change that or leave the archive off")
+        if self.window > self.n_ubatch:
+            raise CacheError(f"the window of {self.window} must not be larger than the micro-batch of {self.n_ubatch}: make it smaller")
+        if self.budget is not None and self.budget < self.least_budget:
+            raise CacheError(f"a budget of {self.budget} cells is too small: give at least {self.least_budget}")
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget there can be."""
+        return 2 * self.window + self.n_sink
+
+
+class Allocation(NamedTuple):
+    """What a configuration needs for a model.
+
+    budget: the most cells of each layer and head after a compression
+    n_cells: cells that are allocated
+    evicts: whether cells are ever removed
+    """
+
+    budget: int
+    n_cells: int
+    evicts: bool
+
+
+def allocation(config: CacheConfig, n_ctx_train: int) -> Allocation:
+    """How large a cache is made for a model that was trained on so many positions; a budget that is too large for it is left as it is."""
+    evicts = policies.make(config.policy, config.policy_args).evicts
+    slack = config.stride if evicts else 0
+    default = DEFAULT_BUDGET if evicts and config.ratio is None else DEFAULT_FULL
+    budget = config.budget or min(default, n_ctx_train - slack)
+    return Allocation(budget, budget + slack, evicts)
+
+
+def check_budget(model: Model, config: CacheConfig) -> Allocation:
+    """The allocation for a model; CacheError if the budget is too large for it."""
+    asked = allocation(config, model.n_ctx_train)
+    if asked.n_cells > model.n_ctx_train:
+        raise CacheError(
+            f"a budget of {asked.budget} cells is too large for a model trained on {model.n_ctx_train} positions: "
+            f"give at most {model.n_ctx_train - (asked.n_cells - asked.budget)}"
+        )
+    return asked
+
+
+def least_budget(config: CacheConfig, n_pinned: int) -> int:
+    """The smallest budget in which so many tokens can always stay."""
+    evicts = policies.make(config.policy, config.policy_args).evicts
+    return max(config.n_sink, n_pinned) + 2 * config.window if evicts else 0
+
+
+def queries_to_record(config: CacheConfig) -> int:
+    """How many queries a context must record for this configuration."""
+    return n_recorded(policies.make(config.policy, config.policy_args), config.window, config.n_ubatch)

@@ -1,0 +1,147 @@
+"""AnswerInProgress: one answer from the time its user turn is read until it has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kvlocal.chat.config import SessionError
+from kvlocal.chat.stats import StopReason, TurnStats
+from kvlocal.chat.turn_reader import TurnReader
+from kvlocal.llama.sampling import Sampler
+from kvlocal.template.answer import AnswerStream
+from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.pieces import Piece
+
+
+class AnswerInProgress:
+    """Draws the tokens of an answer, token by token into the cache, and its text out of it.
+
+    There is one at a time that may. Once it is over, whoever ended it, it touches nothing any more, and what iterates over it gets a SessionError.
+
+    reader: the cache and the template
+
+    stopped: it is to end after its current token, or before its first one; may be set
+    over: whether it has ended
+    message: what it is in the conversation, as far as it came; None before it is begun
+    stats: in numbers, None before it has ended
+    """
+
+    def __init__(self, reader: TurnReader) -> None:
+        self._reader, self._cache = reader, reader.cache
+        self.stopped = self.over = False
+        self.message: dict[str, str] | None = None
+        self.stats: TurnStats | None = None
+        self._stream = reader.template.answer_stream(reader.cache.model)
+        self._fed: list[int] = []
+        self._drawn: list[int] = []
+
+    def begin(self, sampler: Sampler, start: Sequence[Piece], prompt_tokens: int, prompt_seconds: float) -> dict[str, str]:
+        """The answer is part of the conversation from now on; returns its message.
+
+        start: what only generated answers begin with (ChatTemplate.answer_start)
+        prompt_tokens, prompt_seconds: what the turn took to read
+        """
+        self._sampler, self._start, self._started = sampler, start, time.perf_counter()
+        self._prompt_tokens, self._prompt_seconds = prompt_tokens, prompt_seconds
+        self.message = {"role": "assistant", "content": ""}
+        return self.message
+
+    def texts(self, max_tokens: int) -> Iterator[str]:
+        """The text as it comes, never half a character. Closing the iterator ends the answer, as does an exception inside it.
+
+        Raises:
+            SessionError: it is over.
+        """
+        self._check_current()
+        cache, template, stream, reason = self._cache, self._reader.template, self._stream, "stopped"
+        self._started = time.perf_counter()
+        try:
+            if not self.stopped:
+                self._prompt_tokens += self._reader.read(self._start)
+            while not self.stopped:
+                if len(self._fed) >= max_tokens:
+                    reason = "length"
+                    break
+                sampling = time.perf_counter()
+                token = self._sampler.sample(cache.context)
+                self._drawn.append(token)
+                cache.seconds.sample += time.perf_counter() - sampling
+                if token in template.end_tokens:
+                    reason = "end"
+                    break
+                cache.append(np.array([token], np.int32), "decode")
+                self._fed.append(token)
+                text = stream.push(token)
+                if text:
+                    self.message["content"] += text
+                    yield text
+                    self._check_current()
+                if stream.stopped:
+                    reason = "end"
+                    break
+            rest = stream.flush(cut=not ended_by_model(self._drawn, template))
+            self.message["content"] += rest
+            self.end(reason)
+        except GeneratorExit:
+            self.end()
+            raise
+        if rest:
+            yield rest
+
+    def _check_current(self) -> None:
+        if self.over:
+            raise SessionError("this answer has ended, as the conversation went on without it: ask again with regenerate() or send()")
+
+    def end(self, reason: StopReason = "stopped") -> None:
+        """It ends as far as it came: what is in the cache is what it says."""
+        if self.over or self.message is None:
+            return
+        self.over = True
+        n = len(self._fed)
+        if not ended_by_model(self._drawn, self._reader.template) or self._stream.has_closing:
+            n = keep_said(self._reader, self._sampler, self._stream, self._fed, self.message["content"])
+        self._close(n, reason)
+
+    def break_off(self) -> None:
+        """It ends after an exception, with the cache as it is."""
+        self.over = True
+        self._close(len(self._fed), "stopped")
+
+    def _close(self, n_tokens: int, reason: StopReason) -> None:
+        self._cache.describe(self.message["content"])
+        self.stats = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, time.perf_counter() - self._started, reason, self._drawn)
+
+
+def ended_by_model(drawn: Sequence[int], template: ChatTemplate) -> bool:
+    """Whether these tokens are those of an answer that the model ended by a token."""
+    return bool(drawn) and drawn[-1] in template.end_tokens
+
+
+def text_of(stream: AnswerStream, drawn: Sequence[int], template: ChatTemplate) -> str:
+    """What an answer says that was drawn as these tokens; the stream is new."""
+    text = "".join(stream.push(token) for token in drawn if token not in template.end_tokens)
+    return text + stream.flush(cut=not ended_by_model(drawn, template))
+
+
+def keep_said(reader: TurnReader, sampler: Sampler, stream: AnswerStream, fed: Sequence[int], content: str) -> int:
+    """Takes tokens at the end of an answer out of the cache that say what is not in it: a stop string, the beginning of a character or of a stop
+    string, or of what the template writes behind answers. Returns how many tokens the answer has then.
+
+    sampler: remembers them no more either
+    stream: made the text of the answer
+    fed: the tokens of the answer, the last that were evaluated
+    """
+    cache = reader.cache
+    n, before, rest = stream.kept(fed, content)
+    n_drop = len(fed) - n
+    if not n_drop or cache.uncertain:
+        return len(fed)
+    for _ in range(min(n_drop, len(sampler.recent))):
+        sampler.recent.pop()
+    if not cache.set_length(cache.ledger.n_tokens - n_drop):
+        return n
+    # a token may say the end of the answer and the beginning of what is left out
+    return n + cache.read(reader.passages([Piece("assistant", rest, "content", before=before or "a")])) if rest else n

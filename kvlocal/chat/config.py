@@ -1,0 +1,36 @@
+"""SessionConfig: how a conversation is kept and answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvlocal.cache.config import CacheConfig, CacheError
+from kvlocal.llama.sampling import SamplingParams
+
+
+class SessionError(CacheError):
+    """The session cannot do this, now or with this configuration."""
+
+
+@dataclass(frozen=True)
+class SessionConfig(CacheConfig):
+    """How a conversation is kept: what CacheConfig says, in which the system prompt always stays, and
+
+    idle: read finished turns a second time, for the policies that need it
+    system: system prompt; None for the template's own default
+    sampling: how the next token is drawn
+    max_tokens: the longest answer, in tokens
+
+    Raises:
+        CacheError: a value is out of range.
+    """
+
+    idle: bool = True
+    system: str | None = None
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens < 1:
+            raise SessionError(f"max_tokens is {self.max_tokens}: it must be at least 1")

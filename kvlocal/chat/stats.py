@@ -1,0 +1,110 @@
+"""A conversation in numbers: its cache, its last answer, and what is left of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvlocal.cache.budgeted import BudgetedCache
+from kvlocal.cache.ledger import Ledger
+
+StopReason = Literal["end", "length", "stopped"]
+
+
+@dataclass(frozen=True)
+class KvStats:
+    """The cache in numbers, in cells of each layer and head.
+
+    budget, used, capacity: what it may hold after a compression, holds, and was allocated for
+    peak_cells: the most it ever held
+    history_tokens: tokens of the whole conversation
+    compressions: how often cells were removed
+    evicted: cells removed so far
+    next_position: where the next token goes
+    nexus: of the cells it holds, those of Nexus tokens, mean over layers and heads
+    rotations: how often the keys were moved back to low positions
+    """
+
+    budget: int
+    used: int
+    capacity: int
+    peak_cells: int
+    history_tokens: int
+    compressions: int
+    evicted: int
+    next_position: int
+    nexus: float
+    rotations: int
+
+    @classmethod
+    def of(cls, cache: BudgetedCache) -> KvStats:
+        """As they are now."""
+        ledger = cache.ledger
+        return cls(
+            cache.target,
+            ledger.n_cells,
+            cache.context.n_cells,
+            cache.peak,
+            ledger.n_tokens - ledger.n_nexus,
+            cache.compressor.compressions,
+            ledger.n_tokens - ledger.n_cells,
+            ledger.next_position,
+            float(ledger.nexus().mean(axis=(0, 1)).sum()) if ledger.n_nexus else 0.0,
+            cache.compressor.rotations,
+        )
+
+    def report(self) -> dict[str, float]:
+        """What is told with a result."""
+        return {name: getattr(self, name) for name in REPORTED}
+
+
+# the numbers of KvStats that are told with a result
+REPORTED = ("budget", "peak_cells", "history_tokens", "compressions", "evicted", "nexus")
+
+
+@dataclass(frozen=True)
+class TurnStats:
+    """The last answer in numbers.
+
+    stop_reason: "end" by itself, "length" at max_tokens, "stopped" by the caller
+    drawn: its tokens, with the one that ended it
+    """
+
+    prompt_tokens: int
+    answer_tokens: int
+    prompt_seconds: float
+    answer_seconds: float
+    stop_reason: StopReason
+    drawn: Sequence[int]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the answer, 0 for an empty one."""
+        return self.answer_tokens / self.answer_seconds if self.answer_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class SegmentStats:
+    """What is left of one segment. n_cells: mean over layers and heads; n_cells_min: the smallest of them."""
+
+    role: str
+    turn: int
+    n_tokens: int
+    n_cells: float
+    n_cells_min: int
+    pinned: bool
+    text: str
+
+
+def segment_stats(ledger: Ledger) -> list[SegmentStats]:
+    """What is left of each segment, in order."""
+    counts = ledger.cells_per_segment().reshape(len(ledger.segments), -1)
+    stats, turn, before = [], 0, ""
+    for segment, mean, least in zip(ledger.segments, counts.mean(axis=1).tolist(), counts.min(axis=1).tolist(), strict=True):
+        # Nexus tokens divide a long text
+        turn += segment.role == "user" != before
+        before = before if segment.role == "nexus" else segment.role
+        n_tokens, pinned = segment.end - segment.start, segment.end <= ledger.n_pinned
+        stats.append(SegmentStats(segment.role, turn, n_tokens, mean, least, pinned, segment.text))
+    return stats

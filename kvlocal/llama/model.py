@@ -1,0 +1,242 @@
+"""Model: the weights and the vocabulary of a GGUF file, over llama-cpp-python's low-level bindings."""
+
+import ctypes
+import os
+import weakref
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.gguf.container import ALIGNMENT, ContainerError, Header
+from kvlocal.gguf.safety import Alphabet, examine
+from kvlocal.llama.errors import EngineError
+from kvlocal.llama.library import load
+from kvlocal.llama.log import NativeLog
+
+_GGUF_MAGIC = b"GGUF"
+
+
+class Closable(Protocol):
+    """What is closed before its model."""
+
+    def close(self) -> None: ...
+
+
+class Model:
+    """The weights and the vocabulary of one GGUF file.
+
+    Closing it, or leaving its `with` block, closes its contexts first; a closed model raises EngineError.
+
+    Args:
+        path: the GGUF file.
+        n_gpu_layers: how many layers go to the GPU, -1 for all; without a GPU backend it has no effect. With 0 everything is computed on the CPU.
+        use_mmap: map the file instead of reading it.
+
+    Attributes:
+        contexts: what was made with it and is closed first.
+
+    Raises:
+        EngineError: no such file, not GGUF, not loadable, or a model without a plain KV cache.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int = 0, use_mmap: bool = True) -> None:
+        self.path = Path(path)
+        self.n_gpu_layers = n_gpu_layers
+        check_is_gguf(self.path)
+        header, self._alphabet = _sound(self.path)
+        self._lib = lib = load().llama_cpp
+        lib.llama_backend_init()
+
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        # ggml aborts where tensors would be mapped to addresses with a smaller alignment
+        mapped = use_mmap and lib.llama_supports_mmap() and header.alignment not in range(1, ALIGNMENT)
+        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mapped else lib.LLAMA_LOAD_MODE_NONE
+        with NativeLog(lib) as log:
+            pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not pointer:
+            raise EngineError(f"{self.path} cannot be loaded{log.reason}: fetch it again or choose another model")
+        self._pointer: int = pointer
+        self._free = weakref.finalize(self, lib.llama_model_free, pointer)
+        self.contexts: weakref.WeakSet[Closable] = weakref.WeakSet()
+        self._vocab = lib.llama_model_get_vocab(pointer)
+        self._pieces: dict[tuple[int, bool], bytes] = {}
+
+        self._has_vocabulary = lib.llama_vocab_type(self._vocab) != lib.LLAMA_VOCAB_TYPE_NONE
+        self.has_encoder = bool(lib.llama_model_has_encoder(pointer))
+        self.is_recurrent = bool(lib.llama_model_is_recurrent(pointer))
+        self.is_hybrid = bool(lib.llama_model_is_hybrid(pointer))
+        self.is_diffusion = bool(lib.llama_model_is_diffusion(pointer))
+        self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
+        self._check_has_kv_cache()
+
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(pointer)
+        self.n_embd: int = lib.llama_model_n_embd(pointer)
+        self.n_layer: int = lib.llama_model_n_layer(pointer)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.n_params: int = lib.llama_model_n_params(pointer)
+        self.size_bytes: int = lib.llama_model_size(pointer)
+        self.n_swa: int = lib.llama_model_n_swa(pointer)
+        self.description = self._string(lib.llama_model_desc)
+        self.metadata: dict[str, str] = {
+            self._string(lib.llama_model_meta_key_by_index, i): self._string(lib.llama_model_meta_val_str_by_index, i)
+            for i in range(lib.llama_model_meta_count(pointer))
+        }
+        bos = lib.llama_vocab_bos(self._vocab)
+        self.bos: int | None = bos if bos >= 0 else None
+        eos = lib.llama_vocab_eos(self._vocab)
+        self.eos: int | None = eos if eos >= 0 else None
+        self.add_bos = self.bos is not None and bool(lib.llama_vocab_get_add_bos(self._vocab))
+
+    def _check_has_kv_cache(self) -> None:
+        kinds = {
+            "an encoder": self.has_encoder or not self.has_decoder,
+            "a recurrent state": self.is_recurrent,
+            "a partly recurrent state": self.is_hybrid,
+            "diffusion": self.is_diffusion,
+        }
+        for kind, found in kinds.items():
+            if found:
+                self.close()
+                raise EngineError(
+                    f"{self.path} works with {kind} instead of a plain KV cache, so there is nothing to compress: "
+                    "choose a decoder-only attention model"
+                )
+
+    def _string(self, function: Any, *args: int) -> str:
+        """What a `(model, ..., buffer, size) -> length` function of llama.cpp writes."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = function(self.pointer, *args, buffer, size)
+            if length < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = length + 1
+
+    @property
+    def pointer(self) -> int:
+        """The address of the llama_model."""
+        if not self._free.alive:
+            raise EngineError(f"the model {self.path} is closed: load it again")
+        return self._pointer
+
+    @property
+    def closed(self) -> bool:
+        return not self._free.alive
+
+    @property
+    def vocab(self) -> int:
+        """The address of the llama_vocab, whose functions abort where there is no vocabulary."""
+        _ = self.pointer
+        if not self._has_vocabulary:
+            raise EngineError(f"{self.path} has no vocabulary: choose another model")
+        return self._vocab
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a turn or a text: llama.cpp's end-of-generation set."""
+        vocab = self.vocab
+        is_end = self._lib.llama_vocab_is_eog
+        return frozenset(token for token in range(self.n_vocab) if is_end(vocab, token))
+
+    @cached_property
+    def adds_space(self) -> bool:
+        """Whether the tokenizer puts a space before every text and after every control token."""
+        first = self.tokenize("a", parse_special=False)
+        return bool(len(first)) and self.token_bytes(int(first[0])).startswith(b" ")
+
+    def tokenize(self, text: str, *, parse_special: bool, add_special: bool = False) -> npt.NDArray[np.int32]:
+        """The tokens of a text, [n] int32.
+
+        Args:
+            text: any text. What a user typed must be read with `parse_special=False`.
+            parse_special: turn the text of a control token into that token.
+            add_special: put BOS (and EOS) where the model wants them.
+        """
+        # surrogates come from arguments and files that were not UTF-8
+        data = text.encode("utf-8", "replace")
+        if self._alphabet and (lacking := self._alphabet.lacks(data.decode())):
+            raise EngineError(f"{self.path} has no token for {lacking!r}: leave it out or choose another model")
+        tokens = np.empty(len(data) + 2, dtype=np.int32)
+        n = self._tokenize_into(tokens, data, add_special, parse_special)
+        if n < 0:
+            tokens = np.empty(-n, dtype=np.int32)
+            n = self._tokenize_into(tokens, data, add_special, parse_special)
+        if n < 0:
+            raise EngineError(f"a text of {len(data)} bytes cannot be tokenized: give it in smaller parts")
+        return tokens[:n].copy()
+
+    def _tokenize_into(self, tokens: npt.NDArray[np.int32], data: bytes, add_special: bool, parse_special: bool) -> int:
+        pointer = tokens.ctypes.data_as(self._lib.llama_token_p)
+        return self._lib.llama_tokenize(self.vocab, data, len(data), pointer, len(tokens), add_special, parse_special)
+
+    def token_bytes(self, token: int, special: bool = False) -> bytes:
+        """The bytes a token stands for, which need not be whole UTF-8 characters.
+
+        Args:
+            token: a token of the vocabulary.
+            special: also spell out control tokens, which are otherwise empty.
+        """
+        piece = self._pieces.get((token, special))
+        if piece is None:
+            self.check_token(token)
+            size = 32
+            while True:
+                buffer = ctypes.create_string_buffer(size)
+                length = self._lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+                if length >= 0:
+                    break
+                size = -length
+            piece = self._pieces[token, special] = buffer.raw[:length]
+        return piece
+
+    def token_attributes(self, token: int) -> int:
+        """The llama_token_attr bits of a token."""
+        self.check_token(token)
+        return self._lib.llama_vocab_get_attr(self.vocab, token)
+
+    def check_token(self, token: int) -> None:
+        if not 0 <= token < self.n_vocab:
+            raise EngineError(f"{token} is no token of {self.path}: tokens go from 0 to {self.n_vocab - 1}")
+
+    def detokenize(self, tokens: npt.ArrayLike) -> str:
+        """The text of tokens [n]; control tokens are left out, broken UTF-8 becomes U+FFFD."""
+        pieces = (self.token_bytes(int(token)) for token in np.asarray(tokens, dtype=np.int32).ravel())
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Free the contexts of this model, then the model. Closing twice is harmless."""
+        for context in list(getattr(self, "contexts", ())):
+            context.close()
+        self._free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_is_gguf(path: Path) -> None:
+    """Raises EngineError unless the file begins as a GGUF file does."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read ({error.strerror}): give the path of a GGUF file") from error
+    if magic != _GGUF_MAGIC:
+        raise EngineError(f"{path} is not a GGUF file: give the path of a model in GGUF format")
+
+
+def _sound(path: Path) -> tuple[Header, Alphabet | None]:
+    try:
+        header = Header(path)
+    except ContainerError as error:
+        raise EngineError(str(error)) from error
+    flaw, alphabet = examine(header)
+    if flaw:
+        raise EngineError(f"{path} cannot be loaded ({flaw}): fetch it again or choose another model")
+    return header, alphabet

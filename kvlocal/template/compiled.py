@@ -1,0 +1,150 @@
+"""CompiledTemplate and AnswerFormat: llama.cpp's Jinja engine and its parsers of answers (kvlocal-chat.h), within limits of time and memory."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.library import load_chat
+
+Message = Mapping[str, Any]
+
+# What one rendering may take; templates take thousandths of that.
+LIMIT_SECONDS = 10.0
+LIMIT_BYTES = 64 << 20
+
+
+class TemplateError(KvlocalError):
+    """The chat template cannot be used, or refuses the conversation."""
+
+
+class AnswerError(KvlocalError):
+    """An answer is not in the format of the model's family."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an answer says.
+
+    content: the text for the user
+    reasoning: the thought before it, "" if there is none
+    """
+
+    content: str
+    reasoning: str
+
+
+class AnswerFormat:
+    """How a model answers in a kind of conversation, as llama.cpp knows it for its family or finds it out from the template.
+
+    prompt: the text of the conversation, with what the family needs
+    supports_thinking: whether there are thoughts
+    thinking_start, thinking_end: the texts around a thought, "" where they are not known
+    stops: texts that end an answer
+    """
+
+    def __init__(self, description: Mapping[str, Any], pointer: Any) -> None:
+        self.prompt: str = description["prompt"]
+        self.supports_thinking: bool = description["supports_thinking"]
+        self.thinking_start: str = description["thinking_start"]
+        self.thinking_end: str = next(iter(description["thinking_ends"]), "").strip()
+        self.stops: tuple[str, ...] = tuple(description["stops"])
+        self._pointer = pointer
+        self._free = weakref.finalize(self, load_chat().lib.kvl_chat_format_free, pointer)
+        self._free.atexit = False  # the system frees it
+
+    def parse(self, text: str, *, is_partial: bool = False) -> Answer:
+        """Reads an answer.
+
+        Args:
+            text: what the model wrote behind the generation prompt, with the texts of control tokens.
+            is_partial: the answer still goes on.
+
+        Raises:
+            AnswerError: it is not in this format.
+        """
+        out = load_chat().ffi.new("struct kvl_chat_text **")
+        data = _utf8(text)
+        _check(load_chat().lib.kvl_chat_parse(self._pointer, data, len(data), is_partial, out), AnswerError)
+        found = json.loads(_taken(out))
+        return Answer(found["content"], found["reasoning_content"])
+
+
+class CompiledTemplate:
+    """A chat template, compiled once; may be used from several threads at once.
+
+    Args:
+        source: the Jinja source.
+        bos_token, eos_token: their texts, for the template's use.
+        seconds: how long each call may take.
+
+    Raises:
+        TemplateError: it is broken, or goes beyond the limits.
+    """
+
+    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "", seconds: float = LIMIT_SECONDS) -> None:
+        chat = load_chat()
+        out = chat.ffi.new("struct kvl_chat **")
+        texts = [_utf8(text) for text in (source, bos_token, eos_token)]
+        sized = [argument for text in texts for argument in (text, len(text))]
+        _check(chat.lib.kvl_chat_compile(*sized, seconds, LIMIT_BYTES, out), TemplateError)
+        self._pointer = out[0]
+        self._free = weakref.finalize(self, chat.lib.kvl_chat_free, out[0])
+        self._free.atexit = False  # the system frees it
+
+    def render(self, messages: Sequence[Message], *, opening: bool, now: int) -> str:
+        """The text of a conversation.
+
+        Args:
+            opening: with the start of an answer.
+            now: the time for the template's use, in seconds since 1970.
+
+        Raises:
+            TemplateError: it refuses the conversation, or goes beyond the limits.
+        """
+        out = load_chat().ffi.new("struct kvl_chat_text **")
+        data = _request(messages, add_generation_prompt=opening, now=now)
+        _check(load_chat().lib.kvl_chat_render(self._pointer, data, len(data), out), TemplateError)
+        return _taken(out)
+
+    def answer_format(self, messages: Sequence[Message], *, opening: bool = True) -> AnswerFormat:
+        """The format of the answer to a conversation.
+
+        Raises:
+            TemplateError: as `render`.
+        """
+        chat = load_chat()
+        pointer, out = chat.ffi.new("struct kvl_chat_format **"), chat.ffi.new("struct kvl_chat_text **")
+        data = _request(messages, add_generation_prompt=opening)
+        _check(chat.lib.kvl_chat_apply(self._pointer, data, len(data), pointer, out), TemplateError)
+        return AnswerFormat(json.loads(_taken(out)), pointer[0])
+
+
+def _request(messages: Sequence[Message], **options: object) -> bytes:
+    return _utf8(json.dumps({"messages": [dict(message) for message in messages], **options}, ensure_ascii=False))
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def _check(status: int, error: type[KvlocalError]) -> None:
+    if status < 0:
+        chat = load_chat()
+        message = chat.ffi.string(chat.lib.kvl_chat_last_error()).decode("utf-8", "replace")
+        # the engine shows the place in the template first and says what is wrong last
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        raise error((lines[-1] if lines else "no reason is given").removeprefix("Error: ").removeprefix("Jinja Exception: ").rstrip("."))
+
+
+def _taken(out: Any) -> str:
+    """The text of a result, which is freed."""
+    chat = load_chat()
+    try:
+        return bytes(chat.ffi.buffer(chat.lib.kvl_chat_text_data(out[0]), chat.lib.kvl_chat_text_size(out[0]))).decode("utf-8", "replace")
+    finally:
+        chat.lib.kvl_chat_text_free(out[0])
