@@ -23,7 +23,7 @@ from kvlocal.nexus.tokens import NexusTokens
 from kvlocal_cli import chat_commands
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loading, clean_text, session_options
-from kvlocal_cli.terminal import Interruptible, ReadingBar, is_terminal, write_answer
+from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, is_terminal, write_answer
 from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
 
 
@@ -135,6 +135,7 @@ class Chat:
         self._bar = ReadingBar()
         self._transcript: Transcript | None = None
         self._snapshots: Snapshots | None = None
+        self._told_lost = ""  # why the archive was given up, once that was said
         # of failures to write: what is to be said, and what has been
         self._unsaid, self._said = "", set()
         self._idle = Idle(self.keep_snapshot)
@@ -429,8 +430,13 @@ class Chat:
         ]
         if kv.compressions > compressions:
             parts[-1] += f" ({kv.compressions - compressions} in this turn)"
+        if kv.recalled:
+            parts.append(f"{kv.recalled:.0f} recalled")
         if last.stop_reason == "stopped":
             parts.insert(0, "stopped")
         elif last.stop_reason == "length":
             parts.insert(0, f"cut off at {last.answer_tokens} tokens")
         self.screen.note(" · ".join(parts))
+        if kv.archive_lost and kv.archive_lost != self._told_lost:
+            self.screen.warn(archive_lost(kv.archive_lost))
+        self._told_lost = kv.archive_lost

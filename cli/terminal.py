@@ -131,3 +131,8 @@ def printable(text: str) -> str:
 def decode_input(data: bytes) -> str:
     """What came through a pipe, without the end of a line."""
     return data.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def archive_lost(reason: str) -> str:
+    """What to say when the archive was given up."""
+    return f"the archive was given up ({reason}): what leaves the cache cannot be recalled any more"

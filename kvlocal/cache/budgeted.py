@@ -345,7 +345,7 @@ class BudgetedCache(NotedCells):
     @property
     def signature(self) -> dict[str, Any]:
         """All settings that decide what is in the cells besides the model and the tokens, as JSON can hold them."""
-        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
+        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch", "archive")
         settings = {name: getattr(self.config, name) for name in names}
         return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
 
