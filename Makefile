@@ -1,5 +1,6 @@
 # make chat      set everything up and chat            ARGS="--kv-budget 512" passes options on
 # make test      set everything up and run the tests   ARGS="-k ledger" passes options on
+# make lint      set everything up and look for faults without running the code: ruff, and mypy on the type hints
 # make setup     the set-up alone: afterwards .venv/bin/kvlocal works
 # make sanitize  the native tests under the address and undefined behaviour sanitizers
 # make leaks     a short run of the library under LeakSanitizer, which shares that build
@@ -30,13 +31,19 @@ endif
 # Standard input and output belong to the chat and to the tests alone.
 bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 
-.PHONY: chat test setup sanitize leaks stock pack cuda-toolkit gpu-report clean
+.PHONY: chat test lint setup sanitize leaks stock pack cuda-toolkit gpu-report clean
 
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
 
 test:
 	@$(bootstrap) --test && exec .venv/bin/python -m pytest $(ARGS)
+
+# mypy is to find the directory cli by the name that it has as a package.
+lint:
+	@$(bootstrap) --lint && mkdir -p build/lint && ln -sfn ../../cli build/lint/kvlocal_cli
+	@.venv/bin/ruff check
+	@.venv/bin/mypy
 
 setup:
 	@$(bootstrap)

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.opening import checked_template
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.replay import read_on
@@ -358,7 +359,7 @@ class Chat:
         """
         before, n_answers = [dict(message) for message in self.session.messages], self.session.n_answers
         messages = [dict(message) for message in messages]
-        ChatSession.check(self._model, config, self._nexus)
+        checked_template(self._model, config, self._nexus)
         self._loading.check(self._model.path, config, instead_of=self.config)
         self.session.close()
         try:

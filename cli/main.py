@@ -4,6 +4,9 @@ import sys
 from typing import Any
 
 import click
+
+import kvlocal
+from kvlocal.errors import KvlocalError
 from kvlocal_cli.batch import batch_command
 from kvlocal_cli.bench import bench_command
 from kvlocal_cli.chat import chat_command
@@ -14,9 +17,6 @@ from kvlocal_cli.nexus import nexus_group
 from kvlocal_cli.run import run_command
 from kvlocal_cli.sessions import sessions_group
 from kvlocal_cli.terminal import INTERRUPTED
-
-import kvlocal
-from kvlocal.errors import KvlocalError
 
 FAILURE = 1
 

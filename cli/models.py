@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 
 import click
-from kvlocal_cli.progress import REPORT_SECONDS
-from kvlocal_cli.terminal import print_aligned
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -14,6 +12,8 @@ from rich.table import Table
 
 from kvlocal.hub.catalogue import Catalogue, Entry, HubFile, models_dir
 from kvlocal.hub.pull import pull
+from kvlocal_cli.progress import REPORT_SECONDS
+from kvlocal_cli.terminal import print_aligned
 
 COLUMNS = ("name", "size", "licence", "status", "path", "what for")
 

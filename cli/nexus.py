@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import click
-from kvlocal_cli.nexus_eval import eval_command
-from kvlocal_cli.nexus_synth import synth_command
-from kvlocal_cli.nexus_train import NEXUS_FILE, held_out_text, train_command
 
 from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal.nexus.file import NexusFile
+from kvlocal_cli.nexus_eval import eval_command
+from kvlocal_cli.nexus_synth import synth_command
+from kvlocal_cli.nexus_train import NEXUS_FILE, held_out_text, train_command
 
 
 @click.group("nexus")

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
-from kvlocal_cli.options import parse_ratios
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import waiting
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.nexus.file import NexusFile
+from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
+from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.progress import LongWork
+from kvlocal_cli.terminal import waiting
 
 if TYPE_CHECKING:
     from kvlocal.training.examples import Example
@@ -58,8 +58,8 @@ def eval_command(
     rows = []
     for name in found[0]:
         kept, _, ratio = name.partition("@")
-        estimate = bootstrap([one[name] for one in found], [1] * len(found))
-        rows.append({"kept": kept, "ratio": float(ratio) if ratio else None, **estimate._asdict(), "n": len(found)})
+        mean, lo, hi = bootstrap([one[name] for one in found], [1] * len(found))
+        rows.append({"kept": kept, "ratio": float(ratio) if ratio else None, "mean": mean, "lo": lo, "hi": hi, "n": len(found)})
     if as_json:
         click.echo(json.dumps({"rows": rows}, indent=2))
         return

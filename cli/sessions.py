@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-from kvlocal_cli.chat_commands import open_end
-from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 from rich.filesize import decimal
 
 from kvlocal.conversations.named_sessions import Session, delete, existing_path, markdown, rename, session, session_path, sessions
 from kvlocal.conversations.transcript import saved
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import atomic_write
+from kvlocal_cli.chat_commands import open_end
+from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 
 COLUMNS = ("name", "model", "turns", "tokens", "last used", "size")
 

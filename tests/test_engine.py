@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import device
 import gguf
 import numpy as np
 import pytest
@@ -82,6 +83,19 @@ def test_no_such_token(model: Model) -> None:
             model.token_bytes(token)
 
 
+def assert_same_predictions(logits: np.ndarray, expected: np.ndarray) -> None:
+    """Logits [n, n_vocab] of the same tokens in other batches.
+
+    A GPU multiplies single tokens and batches by different operations, whose sums round differently: logits of a model in Q4_1 are up to 3 apart, and where the two
+    most likely tokens are nearer than that either may come first.
+    """
+    bound = device.tolerance(0.5, 4)
+    assert np.abs(logits - expected).max() < bound
+    ahead = np.sort(expected, axis=1)
+    clear = ahead[:, -1] - ahead[:, -2] > device.tolerance(0, 2 * bound)
+    assert np.array_equal(logits.argmax(1)[clear], expected.argmax(1)[clear])
+
+
 def test_one_batch_equals_token_by_token(context: Context, tokens: np.ndarray) -> None:
     context.decode(tokens, 0, logits="all")
     together = context.logits_all()
@@ -91,8 +105,7 @@ def test_one_batch_equals_token_by_token(context: Context, tokens: np.ndarray) -
     for pos, token in enumerate(tokens):
         context.decode([token], pos)
         singly.append(context.logits())
-    assert np.array_equal(together.argmax(1), np.argmax(singly, 1))
-    assert np.abs(together - np.array(singly)).max() < 0.5
+    assert_same_predictions(together, np.array(singly))
 
 
 def test_micro_batches_continue_each_other(context: Context, tokens: np.ndarray) -> None:
@@ -102,8 +115,7 @@ def test_micro_batches_continue_each_other(context: Context, tokens: np.ndarray)
     context.decode(tokens[:7], 0, logits="none")
     context.decode(tokens[7:], 7)
     assert context.pos_max() == len(tokens) - 1
-    assert context.logits().argmax() == whole.argmax()
-    assert np.abs(context.logits() - whole).max() < 0.5
+    assert_same_predictions(context.logits()[None], whole[None])
 
 
 def test_greedy_decoding_is_deterministic(context: Context, tokens: np.ndarray) -> None:
@@ -163,8 +175,7 @@ def test_embeddings_of_tokens_equal_the_tokens(context: Context, tokens: np.ndar
     with pytest.raises(EngineError, match="no logits"):
         context.logits()
     context.decode_embeddings(embd[-1:], len(tokens) - 1, logits="last")
-    assert context.logits().argmax() == expected.argmax()
-    assert np.abs(context.logits() - expected).max() < 0.5
+    assert_same_predictions(context.logits()[None], expected[None])
     with pytest.raises(EngineError, match="shape"):
         context.decode_embeddings(np.zeros((2, 7)), len(tokens))
 

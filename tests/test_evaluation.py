@@ -130,7 +130,7 @@ def test_bootstrap_against_a_slow_one():
     found = bootstrap(sums, counts)
     draws = rng.integers(0, 40, (4000, 40))
     means = [sum(sums[i] for i in draw) / sum(counts[i] for i in draw) for draw in draws]
-    assert found.mean == pytest.approx(sums.sum() / counts.sum())
+    assert found.value == pytest.approx(sums.sum() / counts.sum())
     assert (found.lo, found.hi) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.005)
 
 

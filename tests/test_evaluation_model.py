@@ -34,7 +34,9 @@ SEA = "The sea covers most of the earth. It is deep, cold and salt, and there is
 DIALOGUES = [
     Dialogue((("Tell me about the sea.", SEA), ("And lakes?", "Lakes are smaller, and most of them hold fresh water."))),
     Dialogue((("What is a harbour?", "A place where ships are safe from the waves."), ("Name one.", "Rotterdam is a large harbour in Europe."))),
-    Dialogue((("What do gulls eat?", "Fish, insects, and what people leave behind."), ("Do they sleep?", "Yes, often while they float on the water."))),
+    Dialogue(
+        (("What do gulls eat?", "Fish, insects, and what people leave behind."), ("Do they sleep?", "Yes, often while they float on the water.")),
+    ),
 ]
 
 

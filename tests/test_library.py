@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def test_both_bindings_use_the_one_library():
     assert loaded.lib.kvl_api_version() == loaded.lib.KVL_API_VERSION
     assert loaded.bindings_version == loaded.llama_cpp.__version__
     assert loaded.bindings_version in loaded.patch_level
+
+
+def test_the_chat_library_is_the_one_beside_it(tmp_path: Path):
+    loaded = library.load_chat()
+    assert loaded is library.load_chat() and loaded.lib.kvl_chat_api_version() == loaded.lib.KVL_CHAT_API_VERSION
+    for file in library.load().lib_dir.iterdir():
+        if "kvlocal-chat" not in file.name:
+            shutil.copy(file, tmp_path)
+    code = "from kvlocal.llama.library import LibraryError, load_chat\ntry:\n    load_chat()\nexcept LibraryError as error:\n    print(error)\n"
+    message = python(code, KVLOCAL_LIB_DIR=str(tmp_path)).stdout
+    assert "kvlocal-chat" in message and "is missing: run `make setup`" in message and message.count("\n") == 1
 
 
 def test_load_is_the_same_object_from_every_thread():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGUFReader, GGUFWriter
-from kvlocal_cli.main import main
 from tiny_model import N_EMBD, N_FF, write_tiny_model
 
 from kvlocal.errors import KvlocalError
@@ -15,6 +14,7 @@ from kvlocal.gguf.container import Container, ContainerError
 from kvlocal.nexus.allotment import n_nexus
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusError, NexusFile
+from kvlocal_cli.main import main
 
 K = 6
 

@@ -185,14 +185,14 @@ def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
 
 def test_old_ones_compete_when_their_share_is_full():
     """The newest Nexus cells are pinned up to their share of the budget; the others stay only by their score."""
-    C, budget, window = 100, 40, 8
-    is_nexus = np.zeros((2, 3, C), bool)
+    n_cells, budget, window = 100, 40, 8
+    is_nexus = np.zeros((2, 3, n_cells), bool)
     is_nexus[..., 10:90:2] = True
-    pinned = np.zeros((2, 3, C), bool)
+    pinned = np.zeros((2, 3, n_cells), bool)
     pinned[..., :4] = True
-    scores = np.ones((2, 3, C), np.float32)
+    scores = np.ones((2, 3, n_cells), np.float32)
     scores[..., 11] = scores[..., 12] = 9
-    none = np.zeros((2, 3, C), np.float32)
+    none = np.zeros((2, 3, n_cells), np.float32)
     state = CacheState(pinned, np.full_like(none, np.nan), window, scores=scores, redundancy=none, reread=none, nexus=is_nexus)
     keep = make("hybrid", {"share": 0.5}).plan(state, budget).keep
     newest = np.flatnonzero(is_nexus[0, 0])[-20:]

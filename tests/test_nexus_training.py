@@ -123,7 +123,8 @@ def test_pytorch_is_asked_for(smollm2: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(builtins, "__import__", without_torch)
     data = write_data(tmp_path / "a.jsonl", MESSAGES)
     result = CliRunner().invoke(main, ["nexus", "train", str(smollm2), "--data", str(data), "-o", str(tmp_path / "a.gguf")])
-    assert (result.exit_code, result.stderr) == (1, "kvlocal: training and its evaluation need PyTorch: install it with `pip install kvlocal[train]`\n")
+    wanted = "kvlocal: training and its evaluation need PyTorch: install it with `pip install kvlocal[train]`\n"
+    assert (result.exit_code, result.stderr) == (1, wanted)
 
 
 # With it
@@ -160,7 +161,8 @@ def test_visibility_against_a_slow_loop() -> None:
     conversation = example(0, 3, 5, 4, 6, 7, 2)
     layout = SequenceLayout.of(conversation, Compression((2, 3, 2, 9), 2, 0.5, n_judged=2))
     # who wrote each row: (segment, Nexus or not); nothing behind what is judged
-    rows = [(-1, False)] * 3 + [(0, False)] * 5 + [(0, True)] * 2 + [(1, False)] * 4 + [(1, True)] * 3 + [(2, False)] * 6 + [(2, True)] * 2 + [(3, False)] * 7
+    counts = [(-1, False, 3), (0, False, 5), (0, True, 2), (1, False, 4), (1, True, 3), (2, False, 6), (2, True, 2), (3, False, 7)]
+    rows = [(segment, is_nexus) for segment, is_nexus, n in counts for _ in range(n)]
     assert list(zip(layout.segments, layout.nexus >= 0, strict=True)) == rows
     past = [i for i, (segment, is_nexus) in enumerate(rows) if segment < 2 and not is_nexus]
     own = [i for i in range(len(rows)) if i not in past]

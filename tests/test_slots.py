@@ -1,5 +1,6 @@
 """A stream behaves as a context of its own, whatever the others beside it do."""
 
+import inspect
 import threading
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from kvlocal.llama.context import Context
 from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
-from kvlocal.llama.slots import Streams
+from kvlocal.llama.sequence_decoder import SequenceDecoder
+from kvlocal.llama.slots import Stream, Streams
 
 OPTIONS = {"n_cells": 256, "n_outputs": 1, "n_ubatch": 64, "n_threads": 1}
 
@@ -61,6 +63,7 @@ def read(tokens, n, context):
     return np.stack(rows)
 
 
+@pytest.mark.cpu_only  # where a row of a product is rounded the same whatever rows stand beside it
 def test_the_same_logits_as_alone(model, tokens):
     tasks = [partial(read, tokens[20 * i : 20 * i + 20 + 5 * i], 6) for i in range(3)]
     for task, rows in zip(tasks, together(model, *tasks), strict=True):
@@ -68,6 +71,7 @@ def test_the_same_logits_as_alone(model, tokens):
             np.testing.assert_array_equal(rows, task(context))
 
 
+@pytest.mark.cpu_only  # where a row of a product is rounded the same whatever rows stand beside it
 def test_the_same_draws_as_alone(model, tokens):
     def draw(context):
         with Sampler(model, SamplingParams(temperature=1.5, seed=4)) as sampler:
@@ -145,3 +149,15 @@ def test_everything_is_computed_in_the_thread_that_decodes(model, tokens):
     ((n_new, *sums),) = together(model, compressed, n=1, n_threads=2, n_recorded=16)
     assert n_new == 0
     assert all(sums)
+
+
+@pytest.mark.parametrize("kind", [Context, Stream])
+def test_a_stream_and_a_context_are_used_in_the_same_way(kind):
+    """Everything that a conversation may ask for is there, with the same arguments."""
+    members = {name: member for name, member in vars(SequenceDecoder).items() if not name.startswith("_")}
+    assert len(members) > 15
+    for name, member in members.items():
+        if callable(member):
+            wanted, given = (list(inspect.signature(function).parameters.values())[1:] for function in (member, getattr(kind, name)))
+            assert [one.name for one in given[: len(wanted)]] == [one.name for one in wanted], name
+            assert all(one.default is not one.empty for one in given[len(wanted) :]), name

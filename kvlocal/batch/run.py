@@ -70,7 +70,7 @@ def run_batch(
         return Context(model, **options)
 
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
-        budget = session.budget
+        budget = session.cache.budget
     streams = Streams(parallel, model, **asked)
     return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
 

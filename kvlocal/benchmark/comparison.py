@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-_RESAMPLES = 10_000
+from kvlocal.evaluation.statistics import bootstrap, bootstrap_median
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,13 @@ class Comparison:
 def of_pairs(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Comparison:
     """Repeated measurements of the same thing, [n] each: medians, and the median of the pairs' ratios."""
     ours, other = np.asarray(ours, float), np.asarray(other, float)
-    ratios = ours / other
-    lo, hi = _interval(len(ratios), lambda i: np.median(ratios[i], axis=-1))
-    return Comparison(name, float(np.median(ours)), float(np.median(other)), float(np.median(ratios)), lo, hi, len(ratios), unit)
+    return Comparison(name, float(np.median(ours)), float(np.median(other)), *bootstrap_median(ours / other), len(ours), unit)
 
 
 def of_totals(name: str, ours: npt.ArrayLike, other: npt.ArrayLike, unit: str) -> Comparison:
     """The parts of one whole, such as the turns of a chat, [n] each: sums, and the ratio of the sums."""
     ours, other = np.asarray(ours, float), np.asarray(other, float)
-    lo, hi = _interval(len(ours), lambda i: ours[i].sum(axis=-1) / other[i].sum(axis=-1))
-    return Comparison(name, float(ours.sum()), float(other.sum()), float(ours.sum() / other.sum()), lo, hi, len(ours), unit)
+    return Comparison(name, float(ours.sum()), float(other.sum()), *bootstrap(ours, other), len(ours), unit)
 
 
 def of_speeds(name: str, n_tokens: int, ours: npt.ArrayLike, other: npt.ArrayLike) -> Comparison:
@@ -57,10 +53,3 @@ def of_speeds(name: str, n_tokens: int, ours: npt.ArrayLike, other: npt.ArrayLik
 def of_amounts(name: str, ours: float, other: float, unit: str) -> Comparison:
     """Two amounts that do not scatter."""
     return Comparison(name, ours, other, ours / other, ours / other, ours / other, 1, unit)
-
-
-def _interval(n: int, statistic: Callable[[npt.NDArray[np.intp]], npt.NDArray[np.float64]]) -> tuple[float, float]:
-    """Percentiles 2.5 and 97.5 of a statistic of resampled pairs, given as indices [n_resample, n]."""
-    drawn = statistic(np.random.default_rng(0).integers(n, size=(_RESAMPLES, n)))
-    lo, hi = np.percentile(drawn, [2.5, 97.5])
-    return float(lo), float(hi)

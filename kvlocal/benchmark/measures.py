@@ -68,7 +68,7 @@ class Side:
 
     def align(self) -> None:
         """Decodes up to the next compression, so that every slice of stride tokens holds exactly one."""
-        self.slice(self.figures()["until_compression"])
+        self.slice(int(self.figures()["until_compression"]))
 
     def figures(self) -> dict[str, float]:
         return self.worker.call("figures", reader=self.reader)
@@ -237,7 +237,7 @@ def measure_memory(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison
         if allocated in wanted:
             yield of_amounts(allocated, mine["kv_bytes"], theirs["kv_bytes"], "bytes")
         if used in wanted:
-            in_use = [figures["kv_bytes"] * figures["peak_cells"] / figures["capacity"] for figures in (mine, theirs)]
-            yield of_amounts(used, *in_use, "bytes")
+            my_cells, their_cells = (figures["kv_bytes"] * figures["peak_cells"] / figures["capacity"] for figures in (mine, theirs))
+            yield of_amounts(used, my_cells, their_cells, "bytes")
         if resident in wanted:
             yield of_amounts(resident, ours.call("peak_rss"), stock.call("peak_rss"), "bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ class Worker:
 
     def __init__(self, name: str, **host: Any):
         self.name = name
-        self._messages = tempfile.TemporaryFile()
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "kvlocal.benchmark.worker"],
             stdin=subprocess.PIPE,
@@ -40,6 +41,8 @@ class Worker:
             # Ctrl-C is for us alone
             start_new_session=True,
         )
+        assert self._process.stdin and self._process.stdout
+        self._commands, self._replies = self._process.stdin, self._process.stdout
         try:
             self._ask(host)
         except BaseException:
@@ -60,9 +63,9 @@ class Worker:
 
     def _ask(self, command: dict[str, Any]) -> Any:
         try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._commands.write(json.dumps(command) + "\n")
+            self._commands.flush()
+            line = self._replies.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -84,12 +87,10 @@ class Worker:
         """Ends the process at once. Closing twice is harmless."""
         self._process.kill()
         self._process.wait()
-        for file in (self._process.stdout, self._messages):
-            file.close()
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass
+        self._replies.close()
+        self._messages.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._commands.close()
 
     def __enter__(self) -> Self:
         return self

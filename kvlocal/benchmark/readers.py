@@ -85,7 +85,7 @@ class Reader(ABC):
         self.read_answer(turn.answer, 1)
         return {"seconds": time.perf_counter() - started, "tokens": len(turn.user) + len(turn.answer)}
 
-    def idle(self) -> None:
+    def idle(self) -> None:  # noqa: B027 - nothing, unless a reader says otherwise
         """What is done between an answer and the next user turn."""
 
 

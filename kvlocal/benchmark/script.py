@@ -17,8 +17,13 @@ Tokens = npt.NDArray[np.int32]
 _SEED = 5
 _USER_TOKENS = 60  # a user's text is at least this long, and at most a sentence longer
 
-_THINGS = "maps,bees,clocks,rivers,bread,glass,stars,salt,ships,paper,ice,moss,bridges,songs,owls,ink,rope,chess,tea,wool".split(",")
-_PLACES = "a harbour,a small town,the desert,an old mill,the north,a school,an island,a market,the mountains,a city at night".split(",")
+_THINGS = (
+    "maps", "bees", "clocks", "rivers", "bread", "glass", "stars", "salt", "ships", "paper", "ice", "moss", "bridges", "songs", "owls", "ink",
+    "rope", "chess", "tea", "wool",
+)  # fmt: skip
+_PLACES = (
+    "a harbour", "a small town", "the desert", "an old mill", "the north", "a school", "an island", "a market", "the mountains", "a city at night",
+)  # fmt: skip
 _SENTENCES = (
     "Yesterday I read about {0} and {1} in {2}.",
     "The author said that {0} had changed the life of the people in {2}.",

@@ -45,7 +45,7 @@ class Host:
     def open_session(self, reader: str, config: dict[str, Any]) -> None:
         made = SessionConfig(**config)
         wanted = "nexus" in policies.make(made.policy, made.policy_args).needs
-        nexus = nexus_for(self._model, self._nexus, warn=lambda message: print(message, file=sys.stderr)) if wanted else None
+        nexus = nexus_for(self._model, self._nexus, warn=_warn) if wanted else None
         self._readers[reader] = SessionReader(self._model, self._script, made, nexus)
 
     def open_plain(self, reader: str, context: dict[str, Any], shift: bool = False, window: int = 0) -> None:
@@ -76,6 +76,10 @@ class Host:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             return peak if sys.platform == "darwin" else peak * 1024
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _warn(message: str) -> None:
+    sys.stderr.write(message + "\n")
 
 
 def main() -> None:

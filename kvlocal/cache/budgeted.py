@@ -18,7 +18,7 @@ from kvlocal.cache.archive import Archive
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
 from kvlocal.cache.ledger import NEXUS, Ledger
-from kvlocal.cache.noted_cells import Arrays, NotedCells
+from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
 from kvlocal.cache.rollback import taken_back
 from kvlocal.cache.score_sources import Observer, carried_scores
 from kvlocal.llama.adapter import Adapter
@@ -357,11 +357,11 @@ class BudgetedCache(NotedCells):
         numbers = np.array([self.compressor.compressions, self.compressor.rotations, self.peak], np.int64)
         return {"numbers": numbers} | super().snapshot()
 
-    def snapshot_limits(self, n_text: int) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+    def snapshot_limits(self, n_text: int) -> Limits:
         """As NotedCells.snapshot_limits."""
         return {"numbers": ("<i8", (3,))} | super().snapshot_limits(n_text)
 
-    def resume(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def resume(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """As NotedCells.resume, for a cache with the same signature."""
         if self.compressor.recall:
             self.doubt()

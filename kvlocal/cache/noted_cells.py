@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ from kvlocal.cache.rollback import taken_back
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 
-Arrays = dict[str, npt.NDArray[np.generic]]
+Arrays = dict[str, npt.NDArray[Any]]
+Limits = dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]
 
 
 class UncertainCache(CacheError):
@@ -225,19 +227,19 @@ class NotedCells:
                 arrays |= {"checkpoint.cache": checkpoint.state, **_named("checkpoint.ledger", checkpoint.ledger)}
         return {name: array for name, array in arrays.items() if array is not None}
 
-    def snapshot_limits(self, n_text: int) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+    def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
         cells = self.ledger.tokens.shape
         n_ring = 0 if (ring := self.native.ring_state()) is None else len(ring)
-        ledger = {"numbers": ("<i8", (4,)), "ids": ("<i4", (n_text,)), "block_of": ("<i4", (n_text,)), "segments": ("u1", (n_text,))}
+        ledger: Limits = {"numbers": ("<i8", (4,)), "ids": ("<i4", (n_text,)), "block_of": ("<i4", (n_text,)), "segments": ("u1", (n_text,))}
         ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **{name: ("<f4", cells) for name in self.ledger.carried}}
-        limits = {"checkpoint.numbers": ("<i8", (1,))}
+        limits: Limits = {"checkpoint.numbers": ("<i8", (1,))}
         for prefix in ("", "checkpoint."):
             limits |= {f"{prefix}cache": ("u1", (_copy_bytes(self.context),)), f"{prefix}ring": ("u1", (n_ring,))}
             limits |= {f"{prefix}ledger.{name}": limit for name, limit in ledger.items()}
         return limits
 
-    def resume(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def resume(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Goes on from a `snapshot` of cells of the same kind and number, with the same pinned tokens. Where it fails, the cells are uncertain.
 
         Raises:
@@ -262,7 +264,7 @@ class NotedCells:
         if not np.array_equal(self.native.positions(), np.arange(end - ledger.n_cells, end)) or self.context.pos_max(0) != end - 1:
             raise ValueError("cache and ledger differ")
 
-    def _checkpoint_of(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> _Checkpoint:
+    def _checkpoint_of(self, arrays: Mapping[str, npt.NDArray[Any]]) -> _Checkpoint:
         """The checkpoint of a snapshot; its cache, if it has one, is in the cells then."""
         (n_tokens,) = arrays["checkpoint.numbers"].tolist()
         checkpoint = _Checkpoint(n_tokens, arrays.get("checkpoint.ring"))
@@ -290,5 +292,5 @@ def _named(prefix: str, ledger: Ledger) -> Arrays:
     return {f"{prefix}.{name}": array for name, array in ledger.arrays().items()}
 
 
-def _of(prefix: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
+def _of(prefix: str, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
     return {name.removeprefix(f"{prefix}."): array for name, array in arrays.items() if name.startswith(f"{prefix}.")}

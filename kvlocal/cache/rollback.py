@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 from kvlocal.cache.ledger import Ledger
 from kvlocal.llama.cells import NativeCache
-from kvlocal.llama.context import Context
+from kvlocal.llama.sequence_decoder import SequenceDecoder
 
 
 @contextmanager
-def taken_back(context: Context, native: NativeCache, ledger: Ledger) -> Iterator[None]:
+def taken_back(context: SequenceDecoder, native: NativeCache, ledger: Ledger) -> Iterator[None]:
     """What is decoded inside is removed again on exit, and the query ring is as it was. Nothing else may be removed or moved inside.
 
     Where that fails, the ledger is not certain any more.

@@ -12,6 +12,8 @@ from kvlocal.cache.budgeted import BudgetedCache
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.score_sources import REREAD_CHUNK
 
+# what the instruction comes behind, for templates that begin a conversation in another way
+EXCHANGE = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 INSTRUCTION = "Repeat the previous context exactly."
 
 # tokens before a stretch that are read along, so that the model finds its place

@@ -56,7 +56,8 @@ class AnswerInProgress:
             SessionError: it is over.
         """
         self._check_current()
-        cache, template, stream, reason = self._cache, self._reader.template, self._stream, "stopped"
+        cache, template, stream, message = self._cache, self._reader.template, self._stream, self._begun
+        reason: StopReason = "stopped"
         self._started = time.perf_counter()
         try:
             if not self.stopped:
@@ -76,20 +77,25 @@ class AnswerInProgress:
                 self._fed.append(token)
                 text = stream.push(token)
                 if text:
-                    self.message["content"] += text
+                    message["content"] += text
                     yield text
                     self._check_current()
                 if stream.stopped:
                     reason = "end"
                     break
             rest = stream.flush(cut=not ended_by_model(self._drawn, template))
-            self.message["content"] += rest
+            message["content"] += rest
             self.end(reason)
         except GeneratorExit:
             self.end()
             raise
         if rest:
             yield rest
+
+    @property
+    def _begun(self) -> dict[str, str]:
+        assert self.message is not None, "the answer is not begun"
+        return self.message
 
     def _check_current(self) -> None:
         if self.over:
@@ -102,7 +108,7 @@ class AnswerInProgress:
         self.over = True
         n = len(self._fed)
         if not ended_by_model(self._drawn, self._reader.template) or self._stream.has_closing:
-            n = keep_said(self._reader, self._sampler, self._stream, self._fed, self.message["content"])
+            n = keep_said(self._reader, self._sampler, self._stream, self._fed, self._begun["content"])
         self._close(n, reason)
 
     def break_off(self) -> None:
@@ -111,7 +117,7 @@ class AnswerInProgress:
         self._close(len(self._fed), "stopped")
 
     def _close(self, n_tokens: int, reason: StopReason) -> None:
-        self._cache.describe(self.message["content"])
+        self._cache.describe(self._begun["content"])
         self.stats = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, time.perf_counter() - self._started, reason, self._drawn)
 
 

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal import policies
 from kvlocal.cache.budgeted import BudgetedCache, Passage, Progress
 from kvlocal.cache.compression import Seconds
-from kvlocal.cache.config import allocation, check_budget, least_budget
-from kvlocal.cache.noted_cells import Arrays
-from kvlocal.cache.second_read import INSTRUCTION, SecondRead
+from kvlocal.cache.noted_cells import Arrays, Limits
+from kvlocal.cache.second_read import SecondRead
 from kvlocal.chat.answering import AnswerInProgress, ended_by_model, keep_said, text_of
 from kvlocal.chat.config import SessionConfig, SessionError
-from kvlocal.chat.state import Limits, Mark, SessionState, limits, with_state, without_state
+from kvlocal.chat.opening import checked_opening, checked_template, repetition
+from kvlocal.chat.state import Mark, SessionState, limits, with_state, without_state
 from kvlocal.chat.stats import KvStats, SegmentStats, TurnStats, segment_stats
 from kvlocal.chat.turn_reader import TurnReader
 from kvlocal.errors import KvlocalError
@@ -27,13 +26,9 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.pieces import Piece
 
 Message = dict[str, str]
-
-# what an instruction to the model comes behind, for templates that begin a conversation in another way
-_EXCHANGE = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 
 
 class ChatSession:
@@ -79,7 +74,7 @@ class ChatSession:
     ):
         self.model = model
         self.config = config
-        self.template = self._template_for(model, config, nexus)
+        self.template = checked_template(model, config, nexus)
         self.messages: list[Message] = []
         self.last: TurnStats | None = None
         self.max_tokens = config.max_tokens
@@ -92,30 +87,11 @@ class ChatSession:
             opened.callback(self.cache.close)
             needs = self.cache.policy.needs
             self._reader = TurnReader(self.cache, self.template, nexus if "nexus" in needs else None, progress)
-            self._second_read = SecondRead(self.cache, self._instruction()) if config.idle and "reread" in needs else None
+            self._second_read = SecondRead(self.cache, repetition(model, self.template)) if config.idle and "reread" in needs else None
             self._sampler = Sampler(model, config.sampling)
             opened.callback(lambda sampler: sampler.close(), self._sampler)
             self._begin()
             opened.pop_all()
-
-    @classmethod
-    def check(cls, model: Model, config: SessionConfig, nexus: NexusTokens | None = None) -> None:
-        """Raises what a session would before it takes any memory for its cache: SessionError or CacheError."""
-        cls._template_for(model, config, nexus)
-
-    @classmethod
-    def _template_for(cls, model: Model, config: SessionConfig, nexus: NexusTokens | None) -> ChatTemplate:
-        needs = policies.make(config.policy, config.policy_args).needs
-        if "nexus" in needs and nexus is None:
-            raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
-        check_budget(model, config)
-        template = ChatTemplate.from_model(model)
-        _check_system(model, config, template, config.system)
-        return template
-
-    def _instruction(self) -> npt.NDArray[np.int32]:
-        """The tokens of a user turn that asks for a repetition."""
-        return np.concatenate([tokens for _, tokens in self.template.tokens(self.model, self.template.user_turn(_EXCHANGE, INSTRUCTION))])
 
     # what is in the cache
 
@@ -133,14 +109,9 @@ class ChatSession:
         self.last = None
         self.n_answers = 0
         self._sampler.reset()
-        pieces, n_system = _check_system(self.model, self.config, self.template, self._system)
+        pieces, n_system = checked_opening(self.model, self.config, self.template, self._system)
         self.cache.begin(n_system)
         return pieces
-
-    @property
-    def budget(self) -> int:
-        """The most cells of each layer and head after a compression."""
-        return self.cache.budget
 
     def finish_turn(self) -> None:
         """Reads what ends the last answer, and Nexus tokens behind it, if the policy has them: now instead of with the next user turn."""
@@ -429,17 +400,12 @@ class ChatSession:
     # a copy of the cache that outlives the process
 
     @property
-    def signature(self) -> dict[str, Any]:
-        """All settings that decide what is in the cache besides the model, the messages and the system prompt, as JSON can hold them."""
-        return self.cache.signature
-
-    @property
     def nexus(self) -> NexusTokens | None:
         """The Nexus tokens in use."""
         return self._reader.nexus
 
     def snapshot(self) -> Arrays:
-        """What the answers to come depend on, after an answer and besides `signature`, model, messages and system prompt; `resume` takes it.
+        """What the answers to come depend on, after an answer and besides `cache.signature`, model, messages and system prompt; `resume` takes it.
 
         As BudgetedCache.snapshot, with what kvlocal.chat.state adds.
         """
@@ -449,7 +415,7 @@ class ChatSession:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
         return limits(self.cache.snapshot_limits(n_text), self._sampler.recent.maxlen)
 
-    def resume(self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def resume(self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Goes on from a `snapshot` that a session with the same signature, model and system prompt gave after these messages.
 
         Raises:
@@ -512,16 +478,3 @@ class ChatSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _check_system(model: Model, config: SessionConfig, template: ChatTemplate, system: str | None) -> tuple[Sequence[Piece], int]:
-    """What a conversation with this system prompt begins with, and how many tokens it has; SessionError if they leave too little of the budget."""
-    pieces = template.prefix(system)
-    n_system = sum(len(tokens) for _, tokens in template.tokens(model, pieces))
-    budget, least = allocation(config, model.n_ctx_train).budget, least_budget(config, n_system)
-    if least > budget:
-        raise SessionError(
-            f"the system prompt takes {n_system} tokens, which always stay, and leaves too little of a budget of {budget}: "
-            f"shorten it or give a budget of at least {least}"
-        )
-    return pieces, n_system

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.cache.noted_cells import Arrays
-
-Limits = dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]
+from kvlocal.cache.noted_cells import Arrays, Limits
 
 
 class Mark(NamedTuple):
@@ -44,7 +42,7 @@ def with_state(arrays: Arrays, state: SessionState) -> Arrays:
     return arrays
 
 
-def without_state(arrays: Mapping[str, npt.NDArray[np.generic]]) -> tuple[Arrays, SessionState]:
+def without_state(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Arrays, SessionState]:
     """What `with_state` was given.
 
     Raises:

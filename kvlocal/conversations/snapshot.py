@@ -128,7 +128,7 @@ def _made_with(session: ChatSession) -> dict[str, Any]:
         "llama.cpp": f"{library.bindings_version} {library.patch_level}",
         "model": _fingerprint(session.model.path),
         "Nexus tokens": _fingerprint(Path(session.nexus.path)) if session.nexus else None,
-        **session.signature,
+        **session.cache.signature,
     }
 
 
@@ -147,7 +147,7 @@ def _digest(system: str | None, messages: Sequence[Message]) -> str:
 
 
 def _key(session: ChatSession) -> tuple[str, str]:
-    return json.dumps(session.signature), _digest(session.system, session.messages)
+    return json.dumps(session.cache.signature), _digest(session.system, session.messages)
 
 
 def _header(session: ChatSession, arrays: Mapping[str, npt.NDArray[np.generic]]) -> bytes:

@@ -65,7 +65,8 @@ class RecallTask:
         """
         chat = self._chats[index]
         values: dict[str, list[float]] = {}
-        with read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, _SPARE, self._nexus) as (session, compression):
+        reading = read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, _SPARE, self._nexus)
+        with reading as (session, compression):
             session.max_tokens = MAX_ANSWER
             for question in chat.questions:
                 for metric, right in (("choice", chooses(session, question)), ("greedy", answers(session, question))):

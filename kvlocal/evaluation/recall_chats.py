@@ -99,7 +99,7 @@ def _facts(rng: random.Random, n: int) -> list[_ToldFact]:
         of_kind = rng.choice(kinds) if kind == "correction" else kind
         topic = rng.choice([topic for topic in topics if topic.kind == of_kind and topic.about not in {fact.topic.about for fact in facts}])
         value, *distractors = rng.sample([value for value in topic.values if value not in used], 1 + N_DISTRACTORS)
-        statements = (topic.say(rng.choice(topic.statements), value=value),)
+        statements: tuple[str, ...] = (topic.say(rng.choice(topic.statements), value=value),)
         if kind == "correction":
             old = distractors[0]
             statements = topic.say(rng.choice(topic.statements), value=old), topic.say(rng.choice(load_facts().corrections), value=value, old=old)

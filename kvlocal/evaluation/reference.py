@@ -91,7 +91,7 @@ class ReferenceCache:
             data = io.BytesIO()
             np.savez(data, **vars(found))
             make_directory(self._directory)
-            atomic_write(path, data.getbuffer())
+            atomic_write(path, data.getvalue())
         return found
 
     @staticmethod

@@ -42,9 +42,14 @@ class Task(Protocol):
     n_chats: the chats are numbered from 0
     """
 
-    name: str
-    metrics: Sequence[str]
-    n_chats: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> Sequence[str]: ...
+
+    @property
+    def n_chats(self) -> int: ...
 
     def measure(self, index: int, variant: Variant) -> Measurement: ...
 

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals."""
+"""Bootstrap intervals: of means over chats, and of medians."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _BLOCK = 2**22  # counts in memory at once
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95 % interval."""
+    """A mean or a median and its 95 % interval."""
 
-    mean: float
+    value: float
     lo: float
     hi: float
 
@@ -36,5 +36,16 @@ def bootstrap(sums: npt.ArrayLike, counts: npt.ArrayLike, *, seed: int = 0, resa
         # how often each chat is drawn [rows, n]
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(rows, resamples - start))
         means.append((drawn @ sums) / (drawn @ counts))
-    lo, hi = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Estimate(float(sums.sum() / counts.sum()), float(lo), float(hi))
+    return _estimate(sums.sum() / counts.sum(), np.concatenate(means))
+
+
+def bootstrap_median(values: npt.ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """The median of values [n] that do not depend on each other, and its percentile bootstrap interval; seed and resamples as for bootstrap."""
+    values = np.asarray(values, np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    return _estimate(np.median(values), np.median(values[drawn], axis=-1))
+
+
+def _estimate(value: float, resampled: npt.NDArray[np.float64]) -> Estimate:
+    lo, hi = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(value), float(lo), float(hi))

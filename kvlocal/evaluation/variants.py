@@ -47,7 +47,8 @@ class Variant:
             VariantError: no such policy or argument, or a value it does not take.
         """
         name, *arguments = spec.split(":")
-        own, others = {}, {}
+        own: dict[str, str] = {}
+        others: dict[str, Any] = {}
         known = {f.name for f in dataclasses.fields(policies.POLICIES[name])} if name in policies.POLICIES else set()
         for argument in arguments:
             key, equals, value = argument.partition("=")
@@ -75,7 +76,7 @@ class Variant:
 
     def config(self, base: SessionConfig) -> SessionConfig:
         """The configuration of a session of this variant."""
-        changes = {"ratio": self.ratio or None, "policy": self.policy, "policy_args": self.policy_args}
+        changes: dict[str, Any] = {"ratio": self.ratio or None, "policy": self.policy, "policy_args": self.policy_args}
         return dataclasses.replace(base, **changes, **self.fields)
 
 

@@ -45,6 +45,12 @@ class Layout:
     row_size_k: int
     row_size_v: int
 
+    @property
+    def ring_bytes(self) -> int:
+        """What the recorded queries take: [n_embd_head_k * n_head, n_window * n_seq_max + 1] float32 in each layer."""
+        n_rows = self.n_window * self.n_seq_max + 1 if self.n_window else 0
+        return self.n_layer * self.n_head * self.n_embd_head_k * n_rows * 4
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -60,12 +66,6 @@ class Rows:
     @property
     def n(self) -> int:
         return self.k.shape[2]
-
-    @property
-    def ring_bytes(self) -> int:
-        """What the recorded queries take: [n_embd_head_k * n_head, n_window * n_seq_max + 1] float32 in each layer."""
-        n_rows = self.n_window * self.n_seq_max + 1 if self.n_window else 0
-        return self.n_layer * self.n_head * self.n_embd_head_k * n_rows * 4
 
 
 class NativeCache:
@@ -93,10 +93,10 @@ class NativeCache:
     def _compute(self, function: Callable[..., int], *args: Any) -> None:
         self._call(lambda: self._check(function(self._context, self._seq, *args)))
 
-    def _floats(self, array: np.ndarray):
+    def _floats(self, array: np.ndarray) -> Any:
         return self._ffi.from_buffer("float[]", array, require_writable=True)
 
-    def _ints(self, array: np.ndarray):
+    def _ints(self, array: np.ndarray) -> Any:
         return self._ffi.from_buffer("int32_t[]", array)
 
     def enable_ring(self, n_window: int) -> None:

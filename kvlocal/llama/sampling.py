@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.context import Context
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
+from kvlocal.llama.sequence_decoder import SequenceDecoder
 
 # llama.cpp reads the highest 32-bit number as "choose for me"; the caller could then not repeat the run.
 MAX_SEED = 2**32 - 2
@@ -121,7 +121,7 @@ class Sampler:
             raise EngineError("the sampler is closed: make a new one")
         return self._chain
 
-    def sample(self, context: Context, i: int = -1) -> int:
+    def sample(self, context: SequenceDecoder, i: int = -1) -> int:
         """Draw the token that follows token `i` of the last batch (-1: its last) and remember it.
 
         Raises:

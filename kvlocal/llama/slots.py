@@ -233,6 +233,10 @@ class Stream:
         """What the cells of this stream take, in bytes."""
         return self._context.kv_bytes() // self._context.n_seq_max
 
+    def synchronize(self) -> None:
+        """As Context.synchronize."""
+        self._context.synchronize()
+
     def close(self) -> None:
         """Free the cells. Closing twice is harmless."""
         if not self.closed:

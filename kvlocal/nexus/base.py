@@ -10,5 +10,5 @@ def base_hash(base: Container) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(base.tensors.items()):
         digest.update(f"{name}\0{tensor.kind.name}\0{','.join(map(str, tensor.shape))}\0".encode())
-        digest.update(tensor.data)
+        digest.update(tensor.data.data)
     return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""The policies by name. A new one is a file beside these and a line in POLICIES."""
+"""The policies by name, one file a method: which cells of each layer and head stay, from arrays alone.
+
+A new one is a file beside these and a line in POLICIES.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ def make(name: str, args: Mapping[str, Any] | None = None) -> Policy:
         if key not in fields:
             known = f"it takes {_choice(key, fields)}" if fields else "it takes none"
             raise PolicyError(f"the policy {name} has no hyper-parameter {key!r}: {known}")
-        kind = type(fields[key].default)
+        kind: type[Any] = type(fields[key].default)
         try:
             values[key] = _BOOL[str(value).lower()] if kind is bool else kind(value)
         except (KeyError, TypeError, ValueError):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from kvlocal.policies.segmentation import Splitter
+
+_Array = TypeVar("_Array", bound=npt.NDArray[Any])
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,39 @@ class Plan:
 class Policy(Protocol):
     """Chooses the cells to keep. One dataclass per method, its fields the hyper-parameters; pure, without side effects.
 
-    needs: the optional arrays of CacheState it reads, by name; one that needs "blocks" has a `splitter` (kvlocal.policies.segmentation)
+    needs: the optional arrays of CacheState it reads, by name; one that needs "blocks" is a SplittingPolicy
     evicts: False if it never removes anything
     rotates: True if kept keys move to their place in the cache at every compression
     """
 
-    needs: ClassVar[frozenset[str]]
-    evicts: ClassVar[bool]
-    rotates: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def evicts(self) -> bool: ...
+
+    @property
+    def rotates(self) -> bool: ...
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         """The `budget` cells of each layer and head that stay; budget < C."""
         ...
+
+
+class SplittingPolicy(Policy, Protocol):
+    """A policy that needs "blocks". splitter: what divides the conversation into them."""
+
+    @property
+    def splitter(self) -> Splitter: ...
+
+
+def needed(array: _Array | None) -> _Array:
+    """An optional array of CacheState that the policy names in its `needs`; ValueError if it got none."""
+    if array is None:
+        raise ValueError("a policy reads an array of the state that its `needs` does not name")
+    return array
 
 
 def keep_best(importance: npt.NDArray[np.floating], state: CacheState, budget: int) -> npt.NDArray[np.intp]:

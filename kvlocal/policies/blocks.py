@@ -64,7 +64,7 @@ class UniformMap:
             rows = slice(start, start + _ROWS)
             # cells first: reducing a long axis is what numpy does fast
             reduce(padded.take(self.index[rows].T), axis=0, out=scores[rows])
-        return scores if fold == "max" else scores / self.lengths.astype(np.float32)
+        return scores if fold == "max" else np.divide(scores, self.lengths, dtype=np.float32)
 
     def keep(self, scores: npt.NDArray[np.float32], values: npt.NDArray[np.float32], budget: int) -> npt.NDArray[np.intp]:
         """The cells of the best blocks, `budget` of each layer and head, ascending: [L, H, budget].

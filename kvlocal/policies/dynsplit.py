@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 
-from kvlocal.policies.base import CacheState, Plan
+from kvlocal.policies.base import CacheState, Plan, needed
 from kvlocal.policies.blocks import Fold, UniformMap
 from kvlocal.policies.gkv import GKV
 from kvlocal.policies.scoring import against_redundancy, global_score
@@ -25,7 +25,7 @@ class DynSplit(GKV):
     length: tokens of an interval
     """
 
-    fold: str = "mean"
+    fold: Fold = "mean"
     split: str = "dynamic"
     shared: bool = False
     min_block: int = 4
@@ -40,7 +40,7 @@ class DynSplit(GKV):
             raise ValueError(f"split must be one of dynamic, delimiters, interval, not {self.split!r}")
         if not isinstance(self.shared, bool):
             raise ValueError(f"shared must be True or False, not {self.shared!r}")
-        self.splitter  # refuses lengths it can't work with
+        _ = self.splitter  # refuses lengths it can't work with
 
     @property
     def needs(self) -> frozenset[str]:
@@ -55,10 +55,10 @@ class DynSplit(GKV):
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         score = global_score(state.history, self.local(state), self.alpha)
-        select = against_redundancy(score, state.redundancy, state.window, self.lam)
+        select = against_redundancy(score, needed(state.redundancy), state.window, self.lam)
         stays = state.pinned.copy()
         stays[..., stays.shape[-1] - state.window :] = True
-        blocks = state.blocks
+        blocks = needed(state.blocks)
         if self.shared:
             # heads that always kept the same hold the same cells
             select, stays, blocks = select.mean(axis=1, keepdims=True), stays[:, :1], blocks[:, :1]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.policies.base import CacheState, Plan, keep_best, needed
 from kvlocal.policies.scoring import Scores, against_redundancy, check_kernel, check_weight, global_score, local_score
 
 
@@ -51,7 +51,7 @@ class GKV:
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         score = global_score(state.history, self.local(state), self.alpha)
-        select = score.copy() if self.lam == 1 else against_redundancy(score, state.redundancy, state.window, self.lam)
+        select = score.copy() if self.lam == 1 else against_redundancy(score, needed(state.redundancy), state.window, self.lam)
         n_fixed = int(state.pinned.sum(axis=-1).max()) + state.window
         self.reserve(select, state, n_fixed, budget - n_fixed)
         return Plan(keep_best(select, state, budget), score)
@@ -62,14 +62,14 @@ class GKV:
         At most `room` cells of a head, or pinned cells would have to go.
         """
         if self.now:
-            now = keep_best(self.local_of(state.scores, state), state, n_fixed + round(self.now * room))
+            now = keep_best(self.local_of(needed(state.scores), state), state, n_fixed + round(self.now * room))
             np.put_along_axis(select, now, np.inf, axis=-1)
 
     def local(self, state: CacheState) -> Scores:
         """The score of this compression alone, [L, H, C]."""
-        return self.local_of(state.scores, state)
+        return self.local_of(needed(state.scores), state)
 
     def local_of(self, attention: Scores, state: CacheState) -> Scores:
         """This attention [L, H, C] as a local score."""
-        weighed = attention * state.values if self.values else attention
+        weighed = attention * needed(state.values) if self.values else attention
         return local_score(weighed, state.window, self.pool, state.pinned if self.free else None)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.policies.base import CacheState, Plan, keep_best, needed
 
 
 @dataclass(frozen=True)
@@ -15,4 +15,4 @@ class H2O:
     rotates: ClassVar[bool] = False
 
     def plan(self, state: CacheState, budget: int) -> Plan:
-        return Plan(keep_best(state.sums, state, budget))
+        return Plan(keep_best(needed(state.sums), state, budget))

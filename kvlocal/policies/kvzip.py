@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.policies.base import CacheState, Plan, keep_best, needed
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class KVzip:
     rotates: ClassVar[bool] = False
 
     def plan(self, state: CacheState, budget: int) -> Plan:
+        reread = needed(state.reread)
         # attention is at most 1, so that every unread cell is above every read one
-        unread = 2 + np.arange(state.reread.shape[-1], dtype=np.float32)
-        return Plan(keep_best(np.where(np.isnan(state.reread), unread, state.reread), state, budget))
+        unread = 2 + np.arange(reread.shape[-1], dtype=np.float32)
+        return Plan(keep_best(np.where(np.isnan(reread), unread, reread), state, budget))

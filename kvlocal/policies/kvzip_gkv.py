@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvlocal.policies.base import CacheState
+from kvlocal.policies.base import CacheState, needed
 from kvlocal.policies.gkv import GKV
 from kvlocal.policies.scoring import Scores, check_weight
 
@@ -33,13 +33,13 @@ class KVzipGKV(GKV):
         return super().needs | {"reread"}
 
     def local(self, state: CacheState) -> Scores:
-        return np.maximum(super().local(state), self.weight * self.local_of(np.nan_to_num(state.reread), state))
+        return np.maximum(super().local(state), self.weight * self.local_of(np.nan_to_num(needed(state.reread)), state))
 
     def reserve(self, select: Scores, state: CacheState, n_fixed: int, room: int) -> None:
         super().reserve(select, state, n_fixed, room)
         n_fresh = min(round(self.fresh * room), room - round(self.now * room))
         before = slice(0, select.shape[-1] - state.window)
-        unread = (np.isnan(state.reread) & ~state.pinned)[..., before]
+        unread = (np.isnan(needed(state.reread)) & ~state.pinned)[..., before]
         # how many there are from a cell on
         n_newer = np.cumsum(unread[..., ::-1], axis=-1)[..., ::-1]
         select[..., before][unread & (n_newer <= n_fresh)] = np.inf

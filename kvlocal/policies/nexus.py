@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.policies.base import CacheState, Plan, keep_best, needed
 from kvlocal.policies.scoring import check_weight
 
 
@@ -28,10 +28,11 @@ class Allotment:
 
     def standing(self, state: CacheState, budget: int) -> CacheState:
         """The state with the newest Nexus cells pinned, as far as their share of the budget goes."""
+        nexus = needed(state.nexus)
         # [L, H, C], how many there are from a cell on
-        n_newer = np.cumsum(state.nexus[..., ::-1], axis=-1)[..., ::-1]
+        n_newer = np.cumsum(nexus[..., ::-1], axis=-1)[..., ::-1]
         room = min(self.share * budget, budget - state.window - state.pinned.sum(axis=-1).max())
-        return replace(state, pinned=state.pinned | state.nexus & (n_newer <= room))
+        return replace(state, pinned=state.pinned | nexus & (n_newer <= room))
 
 
 @dataclass(frozen=True)
@@ -43,5 +44,6 @@ class Nexus(Allotment):
     rotates: ClassVar[bool] = False
 
     def plan(self, state: CacheState, budget: int) -> Plan:
-        age: npt.NDArray[np.float32] = np.arange(state.nexus.shape[-1], dtype=np.float32)
-        return Plan(keep_best(np.broadcast_to(age, state.nexus.shape), self.standing(state, budget), budget))
+        shape = needed(state.nexus).shape
+        age: npt.NDArray[np.float32] = np.arange(shape[-1], dtype=np.float32)
+        return Plan(keep_best(np.broadcast_to(age, shape), self.standing(state, budget), budget))

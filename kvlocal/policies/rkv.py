@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.policies.base import CacheState, Plan, keep_best, needed
 from kvlocal.policies.scoring import against_redundancy, check_kernel, check_weight, local_score
 
 
@@ -29,5 +29,5 @@ class RKV:
         check_kernel("pool", self.pool)
 
     def plan(self, state: CacheState, budget: int) -> Plan:
-        local = local_score(state.scores, state.window, self.pool)
-        return Plan(keep_best(against_redundancy(local, state.redundancy, state.window, self.lam), state, budget))
+        local = local_score(needed(state.scores), state.window, self.pool)
+        return Plan(keep_best(against_redundancy(local, needed(state.redundancy), state.window, self.lam), state, budget))

@@ -171,8 +171,8 @@ _FENCE = re.compile(rb"^[ \t]*+(?:```|~~~)", re.MULTILINE)
 def _inline_delimiters(text: bytes) -> list[tuple[int, int, int, float]]:
     """Ends of sentences and clauses inside a line: (first, best, last place to end a block, strength)."""
     strengths = {"sentence": SENTENCE, "clause": CLAUSE}
-    matches = (match for match in _INLINE.finditer(text) if match.lastgroup)
-    return [(match.end(match.lastgroup), match.end(match.lastgroup), match.end(), strengths[match.lastgroup]) for match in matches]
+    matches = ((match, match.lastgroup) for match in _INLINE.finditer(text))
+    return [(match.end(group), match.end(group), match.end(), strengths[group]) for match, group in matches if group]
 
 
 def _line_ends(text: bytes) -> list[tuple[int, int, int, float]]:
@@ -230,8 +230,8 @@ def _best_ends(worth: npt.NDArray[np.float32], min_block: int, max_block: int) -
         total[max_block + first : max_block + stop] = total[ends + choice] + worth[first:stop]
     if n and total[-1] == -np.inf:
         before[n] = n - max_block + total[n : n + max_block].argmax()
-    ends, end = [], n
+    chosen, end = [], n
     while end:
-        ends.append(end)
+        chosen.append(end)
         end = int(before[end])
-    return np.array(ends[::-1], np.int32)
+    return np.array(chosen[::-1], np.int32)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.policies.base import CacheState, Plan, keep_best, needed
 from kvlocal.policies.scoring import check_kernel, local_score
 
 
@@ -24,4 +24,4 @@ class SnapKV:
         check_kernel("pool", self.pool)
 
     def plan(self, state: CacheState, budget: int) -> Plan:
-        return Plan(keep_best(local_score(state.scores, state.window, self.pool), state, budget))
+        return Plan(keep_best(local_score(needed(state.scores), state.window, self.pool), state, budget))

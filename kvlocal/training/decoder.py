@@ -145,7 +145,7 @@ class Decoder:
         bias = layer.get(name + ".bias")
         y = F.linear(x, layer[name + ".weight"], None if bias is None else bias.to(self.dtype))
         pair = adapter.pairs.get(f"blk.{i}.{name}.weight") if adapter else None
-        if pair is None:
+        if adapter is None or pair is None:
             return y
         a, b = pair
         return y.index_add_(0, adapter.rows, F.linear(F.linear(x.index_select(0, adapter.rows), a), b), alpha=adapter.scale)
@@ -190,7 +190,7 @@ class Decoder:
 
     def _attend(self, q: Tensor, cells: Cells, mask: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What all heads read, [T, H * d], and their masses [H, T, S] on the column sets [H_kv or 1, C, S]."""
-        n_head_kv, n_group, n_rows, size = q.shape
+        n_head_kv, n_group, _, size = q.shape
         keys, values = cells.keys, cells.values
         if columns is not None:
             # a softmax weight on a set is one more number of the values, so no weights need to be kept

@@ -100,8 +100,8 @@ class SequenceLayout:
             tokens += [segment, np.zeros(k, np.int64)]
             segments.append(np.full(len(segment) + k, i))
             nexus += [np.full(len(segment), -1), np.arange(k)]
-        joined = (np.concatenate(parts).astype(np.int64) for parts in (tokens, segments, nexus))
-        return cls(*joined, compression.n_gone)
+        rows, owners, places = (np.concatenate(parts).astype(np.int64) for parts in (tokens, segments, nexus))
+        return cls(rows, owners, places, compression.n_gone)
 
     @property
     def past(self) -> npt.NDArray[np.int64]:
@@ -165,6 +165,7 @@ class Distillation:
                 columns=self._columns(self._segments) if with_masses else None,
                 watch=torch.from_numpy(np.concatenate(list(windows.values()))).to(device),
             )
+            assert self._pass.watched is not None
             watched = self._pass.watched.split([len(rows) for rows in windows.values()], 2)
             # [L, H_kv, T] each, SnapKV's score
             self._scores = {number: weights.mean(2) for number, weights in zip(windows, watched, strict=True)}
@@ -187,7 +188,7 @@ class Distillation:
         nexus_rows, judged = (torch.from_numpy(np.flatnonzero(rows)).to(device) for rows in (is_nexus, ~is_nexus))
         x = decoder.embed(torch.from_numpy(layout.tokens[own]).to(device))
         x = x.index_copy(0, nexus_rows, F.embedding(torch.from_numpy(layout.nexus[own][is_nexus]).to(device), parameters.table))
-        with_masses = self._pass.masses is not None
+        masses = self._pass.masses
         past_positions = torch.from_numpy(past).to(device)
         out = decoder.forward(
             x,
@@ -196,15 +197,15 @@ class Distillation:
             past=decoder.moved([cells.first(len(past)) for cells in self._pass.cells], past_positions - torch.arange(len(past), device=device)),
             past_positions=past_positions,
             adapter=parameters.adapter(decoder.dtype, nexus_rows) if len(nexus_rows) else None,
-            columns=self._columns(layout.segments[np.concatenate([past, own])]) if with_masses else None,
+            columns=self._columns(layout.segments[np.concatenate([past, own])]) if masses is not None else None,
         )
         # the same tokens, as the teacher has them behind the gone segments
         same = slice(len(past), len(past) + len(judged))
         kl = _RowsKL.apply(out.hidden.index_select(0, judged), self._pass.hidden[same], decoder)
         attention = kl.new_zeros(())
-        if with_masses and self._full:
+        if masses is not None and out.masses is not None and self._full:
             later = torch.from_numpy(self._segments[same][:, None] > np.arange(self._n_sets)).to(device)
-            difference = out.masses[self._full][:, :, judged].float() - self._pass.masses[self._full][:, :, same].float()
+            difference = out.masses[self._full][:, :, judged].float() - masses[self._full][:, :, same].float()
             attention = (difference.abs() * later).sum() / (later.sum() * difference.shape[0] * difference.shape[1])
         return Loss(kl, attention)
 

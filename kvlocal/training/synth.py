@@ -335,7 +335,8 @@ class _Author:
 
     def _go_on(self, part: TurnPlan, temperature: float) -> Generator[_Step, int, str | None]:
         """What the model writes after the given part of a turn; None if it comes to no end."""
-        model, tokens, text = self._scribe.model, [], ""
+        model, text = self._scribe.model, ""
+        tokens: list[int] = []
         ends_given = part.given.endswith((".", "!", "?"))
         data = b""
         while True:

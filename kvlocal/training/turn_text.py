@@ -12,7 +12,7 @@ FENCE = "```"
 # An end of a sentence, but not the number of a list item.
 _SENTENCE_END = re.compile(r"(?<!\d)[.!?…。！？][\"'”’)\]*]*(?=\s|$)|\n")
 _MARKUP = re.compile(
-    r"<\|[^|>]{1,40}\|>|\[/?INST\]|</?s>|<(start|end)_of_turn>|^#{2,3} ?(User|Assistant|System|Human)\b|^(User|Assistant|Human) ?:", re.M
+    r"<\|[^|>]{1,40}\|>|\[/?INST\]|</?s>|<(start|end)_of_turn>|^#{2,3} ?(User|Assistant|System|Human)\b|^(User|Assistant|Human) ?:", re.MULTILINE
 )
 
 # What an assistant says and hardly ever a user.
@@ -20,7 +20,7 @@ _NOT_A_USER = re.compile(
     r"^(sure|certainly|of course|absolutely|as an ai|i'?m (sorry|here to|glad|happy|ready)|here (is|are)\b)|"
     r"\b(as an ai|as a language model|ai assistant|can i (help|assist) you|how may i (help|assist)|i'?m here to (help|assist)|"
     r"feel free to|i'?d be happy to|happy to help|let me know if you)\b",
-    re.I,
+    re.IGNORECASE,
 )
 
 
@@ -82,4 +82,4 @@ def _repeats(text: str) -> bool:
     if any(Counter(runs).most_common(1)[0][1] > most for n, most in ((4, 3), (10, 1)) if (runs := _runs(text, n))):
         return True
     data = text.encode()
-    return max(lines.values(), default=0) > 2 or len(data) > 200 and len(zlib.compress(data, 9)) < 0.3 * len(data)
+    return max(lines.values(), default=0) > 2 or (len(data) > 200 and len(zlib.compress(data, 9)) < 0.3 * len(data))

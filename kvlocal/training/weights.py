@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,7 @@ class _Values:
 
     def need(self, name: str) -> Any:
         value = self.get(name)
-        if value is None or isinstance(value, str) or getattr(value, "ndim", 0):
+        if value is None or isinstance(value, str) or np.ndim(value):
             raise WeightsError(f"{self._base.path.name} does not say its {name} in one number: choose another GGUF file")
         return value
 

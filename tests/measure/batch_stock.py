@@ -23,7 +23,6 @@ import numpy as np
 
 from kvlocal.batch.run import run_batch
 from kvlocal.benchmark.comparison import of_pairs
-from kvlocal.benchmark.readers import ring_bytes
 from kvlocal.benchmark.script import Script
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession, Message
@@ -120,7 +119,7 @@ class OursHost:
         )
         self._line = json.dumps({"messages": conversation(self._model, args.tokens)[0]}).encode()
         with ChatSession(self._model, self._config) as session:
-            self._kv_bytes = session.cache.context.kv_bytes() + ring_bytes(session.cache.native.layout())
+            self._kv_bytes = session.cache.kv_bytes
 
     def turn(self) -> Turn:
         started = time.perf_counter()

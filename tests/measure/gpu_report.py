@@ -21,7 +21,7 @@ from kvlocal.files.atomic import atomic_write
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 
 HERE = Path(__file__).parent
-SUITE = ("native", "engine", "session", "snapshot", "streams", "rounds", "lost_device")
+SUITE = ("native", "rows", "engine", "session", "snapshot", "slots", "lost_device")
 
 
 def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> dict[str, list[str]]:
@@ -32,6 +32,7 @@ def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> d
     return {
         "suite": [python, "-m", "pytest", "-q", "--device", "gpu", *(str(tests / f"test_{name}.py") for name in SUITE)],
         "ring": [python, str(HERE / "ring_overhead.py"), *measure, "--stock", stock, "--gpu-layers", "-1"],
+        "operations": [python, str(HERE / "cell_operations.py"), *measure, "--gpu-layers", "-1"],
         "decode": [*bench, "--only", "decode@8000,prefill@8000", "--json", str(target / "decode.json")],
         "chat": [*bench, "--only", "chat40,share", "--json", str(target / "chat.json")],
         "long": [python, str(HERE / "long_chat.py"), *measure, "--tokens", str(sizes.tokens), "--policy", sizes.policy, "--gpu-layers", "-1",
@@ -50,7 +51,7 @@ def devices() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME[,NAME]", default="", help="suite, ring, decode, chat, long, lost")
+    parser.add_argument("--only", metavar="NAME[,NAME]", default="", help="suite, ring, operations, decode, chat, long, lost")
     parser.add_argument("--again", action="store_true", help="also what has a result")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--shape", choices=SHAPES, help="measure a model of this shape with random weights, which is written first")

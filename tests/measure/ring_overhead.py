@@ -68,7 +68,7 @@ def main() -> int:
 
     library = load()
     bindings = os.path.dirname(os.path.dirname(library.llama_cpp.__file__))
-    model = args.model or str(resolve(DEFAULT_MODEL))
+    model = str(resolve(args.model or DEFAULT_MODEL))
 
     def start(lib_dir: str, window: int) -> subprocess.Popen:
         env = os.environ | {"LLAMA_CPP_LIB_PATH": lib_dir, "PYTHONPATH": bindings}
