@@ -8,8 +8,12 @@ from kvlocal.cache.archive import Archive
 from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.compression import _PAST_CONTEXT
 from kvlocal.cache.config import CacheConfig, CacheError
-from kvlocal.llama.model import Model
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession, SessionError
+from kvlocal.llama.cells import NativeError
 from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
+from kvlocal.llama.sampling import SamplingParams
 from kvlocal.policies.base import CacheState
 from kvlocal.policies.recall import Recall, in_blocks
 
@@ -75,14 +79,13 @@ def test_scores_of_archived_keys_are_those_of_a_cache_that_holds_all(model):
             for options in ({}, {"n_query": 5}, {"n_query": 5, "largest": True}):
                 found = cache.native.row_scores(archive.key_chunks(), 300, **options)
                 np.testing.assert_allclose(found, cache.native.scores(**options), atol=1e-6)
-            lib, native = load().lib, cache.native
             chunks = archive.key_chunks()
-            for wrong in (lambda: native.row_scores(chunks, 513), lambda: native.row_scores(chunks, 3), lambda: native.row_scores([], 1)):
-                with pytest.raises(Exception) as error:
-                    wrong()
-                assert error.value.code == lib.KVL_ERR_ARGUMENT
+            for wrong in ((chunks, 513), (chunks, 3), (chunks, 0), ([], 1), (chunks, 300, -1)):
+                with pytest.raises(NativeError) as error:
+                    cache.native.row_scores(*wrong)
+                assert error.value.code == load().lib.KVL_ERR_ARGUMENT
             with pytest.raises(ValueError, match="chunks of keys"):
-                native.row_scores([chunk[:1] for chunk in chunks], 300)
+                cache.native.row_scores([chunk[:1] for chunk in chunks], 300)
 
 
 def check(cache, archived):
@@ -176,11 +179,13 @@ def test_what_is_held_comes_back_though_cells_were_exchanged(model):
         check(cache, cache.compressor.recall.archive)
 
 
-@pytest.mark.parametrize(("changes", "reason"), [({"archive_ram": 2 * 256 * 9 * 256}, "filled the"), ({"archive": "disk", "archive_ram": 0}, "cannot be written")])
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"archive_ram": 2 * 256 * 9 * 256}, "filled the"), ({"archive": "disk", "archive_ram": 0}, "cannot be written")]
+)
 def test_without_its_archive_the_conversation_goes_on(model, tmp_path, changes, reason):
     config = CacheConfig(**{**vars(CONFIG), "archive_dir": tmp_path / "away", **changes})
     with BudgetedCache(model, config) as cache:
-        for turn in range(12):
+        for turn in range(8):
             cache.read(user(100, turn))
             assert cache.ledger.n_cells <= 96 + 32
         assert cache.compressor.recall is None and reason in cache.compressor.lost
@@ -198,6 +203,25 @@ def test_past_the_trained_context_the_archive_is_given_up(model):
 
 
 def test_impossible_archives_are_refused():
-    for changes in ({"archive": "tape"}, {"archive": "ram", "policy": "snapkv"}, {"archive": "ram", "policy": "recall", "positions": "cache"}, {"archive_ram": -1}):
+    recall = {"archive": "ram", "policy": "recall"}
+    for changes in ({"archive": "tape"}, recall | {"policy": "snapkv"}, recall | {"positions": "cache"}, {"archive_ram": -1}):
         with pytest.raises(CacheError):
             CacheConfig(**changes)
+
+
+def test_a_chat_with_an_archive(smollm2):
+    """Answers, another answer, and a turn that is taken back; cache and archive agree with the ledger all the time."""
+    sampling = SamplingParams(temperature=0)
+    with Model(smollm2) as model, ChatSession(model, SessionConfig(**vars(CONFIG) | {"sampling": sampling, "max_tokens": 24})) as chat:
+        for i in range(4):
+            text = "".join(chat.send(f"Question {i}: name some things that start with the letter {chr(97 + i)}, and say what they are good for."))
+            assert chat.kv.used <= 96 + 32
+        assert chat.kv.archived and chat.kv.recalled and chat.kv.archive_bytes == (chat.cache.compressor.recall.archive.bytes_in_memory, 0)
+        check(chat.cache, chat.cache.compressor.recall.archive)
+        assert "".join(chat.regenerate()) == text
+        taken = chat.undo()
+        assert [message["role"] for message in taken] == ["user", "assistant"] and chat.kv.archived <= chat.kv.history_tokens
+        assert "".join(chat.send(taken[0]["content"])) == text
+        check(chat.cache, chat.cache.compressor.recall.archive)
+        with pytest.raises(SessionError, match="a snapshot does not hold"):
+            chat.resume(chat.messages, chat.snapshot())

@@ -16,7 +16,10 @@ from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 
 # every type, for keys and for values, and never the same for both but once
-PAIRS = [("f16", "f16"), ("f32", "q8_0"), ("q8_0", "q4_0"), ("q5_1", "f16"), ("q5_0", "iq4_nl"), ("q4_1", "q5_1"), ("q4_0", "q5_0"), ("iq4_nl", "q4_1"), ("f16", "f32")]
+PAIRS = [
+    ("f16", "f16"), ("f32", "q8_0"), ("q8_0", "q4_0"), ("q5_1", "f16"), ("q5_0", "iq4_nl"), ("q4_1", "q5_1"), ("q4_0", "q5_0"), ("iq4_nl", "q4_1"),
+    ("f16", "f32"),
+]  # fmt: skip
 # half a step of the type, as a share of the largest number of a block
 STEP = {"f32": 1e-3, "f16": 1e-3, "q8_0": 1e-2, "q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.08, "q4_0": 0.14, "iq4_nl": 0.14}
 
@@ -50,7 +53,7 @@ def supported(model, type_k, type_v):
 def types(request, model):
     if not supported(model, *request.param):
         pytest.skip("this device has no attention for these types")
-    return dict(zip(("type_k", "type_v"), request.param))
+    return dict(zip(("type_k", "type_v"), request.param, strict=True))
 
 
 def numbers(rows, kind):

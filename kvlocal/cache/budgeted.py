@@ -84,6 +84,8 @@ class BudgetedCache(NotedCells):
         self.policy = policies.make(config.policy, config.policy_args)
         self.budget, self.capacity, _ = check_budget(model, config)
         self._spare = spare
+        # only this policy has an archive (CacheConfig)
+        self._refresh = self.policy.refresh if isinstance(self.policy, policies.Recall) else 0
         with ExitStack() as opened:
             context = make_context(
                 model,
@@ -223,7 +225,7 @@ class BudgetedCache(NotedCells):
         self._appended()
         if self.compressor.recall and phase == "decode":
             self._since_choice += len(tokens)
-            if self._since_choice >= self.policy.refresh:
+            if self._since_choice >= self._refresh:
                 self.choose_again()
 
     def append_vectors(self, vectors: npt.NDArray[np.float32], role: str, adapter: Adapter | None = None) -> int:

@@ -148,7 +148,7 @@ class Compressor:
 
     def choose_again(self, ledger: Ledger) -> None:
         """Chooses the cells anew from the whole conversation, if there is an archive and the cache does not hold all of it."""
-        if self.recall and (ledger.n_cells < ledger.n_tokens or ledger.n_cells > self.target(ledger) and not self.held):
+        if self.recall and (ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held)):
             self.before(ledger)
             self._recall(ledger)
 

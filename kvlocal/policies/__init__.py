@@ -26,7 +26,7 @@ from kvlocal.policies.rkv import RKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "WITH_ARCHIVE", "WITH_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "make"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "WITH_ARCHIVE", "WITH_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "Recall", "make"]
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvlocal.policies.base import CacheState, Plan, keep_best
+from kvlocal.policies.base import CacheState, Plan, keep_best, needed
 from kvlocal.policies.scoring import Scores, check_kernel, check_weight, pooled
 
 
@@ -42,7 +42,7 @@ class Recall:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def plan(self, state: CacheState, budget: int) -> Plan:
-        scores = in_blocks(pooled(state.scores, state.window, self.pool), self.blocks)
+        scores = in_blocks(pooled(needed(state.scores), state.window, self.pool), self.blocks)
         n_recent = max(state.window, round(self.recent * budget))
         importance = scores.astype(np.float64)
         # not all of the budget is left for the newest where much is pinned: they go by age
