@@ -46,7 +46,8 @@ def batch_command(
     have its own "max_tokens", "temperature", "seed", "system", "policy" and "kv_budget"; other keys are left out. A result is a line with
     the line's number, the id, all messages, what became of the KV cache, and timings.
 
-    A line that cannot be answered gives a line with an "error" and is reported; the others go on; the exit code is then 1.
+    A line that cannot be answered gives a line with an "error" and is reported; the others go on; the exit code is then 1. It has the line's id,
+    null if that cannot be read.
 
     Run again with the same OUT.jsonl, it goes on where it stopped, however that was. Lines that could not be answered are tried again with
     --retry; their results then follow the others.

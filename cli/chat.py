@@ -1,31 +1,34 @@
 """`kvlocal chat`: a conversation on a terminal or through a pipe."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import click
-from rich.console import Console
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.opening import checked_template
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import read_on
+from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
-from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load
+from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
+from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
+from kvlocal_cli.chat_record import ChatRecord
+from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loading, clean_text, session_options
-from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, is_terminal, write_answer
-from kvlocal_cli.turns import PipedLines, TypedLines, read_turn
+from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_answer
 
 
 @click.command("chat")
@@ -77,9 +80,9 @@ def chat_command(
             if kept:
                 chat.keep_session(kept)
             elif not no_transcript:
-                chat.keep_transcript()
-            if begun.messages:
-                chat.record(lambda transcript: transcript.add_load(begun.messages, system))
+                chat.record.begin(chat.name, chat.config.system)
+            if load_path and begun.messages:
+                chat.record.add(lambda transcript: transcript.add_load(begun.messages, system))
                 chat_commands.note_loaded(chat, load_path, begun)
             chat.run()
             failed = chat.failed
@@ -87,41 +90,11 @@ def chat_command(
         click.get_current_context().exit(1)
 
 
-class Screen:
-    """Where what belongs to a chat goes: answers and what a command was asked for to stdout, the rest beside them.
-
-    Args:
-        verbose: show notes and status lines, on stderr, also where there is no terminal.
-
-    Attributes:
-        interactive: whether a person types: stdin and at least one output are a terminal.
-    """
-
-    def __init__(self, *, verbose: bool) -> None:
-        outputs = [stream for stream in (sys.stdout, sys.stderr) if is_terminal(stream)]
-        self.interactive = is_terminal(sys.stdin) and bool(outputs)
-        self.terminal = outputs[0] if self.interactive else sys.stderr
-        self._notes = Console(file=self.terminal, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self._silent = not (self.interactive or verbose)
-
-    def note(self, text: str) -> None:
-        """A dim line that is nobody's answer."""
-        if not self._silent:
-            self._notes.print(text, style="dim")
-
-    def show(self, text: str) -> None:
-        """What a command was asked for."""
-        click.echo(text, file=self.terminal if self.interactive else sys.stdout)
-
-    def warn(self, text: str) -> None:
-        """Something went wrong."""
-        click.echo(f"kvlocal: {text}", err=True)
-
-
 class Chat:
     """A running chat: the session, its transcript and its screen.
 
     Attributes:
+        record: how it is kept
         failed: whether a command failed; on a terminal the user has seen it, a script needs the exit code.
     """
 
@@ -134,12 +107,9 @@ class Chat:
         self.failed = False
         self._model, self._nexus, self._loading = model, nexus, loading
         self._bar = ReadingBar()
-        self._transcript: Transcript | None = None
-        self._snapshots: Snapshots | None = None
         self._told_lost = ""  # why the archive was given up, once that was said
-        # of failures to write: what is to be said, and what has been
-        self._unsaid, self._said = "", set()
-        self._idle = Idle(self.keep_snapshot)
+        self.record = ChatRecord(screen)
+        self._idle = Idle(lambda stop: self.record.save_snapshot(self.session, stop))
         self.session = self._open(config)
 
     def __enter__(self) -> Self:
@@ -148,17 +118,7 @@ class Chat:
     def __exit__(self, *_: object) -> None:
         self._idle.end()
         self.session.close()
-        if self._transcript is not None:
-            self._transcript.close()
-
-    # the transcript
-
-    def keep_transcript(self) -> None:
-        """Begin the transcript of this chat."""
-        try:
-            self._transcript = Transcript.open(chat_path(), model=self.name, system=self.config.system)
-        except KvlocalError as error:
-            self._go_on_without_transcript(error)
+        self.record.close()
 
     def keep_session(self, transcript: Transcript) -> None:
         """Keep this chat in a session, and first take up what was said there before.
@@ -181,7 +141,7 @@ class Chat:
                 transcript.add_system(self.config.system)
             if earlier.messages:
                 self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
-        self._transcript, self._snapshots = transcript, snapshots
+        self.record.go_on(transcript, snapshots)
 
     def _take_up(self, earlier: Conversation, snapshots: Snapshots) -> None:
         try:
@@ -197,59 +157,13 @@ class Chat:
             self._bar.lines = False
             self._bar.close()
 
-    def record(self, add: Callable[[Transcript], None]) -> None:
-        """Add to the transcript, as long as there is one. In a session, what cannot be written now is written with what comes next."""
-        if self._transcript is None:
-            return
-        try:
-            add(self._transcript)
-        except KvlocalError as error:
-            if self._snapshots:
-                self._tell(f"{error}; there is no room for what was said last: it is lost if the chat ends before there is")
-                return
-            self._transcript.close()
-            self._transcript = None
-            self._go_on_without_transcript(error)
-
-    def _record_user(self, text: str) -> None:
-        """Add a user turn to the transcript.
-
-        Raises:
-            KvlocalError: a session cannot keep it, so it must not be answered.
-        """
-        if self._snapshots is None:
-            self.record(lambda transcript: transcript.add_user(text))
-            return
-        try:
-            self._transcript.add_user(text)
-        except KvlocalError as error:
-            raise KvlocalError(f"{error}; your turn is not taken: make room and send it again") from error
-
-    def keep_snapshot(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Write the snapshot of a session, until `stop` says so. What hinders it is said by the next `_tell`, as this may be a thread."""
-        try:
-            if self._snapshots:
-                self._snapshots.save(self.session, stop)
-        except KvlocalError as error:
-            self._unsaid = f"{error}; the session goes on, but the way back to it will be slow"
-
-    def _tell(self, problem: str) -> None:
-        """Warn of something that stays as it is until somebody does something about it: once."""
-        if problem and problem not in self._said:
-            self.screen.warn(problem)
-            self._said.add(problem)
-
-    def _go_on_without_transcript(self, error: KvlocalError) -> None:
-        self.screen.warn(f"{error}; the chat goes on without a transcript, /save keeps it")
-
-    # turns
-
     def run(self) -> None:
         """Read and answer turns to the end of the input."""
         screen = self.screen
+        lines: Lines
         if screen.interactive:
             lines = TypedLines(screen.terminal, chat_commands.names())
-            kept = f"kept in {self._transcript.path}" if self._transcript else "not kept in a file"
+            kept = f"kept in {self.record.transcript.path}" if self.record.transcript else "not kept in a file"
             screen.note(f"{self.name}, {self.config.policy}, {self.session.kv.budget} cells. This chat is {kept}.")
             screen.note("/help lists the commands, Ctrl-D leaves.")
         else:
@@ -262,8 +176,8 @@ class Chat:
                 else:
                     self._work_between_turns()
                     text, literal = read_turn(lines)
-                self._tell(self._unsaid)
-                self._tell(self._idle.problem)
+                self.record.tell_unsaid()
+                self.record.tell(self._idle.problem)
                 if not text.strip():
                     continue
                 if text.startswith("/") and not literal:
@@ -271,8 +185,8 @@ class Chat:
                 else:
                     self.ask(text)
             except EOFError:
-                self.keep_snapshot()
-                self._tell(self._unsaid)
+                self.record.save_snapshot(self.session)
+                self.record.tell_unsaid()
                 return
             except KeyboardInterrupt:
                 if not screen.interactive:
@@ -286,7 +200,7 @@ class Chat:
         """As Idle does on a terminal, to its end. The next turn is read also if it fails."""
         try:
             self.session.finish_turn()
-            self.keep_snapshot()
+            self.record.save_snapshot(self.session)
             self.session.second_read()
         except KvlocalError as error:
             self.screen.warn(str(error))
@@ -302,11 +216,11 @@ class Chat:
         if session.messages and session.messages[-1]["role"] == "user":
             # one that was loaded without an answer; turns alternate
             session.add_turn("assistant", "")
-            self.record(lambda transcript: transcript.end_answer("stopped"))
+            self.record.add(lambda transcript: transcript.end_answer("stopped"))
         compressions = session.kv.compressions
 
         def begin() -> Iterator[str]:
-            self._record_user(text)
+            self.record.add_user(text)
             return session.send(text)
 
         with self._interruptible() as turn:
@@ -324,7 +238,7 @@ class Chat:
 
         def begin() -> Iterator[str]:
             if session.messages:
-                self.record(Transcript.add_regen)
+                self.record.add(Transcript.add_regen)
             return session.regenerate()
 
         with self._interruptible() as turn:
@@ -347,12 +261,12 @@ class Chat:
         except BaseException:
             self.session.owe(messages)
             raise
-        self.record(Transcript.add_undo)
+        self.record.add(Transcript.add_undo)
         return taken
 
-    def replace(self, config: SessionConfig, messages: Sequence[Mapping[str, str]]) -> None:
-        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again when it goes on:
-        there is never memory for more than one session.
+    def replace(self, config: SessionConfig, messages: Sequence[Message]) -> None:
+        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again when it goes
+        on: there is never memory for more than one session.
 
         Raises:
             KvlocalError: they do not go together, or not with the model, or not with the memory there is.
@@ -379,7 +293,7 @@ class Chat:
     def _open(self, config: SessionConfig) -> ChatSession:
         return ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
 
-    def _measured(self, messages: Sequence[Mapping[str, str]]) -> Iterator[Mapping[str, str]]:
+    def _measured(self, messages: Sequence[Message]) -> Iterator[Message]:
         """These messages one after another; the bar tells how far the reading of them has come."""
         total = sum(len(message["content"]) for message in messages) or 1
         done = 0
@@ -397,8 +311,8 @@ class Chat:
         try:
             return begin()
         except BaseException as error:
-            if len(self.session.messages) < n_messages and self._transcript and self._transcript.awaits_answer:
-                self.record(Transcript.add_undo)
+            if len(self.session.messages) < n_messages and self.record.awaits_answer:
+                self.record.add(Transcript.add_undo)
             if isinstance(error, KeyboardInterrupt) and self.screen.interactive:
                 raise KvlocalError("stopped while your turn was read: it is taken back, send it again") from None
             raise
@@ -406,23 +320,26 @@ class Chat:
             self._bar.close()
 
     def _show(self, pieces: Iterator[str], turn: Interruptible | None) -> None:
-        piece, reason, drawn = "", "error", []
+        piece, reason = "", "error"
+        drawn: Sequence[int] = []
         try:
             for piece in turn.answering(pieces) if turn else pieces:
                 # first what outlives the program
-                self.record(lambda transcript, piece=piece: transcript.add_piece(piece))
+                self.record.add_piece(piece)
                 write_answer(piece)
-            reason, drawn = self.session.last.stop_reason, self.session.last.drawn
+            if last := self.session.last:
+                reason, drawn = last.stop_reason, last.drawn
         except KeyboardInterrupt:
             reason = "stopped"
             raise
         finally:
-            self.record(lambda transcript: transcript.end_answer(reason, drawn, self.session.kv.history_tokens))
+            self.record.add(lambda transcript: transcript.end_answer(reason, drawn, self.session.kv.history_tokens))
             if not piece.endswith("\n"):
                 write_answer("\n")
 
     def _show_status(self, compressions: int) -> None:
         last, kv = self.session.last, self.session.kv
+        assert last is not None  # after an answer
         parts = [
             f"{last.tokens_per_second:.1f} tok/s",
             f"{kv.used}/{kv.budget} cells",

@@ -12,7 +12,8 @@ import click
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.stats import SegmentStats
-from kvlocal.conversations.transcript import Conversation, load, save
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.options import split_policy_arg
 from kvlocal_cli.terminal import printable
@@ -137,7 +138,7 @@ def _undo(chat: Chat, argument: str) -> None:
 
 def _clear(chat: Chat, argument: str) -> None:
     chat.session.clear()
-    chat.record(lambda transcript: transcript.add_clear())
+    chat.record.add(lambda transcript: transcript.add_clear())
     chat.screen.note("forgotten; the system prompt stays")
 
 
@@ -147,7 +148,7 @@ def _system(chat: Chat, argument: str) -> None:
         return
     system = None if argument == '""' else argument
     chat.replace(replace(chat.config, system=system), chat.session.messages)
-    chat.record(lambda transcript: transcript.add_system(system))
+    chat.record.add(lambda transcript: transcript.add_system(system))
     chat.screen.note("system prompt changed; the conversation was read again")
 
 
@@ -211,7 +212,8 @@ def _set(chat: Chat, argument: str) -> None:
     else:
         field, kind = _SAMPLING[name]
         number = None if (name, value) == ("seed", "random") else _number(name, value, kind)
-        sampling = replace(config.sampling, **{field: number})
+        changed: dict[str, Any] = {field: number}
+        sampling = replace(config.sampling, **changed)
         chat.session.set_sampling(sampling)
         chat.config = replace(config, sampling=sampling)
     chat.screen.note(f"{name}: {settings(chat)[name]}")
@@ -224,8 +226,8 @@ def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(text)
     except ValueError:
-        kinds = {int: "a whole number", float: "a number"}
-        raise KvlocalError(f"{name} takes {kinds[kind]}, not {printable(text[:40])}") from None
+        kinds = "a whole number" if kind is int else "a number"
+        raise KvlocalError(f"{name} takes {kinds}, not {printable(text[:40])}") from None
 
 
 def _with_policy(config: SessionConfig, text: str) -> SessionConfig:
@@ -248,7 +250,7 @@ def _load(chat: Chat, argument: str) -> None:
     conversation = load(path)
     system, messages = conversation.system, conversation.messages
     chat.replace(replace(chat.config, system=system), messages)
-    chat.record(lambda transcript: transcript.add_load(messages, system))
+    chat.record.add(lambda transcript: transcript.add_load(messages, system))
     note_loaded(chat, path, conversation)
 
 

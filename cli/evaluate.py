@@ -19,7 +19,7 @@ from kvlocal.evaluation import plot, report
 from kvlocal.evaluation.dialogue import DialogueTask
 from kvlocal.evaluation.figure import check
 from kvlocal.evaluation.recall import RecallTask
-from kvlocal.evaluation.reference import ReferenceCache, cache_dir, make_directory
+from kvlocal.evaluation.reference import ReferenceCache, make_directory, references_dir
 from kvlocal.evaluation.runner import ChatFailure, Task, WorkFile, outcomes, pending
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.files.atomic import atomic_write
@@ -106,7 +106,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 check(plot_path)
         except KvlocalError as error:
             raise click.UsageError(str(error)) from error
-        return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or cache_dir()), **others)
+        return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
 
     for option in reversed(_OPTIONS):
         with_run = option(with_run)
@@ -168,7 +168,7 @@ def recall_command(run: "_Run", data_path: Path | None, questions: int, tokens: 
     with run.loaded() as model:
         with waiting("making the chats"):
             task = RecallTask(model, run.base, questions, tokens, run.seed, data.dialogues if data else (), run.nexus)
-        run.measure(task, {**(_source(data_path, data) if data else {}), "questions": questions, "tokens": tokens}, {})
+        run.measure(task, {**(_source(data_path, data) if data_path and data else {}), "questions": questions, "tokens": tokens}, {})
 
 
 def _source(path: Path, data: Data) -> dict[str, str]:

@@ -10,8 +10,8 @@ from kvlocal.interrupts import CtrlCWaits
 
 
 class Idle:
-    """Finishes the last turn of a session, keeps it and reads turns again, in a thread; the one owner of all such threads of a chat, of which there is
-    one at a time.
+    """Finishes the last turn of a session, keeps it and reads turns again, in a thread; the one owner of all such threads of a chat, of which there
+    is one at a time.
 
     A KvlocalError there costs only scores, so it waits for the next call of the session, which meets it again if it is serious.
 
@@ -35,7 +35,7 @@ class Idle:
             session.second_read(stop)
         except KvlocalError:
             pass
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a thread has nobody else to tell
             self.problem = f"what is done while you type has failed ({type(error).__name__}: {error})"
 
     @contextmanager

@@ -1,7 +1,8 @@
 """The click group `kvlocal`, and the one place that turns failures into sentences and exit codes."""
 
 import sys
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, NoReturn
 
 import click
 
@@ -24,9 +25,9 @@ FAILURE = 1
 class Kvlocal(click.Group):
     """A group whose failures are one sentence on stderr: exit code 1, for wrong usage 2, after Ctrl-C 130."""
 
-    def main(self, *args: Any, **kwargs: Any) -> None:
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
+            if isinstance(stream, TextIOWrapper):
                 # what the encoding cannot show becomes a question mark
                 stream.reconfigure(errors="replace")
         kwargs["standalone_mode"] = False
@@ -53,7 +54,7 @@ def _sentence(error: click.ClickException) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(sentence: str, code: int) -> NoReturn:
     click.echo(f"kvlocal: {sentence}", err=True)
     sys.exit(code)
 
@@ -71,5 +72,7 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (chat_command, run_command, batch_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group, nexus_group):
+for command in (
+    chat_command, run_command, batch_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group, nexus_group,
+):  # fmt: skip
     main.add_command(command)

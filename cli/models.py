@@ -3,14 +3,23 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
-from kvlocal.hub.catalogue import Catalogue, Entry, HubFile, models_dir
+from kvlocal.files.places import models_dir
+from kvlocal.hub.catalogue import Catalogue, Entry, HubFile
 from kvlocal.hub.pull import pull
 from kvlocal_cli.progress import REPORT_SECONDS
 from kvlocal_cli.terminal import print_aligned
@@ -93,24 +102,24 @@ def _pull_with_progress(model: Entry | HubFile, force: bool) -> Path:
         return pull(model, force=force, progress=show)
 
 
-def _describe(model: Entry | HubFile) -> dict[str, str | int | None]:
+def _describe(model: Entry | HubFile) -> dict[str, Any]:
     """What `--json` says about a model; None where nothing is known."""
     present = model.present
     status = "present" if present else "damaged" if model.path.exists() else "absent"
-    catalogued = isinstance(model, Entry)
+    entry = model if isinstance(model, Entry) else None
     return {
         "name": model.name,
-        "source": "catalogue" if catalogued else "hub",
+        "source": "catalogue" if entry else "hub",
         "status": status,
         "path": str(model.path) if present else None,
-        "bytes": model.size if catalogued else model.path.stat().st_size,
-        "licence": model.licence if catalogued else None,
-        "trained_context": model.trained_context if catalogued else None,
-        "summary": model.summary if catalogued else None,
+        "bytes": entry.size if entry else model.path.stat().st_size,
+        "licence": entry and entry.licence,
+        "trained_context": entry and entry.trained_context,
+        "summary": entry and entry.summary,
     }
 
 
-def _row(model: dict[str, str | int | None], default: str) -> tuple[str, ...]:
+def _row(model: dict[str, Any], default: str) -> tuple[str, ...]:
     summary = model["summary"] or "from the hub"
     if model["name"] == default:
         summary += " (the default)"

@@ -13,9 +13,9 @@ from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.config import DEFAULT_BUDGET, DEFAULT_FULL
 from kvlocal.chat.config import SessionConfig
-from kvlocal.doctor import memory_estimate as footprint
-from kvlocal.doctor.memory_estimate import available_memory
+from kvlocal.doctor import memory_estimate
 from kvlocal.errors import KvlocalError
+from kvlocal.files.text import text_of
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
@@ -184,7 +184,7 @@ class Loading:
             KvlocalError: they do not.
         """
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
-            footprint.check(path, config, parallel, undo, instead_of)
+            memory_estimate.check(path, config, parallel, undo, instead_of)
 
     def tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         """The Nexus tokens for a model, if the policy uses them and there are some, and the configuration with a policy that goes with that.
@@ -269,10 +269,10 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _archive_ram() -> int:
     """Bytes of memory for the archive, if nobody says how many: a quarter of what is free, where the system tells."""
-    free = available_memory()
+    free = memory_estimate.available_memory()
     return _SESSION.archive_ram if free is None else free // 4
 
 
 def clean_text(text: str) -> str:
     """The text of an argument, which Python gives half surrogate pairs for bytes that are not UTF-8."""
-    return text.encode("utf-8", "replace").decode()
+    return text_of(text.encode("utf-8", "replace"))

@@ -25,7 +25,7 @@ class LongWork:
         columns = (text, bar, MofNCompleteColumn()) if what else (bar, text)
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._bar = Progress(*columns, *times, console=console, transient=True, disable=not self.with_bar, redirect_stdout=False)
-        self._task = self._bar.add_task(what, total=total, completed=completed)
+        self._task = self._bar.add_task(what, total=total, completed=int(completed))
 
     def __enter__(self) -> Self:
         self._started = self._reported = time.monotonic()

@@ -21,6 +21,7 @@ from kvlocal_cli.terminal import (
     archive_lost,
     decode_input,
     is_terminal,
+    telling_of_silence,
     write_answer,
 )
 
@@ -84,7 +85,8 @@ def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str]:
         prompt = words[0]
     parts = [clean_text(prompt)] if prompt else []
     if sys.stdin is not None and not is_terminal(sys.stdin):
-        parts.append(decode_input(sys.stdin.buffer.read()))
+        with telling_of_silence("waiting for the end of standard input, which belongs to the prompt; where there is none, run it with </dev/null"):
+            parts.append(decode_input(sys.stdin.buffer.read()))
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
         raise click.UsageError("there is no prompt: give one as an argument or through a pipe")
@@ -100,6 +102,7 @@ def _names_a_model(word: str) -> bool:
 
 def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[str, object]:
     last = session.last
+    assert last is not None  # after an answer
     return {
         "model": name,
         "prompt": prompt,

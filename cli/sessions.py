@@ -4,22 +4,24 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.filesize import decimal
 
 from kvlocal.conversations.named_sessions import Session, delete, existing_path, markdown, rename, session, session_path, sessions
-from kvlocal.conversations.transcript import saved
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.saved_chat import saved
 from kvlocal.errors import KvlocalError
-from kvlocal.files.atomic import atomic_write
+from kvlocal.files.atomic import PRIVATE, atomic_write
 from kvlocal_cli.chat_commands import open_end
 from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 
 COLUMNS = ("name", "model", "turns", "tokens", "last used", "size")
 
-_EXPORTS: dict[str, Callable[[Session], bytes]] = {
-    "markdown": lambda session: markdown(session).encode(errors="replace"),
-    "json": lambda session: saved(session.conversation),
+_EXPORTS: dict[str, Callable[[str, Conversation], bytes]] = {
+    "markdown": lambda name, conversation: markdown(name, conversation).encode(errors="replace"),
+    "json": lambda _, conversation: saved(conversation),
 }
 
 
@@ -46,8 +48,7 @@ def list_command(as_json: bool) -> None:
 @click.argument("name", metavar="NAME|FILE")
 def show_command(name: str) -> None:
     """Say what a session is and print its last turn."""
-    found = session(name)
-    conversation = found.conversation
+    found, conversation = session(name)
     rows = [*zip(COLUMNS, _row(_describe(found)), strict=True), ("started", conversation.started or "-"), ("path", str(found.path))]
     rows.append(("system", printable(conversation.system or "the model's own")))
     print_aligned(rows)
@@ -73,13 +74,14 @@ def rename_command(name: str, new_name: str) -> None:
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 def export_command(name: str, kind: str, output: Path | None, force: bool) -> None:
     """Write the conversation of a session as Markdown or JSON."""
-    content = _EXPORTS[kind](session(name))
+    found, conversation = session(name)
+    content = _EXPORTS[kind](found.name, conversation)
     if output is None:
         click.echo(content, nl=False)
     elif output.exists() and not force:
         raise KvlocalError(f"{output} is there already: name another file or replace it with --force")
     else:
-        atomic_write(output, content)
+        atomic_write(output, content, PRIVATE)
 
 
 @sessions_group.command("delete")
@@ -95,7 +97,7 @@ def delete_command(name: str, yes: bool) -> None:
     delete(path)
 
 
-def _describe(found: Session) -> dict[str, str | int | None]:
+def _describe(found: Session) -> dict[str, Any]:
     """What `--json` says about a session; None where nothing is known."""
     conversation = found.conversation
     return {
@@ -109,7 +111,7 @@ def _describe(found: Session) -> dict[str, str | int | None]:
     }
 
 
-def _row(described: dict[str, str | int | None]) -> tuple[str, ...]:
+def _row(described: dict[str, Any]) -> tuple[str, ...]:
     name, model, turns, tokens = (described[key] for key in ("name", "model", "turns", "tokens"))
     shown = "damaged" if turns is None else str(turns)
     model = "-" if model is None else Path(model).name if Path(model).is_absolute() else model

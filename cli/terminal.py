@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kvlocal.chat.session import ChatSession
+from kvlocal.files.text import text_of
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _SOON = 0.3  # seconds; what is done by then needs no bar
+_SILENCE = 1.0  # seconds; who waits longer wants to know for what
 _LINE_SECONDS = 5.0  # between two lines where there is no bar
 
 
@@ -130,7 +133,19 @@ def printable(text: str) -> str:
 
 def decode_input(data: bytes) -> str:
     """What came through a pipe, without the end of a line."""
-    return data.decode("utf-8", "replace").rstrip("\r\n")
+    return text_of(data, "replace").rstrip("\r\n")
+
+
+@contextmanager
+def telling_of_silence(text: str) -> Iterator[None]:
+    """Say so on stderr, once, if what is done in this block takes longer than a moment, as when nothing comes through a pipe."""
+    timer = threading.Timer(_SILENCE, lambda: click.echo(f"kvlocal: {text}", err=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def archive_lost(reason: str) -> str:

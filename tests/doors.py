@@ -17,11 +17,15 @@ from fuzzing import SLOW, Door
 from gguf import GGUFWriter, TokenType
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
-from kvlocal.batch.line import Job
+from kvlocal.batch.line import Failure, Line
+from kvlocal.batch.output import Results
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
-from kvlocal.conversations import dialogues, transcript
+from kvlocal.conversations import dialogues
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.saved_chat import load, save
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
+from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
 from kvlocal.llama.context import Context
@@ -32,7 +36,9 @@ from kvlocal.nexus.file import NexusFile
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal_cli.main import main
 
-NAMES = ("gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "batch line", "dialogues", "template", "arguments")
+NAMES = (
+    "gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues", "template", "arguments",
+)  # fmt: skip
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -47,15 +53,20 @@ LONGER = (
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Who are you?"}]
 QUESTIONS = ("The keeper wrote down the birds.", "Who wrote down what?", "And when?")
 CHAT = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=4, n_threads=1, sampling=SamplingParams(temperature=0))
-JSON_WORDS = [b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"NaN", b"1e999", b"-0", b"\\u0000", b"\\ud800", b"\xff", b"\n", b'"role"', b'"content"', b"[" * 3000]
+JSON_WORDS = [
+    b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"NaN", b"1e999", b"-0", b"\\u0000", b"\\ud800", b"\xff", b"\n", b'"role"', b'"content"',
+    b"[" * 3000, b"\xef\xbb\xbf", b"\r\n",
+]  # fmt: skip
 TEMPLATE_WORDS = [
     b"{{ ", b" }}", b"{% ", b" %}", b"{% for x in range(99999) %}", b"{% endfor %}", b"messages", b".__class__", b".__mro__", b"|attr('__init__')",
-    b"{{ self }}", b"{{ cycler.__init__.__globals__ }}", b"{{ raise_exception(1) }}", b"{% include 'x' %}", b"{% set a = a ~ a %}", b"[0]", b" * 9999",
+    b"{{ self }}", b"{{ cycler.__init__.__globals__ }}", b"{{ raise_exception(1) }}", b"{% include 'x' %}", b"{% set a = a ~ a %}",
+    b"[0]", b" * 9999",
 ]  # fmt: skip
 ARGUMENTS = [
-    b"chat", b"run", b"batch", b"eval", b"bench", b"models", b"pull", b"doctor", b"nexus", b"info", b"--kv-budget", b"--kv-ratio", b"--policy", b"gkv",
-    b"--policy-arg", b"alpha=2", b"--temp", b"nan", b"inf", b"-1", b"0", b"1e400", b"--json", b"--system", b"--help", b"--nope", b"-m", b"no-such-model",
-    b"", b"/", b"--", b"-", b"\xff", b"--seed", b"99999999999999999999", b"--ctk", b"q8_0", b"--version", b"hf:", b"hf:a/b:c", b"--threads", b"--stride",
+    b"chat", b"run", b"batch", b"eval", b"bench", b"models", b"pull", b"doctor", b"nexus", b"info", b"--kv-budget", b"--kv-ratio", b"--policy",
+    b"gkv", b"--policy-arg", b"alpha=2", b"--temp", b"nan", b"inf", b"-1", b"0", b"1e400", b"--json", b"--system", b"--help", b"--nope", b"-m",
+    b"no-such-model", b"", b"/", b"--", b"-", b"\xff", b"--seed", b"99999999999999999999", b"--ctk", b"q8_0", b"--version", b"hf:", b"hf:a/b:c",
+    b"--threads", b"--stride",
 ]  # fmt: skip
 
 
@@ -69,6 +80,7 @@ def doors(directory: Path) -> Iterator[list[Door]]:
     write_nexus(nexus, model)
     window = directory / "window.gguf"
     write_chat_model(window, family="gemma3", n_layer=6)
+    transcript = _transcript(directory)
     snapshots = [_snapshot(path) for path in (model, window)]
     with Elsewhere(load_models) as load_model, Elsewhere(resume_chats, model) as resume, Elsewhere(resume_chats, window) as resume_window:
         yield [
@@ -77,7 +89,9 @@ def doors(directory: Path) -> Iterator[list[Door]]:
             Door("nexus", [nexus.read_bytes()], file_door(directory / "c.nexus.gguf", NexusFile.load)),
             Door("snapshot", snapshots[:1], sealed_door(directory / "f.snapshot", resume), focus=_beginnings(snapshots[0])),
             Door("window snapshot", snapshots[1:], sealed_door(directory / "g.snapshot", resume_window), focus=_beginnings(snapshots[1])),
-            Door("transcript", [_transcript(directory), _saved(directory)], file_door(directory / "d.jsonl", transcript.load), JSON_WORDS),
+            Door("transcript", [transcript, _saved(directory)], file_door(directory / "d.jsonl", load), JSON_WORDS),
+            Door("session", [transcript], file_door(directory / "h.jsonl", _resume), JSON_WORDS),
+            Door("results", [_results(directory)], file_door(directory / "i.jsonl", _take_over), JSON_WORDS),
             Door("batch line", [json.dumps({"id": 1, "messages": MESSAGES}).encode()], _line, JSON_WORDS),
             Door("dialogues", [_lines([{"messages": MESSAGES}] * 3), _lines([{"history": [{"user": "a", "bot": "b"}]}] * 3)],
                  file_door(directory / "e.jsonl", dialogues.load), JSON_WORDS),
@@ -160,7 +174,7 @@ def _lines(records: list[dict]) -> bytes:
 
 def _transcript(directory: Path) -> bytes:
     path = directory / "seed.jsonl"
-    with transcript.Transcript.open(path, model="m", system=None) as chat:
+    with Transcript.open(path, model="m", system=None) as chat:
         for message in MESSAGES:
             if message["role"] == "user":
                 chat.add_user(message["content"])
@@ -178,8 +192,46 @@ def _transcript(directory: Path) -> bytes:
 
 def _saved(directory: Path) -> bytes:
     path = directory / "saved.json"
-    transcript.save(path, transcript.Conversation(messages=MESSAGES, system="Be brief.", model="m", settings={}))
+    save(path, Conversation(messages=MESSAGES, system="Be brief.", model="m", settings={}))
     return path.read_bytes()
+
+
+def _resume(path: Path) -> None:
+    """What is refused stays as it is; what is taken is what can be read, and a list of sessions says the same of it."""
+    before = path.read_bytes()
+    try:
+        with Transcript.resume(path) as session:
+            session.add_user("Once more.")
+    except KvlocalError:
+        assert path.read_bytes() == before
+        raise
+    found, skimmed = Transcript.read(path), Transcript.skim(path)
+    assert found.messages[-1] == {"role": "user", "content": "Once more."} and len(skimmed.messages) == len(found.messages)
+
+
+def _results(directory: Path) -> bytes:
+    path = directory / "results.jsonl"
+    with Results(path, "key") as results:
+        for number in range(1, 4):
+            results.wants(number, b"line")
+            results.write(Failure(number, "a", KvlocalError("it is bad: mend it")))
+    return path.read_bytes()
+
+
+def _take_over(path: Path) -> None:
+    """What is refused stays as it is; what is taken grows by whole lines."""
+    before = path.read_bytes()
+    try:
+        with Results(path, "key") as results:
+            n_lines = results.n_done
+            if results.wants(9, b"line"):
+                results.write(Failure(9, "a", KvlocalError("it is bad: mend it")))
+                n_lines += 1
+    except KvlocalError:
+        # but for the number of the line that was asked for, which can be in it with another key
+        assert path.read_bytes() == before or b'"line": 9' in before
+        raise
+    assert path.read_bytes().count(b"\n") == n_lines
 
 
 def _chat(model: Model) -> ChatSession:
@@ -208,7 +260,7 @@ def _beginnings(data: bytes) -> list[range]:
 
 
 def _line(data: bytes) -> None:
-    Job.parse(1, data)
+    Line.parse(1, data)
 
 
 def _template(data: bytes) -> None:
@@ -333,7 +385,7 @@ def _serve(task: str, *arguments: str) -> None:
             answer = ["accepted", ""]
         except KvlocalError as error:
             answer = ["refused", str(error)]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what it is is what is asked
             answer = ["wrong", f"{type(error).__name__}: {error}"]
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from doors import write_chat_model
 
-from kvlocal.batch.line import Failure, Job, LineError, Result
+from kvlocal.batch.line import Failure, Line, LineError, Result
 from kvlocal.batch.run import run_batch
 from kvlocal.cache.ledger import Ledger
 from kvlocal.chat.config import SessionConfig
@@ -61,7 +61,7 @@ def same(one, other):
 
 
 def parse(text):
-    return Job.parse(7, text.encode())
+    return Line.parse(7, text.encode())
 
 
 # Lines
@@ -107,35 +107,61 @@ def test_a_bad_line_is_one_sentence(text, problem):
 
 def test_bytes_that_are_no_text():
     with pytest.raises(LineError, match="not UTF-8"):
-        Job.parse(1, b'{"messages": [{"role": "user", "content": "\xff"}]}')
+        Line.parse(1, b'{"messages": [{"role": "user", "content": "\xff"}]}')
 
 
 @pytest.mark.parametrize("identity", ["é", 0, -1.5, True, None])
 def test_ids(identity):
-    job = Job.parse(7, b"\xef\xbb\xbf" + line(user("a"), id=identity, note="is left out"))
+    job = Line.parse(7, b"\xef\xbb\xbf" + line(user("a"), id=identity, note="is left out"))
     assert job.id == identity and type(job.id) is type(identity)
 
 
 def test_the_line_number_is_the_id_of_a_line_without():
-    assert Job.parse(7, line(user("a"))).id == 7
+    assert Line.parse(7, line(user("a"))).id == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "identity"),
+    [
+        (b'{"id": "x"}', "x"),
+        (b'{"messages": []}', 7),
+        (b'{"id": 0, "messages": []}', 0),
+        (b'\xef\xbb\xbf{"id": "x", "messages": "hi"}\r\n', "x"),
+        (b'{"id": "x", "messages": [{"role": "king", "content": "a"}]}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "a"}], "seed": "b"}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "x"),
+        (b'{"id": "x", "messages": [{"role": "user", "content": "\xff"}]}', "x"),
+        (b'{"id": "\xff", "messages": [{"role": "user", "content": "a"}]}', None),
+        (b'{"id": NaN, "messages": [{"role": "user", "content": "a"}]}', None),
+        (b'{"id": [1], "messages": [{"role": "user", "content": "a"}]}', None),
+        (b'{"id": "x", "messages": [', None),
+        (b"[]", None),
+    ],
+)
+def test_a_refused_line_keeps_its_id(text, identity):
+    """Never a number that nobody gave it, which can be the id of another line."""
+    with pytest.raises(LineError) as caught:
+        Line.parse(7, text)
+    assert caught.value.id == identity and type(caught.value.id) is type(identity)
 
 
 def test_what_is_unanswered():
     turns = [system("s"), user("a"), user("b"), assistant("c"), user("d"), user("e")]
-    assert Job.parse(1, line(*turns)).unanswered == [1, 4, 5]
-    assert Job.parse(1, line(*turns)).system == "s"
-    assert Job.parse(1, line(*turns[1:4])).system is None
-    assert Job.parse(1, line(*turns[2:4])).unanswered == []
-    assert Job.parse(1, line(turns[0])).unanswered == []
+    assert Line.parse(1, line(*turns)).unanswered == [1, 4, 5]
+    assert Line.parse(1, line(*turns)).system == "s"
+    assert Line.parse(1, line(*turns[1:4])).system is None
+    assert Line.parse(1, line(*turns[2:4])).unanswered == []
+    assert Line.parse(1, line(turns[0])).unanswered == []
 
 
-def test_wishes():
-    job = Job.parse(1, line(user("a"), max_tokens=3, temperature=0, seed=4, system="s", policy="h2o", kv_budget=99, other=1))
+def test_options():
+    job = Line.parse(1, line(user("a"), max_tokens=3, temperature=0, seed=4, system="s", policy="h2o", kv_budget=99, other=1))
     config = SessionConfig(policy="gkv", policy_args={"alpha": 0.5})
     granted = job.configure(config)
     sampling = SamplingParams(temperature=0, seed=4)
     assert granted == dataclasses.replace(config, max_tokens=3, sampling=sampling, system="s", policy="h2o", policy_args={}, budget=99)
-    assert Job.parse(1, line(user("a"), seed=None, policy="gkv")).configure(config) == config
+    assert Line.parse(1, line(user("a"), seed=None, policy="gkv")).configure(config) == config
     asked_for = dataclasses.replace(config, sampling=SamplingParams(repeat_penalty=1.3))
     assert job.configure(asked_for).sampling.repeat_penalty == 1.3
 
@@ -270,7 +296,7 @@ def test_lines_that_fail_are_numbered_and_the_others_go_on(model):
     assert outcomes[1].messages == outcomes[4].messages
 
 
-def test_wishes_that_fail_concern_their_line_only(model):
+def test_options_that_fail_concern_their_line_only(model):
     asked = [{"policy": "magic"}, {"policy": "nexus"}, {"kv_budget": 3}, {"kv_budget": 10**9}, {"max_tokens": 0}]
     asked += [{"temperature": -1}, {"temperature": 10**400}, {"seed": -1}]
     outcomes = run(model, *[line(user("Hi"), **wish) for wish in asked], line(user("Hi"), id="last"), parallel=3, ordered=True)
@@ -278,7 +304,7 @@ def test_wishes_that_fail_concern_their_line_only(model):
     assert outcomes[-1].id == "last"
 
 
-def test_wishes_are_what_a_session_of_their_own_would_do(model):
+def test_options_are_what_a_session_of_their_own_would_do(model):
     text = " ".join(f"Item {i} costs {i * 7 % 23} coins." for i in range(16))
     wishes = [
         {"max_tokens": 3},
@@ -292,7 +318,7 @@ def test_wishes_are_what_a_session_of_their_own_would_do(model):
     ]
     lines = [line(user(text), user("Which is the cheapest?"), id=i, **wish) for i, wish in enumerate(wishes)]
     together = run(model, *lines, parallel=4, ordered=True, policy="snapkv")
-    for job, result in zip((Job.parse(i, text) for i, text in enumerate(lines)), together, strict=True):
+    for job, result in zip((Line.parse(i, text) for i, text in enumerate(lines)), together, strict=True):
         config = job.configure(dataclasses.replace(SMALL, policy="snapkv"))
         with ChatSession(model, config) as chat:
             for message in job.messages:
@@ -478,7 +504,7 @@ def test_command(smollm2, tmp_path):
     assert "2 done, 2 failed, 6 tokens written" in told[-1] and "Traceback" not in done.stderr
     records = records_of(tmp_path / "out.jsonl")
     assert [record["line"] for record in records] == [1, 2, 4, 5]
-    assert [record["id"] for record in records] == [1, 2, "é", 5]
+    assert [record["id"] for record in records] == [1, "no", "é", None]
     assert records[1]["error"].startswith("it has no messages") and set(records[1]) == {"line", "key", "id", "error"}
     assert [message["role"] for message in records[0]["messages"]] == ["user", "assistant", "user", "assistant"]
     assert records[2]["messages"][0] == user("Grüße 👋")

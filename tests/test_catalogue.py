@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.models import models_command
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import atomic_write
-from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, HubFile, models_dir, resolve
+from kvlocal.files.places import models_dir
+from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, HubFile, resolve
+from kvlocal_cli.models import models_command
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_atomic_write_failure_leaves_the_old_file_and_nothing_else(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(KvlocalError, match=r"cannot write .*notes.txt: No space left on device"):
+    with pytest.raises(KvlocalError, match=r"cannot write .*notes.txt \(No space left on device\): make room"):
         atomic_write(file, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert file.read_text() == "old"

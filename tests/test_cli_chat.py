@@ -74,10 +74,10 @@ def test_piped_commands(chat, state):
     lines = ["Hello", "/set", "/set temp 0.5", "/undo", "/system", "/set", "Hi there", "/regen", "/clear", "/kv", "/bye", "Unread"]
     result = chat("--verbose", "--system", "Be kind.", stdin="\n".join(lines))
     assert result.returncode == 0
-    assert re.search(r"^temp +0\.0$", result.stdout, re.M) and re.search(r"^temp +0\.5$", result.stdout, re.M)
-    assert re.search(r"^max-tokens +8$", result.stdout, re.M)
+    assert re.search(r"^temp +0\.0$", result.stdout, re.MULTILINE) and re.search(r"^temp +0\.5$", result.stdout, re.MULTILINE)
+    assert re.search(r"^max-tokens +8$", result.stdout, re.MULTILINE)
     assert "\nBe kind.\n" in result.stdout
-    assert re.search(r"^total: \d+ tokens seen", result.stdout, re.M)
+    assert re.search(r"^total: \d+ tokens seen", result.stdout, re.MULTILINE)
     assert len(re.findall(STATUS, result.stderr)) == 3
     assert "taken back: Hello" in result.stderr
     assert contents(state) == []
@@ -114,7 +114,7 @@ def test_kv_shows_what_was_kept_after_a_compression(chat):
     used = [int(n) for n in re.findall(r"(\d+) cells kept .*of a budget of 128", result.stdout)]
     assert 128 <= used[0] <= 160
     assert re.search(r"cells kept .*of a budget of 96", result.stdout)
-    assert re.search(r"^policy +streaming$", result.stdout, re.M) and re.search(r"^kv-budget +96$", result.stdout, re.M)
+    assert re.search(r"^policy +streaming$", result.stdout, re.MULTILINE) and re.search(r"^kv-budget +96$", result.stdout, re.MULTILINE)
 
 
 def test_save_and_load(chat, state, tmp_path):

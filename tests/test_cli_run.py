@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from kvlocal_cli.main import main
 from terminal import Terminal
 
 import kvlocal
+from kvlocal_cli.main import main
 
 # one thread: two that wait for each other crawl when the machine is busy
 THREADS = ("--threads", "1")
@@ -64,6 +64,28 @@ def test_json(kvlocal_run, smollm2):
     assert report["kv"]["budget"] == 1024
     assert report["kv"]["history_tokens"] == report["kv"]["peak_cells"] > 20
     assert 0 < report["timings"]["answer_tokens"] <= 8 and report["timings"]["answer_seconds"] > 0
+
+
+def test_an_open_silent_stdin_is_told(env):
+    """Whoever starts it from a program that leaves stdin open would wait for ever without a word."""
+    command = [sys.executable, "-m", "kvlocal_cli", "run", *GREEDY, "Hi"]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == (
+            "kvlocal: waiting for the end of standard input, which belongs to the prompt; where there is none, run it with </dev/null\n"
+        )
+        process.stdin.write("there")
+        process.stdin.close()
+        assert process.stderr.read() == "" and process.stdout.read() and process.wait() == 0
+
+
+def test_a_text_from_windows(kvlocal_run):
+    """A byte order mark is no part of a prompt or of a turn, and CR no part of the end of a line."""
+    text = "Name a bird.\nName a tree.\n"
+    marked = "\ufeff" + text.replace("\n", "\r\n")
+    assert json.loads(kvlocal_run("run", *GREEDY, "--json", stdin=marked).stdout)["prompt"] == text.strip()
+    chat = kvlocal_run("chat", *GREEDY, "--seed", "1", stdin="\ufeff/set\r\n" + marked)
+    assert chat.returncode == 0 and chat.stdout.startswith("temp ")
+    assert chat.stdout == kvlocal_run("chat", *GREEDY, "--seed", "1", stdin="/set\n" + text).stdout
 
 
 def test_a_seed_that_was_drawn_repeats_the_answer(kvlocal_run):

@@ -9,7 +9,7 @@ import click
 import pytest
 from test_rooms import MODULES, ROOMS
 
-from kvlocal.batch.line import WISHES
+from kvlocal.batch.line import OPTIONS
 from kvlocal.policies import DEFAULT_POLICY, POLICIES, WITH_NEXUS
 from kvlocal_cli import chat_commands, options
 from kvlocal_cli.main import main
@@ -85,7 +85,7 @@ def test_the_table_of_commands_inside_a_chat():
 
 def test_what_a_line_of_a_batch_may_have():
     (sentence,) = re.findall(r"A line may have its own (.+?);", (ROOT / "docs/batches.md").read_text(), re.DOTALL)
-    assert code(sentence) == list(WISHES)
+    assert code(sentence) == list(OPTIONS)
 
 
 def test_the_table_of_rooms():

@@ -16,8 +16,19 @@ from kvlocal.evaluation.dialogue import compare
 from kvlocal.evaluation.facts import load_facts
 from kvlocal.evaluation.recall import bucket, mean_log_probabilities, names
 from kvlocal.evaluation.recall_chats import FACTS_PER_CHAT, N_EXAMPLES, recall_chats
-from kvlocal.evaluation.reference import Reference, ReferenceCache, cache_dir, log_softmax
-from kvlocal.evaluation.runner import ChatFailure, Measurement, WorkFile, outcomes, pending
+from kvlocal.evaluation.reference import (
+    Reference,
+    ReferenceCache,
+    log_softmax,
+    references_dir,
+)
+from kvlocal.evaluation.runner import (
+    ChatFailure,
+    Measurement,
+    WorkFile,
+    outcomes,
+    pending,
+)
 from kvlocal.evaluation.small_talk import small_talk
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.evaluation.variants import FULL, Variant, VariantError, parse_all
@@ -215,10 +226,10 @@ def test_fingerprints(tmp_path):
 
 def test_the_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "kvlocal" / "eval"
+    assert references_dir() == tmp_path / "kvlocal" / "eval"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_dir() == tmp_path / "home" / ".cache" / "kvlocal" / "eval"
+    assert references_dir() == tmp_path / "home" / ".cache" / "kvlocal" / "eval"
 
 
 # Work

@@ -13,7 +13,7 @@ from lost_device import LosableDevice
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
-from kvlocal.conversations.transcript import load
+from kvlocal.conversations.saved_chat import load
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load as load_library

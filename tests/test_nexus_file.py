@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -10,7 +11,9 @@ from gguf import GGUFReader, GGUFWriter
 from tiny_model import N_EMBD, N_FF, write_tiny_model
 
 from kvlocal.errors import KvlocalError
+from kvlocal.files import known_hashes
 from kvlocal.gguf.container import Container, ContainerError
+from kvlocal.nexus import base as bases
 from kvlocal.nexus.allotment import n_nexus
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusError, NexusFile
@@ -241,6 +244,47 @@ def test_the_hash_follows_the_tensors(base: Path, tmp_path: Path) -> None:
     content[-40] ^= 1
     renamed.write_bytes(content)
     assert base_hash(Container(renamed)) != found
+
+
+def test_the_weights_are_hashed_once(tmp_path, base, monkeypatch):
+    """Until the file is another one in any way; a record that is damaged, or could be of another file, is not used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model.gguf"
+    model.write_bytes(base.read_bytes())
+    hashed = []
+    compute = bases._hash
+    monkeypatch.setattr(bases, "_hash", lambda container: hashed.append(container.path) or compute(container))
+
+    def n_hashed() -> int:
+        hashed.clear()
+        assert base_hash(Container(model)) == right
+        return len(hashed)
+
+    right = compute(Container(model))
+    # written this moment: it could change once more without another time
+    assert n_hashed() == n_hashed() == 1
+    monkeypatch.setattr(known_hashes, "_SETTLED", 0)
+    assert (n_hashed(), n_hashed()) == (1, 0)
+    (record,) = (tmp_path / "cache" / "kvlocal" / "hashes").iterdir()
+    assert record.stat().st_mode & 0o777 == 0o600
+    whole = record.read_bytes()
+    for spoiled in (b"", whole[:-5], whole.replace(right.encode(), b"0" * 63), b"[]", b'{"state": 1}', b"\xff"):
+        record.write_bytes(spoiled)
+        assert (n_hashed(), n_hashed()) == (1, 0)
+    # another file of the same size and time
+    status = model.stat()
+    container = Container(model)
+    (tmp_path / "other.gguf").write_bytes(base.read_bytes()[:-4] + b"\1\2\3\4")
+    (tmp_path / "other.gguf").replace(model)
+    os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))
+    right = compute(Container(model))
+    assert (n_hashed(), n_hashed()) == (1, 0)
+    # what was opened before is not what has its name now
+    hashed.clear()
+    base_hash(container)
+    assert len(hashed) == 1 and n_hashed() == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert n_hashed() == n_hashed() == 1
 
 
 def test_a_broken_model_is_one_sentence(base: Path, tmp_path: Path) -> None:

@@ -24,7 +24,14 @@ from rich.filesize import decimal
 
 from kvlocal.errors import KvlocalError
 from kvlocal.hub import pull as pulling
-from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, Entry, HubFile, Part, resolve
+from kvlocal.hub.catalogue import (
+    DEFAULT_MODEL,
+    Catalogue,
+    Entry,
+    HubFile,
+    Part,
+    resolve,
+)
 from kvlocal.hub.pull import pull
 
 GGUF = b"GGUF" + bytes(range(256)) * 4096  # 1 MB
@@ -460,13 +467,6 @@ def test_disk_that_fills_up_is_a_sentence(entry, models, monkeypatch):
 
     monkeypatch.setattr(pulling, "publish", fail)
     with pytest.raises(KvlocalError, match="the disk is full: free some space in"):
-        pull(entry)
-    assert files_in(models) == [".pull.lock"]
-
-
-def test_missing_pip_is_a_sentence(entry, models, monkeypatch):
-    monkeypatch.setattr(pulling.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(KvlocalError, match="-m ensurepip"):
         pull(entry)
     assert files_in(models) == [".pull.lock"]
 

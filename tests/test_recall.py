@@ -17,7 +17,8 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.policies.base import CacheState
 from kvlocal.policies.recall import Recall, in_blocks
 
-CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, archive="ram")
+# one thread: two that wait for each other crawl when the machine is busy
+CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_impossible_hyper_parameters_are_refused(wrong):
 
 def test_scores_of_archived_keys_are_those_of_a_cache_that_holds_all(model):
     for kind in ("f16", "q8_0", "q4_0"):
-        with BudgetedCache(model, CacheConfig(budget=512, policy="snapkv", n_ubatch=64, type_k=kind, type_v=kind)) as cache:
+        with BudgetedCache(model, CacheConfig(budget=512, policy="snapkv", n_ubatch=64, n_threads=1, type_k=kind, type_v=kind)) as cache:
             cache.read([Passage("user", tokens(300))])
             archive = Archive(cache.layout, 2**30, None)
             for start in (0, 170):
@@ -103,7 +104,7 @@ def check(cache, archived):
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
 def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
     """Whatever left the cache before, after a choice each head holds what the policy wants of all tokens, bit for bit as it was computed."""
-    config = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, archive="ram", type_k=kind, type_v=kind)
+    config = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram", type_k=kind, type_v=kind)
     with BudgetedCache(model, config) as cache:
         cache.begin(8)
         for turn in range(5):

@@ -1,6 +1,9 @@
 """The file of results: whole lines only, taken up where it ends, and never one of something else."""
 
+import errno
+import fcntl
 import json
+import os
 import resource
 
 import pytest
@@ -8,6 +11,8 @@ import pytest
 from kvlocal.batch.line import Failure, Result
 from kvlocal.batch.output import Results
 from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.runner import WorkFile
+from kvlocal.training.synth import DataFile, SynthSettings
 
 KEY = "0" * 32
 TIMINGS = {"answer_tokens": 1}
@@ -143,6 +148,89 @@ def test_something_else_is_left_alone(tmp_path, content):
     with Results(path, KEY, replace=True) as results:
         assert results.n_done == 0
     assert path.read_text() == ""
+
+
+FOREIGN = [
+    b"precious",
+    b"{",
+    b'{"l',
+    b"[1, 2]",
+    json.dumps({"report": list(range(100))}).encode(),
+    json.dumps({"line": 3, "text": "of a poem"}).encode(),
+    json.dumps({"a": 1}, indent=2).encode(),
+    b"\xff\xfe\0",
+    b"\0" * 100,
+    b"a" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_file_without_a_last_newline_is_left_alone(tmp_path, content):
+    """Whatever its shape, nothing of it is taken for half a line."""
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    for open_it in (
+        lambda: Results(path, KEY),
+        lambda: DataFile(path, KEY, SynthSettings()),
+        lambda: WorkFile(path, KEY),
+    ):
+        with pytest.raises(KvlocalError, match="something else|no file of unfinished results"), open_it():
+            pass
+        assert path.read_bytes() == content
+    fill(tmp_path / "out.jsonl", [1])
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    path.write_bytes(whole + content)
+    # the beginning of a line behind whole ones is what a crash leaves
+    if content not in (b"{", b'{"l', b"\0" * 100):
+        with pytest.raises(KvlocalError, match="something else"):
+            Results(path, KEY).__enter__()
+        assert path.read_bytes() == whole + content
+
+
+def test_a_result_that_lacks_nothing_but_its_end_is_kept(tmp_path):
+    path = tmp_path / "out.jsonl"
+    fill(path, [1, 2])
+    whole = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + whole[:-1])
+    with Results(path, KEY) as results:
+        assert results.n_done == 2
+    assert path.read_bytes() == b"\xef\xbb\xbf" + whole
+
+
+def test_the_lock_is_on_the_file_of_that_name(tmp_path, monkeypatch):
+    """A file that was opened before another run put a new one in its place is not what is locked then."""
+    path = tmp_path / "out.jsonl"
+    fill(path, [1])
+    open_file, replaced = os.open, []
+
+    def open_late(*args, **options):
+        descriptor = open_file(*args, **options)
+        if os.fspath(args[0]) == str(path) and not replaced:
+            replaced.append(path.read_bytes())
+            (tmp_path / "new").write_bytes(replaced[0])
+            (tmp_path / "new").replace(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_late)
+    with Results(path, KEY) as results:
+        assert replaced and results.wants(2, b"x")
+        results.write(result(2))
+        with pytest.raises(KvlocalError, match="another run"):
+            Results(path, KEY).__enter__()
+    assert [record["line"] for record in records(path)] == [1, 2]
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    """Nobody can tell there whether another run has the file."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    path = tmp_path / "out.jsonl"
+    fill(path, [1])
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(KvlocalError, match="has no locks.*: name a file on another disk"):
+        Results(path, KEY).__enter__()
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -7,19 +7,22 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from kvlocal_cli.idle import Idle
-from kvlocal_cli.main import main
-from kvlocal_cli.terminal import ReadingBar
 from terminal import Terminal
 
 from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Transcript, load
+from kvlocal.conversations.transcript import Transcript
+from kvlocal.errors import KvlocalError
+from kvlocal_cli.idle import Idle
+from kvlocal_cli.main import main
+from kvlocal_cli.terminal import ReadingBar
 
 # one thread: two that wait for each other crawl when the machine is busy
 OPTIONS = ("--threads", "1", "--temp", "0", "--max-tokens", "12", "--kv-budget", "96", "--stride", "32")
@@ -138,7 +141,7 @@ def test_another_system_prompt_goes_into_the_transcript(chat, path):
 def test_no_room_for_the_snapshot_is_said_once_and_nothing_else_is_lost(chat, path):
     result = chat("--session", "trip", stdin=ASKED[:3], limit=2**16)
     assert result.returncode == 0 and result.stderr.count("\n") == 1
-    assert re.search(r"cannot write .*snapshot: File too large; the session goes on, but the way back to it will be slow", result.stderr)
+    assert re.search(r"cannot write .*snapshot \(File too large\): .*; the session goes on, but the way back to it will be slow", result.stderr)
     assert messages(path)[::2] == ASKED[:3] and result.stdout == "".join(f"{text}\n" for text in messages(path)[1::2])
     assert sorted(os.listdir(path.parent)) == ["trip.jsonl"]
 
@@ -150,11 +153,12 @@ def test_a_turn_that_finds_no_room_is_refused(chat, path, room):
     before = messages(path)
     limit = path.stat().st_size + room
     result = chat("--session", "trip", stdin=ASKED[2:], limit=limit)
-    assert result.returncode == 1 and "File too large; your turn is not taken: make room and send it again" in result.stderr
+    assert result.returncode == 1
+    assert "(File too large): make room for larger files (`ulimit -f`); your turn is not taken: send it again then" in result.stderr
     kept = messages(path)
     assert kept[:2] == before and len(kept) == (4 if room == 400 else 2)
     if room == 400:
-        assert kept[2] == ASKED[2] and "is lost if the chat ends before there is" in result.stderr and result.stdout.startswith(kept[3])
+        assert kept[2] == ASKED[2] and "is lost if the chat ends before it can be written" in result.stderr and result.stdout.startswith(kept[3])
     again = chat("--session", "trip", stdin=["/regen", *ASKED[3:]] if room == 400 else ASKED[2:])
     assert again.returncode == 0 and messages(path)[::2] == [ASKED[0], *ASKED[2:]]
 
@@ -167,17 +171,18 @@ def test_a_small_file_system_that_is_full(chat, tmp_path):
     try:
         path = small / "one.jsonl"
         result = chat("--session", str(path), stdin=ASKED[:1])
-        assert result.returncode == 0 and "No space left on device; the session goes on" in result.stderr
+        assert result.returncode == 0 and "(No space left on device): make room; the session goes on" in result.stderr
         said = messages(path)
         (small / "filling").write_bytes(bytes(64 * 2**10 - 2 * 4096 - path.stat().st_size // 4096 * 4096))
         result = chat("--session", str(path), stdin=["Hello " * 2000])
-        assert result.returncode == 1 and "No space left on device; your turn is not taken" in result.stderr
+        assert result.returncode == 1 and "(No space left on device): make room; your turn is not taken" in result.stderr
         assert messages(path) == said and result.stdout == ""
         (small / "filling").unlink()
         assert chat("--session", str(path), stdin=ASKED[1:2]).returncode == 0 and len(messages(path)) == 4
         subprocess.run(["mount", "-o", "remount,ro", small], check=True)
         result = chat("--session", str(path), stdin=["Hello"])
-        assert result.returncode == 1 and re.fullmatch(r"kvlocal: cannot write .*one\.jsonl: Read-only file system\n", result.stderr)
+        said = r"kvlocal: cannot write .*one\.jsonl \(Read-only file system\): choose a place that you can write\n"
+        assert result.returncode == 1 and re.fullmatch(said, result.stderr)
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -311,7 +316,7 @@ def test_show_and_export(path, capsys, tmp_path):
         transcript.add_piece("half")
     assert run("show", "trip") == 0
     shown = capsys.readouterr()
-    assert re.search(r"^system +Be brief\.$", shown.out, re.M) and shown.out.endswith("\n>>> b\n\nhalf\n") and "cut off" in shown.err
+    assert re.search(r"^system +Be brief\.$", shown.out, re.MULTILINE) and shown.out.endswith("\n>>> b\n\nhalf\n") and "cut off" in shown.err
     assert run("export", "trip") == 0
     assert capsys.readouterr().out == (
         "# trip\n\n## System\n\nBe brief.\n\n## You\n\na\n\n## Answer\n\na!\n\n## You\n\nWas\nnun? ☃\n\n## Answer\n\nWas\nnun? ☃!\n\n"
@@ -352,6 +357,83 @@ def test_delete_asks_first(path):
     assert run("delete", "trip", "--yes") == 0 and os.listdir(path.parent) == []
     for command in (["delete", "trip", "--yes"], ["show", "trip"], ["export", "trip"], ["rename", "trip", "a"]):
         assert failure(*command).startswith("kvlocal: there is no session trip: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"A thesis of two hundred pages.\n", b'{"format": "kvlocal-chat"}', b'{"record": "user"}\n', b"{"])
+def test_what_is_no_transcript_is_left_alone(tmp_path, content):
+    """Whatever it is called and wherever it is."""
+    thesis = tmp_path / "thesis.jsonl"
+    thesis.write_bytes(content)
+    for command in (["delete", "--yes", str(thesis)], ["rename", str(thesis), "trip"], ["rename", str(thesis), str(tmp_path / "b.jsonl")]):
+        assert "is no transcript, so it is left alone" in failure(*command)
+    assert thesis.read_bytes() == content and os.listdir(tmp_path) == ["thesis.jsonl"]
+
+
+def test_what_has_the_new_name_is_left_alone(path, tmp_path):
+    make(path, "a")
+    content = path.read_bytes()
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere")
+    for name in ("empty", "dangling"):
+        assert "is there already" in failure("rename", "trip", str(tmp_path / f"{name}.jsonl"))
+    assert "make its directory" in failure("rename", "trip", str(tmp_path / "new" / "b.jsonl"))
+    assert path.read_bytes() == content and not (tmp_path / "new").exists() and not (tmp_path / "nowhere").exists()
+
+
+def test_a_damaged_session_and_what_a_crash_left_of_one_can_be_deleted(path):
+    make(path, "a")
+    with path.open("ab") as file:
+        file.write(b"what is this\n")
+    assert run("delete", "trip", "--yes") == 0
+    for content in (b"", b'{"record": "hea'):
+        path.write_bytes(content)
+        assert run("delete", "trip", "--yes") == 0
+    assert os.listdir(path.parent) == []
+
+
+def test_rename_to_another_file_system(path, tmp_path, monkeypatch):
+    """All of it is there then, or all of it here, and nothing else."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        target = Path(folder) / "b.jsonl"
+        make(path, "a")
+        if path.stat().st_dev == target.parent.stat().st_dev:
+            pytest.skip("there is one file system here")
+        content = path.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) - 1, limits[1]))
+        try:
+            assert "cannot write" in failure("rename", "trip", str(target))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.listdir(folder) == [] and path.read_bytes() == content and snapshot_path(path).exists()
+        assert run("rename", "trip", str(target)) == 0
+        assert os.listdir(path.parent) == [] and sorted(os.listdir(folder)) == ["b.jsonl", "b.jsonl.snapshot"]
+        assert target.read_bytes() == content and target.stat().st_mode & 0o777 == 0o600
+        assert snapshot_path(target).stat().st_size == 1000 and snapshot_path(target).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_plain_chat_is_locked_too(tmp_path):
+    path = tmp_path / "chats" / "now.jsonl"
+    with Transcript.open(path, model="m", system=None) as transcript:
+        transcript.add_user("a")
+        assert "is in use" in failure("delete", str(path), "--yes")
+        with pytest.raises(KvlocalError, match="is in use"):
+            Transcript.resume(path)
+    assert run("delete", str(path), "--yes") == 0
+
+
+def test_list_reads_no_more_than_it_shows(path, monkeypatch, capsys):
+    """The pieces of answers, which are nearly all of a transcript, are not looked into."""
+    make(path, "a")
+    with Transcript.resume(path) as transcript:
+        transcript.add_user("b")
+        for i in range(20_000):
+            transcript.add_piece(f"word {i} ")
+        transcript.end_answer("end", range(20_000), 20_020)
+    loads, parsed = json.loads, []
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    assert run("list") == 0
+    assert re.search(r"trip +m +2 +20020 ", capsys.readouterr().out) and len(parsed) < 10
 
 
 def test_a_home_that_nobody_has_is_part_of_the_path():

@@ -13,9 +13,9 @@ from random_nexus import nexus_file
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations import snapshot as module
+from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import EXACT, read_on
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
-from kvlocal.conversations.transcript import Conversation
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import staging_of
 from kvlocal.llama.model import Model

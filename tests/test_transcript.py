@@ -1,5 +1,7 @@
 """Transcripts replay to what was said, whatever happened to the process or to the file."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -8,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kvlocal.conversations.transcript import Conversation, Transcript, chat_path, load, save, state_dir
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.saved_chat import load, save
+from kvlocal.conversations.transcript import Transcript, chat_path
 from kvlocal.errors import KvlocalError
+from kvlocal.files.places import state_dir
 
 
 @pytest.fixture
@@ -307,6 +312,51 @@ def test_save_and_load(tmp_path):
     assert load(file) == chat
     save(file, Conversation())
     assert load(file).messages == []
+
+
+def test_only_the_owner_reads_what_was_saved(tmp_path):
+    file = tmp_path / "chat.json"
+    save(file, Conversation())
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o644)
+    save(file, Conversation())
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("kind", ["saved", "transcript"])
+def test_a_file_that_an_editor_for_windows_wrote(tmp_path, path, kind):
+    """With a byte order mark, and with CR LF for the ends of lines."""
+    if kind == "saved":
+        path = tmp_path / "chat.json"
+        save(path, Conversation([{"role": "user", "content": "a\n☃"}, {"role": "assistant", "content": "1"}]))
+    else:
+        with resume(path) as session:
+            session.begin(model="m", system=None)
+            say(session, "a\n☃", "1")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert texts(load(path)) == ["a\n☃", "1"]
+    if kind == "saved":
+        save(path, Conversation())
+        return
+    with resume(path) as session:
+        assert texts(session.conversation) == ["a\n☃", "1"]
+        say(session, "b", "2")
+    assert texts(Transcript.read(path)) == ["a\n☃", "1", "b", "2"]
+
+
+def test_a_lock_that_cannot_be_had(path, monkeypatch):
+    """A session needs one; a chat whose file was made just now does not."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(KvlocalError, match="has no locks.*: keep the session on another disk"):
+        resume(path)
+    path.unlink()
+    with Transcript.open(path, model="m", system=None) as transcript:
+        say(transcript, "a", "1")
+    assert texts(Transcript.read(path)) == ["a", "1"]
 
 
 def test_save_spares_files_of_others(tmp_path):

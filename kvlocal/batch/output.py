@@ -14,19 +14,21 @@ import kvlocal
 from kvlocal.batch.line import Failure, Result
 from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.files.atomic import LineFile
+from kvlocal.files.atomic import cannot_write
 from kvlocal.files.fingerprint import fingerprint, run_key
+from kvlocal.files.line_file import LineFile
 from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 
 _KEY_BYTES = 8
+_START = b'{"line": '  # of every record
 
 
 def settings_key(model: Model, config: SessionConfig, nexus: NexusTokens | None) -> str:
     """Names what answers depend on, besides the conversation; the number of threads is not part of it, nor how many decode together."""
     settings = asdict(replace(config, policy_args=dict(config.policy_args), n_threads=None))
-    files = [fingerprint(Path(path)) for path in (model.path, *([nexus.path] if nexus else []))]
-    return run_key({"kvlocal": kvlocal.__version__, "settings": settings, "files": files})
+    paths = [Path(model.path), *([Path(nexus.path)] if nexus else [])]
+    return run_key({"kvlocal": kvlocal.__version__, "settings": settings, "files": [fingerprint(path) for path in paths]})
 
 
 class Results:
@@ -61,9 +63,9 @@ class Results:
         if self._path is None:
             self._handle, self._name = os.dup(1), "standard output"
         elif self._path.is_file() or not self._path.exists():
-            self._file = LineFile(self._path).__enter__()
+            self._file = LineFile(self._path, _START).__enter__()
             try:
-                self._take_over()
+                self._take_over(self._file)
             except BaseException:
                 self._file.__exit__()
                 raise
@@ -71,18 +73,19 @@ class Results:
             self._handle, self._name = _open(self._path), str(self._path)
         return self
 
-    def _take_over(self) -> None:
+    def _take_over(self, file: LineFile) -> None:
         """Reads what is there, and drops half a line at the end."""
-        if not self._replace:
-            for line in self._file.lines:
-                try:
-                    record = json.loads(line)
-                    self._note(record["line"], int(record["key"], 16))
-                    if "error" in record:
-                        self._failed.add(record["line"])
-                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                    raise self._other() from None
-        self._file.mend()
+        if self._replace:
+            file.clear()
+        try:
+            for line in file.read():
+                record = json.loads(line)
+                self._note(record["line"], int(record["key"], 16))
+                if "error" in record:
+                    self._failed.add(record["line"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise self._other() from None
+        file.mend()
         if self._retry:
             self.n_done -= len(self._failed)
         else:
@@ -124,7 +127,7 @@ class Results:
             KvlocalError: it cannot be written; a file then ends where it did before.
             BrokenPipeError: nobody reads standard output any more.
         """
-        if outcome.number in self._failed and not self._dropped:
+        if self._file and outcome.number in self._failed and not self._dropped:
             # not before: only now is it known that they are of this input and these settings
             self._file.drop(lambda line: json.loads(line)["line"] in self._failed)
             self._dropped = True
@@ -141,7 +144,7 @@ class Results:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise KvlocalError(f"cannot write {self._name} ({error.strerror}): the lines before this one are there") from error
+            raise KvlocalError(f"{cannot_write(self._name, error)} and run it again; the lines before this one are there") from error
 
     def __exit__(self, *_: object) -> None:
         if self._file:

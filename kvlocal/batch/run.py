@@ -5,17 +5,18 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict
 from queue import SimpleQueue
 from typing import Any
 
-from kvlocal.batch.line import Failure, Job, Result
+from kvlocal.batch.line import Failure, Line, LineError, Result
 from kvlocal.cache.compression import Seconds
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import REPORTED
 from kvlocal.errors import KvlocalError
+from kvlocal.files.text import is_blank
 from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
@@ -40,7 +41,7 @@ def run_batch(
     wanted: Callable[[int, bytes], bool] = lambda number, line: True,
     poll: Callable[[], None] = lambda: None,
     nexus: NexusTokens | None = None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Completes each conversation and yields what became of it; blank lines are skipped. The iterator is to be closed before the model.
 
     Each has a session of its own, so that no result depends on the lines before it: with a seed, each starts from that seed, without one each
@@ -50,7 +51,7 @@ def run_batch(
     Args:
         lines: of the input, as bytes; read in other threads, by one of them at a time.
         model: the weights.
-        config: of every session; a conversation can want it otherwise (kvlocal.batch.line.WISHES, a system message).
+        config: of every session; a line can have it otherwise (kvlocal.batch.line.OPTIONS, a system message).
         parallel: how many conversations decode together, each in cells of its own.
         ordered: yield in the order of the lines instead of the order of completion.
         wanted: whether a line, given by its number and itself, is to be completed.
@@ -96,7 +97,7 @@ class _Batch:
         self._streams, self._rounds = streams, streams.rounds
         # of the lines; one thread at a time waits for the next
         self._reading = threading.Lock()
-        self._lines = ((number, line) for number, line in enumerate(lines, 1) if line.strip() and wanted(number, line))
+        self._lines = ((number, line) for number, line in enumerate(lines, 1) if not is_blank(line) and wanted(number, line))
         self._n_taken = 0
         # for conversations that were begun and not yielded yet
         self._places = threading.Semaphore(parallel + (HELD_BACK if ordered else 0))
@@ -107,7 +108,7 @@ class _Batch:
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(parallel)]
         self._n_working = parallel
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def outcomes(self) -> Generator[Outcome, None, None]:
         for thread in self._threads:
             thread.start()
         try:
@@ -143,7 +144,7 @@ class _Batch:
                 self._n_working -= 1
         except Stopped:
             pass
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the thread that waits for the results raises it
             self._error = error
 
     def _take(self) -> tuple[int, int, bytes] | None:
@@ -156,43 +157,47 @@ class _Batch:
         return (place, number, line) if number else None
 
     def _outcome(self, number: int, line: bytes) -> Outcome:
-        identity = number
         try:
-            job = Job.parse(number, line)
-            identity = job.id
-            return self._complete(job)
+            parsed = Line.parse(number, line)
+        except LineError as error:
+            return Failure(number, error.id, error)
+        try:
+            return self._complete(parsed)
         except KvlocalError as error:
-            return Failure(number, identity, error)
+            return Failure(number, parsed.id, error)
 
-    def _complete(self, job: Job) -> Result:
-        config, unanswered = job.configure(self._config), job.unanswered
+    def _complete(self, line: Line) -> Result:
+        config, unanswered = line.configure(self._config), line.unanswered
         if not unanswered:
-            kv = dict.fromkeys(REPORTED, 0) | {"budget": config.budget or self._budget}
-            return Result(job.number, job.id, job.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
+            kv: dict[str, float] = dict.fromkeys(REPORTED, 0)
+            kv["budget"] = config.budget or self._budget
+            return Result(line.number, line.id, line.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()
-        first, end = (0 if job.system is None else 1), unanswered[-1] + 1
-        messages, stop_reasons = job.messages[:first], []
+        first, end = (0 if line.system is None else 1), unanswered[-1] + 1
+        messages, stop_reasons = line.messages[:first], []
         answer_tokens, answer_seconds = 0, 0.0
         with self._session(config) as session:
             for i in range(first, end):
-                message = job.messages[i]
+                message = line.messages[i]
                 session.add_turn(message["role"], message["content"])
                 messages.append(message)
                 if i in unanswered:
                     for _ in session.answer():
                         pass
                     messages.append(dict(session.messages[-1]))
-                    stop_reasons.append(session.last.stop_reason)
-                    answer_tokens += session.last.answer_tokens
-                    answer_seconds += session.last.answer_seconds
+                    last = session.last
+                    assert last is not None  # after an answer
+                    stop_reasons.append(last.stop_reason)
+                    answer_tokens += last.answer_tokens
+                    answer_seconds += last.answer_seconds
                 if i < end - 1:
                     session.finish_turn()
                     session.second_read()
             kv = session.kv.report()
-            prompt_tokens = kv["history_tokens"] - answer_tokens
+            prompt_tokens = int(kv["history_tokens"]) - answer_tokens
             timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
-            return Result(job.number, job.id, messages + job.messages[end:], stop_reasons, session.seed, kv, timings)
+            return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, session.seed, kv, timings)
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a stream."""

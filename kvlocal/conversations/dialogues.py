@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from kvlocal.batch.line import Job, LineError
+from kvlocal.chat.messages import MessageError, check_order, parse_messages
 from kvlocal.chat.session import Message
 from kvlocal.errors import KvlocalError
+from kvlocal.files.json_line import JsonError, json_value
+from kvlocal.files.text import is_blank
 
 
 class DataError(KvlocalError):
@@ -58,12 +60,12 @@ def load(path: Path) -> Data:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): give a file of dialogues, one JSON object a line") from error
     dialogues, n_empty = [], 0
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if is_blank(line):
             continue
         try:
-            turns = _turns(number, line)
-        except LineError as error:
+            turns = _turns(line)
+        except (JsonError, MessageError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
         if turns and all(text.strip() for turn in turns for text in turn):
             dialogues.append(Dialogue(tuple(turns)))
@@ -81,30 +83,30 @@ def shuffled(dialogues: Sequence[Dialogue], seed: int) -> list[Dialogue]:
     return order
 
 
-def _turns(number: int, line: bytes) -> list[tuple[str, str]]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        record = None
+def _turns(line: bytes) -> list[tuple[str, str]]:
+    record = json_value(line)
     if isinstance(record, dict) and "history" in record:
         return _from_history(record["history"])
-    # says what is wrong with a line that is no JSON, too
-    return _from_messages(Job.parse(number, line).messages)
+    if not isinstance(record, dict) or "messages" not in record:
+        raise MessageError('it has no messages: write {"messages": [{"role": ..., "content": ...}]}')
+    messages = parse_messages(record["messages"])
+    check_order(messages)
+    return _from_messages(messages)
 
 
 def _from_history(history: Any) -> list[tuple[str, str]]:
     if not isinstance(history, list):
-        raise LineError('its history is not a list: write {"history": [{"user": ..., "bot": ...}]}')
+        raise MessageError('its history is not a list: write {"history": [{"user": ..., "bot": ...}]}')
     for i, turn in enumerate(history, 1):
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("user", "bot")):
-            raise LineError(f'turn {i} of its history is not {{"user": ..., "bot": ...}} with two texts')
+            raise MessageError(f'turn {i} of its history is not {{"user": ..., "bot": ...}} with two texts')
     return [(turn["user"], turn["bot"]) for turn in history]
 
 
 def _from_messages(messages: Sequence[Message]) -> list[tuple[str, str]]:
     turns = [message for message in messages if message["role"] != "system"]
-    for i, (message, following) in enumerate(zip(turns, turns[1:], strict=False), 1):
+    for i, (message, following) in enumerate(pairwise(turns), 1):
         if message["role"] == following["role"]:
-            raise LineError(f"after turn {i}, of the {message['role']}, comes another one of the same: user and assistant must alternate")
+            raise MessageError(f"after turn {i}, of the {message['role']}, comes another one of the same: user and assistant must alternate")
     texts = [turn["content"] for turn in turns]
     return list(zip(texts[::2], texts[1::2], strict=False))

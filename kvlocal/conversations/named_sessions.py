@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from kvlocal.conversations.records import (
+    Conversation,
+    TranscriptError,
+    is_remnant,
+    is_transcript,
+)
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Conversation, Transcript, TranscriptError, state_dir
+from kvlocal.conversations.transcript import Transcript, in_use
 from kvlocal.errors import KvlocalError
-from kvlocal.files.atomic import staging_of
+from kvlocal.files.atomic import PRIVATE, remedy, replacing, staging_of
+from kvlocal.files.lock import Busy, open_locked
+from kvlocal.files.places import state_dir
 
 SUFFIX = ".jsonl"
 
@@ -62,25 +72,25 @@ class Session:
 
 
 def sessions() -> list[Session]:
-    """The sessions with a name, the last used first."""
+    """The sessions with a name, the last used first; their conversations without the texts of answers."""
     found = []
     for path in sessions_dir().glob(f"*{SUFFIX}"):
         try:
-            found.append(_describe(path))
+            found.append(_describe(path, _skimmed(path)))
         except FileNotFoundError:
             continue  # deleted meanwhile
     return sorted(found, key=lambda session: session.last_used, reverse=True)
 
 
-def session(text: str) -> Session:
-    """The session of that name or file.
+def session(text: str) -> tuple[Session, Conversation]:
+    """The session of that name or file, with its conversation.
 
     Raises:
         KvlocalError: there is none, or its transcript cannot be read.
     """
     path = existing_path(text)
-    Transcript.read(path)
-    return _describe(path)
+    conversation = Transcript.read(path)
+    return _describe(path, conversation), conversation
 
 
 def existing_path(text: str) -> Path:
@@ -91,16 +101,20 @@ def existing_path(text: str) -> Path:
     """
     path = session_path(text)
     if not path.is_file():
-        raise KvlocalError(f"there is no session {text}: `kvlocal sessions list` shows those there are")
+        where = "`kvlocal sessions list` shows those there are" if path.parent == sessions_dir() else "check the path"
+        raise KvlocalError(f"there is no session {text}: {where}")
     return path
 
 
-def _describe(path: Path) -> Session:
-    status = path.stat()
+def _skimmed(path: Path) -> Conversation | None:
     try:
-        conversation = Transcript.read(path) if status.st_size else Conversation()
+        return Transcript.skim(path) if path.stat().st_size else Conversation()
     except TranscriptError:
-        conversation = None
+        return None
+
+
+def _describe(path: Path, conversation: Conversation | None) -> Session:
+    status = path.stat()
     snapshot = snapshot_path(path)
     n_bytes = status.st_size + (snapshot.stat().st_size if snapshot.is_file() else 0)
     name = path.stem if path.parent == sessions_dir() else str(path)
@@ -111,7 +125,7 @@ def delete(path: Path) -> None:
     """Removes a session with its snapshot.
 
     Raises:
-        KvlocalError: it is in use, or it cannot be removed.
+        KvlocalError: it is none, it is in use, or it cannot be removed.
     """
     with _alone(path):
         for part in (snapshot_path(path), staging_of(snapshot_path(path)), path):
@@ -119,36 +133,64 @@ def delete(path: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Gives a session and its snapshot another name.
+    """Gives a session and its snapshot another name, on another file system too.
 
     Raises:
-        KvlocalError: it is in use, or there is a session of that name.
+        KvlocalError: it is none, it is in use, something has that name, or it cannot be moved; all is then as it was.
     """
-    if target.exists() and target.stat().st_size:
-        raise KvlocalError(f"{target} is there already: choose another name")
-    with _alone(path), _alone(target):
-        # by somebody else, in this moment
-        if target.stat().st_size:
-            raise KvlocalError(f"{target} is there already: choose another name")
-        os.replace(path, target)
+    with _alone(path):
+        if target.parent == sessions_dir():
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            # so that nobody else takes the name meanwhile
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
+        except FileExistsError:
+            raise KvlocalError(f"{target} is there already: choose another name") from None
+        try:
+            _move(path, target)
+        except BaseException:
+            target.unlink()
+            raise
+        staging_of(snapshot_path(path)).unlink(missing_ok=True)
         if snapshot_path(path).is_file():
-            os.replace(snapshot_path(path), snapshot_path(target))
+            try:
+                _move(snapshot_path(path), snapshot_path(target))
+            except (OSError, KvlocalError):
+                # without it the conversation is read again
+                snapshot_path(path).unlink()
+
+
+def _move(path: Path, target: Path) -> None:
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with replacing(target, PRIVATE) as staged:
+            shutil.copyfile(path, staged)
+        path.unlink()
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """While no chat has the session; a failure of the system is a KvlocalError with what to do."""
     try:
-        with Transcript.locked(path):
+        descriptor = open_locked(path, os.O_RDWR)
+        try:
+            if not (is_transcript(path) or (path.parent.resolve() == sessions_dir().resolve() and is_remnant(path))):
+                raise KvlocalError(f"{path} is no transcript, so it is left alone: name a session that `kvlocal sessions list` shows")
             yield
+        finally:
+            os.close(descriptor)
+    except Busy:
+        raise in_use(path) from None
     except OSError as error:
-        raise KvlocalError(f"cannot change {path} ({error.strerror}): check its directory") from error
+        raise KvlocalError(f"cannot change {path} ({error.strerror}): {remedy(error)}") from error
 
 
-def markdown(session: Session) -> str:
-    """The conversation as Markdown."""
-    conversation = session.conversation
-    parts = [f"# {session.name}"]
+def markdown(name: str, conversation: Conversation) -> str:
+    """A conversation as Markdown."""
+    parts = [f"# {name}"]
     if conversation.system:
         parts += ["## System", conversation.system]
     for i, message in enumerate(conversation.messages):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from kvlocal.chat.session import ChatSession, Message
-from kvlocal.conversations.transcript import Conversation
+from kvlocal.conversations.records import Conversation
 
 # tokens of answers that are evaluated one by one, as when they were drawn, so that the cache becomes what it was; more would take too long
 EXACT = 1024

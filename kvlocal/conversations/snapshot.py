@@ -11,8 +11,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,7 +169,7 @@ def _chunks(header: bytes, arrays: Mapping[str, npt.NDArray[np.generic]], stop: 
     digest = hashlib.sha256(header)
     yield header
     for array in arrays.values():
-        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for start in range(0, len(data), _CHUNK):
             if stop():
                 raise _Stopped
@@ -177,7 +178,7 @@ def _chunks(header: bytes, arrays: Mapping[str, npt.NDArray[np.generic]], stop: 
     yield digest.digest()
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+def _read_header(file: BufferedReader) -> tuple[dict[str, Any], int]:
     line = file.readline(_MAX_HEADER)
     try:
         header = json.loads(line) if line.endswith(b"\n") else None
@@ -211,7 +212,7 @@ def _text_limit(system: str | None, messages: Sequence[Message]) -> int:
 
 
 def _read_arrays(
-    file: BinaryIO, n_header: int, names: object, limits: Mapping[str, tuple[npt.DTypeLike, tuple[int, ...]]]
+    file: BufferedReader, n_header: int, names: object, limits: Mapping[str, tuple[npt.DTypeLike, tuple[int, ...]]]
 ) -> dict[str, npt.NDArray[np.generic]]:
     """The arrays, checked: nothing is allocated before it is known to be in the file and no larger than it may be."""
     sizes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
@@ -232,7 +233,7 @@ def _read_arrays(
     arrays = {}
     for name, (dtype, shape) in sizes.items():
         array = arrays[name] = np.empty(shape, dtype)
-        data = memoryview(array.reshape(-1).view(np.uint8))
+        data = array.reshape(-1).view(np.uint8).data
         if file.readinto(data) != len(data):
             raise SnapshotError("the snapshot is incomplete")
         digest.update(data)

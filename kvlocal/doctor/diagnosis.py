@@ -12,9 +12,11 @@ import cffi
 
 import kvlocal
 from kvlocal.chat.config import SessionConfig
-from kvlocal.doctor.memory_estimate import available_memory, largest_budget
+from kvlocal.doctor.memory_estimate import largest_budget
+from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
-from kvlocal.hub.catalogue import Catalogue, HubFile, models_dir
+from kvlocal.files.places import models_dir
+from kvlocal.hub.catalogue import Catalogue, HubFile
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.library import Library, load

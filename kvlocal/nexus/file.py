@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from gguf import GGUFWriter
 
 from kvlocal.errors import KvlocalError
-from kvlocal.files.atomic import publish
+from kvlocal.files.atomic import replacing
 from kvlocal.gguf.container import Container, ContainerError
 from kvlocal.nexus.base import base_hash
 
@@ -77,17 +76,9 @@ class NexusFile:
             NexusError: the contents are not what `load` takes.
             KvlocalError: it cannot be written.
         """
-        target = Path(os.path.realpath(path))
-        self._check(target)
-        staged = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
-            try:
-                self._write(staged)
-                publish(staged, target)
-            finally:
-                staged.unlink(missing_ok=True)
-        except OSError as error:
-            raise KvlocalError(f"cannot write {path}: {error.strerror or error}") from error
+        self._check(Path(path))
+        with replacing(path) as staged:
+            self._write(staged)
 
     def _write(self, path: Path) -> None:
         writer = GGUFWriter(path, self.architecture)

@@ -14,8 +14,8 @@ import numpy as np
 
 import kvlocal
 from kvlocal.errors import KvlocalError
-from kvlocal.files.atomic import LineFile
 from kvlocal.files.fingerprint import fingerprint, run_key
+from kvlocal.files.line_file import LineFile
 from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
@@ -91,25 +91,31 @@ class DataFile:
     """
 
     def __init__(self, path: Path, key: str, settings: SynthSettings) -> None:
-        self._file, self._key = LineFile(path), key
+        self._file, self._key = LineFile(path, b'{"messages": ['), key
         self._first_seed = settings.seed * SEEDS_PER_RUN
         self.n_dialogues = self.n_tokens = self.next = 0
 
     def __enter__(self) -> Self:
         self._file.__enter__()
         try:
-            for line in self._file.lines:
+            self._take_over()
+        except BaseException:
+            self._file.__exit__()
+            raise
+        return self
+
+    def _take_over(self) -> None:
+        try:
+            for line in self._file.read():
                 record = json.loads(line)
                 if record["run"] != self._key:
                     raise KeyError("run")
                 self._count(record["seed"], record["tokens"])
-        except (ValueError, KeyError, TypeError):
-            self._file.__exit__()
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise KvlocalError(
                 f"{self._file.path} holds something else than dialogues of this model and these settings: name another file"
             ) from None
         self._file.mend()
-        return self
 
     def add(self, dialogue: WrittenDialogue) -> None:
         """Keeps one more dialogue.

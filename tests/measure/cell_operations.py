@@ -16,7 +16,8 @@ import numpy as np
 
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.cells import NativeCache
-from kvlocal.llama.engine import Context, Model
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
 
 W = 16
 

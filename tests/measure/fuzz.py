@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from doors import NAMES, doors  # noqa: E402
-from fuzzing import attack  # noqa: E402
+from doors import NAMES, doors
+from fuzzing import attack
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from kvlocal.hub.catalogue import DEFAULT_MODEL
@@ -103,10 +104,8 @@ def compared(records: list[dict], expected: dict[int, dict]) -> dict[str, int]:
 
 
 def _pause(process: subprocess.Popen, seconds: float) -> None:
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 if __name__ == "__main__":

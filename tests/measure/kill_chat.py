@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvlocal.conversations.transcript import Conversation, Transcript, TranscriptError
+from kvlocal.conversations.records import Conversation, TranscriptError
+from kvlocal.conversations.transcript import Transcript
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 
 SCRIPT = [
@@ -46,7 +47,7 @@ class Chat:
     def __init__(self, model: str, session: Path, lines: list[str]) -> None:
         command = [sys.executable, "-m", "kvlocal_cli", "chat", model, "--session", str(session), *OPTIONS]
         # files, which hold what was written whenever it was killed
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed in `end`
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._out, stderr=self._err)
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
         self.process.stdin.close()

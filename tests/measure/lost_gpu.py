@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kvlocal_cli.main import main as kvlocal
 
-from kvlocal.conversations.transcript import load
+from kvlocal.conversations.saved_chat import load
 
 QUESTIONS = ("The keeper wrote down the birds. Remember the word heron.", "Tell a long story about the keeper and his lamp.", "And what came next?")
 SILENT_AFTER = 1.5  # seconds into the second answer

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol, TextIO
 
 from prompt_toolkit import PromptSession
@@ -10,7 +11,8 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output.defaults import create_output
 
-from kvlocal.conversations.transcript import TranscriptError, state_dir
+from kvlocal.errors import KvlocalError
+from kvlocal.files.places import state_dir
 from kvlocal_cli.terminal import decode_input
 
 QUOTES = '"""'
@@ -63,10 +65,8 @@ class _LineHistory(FileHistory):
     """A history that is lost, and not the chat, when the disk is full."""
 
     def store_string(self, string: str) -> None:
-        try:
+        with suppress(OSError):
             super().store_string(string)
-        except OSError:
-            pass
 
 
 def _history() -> History:
@@ -75,7 +75,7 @@ def _history() -> History:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / "history"
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
-    except (OSError, TranscriptError):
+    except (OSError, KvlocalError):
         return InMemoryHistory()
     return _LineHistory(str(path))
 

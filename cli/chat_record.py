@@ -1,0 +1,103 @@
+"""How a chat outlives its program: its transcript, and in a session the snapshot beside it."""
+
+from collections.abc import Callable
+
+from kvlocal.chat.session import ChatSession
+from kvlocal.conversations.records import TranscriptError
+from kvlocal.conversations.snapshot import Snapshots
+from kvlocal.conversations.transcript import Transcript, chat_path
+from kvlocal.errors import KvlocalError
+from kvlocal_cli.chat_screen import Screen
+
+
+class ChatRecord:
+    """Writes what happens in a chat, and says what hinders it: once, as it stays so until somebody does something about it.
+
+    Args:
+        screen: where that is said.
+
+    Attributes:
+        transcript: None if there is none, or none any more.
+    """
+
+    def __init__(self, screen: Screen) -> None:
+        self.transcript: Transcript | None = None
+        self._screen = screen
+        self._snapshots: Snapshots | None = None
+        # of failures to write: what is to be said, and what has been
+        self._unsaid = ""
+        self._said: set[str] = set()
+
+    def begin(self, name: str, system: str | None) -> None:
+        """Begin the transcript of a chat with this model."""
+        try:
+            self.transcript = Transcript.open(chat_path(), model=name, system=system)
+        except KvlocalError as error:
+            self._go_on_without(error)
+
+    def go_on(self, transcript: Transcript, snapshots: Snapshots) -> None:
+        """Go on with those of a session."""
+        self.transcript, self._snapshots = transcript, snapshots
+
+    def add(self, add: Callable[[Transcript], None]) -> None:
+        """Add to the transcript, as long as there is one. In a session, what cannot be written now is written with what comes next."""
+        if self.transcript is None:
+            return
+        try:
+            add(self.transcript)
+        except TranscriptError as error:
+            if self._snapshots:
+                self.tell(f"{error}; what was said last is lost if the chat ends before it can be written")
+                return
+            self.transcript.close()
+            self.transcript = None
+            self._go_on_without(error)
+
+    def add_user(self, text: str) -> None:
+        """Add a user turn to the transcript.
+
+        Raises:
+            KvlocalError: a session cannot keep it, so it must not be answered.
+        """
+        if self.transcript is None or self._snapshots is None:
+            self.add(lambda transcript: transcript.add_user(text))
+            return
+        try:
+            self.transcript.add_user(text)
+        except TranscriptError as error:
+            raise KvlocalError(f"{error}; your turn is not taken: send it again then") from error
+
+    def add_piece(self, text: str) -> None:
+        """Add the next piece of an answer."""
+        self.add(lambda transcript: transcript.add_piece(text))
+
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether the transcript ends with a turn that has no answer."""
+        return self.transcript is not None and self.transcript.awaits_answer
+
+    def save_snapshot(self, session: ChatSession, stop: Callable[[], bool] = lambda: False) -> None:
+        """Write the snapshot of a session, until `stop` says so. What hinders it is said by `tell_unsaid`, as this may be a thread."""
+        try:
+            if self._snapshots:
+                self._snapshots.save(session, stop)
+        except KvlocalError as error:
+            self._unsaid = f"{error}; the session goes on, but the way back to it will be slow"
+
+    def tell_unsaid(self) -> None:
+        """Warn of what has hindered a snapshot."""
+        self.tell(self._unsaid)
+
+    def tell(self, problem: str) -> None:
+        """Warn of something, if it is not empty and was not said before."""
+        if problem and problem not in self._said:
+            self._screen.warn(problem)
+            self._said.add(problem)
+
+    def close(self) -> None:
+        """Close the transcript. Closing twice is harmless."""
+        if self.transcript is not None:
+            self.transcript.close()
+
+    def _go_on_without(self, error: KvlocalError) -> None:
+        self._screen.warn(f"{error}; the chat goes on without a transcript, /save keeps it")
