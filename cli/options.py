@@ -14,6 +14,7 @@ from kvlocal.cache.compression import Positions
 from kvlocal.cache.config import DEFAULT_BUDGET, DEFAULT_FULL
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
+from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
 from kvlocal.hub.catalogue import resolve
@@ -269,7 +270,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _archive_ram() -> int:
     """Bytes of memory for the archive, if nobody says how many: a quarter of what is free, where the system tells."""
-    free = memory_estimate.available_memory()
+    free = available_memory()
     return _SESSION.archive_ram if free is None else free // 4
 
 

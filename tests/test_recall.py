@@ -112,7 +112,7 @@ def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
             for token in tokens(20, turn + 50):
                 cache.append(np.array([token]), "decode")
             cache.choose_again()
-            archive = cache.compressor.recall.archive
+            archive = cache.compressor.recaller.archive
             if turn:
                 assert archive.n_tokens == cache.ledger.n_tokens == (turn + 1) * 93
                 check(cache, archive)
@@ -144,14 +144,14 @@ def test_going_back_forgets_what_was_archived_since(model):
         before, held = cache.ledger.n_tokens, cache.ledger.tokens[..., : cache.ledger.n_cells].copy()
         cache.mark()
         cache.read(user(150, 3))
-        assert cache.compressor.recall.archive.n_tokens > before
+        assert cache.compressor.recaller.archive.n_tokens > before
         assert cache.set_length(before)
         np.testing.assert_array_equal(cache.ledger.tokens[..., : cache.ledger.n_cells], held)
         cache.read(user(80, 4))
         cache.choose_again()
-        check(cache, cache.compressor.recall.archive)
+        check(cache, cache.compressor.recaller.archive)
         cache.begin(0)
-        assert cache.compressor.recall.archive.n_tokens == 0
+        assert cache.compressor.recaller.archive.n_tokens == 0
         cache.read(user(120, 5))
 
 
@@ -177,7 +177,7 @@ def test_what_is_held_comes_back_though_cells_were_exchanged(model):
         np.testing.assert_array_equal(after.v, rows.v)
         np.testing.assert_array_equal(cache.native.read_queries(1), queries)
         cache.read(user(50))
-        check(cache, cache.compressor.recall.archive)
+        check(cache, cache.compressor.recaller.archive)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_without_its_archive_the_conversation_goes_on(model, tmp_path, changes, 
         for turn in range(8):
             cache.read(user(100, turn))
             assert cache.ledger.n_cells <= 96 + 32
-        assert cache.compressor.recall is None and reason in cache.compressor.lost
+        assert cache.compressor.recaller is None and reason in cache.compressor.lost
         cache.begin(0)
-        assert cache.compressor.recall is not None and cache.compressor.lost == ""
+        assert cache.compressor.recaller is not None and cache.compressor.lost == ""
 
 
 def test_past_the_trained_context_the_archive_is_given_up(model):
@@ -200,7 +200,7 @@ def test_past_the_trained_context_the_archive_is_given_up(model):
         monkey.n_ctx_train = 600
         for turn in range(8):
             cache.read(user(100, turn))
-        assert monkey.rotations and monkey.recall is None and monkey.lost == _PAST_CONTEXT
+        assert monkey.rotations and monkey.recaller is None and monkey.lost == _PAST_CONTEXT
 
 
 def test_impossible_archives_are_refused():
@@ -217,12 +217,12 @@ def test_a_chat_with_an_archive(smollm2):
         for i in range(4):
             text = "".join(chat.send(f"Question {i}: name some things that start with the letter {chr(97 + i)}, and say what they are good for."))
             assert chat.kv.used <= 96 + 32
-        assert chat.kv.archived and chat.kv.recalled and chat.kv.archive_bytes == (chat.cache.compressor.recall.archive.bytes_in_memory, 0)
-        check(chat.cache, chat.cache.compressor.recall.archive)
+        assert chat.kv.archived and chat.kv.recalled and chat.kv.archive_bytes == (chat.cache.compressor.recaller.archive.bytes_in_memory, 0)
+        check(chat.cache, chat.cache.compressor.recaller.archive)
         assert "".join(chat.regenerate()) == text
         taken = chat.undo()
         assert [message["role"] for message in taken] == ["user", "assistant"] and chat.kv.archived <= chat.kv.history_tokens
         assert "".join(chat.send(taken[0]["content"])) == text
-        check(chat.cache, chat.cache.compressor.recall.archive)
+        check(chat.cache, chat.cache.compressor.recaller.archive)
         with pytest.raises(SessionError, match="a snapshot does not hold"):
             chat.resume(chat.messages, chat.snapshot())

@@ -183,7 +183,7 @@ class BudgetedCache(NotedCells):
 
     def _ends_of_user_text(self, parts: Sequence[Passage]) -> list[int]:
         """After how many of the tokens the user has said all and the markup of an answer begins: the last queries are about what was asked then."""
-        if not self.compressor.recall:
+        if not self.compressor.recaller:
             return []
         role, n, found = self.ledger.segments[-1].role if self.ledger.segments else "", 0, []
         for part in parts:
@@ -223,7 +223,7 @@ class BudgetedCache(NotedCells):
         else:
             self.ledger.append(tokens)
         self._appended()
-        if self.compressor.recall and phase == "decode":
+        if self.compressor.recaller and phase == "decode":
             self._since_choice += len(tokens)
             if self._since_choice >= self._refresh:
                 self.choose_again()
@@ -316,7 +316,7 @@ class BudgetedCache(NotedCells):
         # what is copied inside is not to overwrite the copy there is
         n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
         segments = [replace(segment) for segment in ledger.segments]
-        ring = self.native.ring_state() if compressor.recall else None
+        ring = self.native.ring_state() if compressor.recaller else None
         outside, self._exchanged = self._exchanged, None
         try:
             with taken_back(self.context, self.native, ledger):
@@ -339,8 +339,8 @@ class BudgetedCache(NotedCells):
 
     def _truncate(self, n_tokens: int) -> None:
         super()._truncate(n_tokens)
-        if self.compressor.recall:
-            self.compressor.recall.archive.truncate(n_tokens)
+        if self.compressor.recaller:
+            self.compressor.recaller.archive.truncate(n_tokens)
 
     # a copy that outlives the process
 
@@ -365,7 +365,7 @@ class BudgetedCache(NotedCells):
 
     def resume(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """As NotedCells.resume, for a cache with the same signature."""
-        if self.compressor.recall:
+        if self.compressor.recaller:
             self.doubt()
             raise CacheError("a snapshot does not hold what the archive had")
         compressions, rotations, peak = arrays["numbers"].tolist()

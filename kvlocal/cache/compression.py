@@ -12,7 +12,7 @@ import numpy as np
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
-from kvlocal.cache.recall import Recall
+from kvlocal.cache.recall import Recaller
 from kvlocal.cache.score_sources import Observer
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.cells import Layout, NativeCache, NativeError
@@ -59,7 +59,8 @@ class Compressor:
     n_ctx_train: positions the model was trained for
     n_swa: size of the sliding window of the layers that are not compressed, 0 without any
     before: called before anything is removed or moved, with the ledger
-    recall: the archive to choose from, None without one
+    recaller: chooses from the archive, None without one
+    n_recalled: cells that came back when they were last chosen, mean over layers and heads
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
     """
@@ -77,7 +78,7 @@ class Compressor:
     n_ctx_train: int
     n_swa: int
     before: Callable[[Ledger], None]
-    recall: Recall | None = None
+    recaller: Recaller | None = None
     lost: str = ""
     n_recalled: float = 0.0
     seconds: Seconds = field(default_factory=Seconds)
@@ -129,7 +130,6 @@ class Compressor:
         if near_end and self.positions == "auto":
             self._give_up_archive(_PAST_CONTEXT)
         if self._recall(ledger):
-            self.compressions += 1
             return
         started = time.perf_counter()
         state = self.observer.state(ledger)
@@ -148,20 +148,20 @@ class Compressor:
 
     def choose_again(self, ledger: Ledger) -> None:
         """Chooses the cells anew from the whole conversation, if there is an archive and the cache does not hold all of it."""
-        if self.recall and (ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held)):
+        if self.recaller and (ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held)):
             self.before(ledger)
             self._recall(ledger)
 
     def _recall(self, ledger: Ledger) -> bool:
         """False without an archive, or if it had to be given up: nothing has changed then."""
-        if self.recall is None:
+        if self.recaller is None:
             return False
         started = time.perf_counter()
         try:
-            self.recall.write_through(ledger)
+            self.recaller.write_through(ledger)
             # what is held keeps its size
             n_keep = ledger.n_cells if self.held else min(self.target(ledger), ledger.n_tokens)
-            refill = self.recall.choose(ledger, n_keep)
+            refill = self.recaller.choose(ledger, n_keep)
         except ArchiveFailed as error:
             self._give_up_archive(str(error))
             return False
@@ -170,6 +170,8 @@ class Compressor:
                 raise
             self._give_up_archive(str(error))
             return False
+        n_keep = refill.gather.shape[-1]
+        self.compressions += n_keep < ledger.n_cells
         with ledger.changing():
             self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
             ledger.refill(refill.gather, refill.tokens, refill.positions)
@@ -179,16 +181,16 @@ class Compressor:
 
     def open_archive(self, archive: Archive) -> None:
         """From now on what is evicted can be recalled; nothing must have been evicted yet."""
-        self.recall = Recall(self.native, self.policy, self.window, archive)
+        self.recaller = Recaller(self.native, self.policy, self.window, archive)
 
     def close_archive(self) -> None:
-        if self.recall:
-            self.recall.archive.close()
-        self.recall, self.lost, self.n_recalled = None, "", 0.0
+        if self.recaller:
+            self.recaller.archive.close()
+        self.recaller, self.lost, self.n_recalled = None, "", 0.0
 
     def _give_up_archive(self, reason: str) -> None:
         """What is evicted from now on is gone for good, and so is what was evicted."""
-        if self.recall:
+        if self.recaller:
             self.close_archive()
             self.lost = reason
 

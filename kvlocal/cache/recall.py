@@ -31,7 +31,7 @@ class Refill:
     n_recalled: float
 
 
-class Recall:
+class Recaller:
     """Looks up what the last queries attend to in the whole conversation.
 
     native: the cache

@@ -49,7 +49,7 @@ class KvStats:
     def of(cls, cache: BudgetedCache) -> KvStats:
         """As they are now."""
         ledger = cache.ledger
-        archive = cache.compressor.recall.archive if cache.compressor.recall else None
+        archive = cache.compressor.recaller.archive if cache.compressor.recaller else None
         return cls(
             cache.target,
             ledger.n_cells,

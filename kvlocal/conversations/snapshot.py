@@ -68,7 +68,7 @@ class Snapshots:
         """
         key = _key(session)
         # without what the archive holds it could not go on as before
-        if session.cache.uncertain or session.cache.compressor.recall:
+        if session.cache.uncertain or session.cache.compressor.recaller:
             return
         if key == self._kept or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
             return
