@@ -73,7 +73,8 @@ _OPTIONS = (
     ),
     click.option(
         "--policy", type=click.Choice(list(policies.POLICIES)),
-        help=f"What to keep when the cache is over its budget.  [default: {policies.WITH_NEXUS} where there are Nexus tokens, else {_SESSION.policy}]",
+        help="What to keep when the cache is over its budget.  "
+        f"[default: {policies.WITH_NEXUS} where there are Nexus tokens, else {_SESSION.policy}]",
     ),
     click.option(
         "--policy-arg", "policy_args", multiple=True, callback=_parse_policy_args, metavar="NAME=VALUE",

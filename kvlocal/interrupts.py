@@ -6,7 +6,10 @@ from typing import Self
 
 
 class CtrlCWaits:
-    """A context manager inside which Ctrl-C has no effect yet: it has it on leaving. It matters in the main thread alone, where signals are handled."""
+    """A context manager inside which Ctrl-C has no effect yet: it has it on leaving.
+
+    It matters in the main thread alone, where signals are handled.
+    """
 
     def __enter__(self) -> Self:
         self._interrupted, self._handler = False, None

@@ -80,10 +80,12 @@ def pack(python_version: str | None, platforms: list[str], models: list[str], cu
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python-version", metavar="X.Y", help="of the other machine; this one's unless told")
-    parser.add_argument("--platform", action="append", default=[], metavar="TAG", help="of its wheels, such as manylinux_2_28_x86_64; can be repeated")
+    parser.add_argument("--platform", action="append", default=[], metavar="TAG",
+                        help="of its wheels, such as manylinux_2_28_x86_64; can be repeated")
     parser.add_argument("--models", default="smollm2-135m,gemma3-270m", metavar="LIST",
                         help="of the catalogue, which are most of the archive; the default ones are those that the tests need, '' is none")
-    parser.add_argument("--cuda", action="store_true", help="also what compiles for NVIDIA devices, about 500 MB, for a machine without a CUDA toolkit")
+    parser.add_argument("--cuda", action="store_true",
+                        help="also what compiles for NVIDIA devices, about 500 MB, for a machine without a CUDA toolkit")
     arguments = parser.parse_args()
     try:
         pack(arguments.python_version, arguments.platform, arguments.models.split(","), arguments.cuda)

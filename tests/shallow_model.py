@@ -1,4 +1,7 @@
-"""A GGUF cut to its first layers with the weights dequantised to float32: without quantised activations rounding stays small, so results can be compared closely."""
+"""A GGUF cut to its first layers with the weights dequantised to float32: without quantised activations rounding stays small.
+
+So results can be compared closely.
+"""
 
 from pathlib import Path
 

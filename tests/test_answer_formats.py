@@ -86,9 +86,9 @@ def test_texts_end_answers_where_no_token_does(smollm2: Path, monkeypatch: pytes
 
 
 def test_a_template_is_compiled_once_for_a_model(smollm2: Path) -> None:
-    with Model(smollm2) as model:
-        with ChatSession(model, SessionConfig(budget=64)) as one, ChatSession(model, SessionConfig(budget=64)) as other:
-            assert one.template is other.template
+    config = SessionConfig(budget=64)
+    with Model(smollm2) as model, ChatSession(model, config) as one, ChatSession(model, config) as other:
+        assert one.template is other.template
 
 
 def answer_of(model: Model, raw: str) -> tuple[str, list[str]]:
@@ -146,7 +146,8 @@ def test_the_first_markers_of_a_closing_are_no_part_of_an_answer(smollm2: Path, 
         answer = "Hm.<|close|>think<|sep|><|open|>response<|sep|>Yes."
         raw = model.tokenize(answer + "<|close|>response<|sep|><|close|>message<|sep|><|end_of_msg|>", parse_special=True).tolist()
         kept = len(model.tokenize(answer, parse_special=True))
-        with ChatSession(model, SessionConfig(policy="full", budget=2048)) as chat, ChatSession(model, SessionConfig(policy="full", budget=2048)) as again:
+        config = SessionConfig(policy="full", budget=2048)
+        with ChatSession(model, config) as chat, ChatSession(model, config) as again:
             for session in (chat, again):
                 session.add_turn("user", "Is it?")
             chat.add_answer("<think>\nHm.\n</think>\n\nYes.", raw)

@@ -176,7 +176,7 @@ def test_an_answer_that_is_closed_within_a_stop_string_is_cut_before_it(chat, mo
 
 
 def break_compaction(monkeypatch, cache):
-    """The next compaction fails in the middle, as where a device is lost: the first layers are moved, the others not, and the cells are still counted."""
+    """The next compaction fails in the middle, as where a device is lost: the first layers are moved, the others not, and no cell is freed."""
     compact = cache.native.compact
 
     def fails(gather, positions, delta=None):
@@ -234,6 +234,31 @@ def test_nothing_is_lost_when_reading_again_fails_too(chat, monkeypatch):
     "".join(chat.send(QUESTIONS[1]))
     assert chat.messages[:2] == messages
     check_cells(chat)
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_what_fails_in_a_hold_leaves_the_conversation_as_it_was(model, monkeypatch, undo):
+    """Also where the conversation was read again inside."""
+    with ChatSession(model, CONFIG, spare=60, undo=undo) as chat, ChatSession(model, CONFIG, spare=60, undo=undo) as other:
+        for session in (chat, other):
+            session.add_turn("user", QUESTIONS[0])
+            session.add_turn("assistant", "so " * 30)
+        messages, decode = [dict(message) for message in chat.messages], Context.decode
+        calls = []
+
+        def fails_once(context, *args, **options):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            decode(context, *args, **options)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Context, "decode", fails_once)
+            with pytest.raises(KeyboardInterrupt), chat.hold():
+                chat.add_turn("user", QUESTIONS[1] * 2)
+        assert len(calls) >= 2 and chat.messages == messages
+        assert "".join(chat.send(QUESTIONS[2])) == "".join(other.send(QUESTIONS[2]))
+        check_cells(chat)
 
 
 # nothing stays open

@@ -86,8 +86,8 @@ def test_no_such_token(model: Model) -> None:
 def assert_same_predictions(logits: np.ndarray, expected: np.ndarray) -> None:
     """Logits [n, n_vocab] of the same tokens in other batches.
 
-    A GPU multiplies single tokens and batches by different operations, whose sums round differently: logits of a model in Q4_1 are up to 3 apart, and where the two
-    most likely tokens are nearer than that either may come first.
+    A GPU multiplies single tokens and batches by different operations, whose sums round differently: logits of a model in Q4_1 are up to 3 apart,
+    and where the two most likely tokens are nearer than that either may come first.
     """
     bound = device.tolerance(0.5, 4)
     assert np.abs(logits - expected).max() < bound

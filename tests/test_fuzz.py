@@ -75,7 +75,7 @@ def test_a_template_does_not_reach_python(expression: str) -> None:
     else:
         text = template.render(MESSAGES, opening=False)
         assert text.removesuffix("[user]x") == "[user]Hello[assistant]Hi.[user]Who are you?"
-        assert MESSAGES == before and template.render(MESSAGES, opening=False) == text
+        assert before == MESSAGES and template.render(MESSAGES, opening=False) == text
 
 
 _LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"

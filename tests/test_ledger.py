@@ -122,3 +122,16 @@ def test_blocks_follow_their_cells():
     assert ledger.blocks()[0].tolist() == [[0, 0, 0 if h == 0 else 1] + [2] * 2 + [3] * 6 for h in range(H)]
     ledger.truncate(13)
     assert len(ledger.block_of) == 13 and ledger.blocks()[0, 0].tolist() == [0, 0, 0, 2]
+
+
+def test_a_copy_has_segments_of_its_own():
+    ledger = filled()
+    other, before = ledger.copy(), [vars(segment).copy() for segment in ledger.segments]
+    ledger.append(np.zeros(5, np.int32))
+    ledger.truncate(8)
+    ledger.append(np.zeros(1, np.int32))
+    ledger.segments[-1].text = "more"
+    assert [vars(segment) for segment in other.segments] == before
+    other.truncate(9)
+    other.append(np.zeros(3, np.int32))
+    assert [(segment.end, segment.text) for segment in ledger.segments] == [(3, ""), (9, "more")]

@@ -120,7 +120,7 @@ def test_scores_and_map_equal_numpy(full_model, tokens, cache, portable):
         for layer in (0, 11, 29):
             np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, n_query), atol=1e-3)
             np.testing.assert_allclose(largest[layer], reference_scores(chat, layer, n_query, largest=True), atol=1e-3)
-        for row, layer in zip(weights, (0, 29)):
+        for row, layer in zip(weights, (0, 29), strict=True):
             np.testing.assert_allclose(row, reference_weights(chat, layer, n_query).mean(1), atol=1e-3)
         assert not scores[..., [3, 50, 51, 200]].any() and scores.sum() > 0
     np.testing.assert_array_equal(chat.native.query_positions(), np.arange(N - W, N))
@@ -222,7 +222,7 @@ def test_compaction_moves_the_rows_it_names(model, tokens, ascending):
             keep = keep[..., ::-1]
         chat.native.compact(keep, np.r_[np.arange(104), np.arange(N - W, N)])
         assert chat.native.n_cells() == 120
-        for (keys, values), layer in zip(before, (0, L - 1)):
+        for (keys, values), layer in zip(before, (0, L - 1), strict=True):
             for read, old in ((chat.native.read_keys, keys), (chat.native.read_values, values)):
                 expected = np.take_along_axis(old, keep[layer][..., None], axis=1)
                 np.testing.assert_array_equal(read(layer), expected)
@@ -266,7 +266,7 @@ def test_per_head_compaction_equals_per_head_attention(model, tokens):
     chat.native.compact(keep, np.r_[np.arange(84), np.arange(N - W, N)])
     np.testing.assert_array_equal(chat.native.query_positions(), np.arange(N - W, N))
     after = chat.native.scores()
-    for weights, layer in zip(expected, (0, 2)):
+    for weights, layer in zip(expected, (0, 2), strict=True):
         for head in range(3):
             kept = weights[:, 3 * head : 3 * head + 3][..., keep[layer, head]]
             kept = kept / kept.sum(-1, keepdims=True)
@@ -443,10 +443,12 @@ def test_wrong_calls_are_refused_and_change_nothing(model, tokens):
 def test_the_scale_of_a_layer_is_an_error_where_it_is_not_known(model, tokens):
     chat = Chat(model, tokens, n=4)
     assert chat.native.kq_scale(0) == pytest.approx(64**-0.5)
-    for context, layer, match in ((chat, L, "layer"), (chat, -1, "layer"), (Chat(model, tokens, n=0), 0, "not known yet"), (Chat(model, tokens, n=4, window=0), 0, "off")):
+    empty, off = Chat(model, tokens, n=0), Chat(model, tokens, n=4, window=0)
+    for other, layer, match in ((chat, L, "layer"), (chat, -1, "layer"), (empty, 0, "not known yet"), (off, 0, "off")):
         with pytest.raises(NativeError, match=match):
-            context.native.kq_scale(layer)
-    assert load().lib.kvl_get_kq_scale(load().ffi.cast("struct llama_context *", chat.context.pointer), 0, load().ffi.NULL) == load().lib.KVL_ERR_ARGUMENT
+            other.native.kq_scale(layer)
+    ffi, lib = load().ffi, load().lib
+    assert lib.kvl_get_kq_scale(ffi.cast("struct llama_context *", chat.context.pointer), 0, ffi.NULL) == lib.KVL_ERR_ARGUMENT
 
 
 @pytest.mark.skipif((available_memory() or 0) < 6 * 2**30, reason="takes 2.2 GB")

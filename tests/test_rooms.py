@@ -88,6 +88,10 @@ def test_each_room_says_in_a_sentence_what_it_is(name):
     assert documentation and documentation.split("\n\n")[0].rstrip().endswith(".")
 
 
+def test_no_module_is_long():
+    assert [module for module, path in MODULES.items() if len(path.read_text().splitlines()) > 450] == []
+
+
 def test_no_two_classes_have_one_name():
     homes: dict[str, list[str]] = {}
     for module, path in MODULES.items():

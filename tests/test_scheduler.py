@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from kvlocal.llama.scheduler import Rounds, Stopped
+from kvlocal.llama.scheduler import Scheduler, Stopped
 
 
 class Party:
@@ -12,17 +12,17 @@ class Party:
 
     def __init__(self, *counts):
         self.rounds_of_requests, self.inside, self.crowd, self.ended = [], 0, 0, []
-        self.rounds = Rounds(lambda requests: self.rounds_of_requests.append(sorted(requests)))
+        self.scheduler = Scheduler(lambda requests: self.rounds_of_requests.append(sorted(requests)))
         self.threads = [threading.Thread(target=self.run, args=(name, count)) for name, count in zip("abc", counts, strict=False)]
 
     def run(self, name, count):
         try:
-            with self.rounds.turn():
+            with self.scheduler.turn():
                 for i in range(count):
                     self.inside += 1
                     self.crowd = max(self.crowd, self.inside)
                     self.inside -= 1
-                    self.rounds.wait((name, i))
+                    self.scheduler.wait((name, i))
         except Stopped:
             self.ended.append(name)
 
@@ -30,7 +30,7 @@ class Party:
         """All threads wait before the first round."""
         for n, thread in enumerate(self.threads, 1):
             thread.start()
-            while len(self.rounds._requests) < n:
+            while len(self.scheduler._requests) < n:
                 pass
         return self
 
@@ -38,32 +38,32 @@ class Party:
 def test_every_thread_goes_on_by_one_request_a_round():
     party = Party(3, 1, 2).start()
     while any(thread.is_alive() for thread in party.threads):
-        party.rounds.advance(1)
+        party.scheduler.advance(1)
     assert party.rounds_of_requests == [[("a", 0), ("b", 0), ("c", 0)], [("a", 1), ("c", 1)], [("a", 2)]]
     assert party.crowd == 1
 
 
 def test_a_round_waits_for_a_thread_that_runs():
     party = Party(1).start()
-    with party.rounds.turn():
-        party.rounds._requests.clear()
-    party.rounds.advance(0.01)
+    with party.scheduler.turn():
+        party.scheduler._requests.clear()
+    party.scheduler.advance(0.01)
     assert party.rounds_of_requests == []
-    party.rounds.stop()
+    party.scheduler.stop()
 
 
 def test_advance_ends_without_a_round_when_there_is_nobody():
-    Party().rounds.advance(0.01)
+    Party().scheduler.advance(0.01)
 
 
 def test_stop_ends_them_all():
     party = Party(10**9, 10**9).start()
-    party.rounds.advance(1)
-    party.rounds.stop()
+    party.scheduler.advance(1)
+    party.scheduler.stop()
     for thread in party.threads:
         thread.join(5)
     assert sorted(party.ended) == ["a", "b"]
-    with pytest.raises(Stopped), party.rounds.turn():
+    with pytest.raises(Stopped), party.scheduler.turn():
         pass
 
 
@@ -72,35 +72,35 @@ def test_a_call_is_made_by_the_driver_and_does_not_wait_for_the_others():
     callers = []
 
     def work():
-        with party.rounds.turn():
-            callers.append(party.rounds.call(threading.get_ident))
+        with party.scheduler.turn():
+            callers.append(party.scheduler.call(threading.get_ident))
             with pytest.raises(ZeroDivisionError):
-                party.rounds.call(lambda: 1 / 0)
+                party.scheduler.call(lambda: 1 / 0)
             callers.append("went on")
-            party.rounds.wait(("b", 0))
+            party.scheduler.wait(("b", 0))
 
     thread = threading.Thread(target=work)
     thread.start()
     while thread.is_alive() or party.threads[0].is_alive():
-        party.rounds.advance(1)
+        party.scheduler.advance(1)
     assert callers == [threading.get_ident(), "went on"]
     assert party.rounds_of_requests == [[("a", 0), ("b", 0)]]
 
 
 def test_stop_ends_a_call_that_was_not_made():
-    rounds, ended = Rounds(lambda requests: None), []
+    scheduler, ended = Scheduler(lambda requests: None), []
 
     def work():
         try:
-            with rounds.turn():
-                rounds.call(lambda: ended.append("called"))
+            with scheduler.turn():
+                scheduler.call(lambda: ended.append("called"))
         except Stopped:
             ended.append("stopped")
 
     thread = threading.Thread(target=work)
     thread.start()
-    while not rounds._calls:
+    while not scheduler._calls:
         pass
-    rounds.stop()
+    scheduler.stop()
     thread.join(5)
     assert ended == ["stopped"]

@@ -252,7 +252,7 @@ def test_what_is_written_does_not_hold_up_the_next_turn():
             time.sleep(0.01)
         told.set()
 
-    with Idle(Session(), keep):
+    with Idle(keep).working(Session()):
         time.sleep(0.05)
         assert not told.is_set()
     assert told.is_set()

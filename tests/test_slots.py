@@ -1,4 +1,4 @@
-"""A stream behaves as a context of its own, whatever the others beside it do."""
+"""A slot behaves as a context of its own, whatever the others beside it do."""
 
 import inspect
 import threading
@@ -14,7 +14,7 @@ from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.llama.sequence_decoder import SequenceDecoder
-from kvlocal.llama.slots import Stream, Streams
+from kvlocal.llama.slots import Slot, Slots
 
 OPTIONS = {"n_cells": 256, "n_outputs": 1, "n_ubatch": 64, "n_threads": 1}
 
@@ -31,25 +31,25 @@ def tokens(model):
 
 
 def together(model, *tasks, n=3, **changes):
-    """What each task returns, which gets a stream and runs beside the others."""
-    streams, results = Streams(n, model, **OPTIONS | changes), [None] * len(tasks)
+    """What each task returns, which gets a slot and runs beside the others."""
+    slots, results = Slots(n, model, **OPTIONS | changes), [None] * len(tasks)
 
     def run(i):
-        with streams.rounds.turn():
-            stream = streams.open(model, **OPTIONS | changes)
+        with slots.scheduler.turn():
+            slot = slots.open(model, **OPTIONS | changes)
             try:
-                results[i] = tasks[i](stream)
+                results[i] = tasks[i](slot)
             except EngineError as error:
                 results[i] = error
             finally:
-                stream.close()
+                slot.close()
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        streams.rounds.advance(0.05)
-    streams.close()
+        slots.scheduler.advance(0.05)
+    slots.close()
     return results
 
 
@@ -98,36 +98,36 @@ def test_a_full_stream_fails_alone(model, tokens):
 
 
 def test_what_does_not_fit_gets_a_context_of_its_own(model):
-    streams = Streams(2, model, **OPTIONS)
-    with streams.rounds.turn():
-        first = streams.open(model, **OPTIONS)
-        second = streams.open(model, **OPTIONS | {"n_cells": 100})
-        large = streams.open(model, **OPTIONS | {"n_cells": 600})
-        recorded = streams.open(model, n_recorded=16, **OPTIONS)
+    slots = Slots(2, model, **OPTIONS)
+    with slots.scheduler.turn():
+        first = slots.open(model, **OPTIONS)
+        second = slots.open(model, **OPTIONS | {"n_cells": 100})
+        large = slots.open(model, **OPTIONS | {"n_cells": 600})
+        recorded = slots.open(model, n_recorded=16, **OPTIONS)
     assert (first.pointer, first.seq) != (second.pointer, second.seq) and first.pointer == second.pointer
     assert len({first.pointer, large.pointer, recorded.pointer}) == 3
-    assert [stream.n_cells for stream in (first, second, large)] == [256, 256, 768]
-    for stream in (first, second, large, recorded):
-        stream.close()
+    assert [slot.n_cells for slot in (first, second, large)] == [256, 256, 768]
+    for slot in (first, second, large, recorded):
+        slot.close()
     with pytest.raises(EngineError, match="closed"):
         first.pos_max()
-    streams.close()
+    slots.close()
 
 
 def test_state_and_cells_are_those_of_the_stream(model, tokens):
-    def task(n, stream):
-        stream.decode(tokens[:n], 0)
-        native = NativeCache(stream.pointer, stream.seq)
-        before = native.n_cells(), stream.pos_max(), native.read_keys(3)
-        state = stream.state_get()
-        stream.clear()
-        assert (native.n_cells(), stream.pos_max()) == (0, -1)
-        stream.state_set(0, state)
+    def task(n, slot):
+        slot.decode(tokens[:n], 0)
+        native = NativeCache(slot.pointer, slot.seq)
+        before = native.n_cells(), slot.pos_max(), native.read_keys(3)
+        state = slot.state_get()
+        slot.clear()
+        assert (native.n_cells(), slot.pos_max()) == (0, -1)
+        slot.state_set(0, state)
         np.testing.assert_array_equal(native.read_keys(3), before[2])
         with pytest.raises(EngineError, match="no logits"):
-            stream.logits()
+            slot.logits()
         with pytest.raises(EngineError, match="no sequence 1"):
-            stream.remove(1, 0, -1)
+            slot.remove(1, 0, -1)
         return before[:2]
 
     assert together(model, partial(task, 10), partial(task, 33)) == [(10, 9), (33, 32)]
@@ -136,9 +136,9 @@ def test_state_and_cells_are_those_of_the_stream(model, tokens):
 def test_everything_is_computed_in_the_thread_that_decodes(model, tokens):
     """Each thread that computes has helpers of its own, and all of them slow down once there are more than cores."""
 
-    def compressed(stream):
-        native = NativeCache(stream.pointer, stream.seq, stream.call)
-        stream.decode(tokens[:32], 0)
+    def compressed(slot):
+        native = NativeCache(slot.pointer, slot.seq, slot.call)
+        slot.decode(tokens[:32], 0)
         n_threads = len(list(Path("/proc/self/task").iterdir()))
         scores, redundancy = native.scores(), native.redundancy()
         native.attention_map([0])
@@ -151,7 +151,7 @@ def test_everything_is_computed_in_the_thread_that_decodes(model, tokens):
     assert all(sums)
 
 
-@pytest.mark.parametrize("kind", [Context, Stream])
+@pytest.mark.parametrize("kind", [Context, Slot])
 def test_a_stream_and_a_context_are_used_in_the_same_way(kind):
     """Everything that a conversation may ask for is there, with the same arguments."""
     members = {name: member for name, member in vars(SequenceDecoder).items() if not name.startswith("_")}

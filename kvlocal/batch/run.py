@@ -20,7 +20,7 @@ from kvlocal.files.text import is_blank
 from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
-from kvlocal.llama.slots import Streams
+from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 
 # so many finished results wait at most for the one that comes before them
@@ -72,8 +72,8 @@ def run_batch(
 
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.cache.budget
-    streams = Streams(parallel, model, **asked)
-    return _Batch(lines, model, config, budget, streams, parallel, ordered, wanted, poll, nexus).outcomes()
+    slots = Slots(parallel, model, **asked)
+    return _Batch(lines, model, config, budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
 
 
 class _Batch:
@@ -85,7 +85,7 @@ class _Batch:
         model: Model,
         config: SessionConfig,
         budget: int,
-        streams: Streams,
+        slots: Slots,
         parallel: int,
         ordered: bool,
         wanted: Callable[[int, bytes], bool],
@@ -94,7 +94,7 @@ class _Batch:
     ) -> None:
         self._model, self._config, self._budget, self._nexus = model, config, budget, nexus
         self._ordered, self._poll = ordered, poll
-        self._streams, self._rounds = streams, streams.rounds
+        self._slots, self._scheduler = slots, slots.scheduler
         # of the lines; one thread at a time waits for the next
         self._reading = threading.Lock()
         self._lines = ((number, line) for number, line in enumerate(lines, 1) if not is_blank(line) and wanted(number, line))
@@ -128,19 +128,19 @@ class _Batch:
                     n_yielded += 1
                     self._places.release()
                 else:
-                    self._rounds.advance(_POLL_SECONDS)
+                    self._scheduler.advance(_POLL_SECONDS)
         finally:
-            self._rounds.stop()
+            self._scheduler.stop()
             self._places.release(len(self._threads))
-            self._streams.close()
+            self._slots.close()
 
     def _work(self) -> None:
         try:
             while taken := self._take():
                 place, number, line = taken
-                with self._rounds.turn():
+                with self._scheduler.turn():
                     self._finished.put((place, self._outcome(number, line)))
-            with self._rounds.turn():
+            with self._scheduler.turn():
                 self._n_working -= 1
         except Stopped:
             pass
@@ -200,8 +200,8 @@ class _Batch:
             return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, session.seed, kv, timings)
 
     def _session(self, config: SessionConfig) -> ChatSession:
-        """A session in a stream."""
-        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._streams.open)
+        """A session in a slot."""
+        return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._slots.open)
 
 
 def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:

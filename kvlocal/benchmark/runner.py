@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 from kvlocal.benchmark import measures
 from kvlocal.benchmark.comparison import Comparison
@@ -43,7 +43,7 @@ def select(settings: BenchSettings, only: Sequence[str]) -> list[str]:
     return [name for name in known if name in wanted]
 
 
-def run(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
+def run(bench: Bench, wanted: Collection[str]) -> Generator[Comparison]:
     """Measures what is wanted (see select) and yields each row as soon as it is known.
 
     Only one process computes at any time; all of them end with the iterator, also when it is closed early.

@@ -6,9 +6,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,7 @@ from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
 from kvlocal.cache.ledger import NEXUS, Ledger
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
-from kvlocal.cache.rollback import taken_back
-from kvlocal.cache.score_sources import Observer, carried_scores
+from kvlocal.cache.score_sources import ScoreSources, carried_scores
 from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.context import Context, Outputs
 from kvlocal.llama.model import Model
@@ -59,7 +58,7 @@ class BudgetedCache(NotedCells):
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept
     undo: mark() keeps what the way back needs, a copy of the cache among it
-    make_context: makes the cells: Context, or what gives a stream beside others (kvlocal.llama.slots)
+    make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
 
     budget: the most cells of each layer and head after a compression
     capacity: the most cells there are room for outside hold()
@@ -100,7 +99,7 @@ class BudgetedCache(NotedCells):
             )
             opened.callback(context.close)
             super().__init__(context, self.capacity + spare, carried_scores(self.policy), undo=undo, copies=self.policy.evicts)
-            self.observer = Observer(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
+            self.observer = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
                 self.native,
                 self.layout,
@@ -167,7 +166,7 @@ class BudgetedCache(NotedCells):
             inside = [
                 (part, min(end, stop) - max(end - len(part.tokens), start))
                 for part, end in zip(parts, ends, strict=True)
-                if end - len(part.tokens) < stop and end > start or not len(part.tokens) and start <= end <= stop
+                if (end - len(part.tokens) < stop and end > start) or (not len(part.tokens) and start <= end <= stop)
             ]
             if start < stop:
                 self.append(ids[start:stop], parts=inside)
@@ -315,21 +314,21 @@ class BudgetedCache(NotedCells):
             self.observer.before_removal(ledger)
         # what is copied inside is not to overwrite the copy there is
         n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
-        segments = [replace(segment) for segment in ledger.segments]
+        segments, begun = ledger.segments_now(), self._begun
         ring = self.native.ring_state() if compressor.recaller else None
         outside, self._exchanged = self._exchanged, None
         try:
-            with taken_back(self.context, self.native, ledger):
+            with self.taken_back():
                 yield
         finally:
             exchanged, self._exchanged = self._exchanged, outside
             compressor.held, way_back.checkpoint, way_back.copy = outer, checkpoint, copy
-            if exchanged:
+            if exchanged and self._begun == begun:
                 state, self.ledger = exchanged
                 self._restore(state, n_tokens, ring)
-            else:
+            if not self.uncertain:
                 self._truncate(n_tokens)
-            self.ledger.segments[:] = segments
+                self.ledger.segments[:] = segments
 
     def _keep(self, ledger: Ledger) -> None:
         """Before something that cutting off the tail could not bring back."""
@@ -379,7 +378,7 @@ class BudgetedCache(NotedCells):
         self._opened.close()
         self._way_back.checkpoint = None
 
-    def __enter__(self) -> BudgetedCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,7 +13,7 @@ from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
 from kvlocal.cache.recall import Recaller
-from kvlocal.cache.score_sources import Observer
+from kvlocal.cache.score_sources import ScoreSources
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.cells import Layout, NativeCache, NativeError
 from kvlocal.policies import Policy
@@ -67,7 +67,7 @@ class Compressor:
 
     native: NativeCache
     layout: Layout
-    observer: Observer
+    observer: ScoreSources
     policy: Policy
     budget: int
     ratio: float | None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,7 +161,7 @@ class Ledger:
         while self.segments and self.segments[-1].start >= n_tokens:
             self.segments.pop()
         if self.segments:
-            self.segments[-1].end = min(self.segments[-1].end, n_tokens)
+            self.segments[-1] = replace(self.segments[-1], end=min(self.segments[-1].end, n_tokens))
         return n_drop
 
     def cells_per_segment(self) -> npt.NDArray[np.int64]:
@@ -173,16 +174,20 @@ class Ledger:
         counts = np.bincount((heads + segment_of[self.tokens[..., : self.n_cells]]).ravel(), minlength=n_layer * n_head * len(lengths))
         return np.moveaxis(counts.reshape(n_layer, n_head, len(lengths)), -1, 0)
 
+    def segments_now(self) -> list[Segment]:
+        """The segments as they are: what comes later changes none of these. Only the last of a ledger ever changes, so the others are shared."""
+        return [*self.segments[:-1], *(replace(segment) for segment in self.segments[-1:])]
+
     def copy(self) -> Ledger:
         """An independent copy."""
         other = object.__new__(Ledger)
         other.__dict__.update(self.__dict__)
         other.tokens, other.positions, other._ids = self.tokens.copy(), self.positions.copy(), self._ids.copy()
         other.carried = {name: array.copy() for name, array in self.carried.items()}
-        other.segments = [Segment(**vars(segment)) for segment in self.segments]
+        other.segments = self.segments_now()
         return other
 
-    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """All it holds, for a file; `take` reads it.
 
         numbers: int64 [4]; ids: int32 [n_tokens]; block_of: int32 [n_split]; segments: uint8 [bytes], JSON; tokens, positions: int32 [L, H, n_cells];
@@ -198,7 +203,7 @@ class Ledger:
             **{name: self.scores(name) for name in self.carried},
         }
 
-    def take(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    def take(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Takes over what `arrays` of a ledger with the same carried scores and at most this capacity gave.
 
         Raises:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from kvlocal.cache.config import CacheError
 from kvlocal.cache.ledger import Ledger
-from kvlocal.cache.rollback import taken_back
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 
@@ -77,11 +76,13 @@ class NotedCells:
         self.layout = self.native.layout()
         self._capacity, self._carries, self._undo = capacity, carries, undo
         self._way_back = _WayBack(context, _copy_bytes(context) if undo and copies else 0)
+        self._begun = 0  # how often a conversation was
         self.empty(0)
 
     def empty(self, n_pinned: int) -> None:
         """Frees all cells; the first n_pinned tokens that come will always stay."""
         self.context.clear()
+        self._begun += 1
         self._way_back.checkpoint = None
         self.ledger = self._empty_ledger(n_pinned)
 
@@ -179,7 +180,7 @@ class NotedCells:
             return self._agrees()
         holds_tail = n_drop < ledger.n_cells and (n_drop == 0 or bool((ledger.tokens[..., ledger.n_cells - n_drop] == n_tokens).all()))
         leaves_queries = not self.layout.n_window or n_removed < self.layout.n_window
-        if not (holds_tail and leaves_queries and 0 <= n_removed):
+        if not (holds_tail and leaves_queries and n_removed >= 0):
             return False
         self.doubt()
         self._truncate(n_tokens)
@@ -197,10 +198,28 @@ class NotedCells:
 
     @contextmanager
     def taken_back(self) -> Iterator[None]:
-        """What is decoded inside is removed again on exit, and the query ring is as it was. Nothing else may be removed or moved inside."""
+        """What is decoded inside is removed again on exit, and the query ring is as it was. Nothing else may be removed or moved inside.
+
+        Where that fails, the cells are uncertain.
+        """
         self.check_certain()
-        with taken_back(self.context, self.native, self.ledger):
+        begun, end = self._begun, self.context.pos_max(0) + 1
+        # what leaves a sliding window can't be brought back by cutting off the tail
+        state, ring = self.context.state_get() if self.layout.is_swa else None, self.native.ring_state()
+        try:
             yield
+        finally:
+            if self._begun == begun:
+                with self.ledger.changing():
+                    if state is None:
+                        self.context.remove(0, end, -1)
+                    else:
+                        self.context.clear()
+                        self.context.state_set(0, state)
+                    self.native.set_ring_state(ring)
+            else:
+                # after a failure the conversation was begun anew
+                self.doubt()
 
     # a copy that outlives the process
 
@@ -232,7 +251,7 @@ class NotedCells:
         cells = self.ledger.tokens.shape
         n_ring = 0 if (ring := self.native.ring_state()) is None else len(ring)
         ledger: Limits = {"numbers": ("<i8", (4,)), "ids": ("<i4", (n_text,)), "block_of": ("<i4", (n_text,)), "segments": ("u1", (n_text,))}
-        ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **{name: ("<f4", cells) for name in self.ledger.carried}}
+        ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **dict.fromkeys(self.ledger.carried, ("<f4", cells))}
         limits: Limits = {"checkpoint.numbers": ("<i8", (1,))}
         for prefix in ("", "checkpoint."):
             limits |= {f"{prefix}cache": ("u1", (_copy_bytes(self.context),)), f"{prefix}ring": ("u1", (n_ring,))}

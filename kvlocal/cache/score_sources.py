@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from kvlocal.cache.ledger import Ledger
 from kvlocal.llama.cells import Layout, NativeCache
 from kvlocal.policies import CacheState, Policy
+from kvlocal.policies.base import SplittingPolicy
 
 # the attention that finds block boundaries is averaged over this many layers, spread evenly
 _MAP_LAYERS = 4
@@ -32,7 +34,7 @@ def carried_scores(policy: Policy) -> list[str]:
     return [name for name in ("history", "sums", "reread") if name == "history" or name in policy.needs]
 
 
-class Observer:
+class ScoreSources:
     """Looks at one sequence on behalf of a policy.
 
     native, layout: the cache; its ring holds the queries that the policy needs
@@ -90,7 +92,7 @@ class Observer:
             start, stop = max(segment.start, len(ledger.block_of)), min(segment.end, end)
             if start < stop:
                 texts = [self._text_of(token) for token in ledger.ids[start:stop].tolist()]
-                ledger.append_blocks(self._policy.splitter.split(texts, self._attention(ledger, start, stop)))
+                ledger.append_blocks(cast(SplittingPolicy, self._policy).splitter.split(texts, self._attention(ledger, start, stop)))
 
     def _attention(self, ledger: Ledger, start: int, stop: int) -> npt.NDArray[np.float32] | None:
         """Attention of tokens start .. stop - 1 to each other, [n, n], mean over heads and some layers; None if not all of them are recorded.

@@ -9,6 +9,7 @@ import numpy as np
 from kvlocal.cache.budgeted import BudgetedCache, Passage, Progress
 from kvlocal.nexus.allotment import n_nexus
 from kvlocal.nexus.tokens import LONG_TEXT, NexusTokens
+from kvlocal.policies.nexus import Allotment
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.pieces import Piece
 
@@ -54,6 +55,7 @@ class TurnReader:
     def _read_nexus(self) -> None:
         """Reads Nexus tokens for what came since the last ones: a user's turn and the answer to it, or a block of a long text."""
         ledger, policy, ratio = self.cache.ledger, self.cache.policy, self.cache.config.ratio
+        assert self.nexus is not None and isinstance(policy, Allotment)
         start = max((segment.end for segment in ledger.segments if segment.role in ("system", "nexus")), default=0)
         k = n_nexus(ledger.n_tokens - start, policy.compression if ratio is None else ratio, policy.share, self.nexus.file.k)
         self.cache.append_vectors(self.nexus.vectors(k), "nexus", self.nexus.adapter)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal.chat.messages import MessageError, check_order, parse_messages
-from kvlocal.chat.session import Message
 from kvlocal.errors import KvlocalError
 from kvlocal.files.json_line import JsonError, json_value
 from kvlocal.files.text import is_blank
+from kvlocal.template.markup import Message
 
 
 class DataError(KvlocalError):

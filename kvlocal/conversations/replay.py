@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from kvlocal.chat.session import ChatSession, Message
+from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.records import Conversation
+from kvlocal.template.markup import Message
 
 # tokens of answers that are evaluated one by one, as when they were drawn, so that the cache becomes what it was; more would take too long
 EXACT = 1024

@@ -20,11 +20,12 @@ import numpy.typing as npt
 
 import kvlocal
 from kvlocal.chat.config import SessionError
-from kvlocal.chat.session import ChatSession, Message
+from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import replace_at_leisure
 from kvlocal.files.fingerprint import fingerprint
 from kvlocal.llama.library import load as load_library
+from kvlocal.template.markup import Message
 
 FORMAT = "kvlocal-snapshot"
 VERSION = 1

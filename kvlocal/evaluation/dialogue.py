@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.session import Message
 from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.evaluation.given_answer import read_answer
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
@@ -19,6 +18,7 @@ from kvlocal.evaluation.variants import FULL, Variant
 from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.markup import Message
 
 MAX_ANSWER = 256  # tokens of the last answer that are measured
 

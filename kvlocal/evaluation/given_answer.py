@@ -22,6 +22,7 @@ def read_answer(session: ChatSession, content: str) -> tuple[npt.NDArray[np.int3
         ids = passage.tokens
         while len(ids):
             chunk, ids = np.split(ids, [cache.room])
+            assert prediction is not None
             before = prediction[None]
             cache.append(chunk, logits="all" if passage.text else "last")
             prediction = cache.context.logits()

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.session import ChatSession, Message
+from kvlocal.chat.session import ChatSession
 from kvlocal.evaluation.variants import Variant
 from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.markup import Message
 
 
 def turn_tokens(model: Model, template: ChatTemplate, messages: Sequence[Message]) -> list[npt.NDArray[np.int32]]:

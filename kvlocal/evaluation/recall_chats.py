@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 
-from kvlocal.chat.session import Message
 from kvlocal.conversations.dialogues import Dialogue, shuffled
 from kvlocal.evaluation.facts import Topic, load_facts
 from kvlocal.evaluation.small_talk import small_talk
+from kvlocal.template.markup import Message
 
 FACTS_PER_CHAT = 8
 N_DISTRACTORS = 3

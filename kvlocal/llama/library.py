@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -27,7 +29,6 @@ _REPAIR = "run `make setup` in the source tree or reinstall kvlocal"
 
 _lock = threading.Lock()
 _library: Library | None = None
-_chat_library: ChatLibrary | None = None
 _log_callback: Any = None  # the library keeps its address, so it must stay alive
 
 
@@ -74,7 +75,7 @@ def load() -> Library:
     Raises LibraryError, with what to do, if files are missing, if `llama_cpp` was imported before with another library or in another version,
     or if the library is not this kvlocal's.
     """
-    global _library
+    global _library  # noqa: PLW0603 - one for a process, behind the lock
     with _lock:
         if _library is None:
             _library = _load()
@@ -89,13 +90,13 @@ def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
 
     Raises LibraryError if there is none in the directory, if it has the patches, or if another library is loaded already.
     """
-    global _library
+    global _library  # noqa: PLW0603 - one for a process, behind the lock
     with _lock:
         libllama = _libllama_in(Path(lib_dir))
         if libllama is None:
             raise LibraryError(f"{lib_dir} holds no {_LIBRARY_NAMES[0]}: run `make stock` in the source tree, or name another directory")
         package = _find("bindings/llama_cpp/__init__.py", libllama)
-        version = _VERSION.search(package.read_text(encoding="utf-8"))[1]
+        version = _search(_VERSION, package)
         llama_cpp = _bind_llama_cpp(libllama, package, version)
         if hasattr(llama_cpp.llama_cpp._lib, "kvl_api_version"):
             raise LibraryError(f"{libllama} has kvlocal's patches: name the directory that `make stock` fills")
@@ -103,31 +104,27 @@ def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
         return _library
 
 
+@functools.cache
 def load_chat() -> ChatLibrary:
     """As `load`, libkvlocal-chat from the same directory.
 
     Raises LibraryError if it is missing or is not this kvlocal's.
     """
-    global _chat_library
-    lib_dir = load().lib_dir
-    with _lock:
-        if _chat_library is None:
-            path = lib_dir / _CHAT_LIBRARY_NAME
-            if not path.is_file():
-                raise LibraryError(f"{path} is missing: {_REPAIR}")
-            ffi = _declare(_find("include/kvlocal-chat.h", path))
-            lib = _open(ffi, path)
-            if lib.kvl_chat_api_version() != lib.KVL_CHAT_API_VERSION:
-                raise LibraryError(f"{path} is not the one that this kvlocal was made with: {_REPAIR}")
-            _chat_library = ChatLibrary(ffi, lib)
-        return _chat_library
+    path = load().lib_dir / _CHAT_LIBRARY_NAME
+    if not path.is_file():
+        raise LibraryError(f"{path} is missing: {_REPAIR}")
+    ffi = _declare(_find("include/kvlocal-chat.h", path))
+    lib = _open(ffi, path)
+    if lib.kvl_chat_api_version() != lib.KVL_CHAT_API_VERSION:
+        raise LibraryError(f"{path} is not the one that this kvlocal was made with: {_REPAIR}")
+    return ChatLibrary(ffi, lib)
 
 
 def _load() -> Library:
     libllama = _find_libllama()
     header = _find("include/kvlocal.h", libllama)
     package = _find("bindings/llama_cpp/__init__.py", libllama)
-    version = _VERSION.search(package.read_text(encoding="utf-8"))[1]
+    version = _search(_VERSION, package)
 
     # Before the bindings: they are imported for good, and what they would say about a wrong library is less clear.
     ffi, lib = _bind_cffi(libllama, header)
@@ -136,13 +133,23 @@ def _load() -> Library:
     return Library(llama_cpp, ffi, lib, libllama.parent, version, ffi.string(lib.kvl_patch_level()).decode())
 
 
+def _search(pattern: re.Pattern[str], path: Path) -> str:
+    """The group of a pattern in a file of the installation.
+
+    Raises:
+        LibraryError: it is not there.
+    """
+    found = pattern.search(path.read_text(encoding="utf-8"))
+    if found is None:
+        raise LibraryError(f"{path} is not what kvlocal has installed there: {_REPAIR}")
+    return found[1]
+
+
 def _roots() -> list[Path]:
     """Directories that may hold lib/, include/ and bindings/: the package, which in an editable install is two directories."""
     roots = [Path(path) for path in kvlocal.__path__]
-    try:
-        roots.append(Path(importlib.metadata.distribution("kvlocal").locate_file("kvlocal")))
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        roots.append(Path(str(importlib.metadata.distribution("kvlocal").locate_file("kvlocal"))))
     return roots
 
 
@@ -171,7 +178,7 @@ def _find(name: str, libllama: Path) -> Path:
 
 def _declare(header: Path) -> cffi.FFI:
     ffi = cffi.FFI()
-    ffi.cdef("struct llama_context;" + _CFFI_PART.search(header.read_text(encoding="utf-8"))[1])
+    ffi.cdef("struct llama_context;" + _search(_CFFI_PART, header))
     return ffi
 
 
@@ -202,6 +209,8 @@ def _bind_llama_cpp(libllama: Path, package: Path, version: str) -> ModuleType:
         return present
 
     spec = importlib.util.spec_from_file_location("llama_cpp", package, submodule_search_locations=[str(package.parent)])
+    if spec is None or spec.loader is None:
+        raise LibraryError(f"{package} is not a Python module: {_REPAIR}")
     module = importlib.util.module_from_spec(spec)
     before = os.environ.get("LLAMA_CPP_LIB_PATH")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(libllama.parent)
@@ -234,7 +243,7 @@ def _check_imported(module: ModuleType, libllama: Path, version: str) -> None:
 
 
 def _route_log(llama_cpp: ModuleType, ffi: cffi.FFI, lib: Any) -> None:
-    global _log_callback
+    global _log_callback  # noqa: PLW0603 - as long as the library
     if os.environ.get("KVLOCAL_LOG") == "1":
 
         @llama_cpp.llama_log_callback

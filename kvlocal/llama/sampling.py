@@ -61,6 +61,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.repeat_penalty is None:
             object.__setattr__(self, "repeat_penalty", REPEAT_PENALTY if self.temperature else 1.0)
+        assert self.repeat_penalty is not None
         _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _check(math.isfinite(self.temperature), "temperature", self.temperature, "a finite number")
         _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (off) or more")
@@ -141,7 +142,7 @@ class Sampler:
     def _penalized(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """As llama.cpp's sampler of that name, which looks every token of the vocabulary up, and not only the recent ones."""
         penalty, recent = self.params.repeat_penalty, list(self.recent)
-        if penalty == 1 or not recent:
+        if penalty is None or penalty == 1 or not recent:
             return logits
         penalized = logits.copy()
         values = logits[recent]

@@ -1,4 +1,4 @@
-"""Rounds: conversations in threads of their own take turns, and what they wait for is carried out together."""
+"""Scheduler: conversations in threads of their own take turns, and what they wait for is carried out together."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ class Stopped(BaseException):
     """The rounds are over. It ends a conversation wherever it is, and is no failure of it."""
 
 
-class Rounds:
+class Scheduler:
     """Lets threads run one at a time, and carries out what they wait for once all of them wait.
 
     A thread runs in its turn alone and hands over when it waits, so nothing that the threads share needs a lock. One more thread, the driver,
@@ -94,7 +94,7 @@ class Rounds:
                 function, future = self._calls.pop(0)
                 try:
                     future.set_result(function())
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - it is the caller's
                     future.set_exception(error)
                 self._handed_back.notify_all()
             if self._all_wait():

@@ -1,4 +1,4 @@
-"""SequenceDecoder: what a conversation decodes with, a context of its own or a stream beside others."""
+"""SequenceDecoder: what a conversation decodes with, a context of its own or a slot beside others."""
 
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class SequenceDecoder(Protocol):
-    """The cells of one conversation and the decoder over them, as kvlocal.llama.context.Context and kvlocal.llama.slots.Stream have them.
+    """The cells of one conversation and the decoder over them, as kvlocal.llama.context.Context and kvlocal.llama.slots.Slot have them.
 
     Where a method takes a sequence, 0 is that of the conversation. Each method does and raises what the one of Context does.
 

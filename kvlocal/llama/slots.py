@@ -1,4 +1,4 @@
-"""Streams: conversations that decode together, each in a sequence of one context."""
+"""Slots: conversations that decode together, each in a sequence of one context."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.context import CELL_BLOCK, Context
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.model import Model
-from kvlocal.llama.scheduler import Rounds, T
+from kvlocal.llama.scheduler import Scheduler, T
 from kvlocal.llama.sequence_decoder import Outputs
 
 
 @dataclass(eq=False)
 class _Request:
-    """What a stream wants to be decoded, and what became of it.
+    """What a slot wants to be decoded, and what became of it.
 
     rows: tokens, int32 [n], or vectors in their place, float32 [n, n_embd]
     adapter: what is on for this alone
@@ -61,9 +61,9 @@ class _Request:
 
 
 def carry_out(requests: Sequence[_Request]) -> None:
-    """Decodes what streams wait for: single next tokens of a context together, everything longer by itself.
+    """Decodes what slots wait for: single next tokens of a context together, everything longer by itself.
 
-    So a text is read in the same batches as alone, which gives the same cache, and a next token sees nothing but its own stream. The logits are
+    So a text is read in the same batches as alone, which gives the same cache, and a next token sees nothing but its own slot. The logits are
     those of a conversation alone, bit by bit, wherever llama.cpp computes a row of a matrix product the same way whatever rows stand beside it.
     """
     for request in requests:
@@ -91,35 +91,35 @@ def _decode_together(context: Context, requests: list[_Request]) -> None:
         request.decode()
 
 
-class Streams:
-    """Gives each conversation a stream in one context, or in a context of its own if it needs more than a stream of that one holds.
+class Slots:
+    """Gives each conversation a slot in one context, or in a context of its own if it needs more than a slot of that one holds.
 
-    Conversations run in rounds, in whose turns streams are opened, used and closed.
+    Conversations run in rounds, in whose turns slots are opened, used and closed.
 
-    n: streams of the context
+    n: slots of the context
     model, n_cells and options: as for Context
-    rounds: carry out what is decoded
+    scheduler: carries out what is decoded
 
     Raises:
         EngineError: there is not enough memory.
     """
 
     def __init__(self, n: int, model: Model, **options: Any) -> None:
-        self.rounds = Rounds(carry_out)
+        self.scheduler = Scheduler(carry_out)
         self._context = Context(model, n_seq_max=n, **options)
         self._free = list(range(n))
 
-    def open(self, model: Model, *, n_cells: int, n_recorded: int = 0, **options: Any) -> Stream:
-        """A stream of at least n_cells cells that records at least n_recorded queries; the other options must be those of the context.
+    def open(self, model: Model, *, n_cells: int, n_recorded: int = 0, **options: Any) -> Slot:
+        """A slot of at least n_cells cells that records at least n_recorded queries; the other options must be those of the context.
 
         Raises:
             EngineError: there is not enough memory.
         """
         if n_cells <= self._context.n_cells and n_recorded <= self._context.n_recorded and self._free:
             seq = heapq.heappop(self._free)
-            return Stream(self.rounds, self._context, seq, n_cells, lambda: self._give_back(seq))
+            return Slot(self.scheduler, self._context, seq, n_cells, lambda: self._give_back(seq))
         context = Context(model, n_cells=n_cells, n_recorded=n_recorded, **options)
-        return Stream(self.rounds, context, 0, n_cells, context.close)
+        return Slot(self.scheduler, context, 0, n_cells, context.close)
 
     def _give_back(self, seq: int) -> None:
         if not self._context.closed:
@@ -131,7 +131,7 @@ class Streams:
         self._context.close()
 
 
-class Stream:
+class Slot:
     """One sequence of a context that may have others, with the interface of a Context that has this one alone, as sequence 0.
 
     Decoding hands over until a round has done it, and what else computes until it is done. Everything else happens at once, in the conversation's
@@ -142,11 +142,11 @@ class Stream:
     on_close: called when it is closed
     """
 
-    def __init__(self, rounds: Rounds, context: Context, seq: int, n_cells: int, on_close: Callable[[], None]) -> None:
+    def __init__(self, scheduler: Scheduler, context: Context, seq: int, n_cells: int, on_close: Callable[[], None]) -> None:
         self.model, self.seq = context.model, seq
         self.n_ubatch = context.n_ubatch
         self.n_cells = min(-(-n_cells // CELL_BLOCK) * CELL_BLOCK, context.n_cells)
-        self._rounds, self._context, self._on_close = rounds, context, on_close
+        self._scheduler, self._context, self._on_close = scheduler, context, on_close
         self._adapter: Adapter | None = None
         self._logits: npt.NDArray[np.float32] | None = None
         self.closed = False
@@ -155,12 +155,12 @@ class Stream:
     def pointer(self) -> int:
         """The address of the llama_context."""
         if self.closed:
-            raise EngineError("the stream is closed: open a new one")
+            raise EngineError("the slot is closed: open a new one")
         return self._context.pointer
 
     def call(self, function: Callable[[], T]) -> T:
         """As Context.call: hands over until it is done."""
-        return self._rounds.call(function)
+        return self._scheduler.call(function)
 
     def decode(self, tokens: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "last") -> None:
         """As Context.decode."""
@@ -174,13 +174,13 @@ class Stream:
         self._check(seq)
         self._logits = None
         request = _Request(self._context, self.seq, rows, pos, logits, self._adapter)
-        self._rounds.wait(request)
+        self._scheduler.wait(request)
         if request.error:
             raise request.error
         self._logits = request.result
 
     def use_adapter(self, adapter: Adapter | None) -> None:
-        """What this stream decodes from now on is computed with this adapter, or with the weights alone."""
+        """What this slot decodes from now on is computed with this adapter, or with the weights alone."""
         self._adapter = adapter
 
     def check_output(self, i: int = -1) -> None:
@@ -191,11 +191,13 @@ class Stream:
     def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
         """The logits after token `i` of what was decoded last, [n_vocab] float32."""
         self.check_output(i)
+        assert self._logits is not None
         return self._logits[i]
 
     def logits_all(self) -> npt.NDArray[np.float32]:
         """The logits of what was decoded last with `logits="all"`, [n, n_vocab] float32."""
         self.check_output(0)
+        assert self._logits is not None
         return self._logits
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
@@ -230,7 +232,7 @@ class Stream:
         self._context.state_set(self.seq, state)
 
     def kv_bytes(self) -> int:
-        """What the cells of this stream take, in bytes."""
+        """What the cells of this slot take, in bytes."""
         return self._context.kv_bytes() // self._context.n_seq_max
 
     def synchronize(self) -> None:
@@ -245,6 +247,6 @@ class Stream:
 
     def _check(self, seq: int) -> None:
         if self.closed:
-            raise EngineError("the stream is closed: open a new one")
+            raise EngineError("the slot is closed: open a new one")
         if seq != 0:
-            raise EngineError(f"there is no sequence {seq}: a stream has 1")
+            raise EngineError(f"there is no sequence {seq}: a slot has 1")

@@ -6,7 +6,6 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +80,7 @@ class ChatTemplate:
         self.history_dependent = self._markup.history_dependent
 
     @classmethod
-    def from_model(cls, model: Model) -> Self:
+    def from_model(cls, model: Model) -> ChatTemplate:
         """The template in the GGUF's metadata, or a default that fits the vocabulary; the same object every time."""
         with _lock:
             given = model.metadata.get("tokenizer.chat_template", "")
@@ -90,7 +89,7 @@ class ChatTemplate:
             return _of_models[model][1]
 
     @classmethod
-    def _made_for(cls, model: Model, template: str) -> Self:
+    def _made_for(cls, model: Model, template: str) -> ChatTemplate:
         bos, eos = (
             model.token_bytes(token, special=True).decode("utf-8", "replace") if token is not None else ""
             for token in (model.bos, model.eos)
@@ -126,7 +125,7 @@ class ChatTemplate:
     def prefix(self, system_text: str | None) -> list[Piece]:
         """What comes before the first user turn: BOS, and the system block or the template's default for it."""
         found = self._markup
-        if not self._has_system([] if system_text is None else [system(system_text)]):
+        if system_text is None or not self._has_system([system(system_text)]):
             return pieces_of("", ("system", found.first[False].before.removesuffix(found.first_header(False)), "markup"))
         head, content, tail = self._system_block(system_text)
         return pieces_of(
@@ -192,19 +191,21 @@ class ChatTemplate:
             text: the answer, with its thought as kvlocal.template.answer writes it.
         """
         last = messages[-1]["role"] if messages else "system"
-        found, turn = self._markup, self._markup.later
+        found = self._markup
+        turn = self._next_turn(messages[:-1]) if last == "user" else found.later
         thought, is_closed, answer = split_thought(text)
         if found.thoughts and thought:
-            contents = [("assistant", found.thoughts.before, "markup"), ("assistant", thought, "content")]
-            contents += [("assistant", found.thoughts.after, "markup")] if is_closed else []
-            contents += [("assistant", self._assistant_content(answer), "content")]
+            start, end, said = found.thoughts.before, found.thoughts.after if is_closed else "", answer
         else:
-            contents = [("assistant", turn.given, "markup"), ("assistant", self._assistant_content(text), "content")]
+            start, end, said = turn.given, "", text
         return pieces_of(
             ASSISTANT if last == "assistant" else turn.after + turn.header,
             ("assistant", found.closing if last == "assistant" else "", "markup"),
             ("assistant", "" if last == "user" else turn.header, "markup"),
-            *contents,
+            ("assistant", start, "markup"),
+            ("assistant", thought if found.thoughts else "", "content"),
+            ("assistant", end, "markup"),
+            ("assistant", self._assistant_content(said), "content"),
         )
 
     def close_assistant(self, messages: Sequence[Message], text: str) -> list[Piece]:

@@ -95,7 +95,7 @@ class Markup:
         self.closing = shared_start(self.last_closing, behind_answer)
         self.user_header = behind_answer[len(self.closing) :]
         self.answer_format = self._find_answer_format(answer_format)
-        self.thoughts = self._find_thoughts(answer_format) if self.answer_format else None
+        self.thoughts = self._find_thoughts(answer_format, self.answer_format) if self.answer_format else None
         self.history_dependent = self._depends_on_history()
 
     def first_header(self, has_system: bool) -> str:
@@ -138,7 +138,7 @@ class Markup:
             return None
         return found if found.supports_thinking else None
 
-    def _find_thoughts(self, answer_format: Callable[[Sequence[Message]], AnswerFormat]) -> Thoughts | None:
+    def _find_thoughts(self, answer_format: Callable[[Sequence[Message]], AnswerFormat], usual: AnswerFormat) -> Thoughts | None:
         turn = self.first[False]
         try:
             text = answer_format([user(USER), {**assistant(ASSISTANT), "reasoning_content": THOUGHT}]).prompt
@@ -148,7 +148,7 @@ class Markup:
         except TemplateError:
             pass
         # a template that leaves out the thoughts of all answers: what the markers alone tell
-        start, end = self.answer_format.thinking_start, self.answer_format.thinking_end
+        start, end = usual.thinking_start, usual.thinking_end
         return _thoughts_between(turn, start, end) if start and end else None
 
     def _depends_on_history(self) -> bool:

@@ -1,13 +1,11 @@
 """Tries every chat template of llama.cpp's source tree: four turns, with and without a system prompt, fed turn by turn against the full rendering.
 
-python tests/measure/all_templates.py [LLAMA_CPP_DIR]
-
-LLAMA_CPP_DIR is a source tree; without, it is the one under build/. Prints how many are equal, and each difference with its reason; the exit
-code is 1 if one of them is ours.
+Prints how many are equal, and each difference with its reason; the exit code is 1 if one of them is ours.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import sys
 import time
@@ -25,7 +23,9 @@ REASONS = {
 
 
 def main() -> int:
-    tree = Path(sys.argv[1]) if len(sys.argv) > 1 else source_tree()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("llama_cpp_dir", nargs="?", type=Path, help="the source tree of llama.cpp; by default the one under build/")
+    tree = parser.parse_args().llama_cpp_dir or source_tree()
     if tree is None:
         print("all_templates: there is no source tree of llama.cpp under build/; run `make setup` or name one", file=sys.stderr)
         return 2

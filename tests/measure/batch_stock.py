@@ -6,8 +6,9 @@ N conversations with the same history each are read and then answered with --gen
 does it, by stock llama.cpp in one context with N sequences that decode a token of each in one batch (as its llama-batched-bench does), and by N
 processes with stock llama.cpp, which share the threads. Answers are greedy and do not end before. The ways take turns, as often as --repeat says.
 
-Two speeds are told, both for all N conversations together: `generation`, the tokens of the answers by the seconds from the first of them on, and `whole`,
-the tokens of history and answers by the seconds from the beginning. The ratios are those of the batch to each of the others in the same turn, as medians.
+Two speeds are told, both for all N conversations together: `generation`, the tokens of the answers by the seconds from the first of them on, and
+`whole`, the tokens of history and answers by the seconds from the beginning. The ratios are those of the batch to each of the others in the same
+turn, as medians.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -181,7 +183,7 @@ class Child:
             sys.exit(f"a process ended with code {self._process.wait()}")
         return Turn(**json.loads(line))
 
-    def __enter__(self) -> "Child":
+    def __enter__(self) -> Self:
         if not self._process.stdout.readline():
             sys.exit(f"a process ended with code {self._process.wait()} before it was ready")
         return self

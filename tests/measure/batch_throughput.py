@@ -3,7 +3,8 @@
     python tests/measure/batch_throughput.py --parallel 1,2,4,8
 
 The numbers take turns, as often as --repeat says, so that what else the machine does meets all of them; a ratio is that of neighbouring turns to
-the one with the first number, and its median counts. Besides the wall clock, the processor time of a token is told, which other processes disturb less.
+the one with the first number, and its median counts. Besides the wall clock, the processor time of a token is told, which other processes disturb
+less.
 """
 
 import argparse

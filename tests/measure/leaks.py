@@ -5,6 +5,7 @@
 Python never frees much of what it allocates. So only what was allocated in libllama or ggml counts, for which LeakSanitizer's report is read.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -15,14 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np  # noqa: E402
-from doors import write_chat_model, write_nexus  # noqa: E402
+import numpy as np
+from doors import write_chat_model, write_nexus
 
-from kvlocal.llama.adapter import Adapter  # noqa: E402
-from kvlocal.llama.cells import NativeCache, NativeError  # noqa: E402
-from kvlocal.llama.context import Context  # noqa: E402
-from kvlocal.llama.errors import EngineError  # noqa: E402
-from kvlocal.llama.model import Model  # noqa: E402
+from kvlocal.llama.adapter import Adapter
+from kvlocal.llama.cells import NativeCache, NativeError
+from kvlocal.llama.context import Context
+from kvlocal.llama.errors import EngineError
+from kvlocal.llama.model import Model
 
 ROUNDS = 3
 _OURS = re.compile(r"\blib(llama|ggml)[\w-]*\.so|/native/src/")
@@ -40,10 +41,8 @@ def work(directory: Path) -> None:
                 with Context(model, n_cells=256, n_ubatch=32, n_seq_max=2, n_threads=1) as context:
                     _work_in(context, adapter)
         for wrong in (directory / "cut.gguf", directory / "adapter.gguf"):
-            try:
+            with contextlib.suppress(EngineError):
                 Model(wrong)
-            except EngineError:
-                pass
 
 
 def _work_in(context: Context, adapter: Adapter | None) -> None:

@@ -86,7 +86,8 @@ def main() -> int:
                 "indeed": chat.messages[-1]["content"].rstrip(" .!").endswith("indeed"),
             }
             rows.append(row)
-            print(f"{row['history']:6d} tokens  {row['used']:5d} cells  {row['tokens_per_second']:6.1f} tok/s  {row['resident'] / 1e6:7.1f} MB", file=sys.stderr)
+            size = f"{row['history']:6d} tokens  {row['used']:5d} cells"
+            print(f"{size}  {row['tokens_per_second']:6.1f} tok/s  {row['resident'] / 1e6:7.1f} MB", file=sys.stderr)
         kv, seconds = chat.kv, vars(chat.seconds)
     wall = time.perf_counter() - started
     # single turns scatter by a tenth, so ten at each end count, from the first compression on

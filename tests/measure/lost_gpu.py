@@ -2,8 +2,8 @@
 
     python tests/measure/lost_gpu.py --model smollm2-135m
 
-A chat runs in a process of its own, in whose CUDA context a kernel writes to an address that does not exist. CUDA refuses everything afterwards, which
-is what a device that fell off its bus looks like to a program.
+A chat runs in a process of its own, in whose CUDA context a kernel writes to an address that does not exist. CUDA refuses everything afterwards,
+which is what a device that fell off its bus looks like to a program.
 """
 
 import argparse
@@ -17,9 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-from kvlocal_cli.main import main as kvlocal
-
 from kvlocal.conversations.saved_chat import load
+from kvlocal_cli.main import main as kvlocal
 
 QUESTIONS = ("The keeper wrote down the birds. Remember the word heron.", "Tell a long story about the keeper and his lamp.", "And what came next?")
 SILENT_AFTER = 1.5  # seconds into the second answer

@@ -53,7 +53,7 @@ def main() -> None:
                     for text in (f"Tell me something about {topic}.", *OTHERS):
                         "".join(chat.send(text))
                     chat.finish_turn()
-                    left = {role: 0.0 for role in ("user", "assistant", "nexus")}
+                    left = dict.fromkeys(("user", "assistant", "nexus"), 0.0)
                     for segment in chat.segments():
                         if segment.turn == 1:
                             left[segment.role] += segment.n_cells

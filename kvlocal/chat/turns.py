@@ -1,0 +1,293 @@
+"""Turns: the turns of a conversation that are given, taken back and read again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.cache.budgeted import BudgetedCache, Progress
+from kvlocal.cache.second_read import SecondRead
+from kvlocal.chat.answering import AnswerInProgress
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.opening import checked_opening, checked_template, repetition
+from kvlocal.chat.state import Mark
+from kvlocal.chat.stats import TurnStats
+from kvlocal.chat.turn_reader import TurnReader
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.context import Context
+from kvlocal.llama.model import Model
+from kvlocal.llama.sampling import Sampler
+from kvlocal.llama.sequence_decoder import SequenceDecoder
+from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.markup import Message
+from kvlocal.template.pieces import Piece
+
+
+class Turns:
+    """A conversation as turns that are given, taken back and read again. ChatSession answers them.
+
+    model: the weights; must outlive the session
+    config: budget, policy and sampling
+    progress: called with (tokens done, tokens in all) while a long text is read
+    spare: cells beyond those that budget and stride need, for what is read in hold()
+    n_outputs: tokens of a micro-batch whose logits are kept
+    nexus: for the policies that need Nexus tokens: read behind every finished turn
+    undo: keep what the last turn is taken back with at once, a copy of the cache among it; without, what came before is read again
+    make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
+
+    cache: the tokens of the conversation (kvlocal.cache.budgeted)
+    messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
+    last: the last answer in numbers, None before the first
+    prediction: logits after the last turn that was read, float32 [n_vocab], None before the first
+    max_tokens: the longest answer; may be set
+    n_answers: answers so far, given ones and those that were taken back too; the random numbers of the next one depend on it; may be set
+
+    Raises SessionError or CacheError if budget, system prompt and model do not go together, EngineError or NativeError if the model cannot be
+    run or compressed. Nothing is left open then.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: SessionConfig = SessionConfig(),
+        *,
+        progress: Progress | None = None,
+        spare: int = 0,
+        n_outputs: int = 1,
+        nexus: NexusTokens | None = None,
+        undo: bool = True,
+        make_context: Callable[..., SequenceDecoder] = Context,
+    ):
+        self.model = model
+        self.config = config
+        self.template = checked_template(model, config, nexus)
+        self.messages: list[Message] = []
+        self.last: TurnStats | None = None
+        self.max_tokens = config.max_tokens
+        self._system = config.system
+        self._undo = undo
+        # of the last user turn, until it has ended
+        self._answer: AnswerInProgress | None = None
+        with ExitStack() as opened:
+            self.cache = BudgetedCache(model, config, spare=spare, n_outputs=n_outputs, undo=undo, make_context=make_context)
+            opened.callback(self.cache.close)
+            needs = self.cache.policy.needs
+            self._reader = TurnReader(self.cache, self.template, nexus if "nexus" in needs else None, progress)
+            self._second_read = SecondRead(self.cache, repetition(model, self.template)) if config.idle and "reread" in needs else None
+            self._sampler = Sampler(model, config.sampling)
+            opened.callback(lambda sampler: sampler.close(), self._sampler)
+            self._begin()
+            opened.pop_all()
+
+    def _begin(self) -> None:
+        """An empty cache with the system prompt in it."""
+        self._reader.read(self._reset())
+        self.cache.ledger.n_reread = self.cache.ledger.n_tokens
+
+    def _reset(self) -> Sequence[Piece]:
+        """An empty cache; returns what a conversation begins with."""
+        self._leave_answer()
+        self._mark: Mark | None = None
+        self.prediction: npt.NDArray[np.float32] | None = None
+        self.messages.clear()
+        self.last = None
+        self.n_answers = 0
+        self._sampler.reset()
+        pieces, n_system = checked_opening(self.model, self.config, self.template, self._system)
+        self.cache.begin(n_system)
+        return pieces
+
+    def add_turn(self, role: str, content: str) -> None:
+        """Appends a given turn, "user" or "assistant"; user turns and answers alternate. The last user turn may be answered with answer().
+
+        An answer that is still on its way ends here.
+        """
+        self._end_answer()
+        last = self.messages[-1]["role"] if self.messages else "assistant"
+        if role not in ("user", "assistant") or role == last:
+            raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
+        self._settle()
+        self._answer = AnswerInProgress(self._reader) if role == "user" else None
+        if role == "user":
+            if self._undo:
+                self._mark = Mark(self.cache.ledger.n_tokens, len(self.messages), list(self._sampler.recent))
+            self.cache.mark()
+            pieces = self.template.user_turn(self._history_for_template(), content)
+        else:
+            pieces = self.template.given_assistant(self._history_for_template(), content)
+        self.messages.append({"role": role, "content": content})
+        try:
+            if role == "user" and self._reader.nexus and self._reader.ends_with("assistant"):
+                self._finish_turn()
+            started = time.perf_counter()
+            self._prompt = self._reader.read(pieces), time.perf_counter() - started
+        except BaseException:
+            self._take_back(role)
+            raise
+        self.prediction = self.cache.context.logits()
+        self.n_answers += role == "assistant"
+
+    def _take_back(self, role: str) -> None:
+        """A turn that could not be read to its end is as if it had not been given."""
+        self._answer = None
+        if role == "user" and self._mark:
+            self._rewind()
+        else:
+            self._try_to_read_again(self.messages[:-1])
+
+    def _history_for_template(self, n: int | None = None) -> list[Message]:
+        """What the template has to know of the first n messages, of all if None."""
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        # the markup depends on no more than the last turns
+        return system + self.messages[:n][-2:]
+
+    def finish_turn(self) -> None:
+        """Reads what ends the last answer, and Nexus tokens behind it, if the policy has them: now instead of with the next user turn."""
+        self._end_answer()
+        if self.cache.uncertain or not self._reader.nexus or not self._reader.ends_with("assistant") or self.messages[-1]["role"] != "assistant":
+            return
+        n_tokens = self.cache.ledger.n_tokens
+        try:
+            self._finish_turn()
+        except BaseException:
+            self.cache.set_length(n_tokens)
+            raise
+
+    def _finish_turn(self) -> None:
+        self._reader.finish_answer(self.template.close_assistant(self._history_for_template(), self.messages[-1]["content"]))
+
+    def second_read(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Reads the finished turns that were not read again yet a second time, for a policy that scores cells by it (KVzip).
+
+        It leaves nothing in the cache but scores. Where it was stopped it goes on the next time.
+
+        stop: asked before every stretch, which is a micro-batch at most
+
+        Returns whether nothing is left to read.
+        """
+        self._end_answer()
+        if self._second_read is None or self.cache.uncertain or not self.messages or self.messages[-1]["role"] != "assistant":
+            return True
+        return self._second_read.run(stop)
+
+    def compress(self) -> None:
+        """Compresses to the budget now, if the cache is over it."""
+        self._settle()
+        self.cache.compress()
+
+    # the answer to the last user turn
+
+    def _end_answer(self) -> None:
+        """An answer that is on its way ends as far as it came."""
+        answer = self._answer
+        if answer and answer.message is not None:
+            self._answer = None
+            answer.end()
+            self.last = answer.stats
+
+    def _leave_answer(self) -> None:
+        """An answer that is on its way is of a conversation that is no more."""
+        if self._answer and self._answer.message is not None:
+            self._answer.over = True
+        self._answer = None
+
+    # the way back
+
+    def undo(self) -> list[Message]:
+        """Takes the last user turn and what follows it out of the conversation and the cache, and returns them."""
+        self._end_answer()
+        users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not users:
+            raise SessionError("there is nothing to undo: send something first")
+        taken = self.messages[users[-1] :]
+        self._answer = None
+        if self._mark and self._mark.n_messages == users[-1]:
+            self._rewind()
+        else:
+            self._read_again(self.messages[: users[-1]])
+        return taken
+
+    def _rewind(self) -> None:
+        """The cache and the messages as they were before the last user turn."""
+        mark, self._mark = self._mark, None
+        assert mark is not None
+        del self.messages[mark.n_messages :]
+        self._sampler.recent.clear()
+        self._sampler.recent.extend(mark.recent)
+        if not self.cache.set_length(mark.n_tokens):
+            self._try_to_read_again(self.messages)
+
+    def _settle(self) -> None:
+        """Reads the conversation again if the cache may hold something else."""
+        if self.cache.uncertain:
+            answer = self._answer
+            self._read_again(self.messages)
+            self._answer = answer or self._answer
+
+    def _read_again(self, messages: Sequence[Message]) -> None:
+        """As restore, in the same conversation. Where it fails nothing of it is lost: it has these messages, and the next call tries again."""
+        n_answers, messages = self.n_answers, [dict(message) for message in messages]
+        try:
+            self.restore(messages)
+        except BaseException:
+            self.owe(messages)
+            raise
+        finally:
+            self.n_answers = n_answers
+
+    def _try_to_read_again(self, messages: Sequence[Message]) -> None:
+        """As _read_again, where another error is on its way already."""
+        with suppress(KvlocalError):
+            self._read_again(messages)
+
+    def restore(self, messages: Sequence[Message]) -> None:
+        """Forgets everything and reads these turns; the last may be a user turn, to be answered with answer()."""
+        messages = [dict(message) for message in messages]
+        self._begin()
+        for message in messages:
+            self.add_turn(message["role"], message["content"])
+
+    def owe(self, messages: Sequence[Message]) -> None:
+        """These turns are the conversation; they are read when it goes on."""
+        self._leave_answer()
+        self._mark = None
+        self.messages[:] = [dict(message) for message in messages]
+        self.cache.doubt()
+
+    def clear(self) -> None:
+        """Forgets everything but the system prompt."""
+        self._begin()
+
+    def set_system(self, text: str | None) -> None:
+        """Changes the system prompt and reads the conversation again under it. If that fails, everything stays as it was."""
+        self._end_answer()
+        before, self._system = self._system, text
+        messages = list(self.messages)
+        try:
+            self._read_again(messages)
+        except BaseException:
+            self._system = before
+            self._try_to_read_again(messages)
+            raise
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt, None for the template's own default."""
+        return self._system
+
+    def close(self) -> None:
+        """Frees the cache. Closing twice is harmless."""
+        self._leave_answer()
+        self._sampler.close()
+        self.cache.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
