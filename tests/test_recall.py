@@ -136,6 +136,10 @@ def test_the_choice_is_made_behind_the_users_text_and_in_the_answer(model, monke
         # given answers are only read
         cache.read([Passage("assistant", tokens(40))])
         assert len(at) == 4
+        # but one that is measured is read as it would be generated
+        assert cache.room_in_answer == 16 - 8
+        cache.append(tokens(8), "decode")
+        assert len(at) == 5 and cache.room_in_answer == 16
 
 
 def test_going_back_forgets_what_was_archived_since(model):

@@ -150,6 +150,11 @@ class BudgetedCache(NotedCells):
         """How many tokens may be evaluated at once; at least one, which is refused where no cell is free."""
         return min(self.context.n_ubatch, max(1, self.n_free))
 
+    @property
+    def room_in_answer(self) -> int:
+        """As `room`, for tokens of an answer that is given: no more than may come before the cells are chosen anew."""
+        return min(self.room, self._refresh - self._since_choice) if self.compressor.recaller else self.room
+
     # what comes
 
     def read(self, parts: Sequence[Passage], progress: Progress = lambda done, total: None) -> int:
@@ -206,7 +211,7 @@ class BudgetedCache(NotedCells):
     ) -> None:
         """Evaluates at most a micro-batch of tokens and compresses if that is due.
 
-        phase: what its time is counted as
+        phase: what its time is counted as; "decode" for the tokens of an answer, after some of which the cells are chosen anew if there is an archive
         parts: where they come from, with the number of tokens of each; if not given, they go on with the last segment
 
         Raises:
