@@ -1,7 +1,7 @@
 """`kvlocal chat`: a conversation on a terminal or through a pipe."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -265,8 +265,8 @@ class Chat:
         return taken
 
     def replace(self, config: SessionConfig, messages: Sequence[Message]) -> None:
-        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again when it goes
-        on: there is never memory for more than one session.
+        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again: there is never
+        memory for more than one session.
 
         Raises:
             KvlocalError: they do not go together, or not with the model, or not with the memory there is.
@@ -284,6 +284,9 @@ class Chat:
             self.session.close()
             self.session = self._open(self.config)
             self.session.owe(before)
+            # whoever does not want to wait for that waits when the chat goes on
+            with suppress(KvlocalError, KeyboardInterrupt):
+                self.session.settle()
             raise
         finally:
             self.session.n_answers = n_answers

@@ -74,6 +74,7 @@ def _help(chat: Chat, argument: str) -> None:
 def _kv(chat: Chat, argument: str) -> None:
     if argument not in ("", "all"):
         raise KvlocalError("/kv takes nothing, or all")
+    chat.session.settle()
     segments = chat.session.segments()
     rows = _merged(segments) if argument != "all" else [_row(segment) for segment in segments]
     rows.insert(0, ("turn", "role", "seen", "kept", "", ""))

@@ -123,6 +123,14 @@ def test_what_is_refused_leaves_the_chat_as_it_was(path, contexts, command):
     assert "kv-budget       64" in done.stdout and done.stdout.count("\n") == usual.stdout.count("\n")
 
 
+def test_a_budget_that_turns_out_too_small_while_it_is_read_changes_nothing(path):
+    """The cache is at once what it was, and not only when the chat goes on."""
+    done = chat(path, "so " * 50, "What?", "/set policy full", "/kv")
+    assert done.exit_code == 1 and "removes nothing" in done.stderr
+    words = done.stdout.splitlines()[-1].split()
+    assert words[0] == "total:" and int(words[1]) > 200
+
+
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_memory_is_looked_at_for_another_budget_too(path, monkeypatch, contexts, lacking):
     """What the session takes that ends then counts as free."""

@@ -46,7 +46,7 @@ class ChatSession(Turns):
         The answer is part of the conversation from this call on. Closing the iterator, stop(), or an exception inside it, ends the answer; what
         there is of it stays. So does the next call that changes the conversation; the iterator raises SessionError after that.
         """
-        self._settle()
+        self.settle()
         if not self.messages or self.messages[-1]["role"] != "user":
             raise SessionError("there is no user turn to answer: send one first")
         answer = self._answer = self._answer or AnswerInProgress(self._reader)
@@ -95,7 +95,7 @@ class ChatSession(Turns):
         that the cache becomes what it was then, and not only nearly so. If they are not the tokens of that text, it is added as any other.
         """
         self._end_answer()
-        self._settle()
+        self.settle()
         if max(drawn, default=0) >= self.model.n_vocab or min(drawn, default=0) < 0:
             drawn = ()
         stream = self.template.answer_stream(self.model)
@@ -132,7 +132,7 @@ class ChatSession(Turns):
         What is read inside must fit into the free and the spare cells. A user turn from outside cannot be followed by answer() inside any more.
         """
         self._end_answer()
-        self._settle()
+        self.settle()
         messages, last, mark, prediction, answer = list(self.messages), self.last, self._mark, self.prediction, self._answer
         n_answers = self.n_answers
         self._mark = None

@@ -111,7 +111,7 @@ class Turns:
         last = self.messages[-1]["role"] if self.messages else "assistant"
         if role not in ("user", "assistant") or role == last:
             raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
-        self._settle()
+        self.settle()
         self._answer = AnswerInProgress(self._reader) if role == "user" else None
         if role == "user":
             if self._undo:
@@ -177,7 +177,7 @@ class Turns:
 
     def compress(self) -> None:
         """Compresses to the budget now, if the cache is over it."""
-        self._settle()
+        self.settle()
         self.cache.compress()
 
     # the answer to the last user turn
@@ -222,7 +222,7 @@ class Turns:
         if not self.cache.set_length(mark.n_tokens):
             self._try_to_read_again(self.messages)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Reads the conversation again if the cache may hold something else."""
         if self.cache.uncertain:
             answer = self._answer
