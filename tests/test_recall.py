@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from shallow_model import write_shallow_model
+from tiny_model import write_tiny_model
 
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.budgeted import BudgetedCache, Passage
@@ -205,6 +206,21 @@ def test_past_the_trained_context_the_archive_is_given_up(model):
         for turn in range(8):
             cache.read(user(100, turn))
         assert monkey.rotations and monkey.recaller is None and monkey.lost == _PAST_CONTEXT
+
+
+def test_a_sliding_window_model_recalls_in_its_global_layers(tmp_path):
+    write_tiny_model(tmp_path / "tiny.gguf", "gemma3", n_layer=12)
+    with Model(tmp_path / "tiny.gguf") as tiny, BudgetedCache(tiny, CONFIG) as cache:
+        assert cache.layout.is_swa and cache.layout.n_layer < tiny.n_layer
+        for turn in range(3):
+            before = cache.ledger.n_tokens
+            cache.mark()
+            cache.read([Passage("user", tokens(90, turn) % tiny.n_vocab), Passage("assistant", tokens(3) % tiny.n_vocab)])
+        check(cache, cache.compressor.recaller.archive)
+        assert cache.compressor.n_recalled > 0
+        assert cache.set_length(before)
+        cache.read([Passage("user", tokens(60, 9) % tiny.n_vocab), Passage("assistant", tokens(3) % tiny.n_vocab)])
+        check(cache, cache.compressor.recaller.archive)
 
 
 def test_impossible_archives_are_refused():
