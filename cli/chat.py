@@ -28,7 +28,7 @@ from kvlocal_cli.chat_record import ChatRecord
 from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loading, clean_text, session_options
-from kvlocal_cli.terminal import Interruptible, ReadingBar, write_answer
+from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_answer
 
 
 @click.command("chat")
@@ -107,6 +107,7 @@ class Chat:
         self.failed = False
         self._model, self._nexus, self._loading = model, nexus, loading
         self._bar = ReadingBar()
+        self._told_lost = ""  # why the archive was given up, once that was said
         self.record = ChatRecord(screen)
         self._idle = Idle(lambda stop: self.record.save_snapshot(self.session, stop))
         self.session = self._open(config)
@@ -350,8 +351,13 @@ class Chat:
         ]
         if kv.compressions > compressions:
             parts[-1] += f" ({kv.compressions - compressions} in this turn)"
+        if kv.recalled:
+            parts.append(f"{kv.recalled:.0f} recalled")
         if last.stop_reason == "stopped":
             parts.insert(0, "stopped")
         elif last.stop_reason == "length":
             parts.insert(0, f"cut off at {last.answer_tokens} tokens")
         self.screen.note(" · ".join(parts))
+        if kv.archive_lost and kv.archive_lost != self._told_lost:
+            self.screen.warn(archive_lost(kv.archive_lost))
+        self._told_lost = kv.archive_lost

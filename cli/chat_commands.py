@@ -88,6 +88,9 @@ def _kv(chat: Chat, argument: str) -> None:
         f"total: {kv.history_tokens} tokens seen, {kv.used} cells kept{nexus} of a budget of {kv.budget}, "
         f"{kv.evicted} evicted in {kv.compressions} compressions; peak {kv.peak_cells} of {kv.capacity} cells"
     )
+    if kv.archived:
+        in_memory, on_disk = (f"{n_bytes / 1e6:,.0f} MB" for n_bytes in kv.archive_bytes)
+        chat.screen.show(f"archive: {kv.archived} tokens, {in_memory} of memory, {on_disk} of disk; {kv.recalled:.1f} cells recalled just now")
 
 
 def _row(segment: SegmentStats) -> tuple[str, ...]:

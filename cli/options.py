@@ -9,10 +9,12 @@ from typing import Any, get_args
 import click
 
 from kvlocal import policies
+from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.config import DEFAULT_BUDGET, DEFAULT_FULL
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
+from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
 from kvlocal.hub.catalogue import resolve
@@ -93,6 +95,18 @@ _OPTIONS = (
     click.option(
         "--nexus", metavar="FILE",
         help="Nexus tokens for the policies that use them, or off.  [default: a file for this model beside it, among the models, or shipped]",
+    ),
+    click.option(
+        "--archive", type=click.Choice(STORES), default=_SESSION.archive, show_default=True,
+        help="Keep what is removed in memory, or in memory and then in a file, and recall of it what is asked for: the policy is then recall.",
+    ),
+    click.option(
+        "--archive-ram", type=click.IntRange(min=0), metavar="MB",
+        help="Memory that the archive may take.  [default: a quarter of what is free]",
+    ),
+    click.option(
+        "--archive-dir", type=click.Path(file_okay=False, exists=True, writable=True, path_type=Path), metavar="DIR",
+        help="Where the archive's file is, which has no name and ends with the program.  [default: the system's directory for temporary files]",
     ),
     click.option("--system", metavar="TEXT", help="System prompt; it always stays in the cache."),
     click.option(
@@ -205,6 +219,9 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         stride: int,
         positions: Positions,
         idle: str,
+        archive: Store,
+        archive_ram: int | None,
+        archive_dir: Path | None,
         system: str | None,
         temp: float,
         top_k: int,
@@ -219,6 +236,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         try:
+            if policy is None and archive != "off":
+                policy = policies.WITH_ARCHIVE
             loading = Loading(gpu_layers, nexus, may_change_policy=policy is None)
             policy = policy or (_SESSION.policy if nexus == OFF else policies.WITH_NEXUS)
             policies.make(policy, policy_args)
@@ -236,6 +255,9 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 n_threads=threads,
                 sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed),
                 max_tokens=max_tokens,
+                archive=archive,
+                archive_ram=_archive_ram() if archive_ram is None else archive_ram * 10**6,
+                archive_dir=archive_dir,
             )
         except KvlocalError as error:
             # wrong without regard to any model
@@ -245,6 +267,12 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         with_config = option(with_config)
     return with_config
+
+
+def _archive_ram() -> int:
+    """Bytes of memory for the archive, if nobody says how many: a quarter of what is free, where the system tells."""
+    free = available_memory()
+    return _SESSION.archive_ram if free is None else free // 4
 
 
 def clean_text(text: str) -> str:

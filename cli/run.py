@@ -18,6 +18,7 @@ from kvlocal_cli.terminal import (
     INTERRUPTED,
     Interruptible,
     ReadingBar,
+    archive_lost,
     decode_input,
     is_terminal,
     telling_of_silence,
@@ -61,11 +62,13 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
                 if not as_json:
                     write_answer("\n")
                 raise
-            answer = session.messages[-1]["content"]
+            answer, lost = session.messages[-1]["content"], session.kv.archive_lost
             if as_json:
                 click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))
             elif not answer.endswith("\n"):
                 click.echo()
+    if lost:
+        click.echo(f"kvlocal: {archive_lost(lost)}", err=True)
     if turn.interrupted:
         click.get_current_context().exit(INTERRUPTED)
 

@@ -146,3 +146,8 @@ def telling_of_silence(text: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def archive_lost(reason: str) -> str:
+    """What to say when the archive was given up."""
+    return f"the archive was given up ({reason}): what leaves the cache cannot be recalled any more"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlocal import policies
+from kvlocal.cache.archive import Archive
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
-from kvlocal.cache.ledger import NEXUS
+from kvlocal.cache.ledger import NEXUS, Ledger
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
 from kvlocal.cache.score_sources import ScoreSources, carried_scores
 from kvlocal.llama.adapter import Adapter
@@ -80,6 +83,8 @@ class BudgetedCache(NotedCells):
         self.policy = policies.make(config.policy, config.policy_args)
         self.budget, self.capacity, _ = check_budget(model, config)
         self._spare = spare
+        # only this policy has an archive (CacheConfig)
+        self._refresh = self.policy.refresh if isinstance(self.policy, policies.Recall) else 0
         with ExitStack() as opened:
             context = make_context(
                 model,
@@ -108,8 +113,10 @@ class BudgetedCache(NotedCells):
                 config.n_ubatch,
                 model.n_ctx_train,
                 model.n_swa if self.layout.is_swa else 0,
-                before=self._way_back.keep,
+                before=self._keep,
             )
+            self._exchanged: tuple[npt.NDArray[np.uint8], Ledger] | None = None  # in hold(): cells and ledger before any were exchanged
+            opened.callback(self.compressor.close_archive)
             self.begin(0)
             self._opened = opened.pop_all()
 
@@ -118,6 +125,15 @@ class BudgetedCache(NotedCells):
         self.empty(max(self.config.n_sink, n_pinned))
         self.peak = 0
         self.compressor.compressions = self.compressor.rotations = 0
+        self.compressor.close_archive()
+        if self.config.archive != "off":
+            self.compressor.open_archive(self._empty_archive())
+        self._since_choice = 0  # tokens of an answer
+
+    def _empty_archive(self) -> Archive:
+        config = self.config
+        directory = config.archive_dir or Path(tempfile.gettempdir())
+        return Archive(self.layout, config.archive_ram, directory if config.archive == "disk" else None)
 
     @property
     def seconds(self) -> Seconds:
@@ -134,6 +150,11 @@ class BudgetedCache(NotedCells):
         """How many tokens may be evaluated at once; at least one, which is refused where no cell is free."""
         return min(self.context.n_ubatch, max(1, self.n_free))
 
+    @property
+    def room_in_answer(self) -> int:
+        """As `room`, for tokens of an answer that is given: no more than may come before the cells are chosen anew."""
+        return min(self.room, self._refresh - self._since_choice) if self.compressor.recaller else self.room
+
     # what comes
 
     def read(self, parts: Sequence[Passage], progress: Progress = lambda done, total: None) -> int:
@@ -143,9 +164,9 @@ class BudgetedCache(NotedCells):
         """
         ids = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)])
         ends = np.cumsum([len(part.tokens) for part in parts])
-        start = 0
+        start, breaks = 0, self._ends_of_user_text(parts)
         while True:
-            stop = min(start + self.room, len(ids))
+            stop = min([start + self.room, len(ids), *breaks[:1]])
             # what of each part is in this chunk; one without tokens counts where it stands
             inside = [
                 (part, min(end, stop) - max(end - len(part.tokens), start))
@@ -157,9 +178,29 @@ class BudgetedCache(NotedCells):
             else:
                 self._note(inside, ids)
             progress(stop, len(ids))
+            if breaks and stop == breaks[0]:
+                del breaks[0]
+                self.choose_again()
             if stop == len(ids):
                 return stop
             start = stop
+
+    def _ends_of_user_text(self, parts: Sequence[Passage]) -> list[int]:
+        """After how many of the tokens the user has said all and the markup of an answer begins: the last queries are about what was asked then."""
+        if not self.compressor.recaller:
+            return []
+        role, n, found = self.ledger.segments[-1].role if self.ledger.segments else "", 0, []
+        for part in parts:
+            if part.role == "assistant" and role == "user" and n:
+                found.append(n)
+            role, n = part.role, n + len(part.tokens)
+        return found
+
+    def choose_again(self) -> None:
+        """Chooses the cells anew from the whole conversation, if there is an archive."""
+        self.check_certain()
+        self._since_choice = 0
+        self.compressor.choose_again(self.ledger)
 
     def append(
         self,
@@ -170,7 +211,7 @@ class BudgetedCache(NotedCells):
     ) -> None:
         """Evaluates at most a micro-batch of tokens and compresses if that is due.
 
-        phase: what its time is counted as
+        phase: what its time is counted as; "decode" for the tokens of an answer, after some of which the cells are chosen anew if there is an archive
         parts: where they come from, with the number of tokens of each; if not given, they go on with the last segment
 
         Raises:
@@ -186,6 +227,10 @@ class BudgetedCache(NotedCells):
         else:
             self.ledger.append(tokens)
         self._appended()
+        if self.compressor.recaller and phase == "decode":
+            self._since_choice += len(tokens)
+            if self._since_choice >= self._refresh:
+                self.choose_again()
 
     def append_vectors(self, vectors: npt.NDArray[np.float32], role: str, adapter: Adapter | None = None) -> int:
         """Evaluates vectors in place of token embeddings, float32 [n, n_embd], in a segment of their own: the first of them, as many as there is
@@ -264,7 +309,7 @@ class BudgetedCache(NotedCells):
     def hold(self) -> Iterator[None]:
         """Nothing is compressed inside, and on exit cells and ledger are as they were. Can be nested.
 
-        What is read inside must fit into the free and the spare cells.
+        What is read inside must fit into the free and the spare cells. Where there is an archive cells may be exchanged, but their number stays.
         """
         self.check_certain()
         ledger, compressor, way_back = self.ledger, self.compressor, self._way_back
@@ -274,22 +319,39 @@ class BudgetedCache(NotedCells):
             self.observer.before_removal(ledger)
         # what is copied inside is not to overwrite the copy there is
         n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
-        segments = ledger.segments_now()
+        segments, begun = ledger.segments_now(), self._begun
+        ring = self.native.ring_state() if compressor.recaller else None
+        outside, self._exchanged = self._exchanged, None
         try:
             with self.taken_back():
                 yield
         finally:
+            exchanged, self._exchanged = self._exchanged, outside
             compressor.held, way_back.checkpoint, way_back.copy = outer, checkpoint, copy
+            if exchanged and self._begun == begun:
+                state, self.ledger = exchanged
+                self._restore(state, n_tokens, ring)
             if not self.uncertain:
-                self.ledger.truncate(n_tokens)
+                self._truncate(n_tokens)
                 self.ledger.segments[:] = segments
+
+    def _keep(self, ledger: Ledger) -> None:
+        """Before something that cutting off the tail could not bring back."""
+        self._way_back.keep(ledger)
+        if self.compressor.held and self._exchanged is None:
+            self._exchanged = self.context.state_get(), ledger.copy()
+
+    def _truncate(self, n_tokens: int) -> None:
+        super()._truncate(n_tokens)
+        if self.compressor.recaller:
+            self.compressor.recaller.archive.truncate(n_tokens)
 
     # a copy that outlives the process
 
     @property
     def signature(self) -> dict[str, Any]:
         """All settings that decide what is in the cells besides the model and the tokens, as JSON can hold them."""
-        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
+        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch", "archive")
         settings = {name: getattr(self.config, name) for name in names}
         return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
 
@@ -307,6 +369,9 @@ class BudgetedCache(NotedCells):
 
     def resume(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """As NotedCells.resume, for a cache with the same signature."""
+        if self.compressor.recaller:
+            self.doubt()
+            raise CacheError("a snapshot does not hold what the archive had")
         compressions, rotations, peak = arrays["numbers"].tolist()
         super().resume(arrays)
         self.compressor.compressions, self.compressor.rotations, self.peak = compressions, rotations, peak

@@ -9,12 +9,16 @@ from typing import Literal
 
 import numpy as np
 
+from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
+from kvlocal.cache.recall import Recaller
 from kvlocal.cache.score_sources import ScoreSources
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.cells import Layout, NativeCache
+from kvlocal.llama.cells import Layout, NativeCache, NativeError
 from kvlocal.policies import Policy
+
+_PAST_CONTEXT = "the conversation has come to the end of the context that the model was trained for"
 
 Positions = Literal["auto", "original", "cache"]
 
@@ -33,6 +37,7 @@ class Seconds:
     score: float = 0.0
     plan: float = 0.0
     compact: float = 0.0
+    recall: float = 0.0
     reread: float = 0.0
     nexus: float = 0.0
 
@@ -54,7 +59,10 @@ class Compressor:
     n_ctx_train: positions the model was trained for
     n_swa: size of the sliding window of the layers that are not compressed, 0 without any
     before: called before anything is removed or moved, with the ledger
-    held: while set, nothing is removed or moved
+    recaller: chooses from the archive, None without one
+    n_recalled: cells that came back when they were last chosen, mean over layers and heads
+    lost: why the archive was given up, "" as long as it was not
+    held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
     """
 
     native: NativeCache
@@ -70,6 +78,9 @@ class Compressor:
     n_ctx_train: int
     n_swa: int
     before: Callable[[Ledger], None]
+    recaller: Recaller | None = None
+    lost: str = ""
+    n_recalled: float = 0.0
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0
@@ -101,6 +112,7 @@ class Compressor:
                 "choose the positions auto or cache, or start a new conversation"
             )
         if self.layout.can_rotate:
+            self._give_up_archive(_PAST_CONTEXT)
             self.before(ledger)
             self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
 
@@ -114,13 +126,17 @@ class Compressor:
         if ledger.n_cells <= self.target(ledger) or self.held or not self.policy.evicts:
             return
         self.before(ledger)
+        near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
+        if near_end and self.positions == "auto":
+            self._give_up_archive(_PAST_CONTEXT)
+        if self._recall(ledger):
+            return
         started = time.perf_counter()
         state = self.observer.state(ledger)
         observed = time.perf_counter()
         plan = self.policy.plan(state, self.target(ledger))
         self.seconds.score += observed - started
         self.seconds.plan += time.perf_counter() - observed
-        near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
         rotate = self.positions == "cache" or (self.positions == "auto" and (self.policy.rotates or near_end))
         ledger.scores("history")[:] = np.nan if plan.history is None else plan.history
         self._compact(ledger, plan.keep, rotate=rotate)
@@ -129,6 +145,54 @@ class Compressor:
         trimming = time.perf_counter()
         give_back()
         self.seconds.compact += time.perf_counter() - trimming
+
+    def choose_again(self, ledger: Ledger) -> None:
+        """Chooses the cells anew from the whole conversation, if there is an archive and the cache does not hold all of it."""
+        if self.recaller and (ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held)):
+            self.before(ledger)
+            self._recall(ledger)
+
+    def _recall(self, ledger: Ledger) -> bool:
+        """False without an archive, or if it had to be given up: nothing has changed then."""
+        if self.recaller is None:
+            return False
+        started = time.perf_counter()
+        try:
+            self.recaller.write_through(ledger)
+            # what is held keeps its size
+            n_keep = ledger.n_cells if self.held else min(self.target(ledger), ledger.n_tokens)
+            refill = self.recaller.choose(ledger, n_keep)
+        except ArchiveFailed as error:
+            self._give_up_archive(str(error))
+            return False
+        except NativeError as error:
+            if not error.unsupported:
+                raise
+            self._give_up_archive(str(error))
+            return False
+        n_keep = refill.gather.shape[-1]
+        self.compressions += n_keep < ledger.n_cells
+        with ledger.changing():
+            self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
+            ledger.refill(refill.gather, refill.tokens, refill.positions)
+        self.n_recalled = refill.n_recalled
+        self.seconds.recall += time.perf_counter() - started
+        return True
+
+    def open_archive(self, archive: Archive) -> None:
+        """From now on what is evicted can be recalled; nothing must have been evicted yet."""
+        self.recaller = Recaller(self.native, self.policy, self.window, archive)
+
+    def close_archive(self) -> None:
+        if self.recaller:
+            self.recaller.archive.close()
+        self.recaller, self.lost, self.n_recalled = None, "", 0.0
+
+    def _give_up_archive(self, reason: str) -> None:
+        """What is evicted from now on is gone for good, and so is what was evicted."""
+        if self.recaller:
+            self.close_archive()
+            self.lost = reason
 
     def _compact(self, ledger: Ledger, keep: np.ndarray, *, rotate: bool) -> None:
         started = time.perf_counter()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from kvlocal import policies
+from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.score_sources import n_recorded
 from kvlocal.errors import KvlocalError
@@ -36,6 +38,9 @@ class CacheConfig:
     type_k, type_v: types of the cache, of kvlocal.llama.context.KV_TYPES
     n_ubatch: tokens evaluated at once
     n_threads: threads; None for all cores
+    archive: whether what is evicted can be recalled: "off", "ram" with an archive in memory, "disk" with one that goes on in a file
+    archive_ram: bytes of memory that the archive may take
+    archive_dir: where its file is, the system's directory for temporary files if None
 
     Raises:
         CacheError: a value is out of range.
@@ -53,6 +58,9 @@ class CacheConfig:
     type_v: str = "f16"
     n_ubatch: int = 256
     n_threads: int | None = None
+    archive: Store = "off"
+    archive_ram: int = 2**30
+    archive_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "stride", "window", "n_ubatch"):
@@ -65,6 +73,12 @@ class CacheConfig:
             raise CacheError(f"the ratio is {self.ratio}: it must be at least 0 and below 1, the share of the history to remove")
         if self.positions not in get_args(Positions):
             raise CacheError(f"the positions are {self.positions!r}: they must be one of {', '.join(get_args(Positions))}")
+        if self.archive not in STORES:
+            raise CacheError(f"the archive is {self.archive!r}: it must be one of {', '.join(STORES)}")
+        if self.archive_ram < 0:
+            raise CacheError(f"archive_ram is {self.archive_ram}: it must be at least 0")
+        if self.archive != "off" and (self.policy != "recall" or self.positions == "cache"):
+            raise CacheError("only the policy recall chooses from an archive, and not with positions cache: change that or leave the archive off")
         if self.window > self.n_ubatch:
             raise CacheError(f"the window of {self.window} must not be larger than the micro-batch of {self.n_ubatch}: make it smaller")
         if self.budget is not None and self.budget < self.least_budget:

@@ -136,6 +136,18 @@ class Ledger:
             self.next_position = int(positions[-1]) + 1
         self.n_cells = n_keep
 
+    def refill(self, gather: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> None:
+        """Cell j of a head holds token tokens[l, h, j] now, with its key at positions[l, h, j]; all int32 [L, H, n].
+
+        gather: the cell it was in, whose scores it carries along, or n_cells and more for one that comes from elsewhere and has none
+        """
+        n, here = gather.shape[-1], gather < self.n_cells
+        cells = np.where(here, gather, 0)
+        for array in self.carried.values():
+            array[..., :n] = np.where(here, np.take_along_axis(array, cells, axis=-1), np.nan)
+        self.tokens[..., :n], self.positions[..., :n] = tokens, positions
+        self.n_cells = n
+
     def truncate(self, n_tokens: int) -> int:
         """Forgets the tokens from n_tokens on; they must be the last cells of every head. Returns how many cells that frees."""
         n_drop = self.n_tokens - n_tokens

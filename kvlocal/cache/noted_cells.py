@@ -149,15 +149,24 @@ class NotedCells:
     def _rewind(self, checkpoint: _Checkpoint) -> None:
         self.doubt()
         self._way_back.checkpoint = None
-        if checkpoint.state is not None and checkpoint.ledger is not None:
-            self.context.clear()
-            self.context.state_set(0, checkpoint.state)
+        if checkpoint.ledger:
             self.ledger = checkpoint.ledger
-            self.doubt()
-        self.ledger.truncate(checkpoint.n_tokens)
+        self._restore(checkpoint.state, checkpoint.n_tokens, checkpoint.ring)
+
+    def _restore(self, state: npt.NDArray[np.uint8] | None, n_tokens: int, ring: npt.NDArray[np.uint8] | None) -> None:
+        """Cells from a copy that was made with the ledger there is, or those that are there if None, up to a length of the conversation."""
+        self.doubt()
+        if state is not None:
+            self.context.clear()
+            self.context.state_set(0, state)
+        self._truncate(n_tokens)
         self.context.remove(0, self.ledger.next_position, -1)
-        self.native.set_ring_state(checkpoint.ring)
+        self.native.set_ring_state(ring)
         self.ledger.certain = self._agrees()
+
+    def _truncate(self, n_tokens: int) -> None:
+        """All that is noted of the tokens from n_tokens on is forgotten."""
+        self.ledger.truncate(n_tokens)
 
     def _cut_tail(self, n_tokens: int) -> bool:
         """Removes the cells of the tokens from n_tokens on, and any behind that are not noted; False if that does not bring back what was before.
@@ -174,7 +183,7 @@ class NotedCells:
         if not (holds_tail and leaves_queries and n_removed >= 0):
             return False
         self.doubt()
-        ledger.truncate(n_tokens)
+        self._truncate(n_tokens)
         self.context.remove(0, ledger.next_position, -1)
         ledger.certain = self._agrees() and self._has_window()
         return ledger.certain

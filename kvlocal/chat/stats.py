@@ -24,6 +24,10 @@ class KvStats:
     next_position: where the next token goes
     nexus: of the cells it holds, those of Nexus tokens, mean over layers and heads
     rotations: how often the keys were moved back to low positions
+    archived: tokens in the archive
+    archive_bytes: what they take, in memory and on the disk
+    recalled: cells that came back from the archive when they were last chosen, mean over layers and heads
+    archive_lost: why the archive was given up, "" if it was not
     """
 
     budget: int
@@ -36,11 +40,16 @@ class KvStats:
     next_position: int
     nexus: float
     rotations: int
+    archived: int = 0
+    archive_bytes: tuple[int, int] = (0, 0)
+    recalled: float = 0.0
+    archive_lost: str = ""
 
     @classmethod
     def of(cls, cache: BudgetedCache) -> KvStats:
         """As they are now."""
         ledger = cache.ledger
+        archive = cache.compressor.recaller.archive if cache.compressor.recaller else None
         return cls(
             cache.target,
             ledger.n_cells,
@@ -52,6 +61,10 @@ class KvStats:
             ledger.next_position,
             float(ledger.nexus().mean(axis=(0, 1)).sum()) if ledger.n_nexus else 0.0,
             cache.compressor.rotations,
+            archive.n_tokens if archive else 0,
+            (archive.bytes_in_memory, archive.bytes_on_disk) if archive else (0, 0),
+            cache.compressor.n_recalled,
+            cache.compressor.lost,
         )
 
     def report(self) -> dict[str, float]:

@@ -68,7 +68,8 @@ class Snapshots:
             KvlocalError: it cannot be written; the older one is as it was.
         """
         key = _key(session)
-        if session.cache.uncertain:
+        # without what the archive holds it could not go on as before
+        if session.cache.uncertain or session.cache.compressor.recaller:
             return
         if key == self._kept or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
             return

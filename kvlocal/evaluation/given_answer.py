@@ -21,10 +21,10 @@ def read_answer(session: ChatSession, content: str) -> tuple[npt.NDArray[np.int3
     for passage in passages:
         ids = passage.tokens
         while len(ids):
-            chunk, ids = np.split(ids, [cache.room])
+            chunk, ids = np.split(ids, [cache.room_in_answer])
             assert prediction is not None
             before = prediction[None]
-            cache.append(chunk, logits="all" if passage.text else "last")
+            cache.append(chunk, "decode", logits="all" if passage.text else "last")
             prediction = cache.context.logits()
             if passage.text:
                 tokens.append(chunk)

@@ -14,7 +14,7 @@ from kvlocal.errors import KvlocalError
 ALL = "all"
 
 # Fields of SessionConfig that a spec may set; the run sets the others.
-SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int}
+SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int, "archive": str}
 
 
 class VariantError(KvlocalError):
@@ -64,7 +64,7 @@ class Variant:
                 own[key] = value
         try:
             policies.make(name, own)
-            SessionConfig(**others)
+            SessionConfig(policy=name, policy_args=own, **others)
         except KvlocalError as error:
             raise VariantError(f"{spec!r} cannot be run: {error}") from None
         return cls(spec, ratio, name, own, others)

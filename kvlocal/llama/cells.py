@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,11 @@ class NativeError(KvlocalError):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+    @property
+    def unsupported(self) -> bool:
+        """Whether the model, the cache or the device cannot do it at all."""
+        return self.code == load().lib.KVL_ERR_UNSUPPORTED
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,22 @@ class NativeCache:
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
         flags = self._flags(portable, largest)
         self._compute(self._lib.kvl_get_scores, n_query, flags, self._floats(out), *out.shape)
+        return out
+
+    def row_scores(self, chunks: Sequence[np.ndarray], n_rows: int, n_query: int = 0, largest: bool = False) -> np.ndarray:
+        """What `scores` is, for keys in host memory in place of the cells: float32 [L, H, n_rows]. The last of them are the queries' own.
+
+        chunks: each uint8 [L, H, chunk size, bytes of a key], keys of so many tokens one after another, rotated as those in the cache are
+        """
+        layout = self.layout()
+        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, layout.row_size_k)
+        if any(chunk.shape != shape or chunk.dtype != np.uint8 or not chunk.flags.c_contiguous for chunk in chunks):
+            raise ValueError(f"chunks of keys of this cache must be contiguous uint8 {shape}")
+        pointers = self._ffi.new("uint8_t *[]", [self._ffi.cast("uint8_t *", chunk.ctypes.data) for chunk in chunks])
+        out = np.empty((layout.n_layer, layout.n_head_kv, n_rows), np.float32)
+        self._compute(
+            self._lib.kvl_get_row_scores, n_query, self._flags(False, largest), pointers, len(chunks), shape[2], self._floats(out), *out.shape
+        )
         return out
 
     def attention_map(self, layers: list[int], n_query: int = 0) -> np.ndarray:

@@ -21,17 +21,19 @@ from kvlocal.policies.kvzip import KVzip
 from kvlocal.policies.kvzip_gkv import KVzipGKV
 from kvlocal.policies.kvzip_snapkv import KVzipSnapKV
 from kvlocal.policies.nexus import Nexus
+from kvlocal.policies.recall import Recall
 from kvlocal.policies.rkv import RKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "WITH_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "make"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "WITH_ARCHIVE", "WITH_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "Recall", "make"]
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "streaming": Streaming,
     "h2o": H2O,
     "snapkv": SnapKV,
+    "recall": Recall,
     "rkv": RKV,
     "gkv": GKV,
     "kvzip": KVzip,
@@ -43,6 +45,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 DEFAULT_POLICY = "kvzip-snapkv"
+WITH_ARCHIVE = "recall"  # the default of the commands where there is an archive
 WITH_NEXUS = "hybrid"  # the default of the commands where there are Nexus tokens for the model
 
 _BOOL = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}

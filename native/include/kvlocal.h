@@ -25,7 +25,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 4
+    KVL_API_VERSION = 5
 };
 
 enum kvl_status {
@@ -108,6 +108,13 @@ int32_t kvl_ring_set_state(struct llama_context * ctx, int32_t seq_id, const uin
 // flags: KVL_PORTABLE, KVL_LARGEST; scores: [n_layer, n_head_kv, n_cells]
 int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
+
+// the same for keys in host memory, the last n_query of which belong to the queries; models with a soft cap or sinks are not supported
+// chunks: [n_chunk] of [n_layer, n_head_kv, chunk_size, row_size_k] bytes as kvl_read_rows gives them, rotated as the cache's keys are
+// flags: KVL_LARGEST; scores: [n_layer, n_head_kv, n_rows]
+int32_t kvl_get_row_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
+        const uint8_t * const * chunks, int32_t n_chunk, int32_t chunk_size,
+        float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows);
 
 // the softmax weights of the last n_query recorded queries in the chosen layers, mean over the query heads
 // map: [n_chosen, n_query, n_cells], the queries by ascending position

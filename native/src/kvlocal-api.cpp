@@ -306,6 +306,30 @@ int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int
     });
 }
 
+int32_t kvl_get_row_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags, const uint8_t * const * chunks, int32_t n_chunk, int32_t chunk_size,
+        float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(chunks, "chunks");
+        check_pointer(scores, "scores");
+        check_flags(flags, KVL_LARGEST);
+        check_scorable(cache, n_query);
+        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, kvl_access::cells(*cache.kv, seq_id).used_max_p1());
+
+        if (chunk_size < 1 || n_chunk < 1 || n_rows < 1 || n_rows > (int64_t) n_chunk*chunk_size) {
+            throw kvl_error(KVL_ERR_ARGUMENT, std::to_string(n_rows) + " keys are not in " + std::to_string(n_chunk) + " chunks of " + std::to_string(chunk_size));
+        }
+        for (int32_t i = 0; i < n_chunk; ++i) {
+            check_pointer(chunks[i], "a chunk");
+        }
+
+        kvl_row_scores(cache, seq_id, n_query, flags & KVL_LARGEST, chunks, chunk_size, n_rows, scores);
+
+        return KVL_OK;
+    });
+}
+
 int32_t kvl_get_attention_map(llama_context * ctx, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);

@@ -42,7 +42,7 @@ struct key_panels {
         const auto to_float = k.type == GGML_TYPE_F16 ? half_to_float : ggml_get_type_traits(k.type)->to_float;
 
         for (int64_t i = 0; i < n; ++i) {
-            const char  * stored = k.data + (order ? order[i] : i)*k.cell_size + head*k.head_size;
+            const char  * stored = k.at(order ? order[i] : i, head);
             const float * x      = (const float *) stored;
 
             if (to_float) {
@@ -302,6 +302,15 @@ kvl_stored_keys::kvl_stored_keys(const ggml_tensor * stream, int64_t n_embd_head
     data((const char *) stream->data),
     cell_size(stream->nb[1]),
     head_size(ggml_row_size(stream->type, n_embd_head)) {}
+
+kvl_stored_keys::kvl_stored_keys(const uint8_t * const * chunks, int64_t chunk_size, ggml_type type, int64_t n_embd_head, int64_t n_head_kv, int64_t layer) :
+    type(type),
+    data(nullptr),
+    cell_size(ggml_row_size(type, n_embd_head)),
+    head_size(chunk_size*cell_size),
+    chunks(chunks),
+    chunk_size(chunk_size),
+    offset(layer*n_head_kv*head_size) {}
 
 void kvl_cpu_scores::compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & task = *(const kvl_cpu_scores *) userdata;

@@ -12,14 +12,31 @@ constexpr float KVL_SIMILAR = 0.5f; // keys with a larger cosine are twins (R-KV
 // rows of masks are padded to a multiple of this
 constexpr int64_t KVL_CPU_PAD = 32;
 
-// the keys of one layer and stream, where the cache has them
+// the keys of one layer: of a stream, where the cache has them, or in chunks of the host
 struct kvl_stored_keys {
     ggml_type    type;
     const char * data;
     size_t       cell_size;
     size_t       head_size;
 
+    const uint8_t * const * chunks = nullptr; // each of chunk_size cells
+    int64_t chunk_size = 1;
+
+    // a stream
     kvl_stored_keys(const ggml_tensor * stream, int64_t n_embd_head);
+
+    // chunks: each [n_layer, n_head_kv, chunk_size, row of type]
+    kvl_stored_keys(const uint8_t * const * chunks, int64_t chunk_size, ggml_type type, int64_t n_embd_head, int64_t n_head_kv, int64_t layer);
+
+    const char * at(int64_t cell, int64_t head) const {
+        if (!chunks) {
+            return data + cell*cell_size + head*head_size;
+        }
+        return (const char *) chunks[cell/chunk_size] + offset + cell%chunk_size*cell_size + head*head_size;
+    }
+
+private:
+    size_t offset = 0; // of the layer in a chunk
 };
 
 // see kvl_get_scores; dst: F32 [n_cells, n_head_kv, n_layer]

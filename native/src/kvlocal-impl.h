@@ -153,6 +153,7 @@ ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n
 
 void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, bool largest, float * scores, int32_t n_cells);
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
+void kvl_row_scores   (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const uint8_t * const * chunks, int32_t chunk_size, int32_t n_rows, float * scores);
 void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells);
 
 // what kvl_compact is asked for, checked

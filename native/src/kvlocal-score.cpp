@@ -272,6 +272,61 @@ void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool p
     }
 }
 
+void kvl_row_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const uint8_t * const * chunks, int32_t chunk_size, int32_t n_rows, float * scores) {
+    if (!is_plain_attention(cache)) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "keys outside the cache can't be scored for models with a soft cap or attention sinks");
+    }
+
+    const auto & ring = *kvl_access::ring(*cache.kv);
+    const auto   rows = select_queries(cache, seq_id, n_query, 0).rows;
+
+    n_query = rows.size();
+
+    if (n_query > n_rows) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "there are fewer keys than queries");
+    }
+
+    const int64_t n_pad = pad_cells(n_rows);
+    const int64_t n_q   = ring.layers[0].q->ne[0]; // the layers are alike, see kvl_find_cache
+
+    kvl_cpu_scores task = {
+        {}, {}, {}, {}, std::vector<float>(n_query*n_pad, -INFINITY), n_pad, cache.n_embd_head_k, cache.n_head, cache.n_head_kv, largest,
+    };
+
+    // the queries' own keys are the last ones
+    for (int32_t q = 0; q < n_query; ++q) {
+        task.rows.push_back(q);
+        std::fill_n(task.mask.begin() + q*n_pad, n_rows - n_query + q + 1, 0.0f);
+    }
+
+    cache.lctx->synchronize();
+
+    std::vector<float> queries(cache.n_layer*n_query*n_q);
+    float * query = queries.data();
+
+    for (int32_t i = 0; i < cache.n_layer; ++i) {
+        const auto & layer = kvl_access::layers(*cache.kv)[i];
+        const auto & noted = ring.layers[i];
+
+        task.keys   .emplace_back(chunks, chunk_size, layer.k->type, cache.n_embd_head_k, cache.n_head_kv, i);
+        task.queries.push_back(query);
+        task.scales .push_back(noted.kq_scale);
+
+        for (const int32_t row : rows) {
+            ggml_backend_tensor_get(noted.q, query, row*noted.q->nb[1], noted.q->nb[1]);
+            query += n_q;
+        }
+    }
+
+    kvl_graph graph(cache, 8);
+
+    ggml_tensor * out = graph.cpu_op(n_rows, cache.n_head_kv, cache.n_layer, kvl_cpu_scores::compute, &task);
+
+    graph.run([]() {});
+
+    ggml_backend_tensor_get(out, scores, 0, ggml_nbytes(out));
+}
+
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells) {
     const int32_t   n_pad   = pad_cells(n_cells);
     const query_set queries = select_queries(cache, seq_id, n_query, n_pad);

@@ -1,0 +1,91 @@
+"""The archive: what it holds, how it grows, and what it does when it cannot."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from kvlocal.cache.archive import CHUNK, Archive, ArchiveFailed
+from kvlocal.llama.cells import Layout, Rows
+
+LAYOUT = Layout(2, 6, 3, 32, 32, 1, 512, 16, False, True, 34, 22)
+CHUNK_BYTES = 2 * 3 * CHUNK * (34 + 22)
+
+
+def some_rows(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return Rows(*(rng.integers(0, 256, (2, 3, n, size), dtype=np.uint8) for size in (34, 22)))
+
+
+def filled(archive, lengths):
+    """All that was stored, in pieces of these lengths, at positions that begin at 5."""
+    rows = some_rows(sum(lengths))
+    start = 0
+    for n in lengths:
+        archive.append(Rows(rows.k[:, :, start : start + n], rows.v[:, :, start : start + n]), np.arange(start, start + n, dtype=np.int32) + 5)
+        start += n
+    return rows
+
+
+@pytest.mark.parametrize("n_in_memory", [0, 2, 99])
+def test_tokens_come_back_as_they_were(tmp_path, n_in_memory):
+    archive = Archive(LAYOUT, n_in_memory * CHUNK_BYTES, tmp_path)
+    rows = filled(archive, [1, 255, 256, 300, 7, 500])
+    assert archive.n_tokens == 1319 and archive.chunk_bytes == CHUNK_BYTES
+    assert archive.bytes_in_memory == min(n_in_memory, 6) * CHUNK_BYTES and archive.bytes_on_disk == max(0, 6 - n_in_memory) * CHUNK_BYTES
+    np.testing.assert_array_equal(archive.positions, np.arange(1319) + 5)
+    tokens = np.random.default_rng(1).integers(0, 1319, (2, 3, 400))
+    found = archive.rows(tokens)
+    for array, stored in ((found.k, rows.k), (found.v, rows.v)):
+        np.testing.assert_array_equal(array, np.take_along_axis(stored, tokens[..., None], axis=2))
+    assert archive.rows(tokens[..., :0]).n == 0
+    np.testing.assert_array_equal(np.concatenate(archive.key_chunks(), axis=2)[:, :, :1319], rows.k)
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+    archive.close(), archive.close()
+
+
+def test_growing_copies_nothing(tmp_path):
+    archive = Archive(LAYOUT, 2 * CHUNK_BYTES, tmp_path)
+    filled(archive, [CHUNK] * 3)
+    before = [chunk.ctypes.data for chunk in archive.key_chunks()]
+    filled(archive, [CHUNK] * 9)
+    assert [chunk.ctypes.data for chunk in archive.key_chunks()][:3] == before
+
+
+def test_what_was_cut_off_is_written_over():
+    archive = Archive(LAYOUT, 2**30, None)
+    rows = filled(archive, [700])
+    archive.truncate(300)
+    archive.truncate(500)
+    assert archive.n_tokens == len(archive.positions) == 300 and len(archive.key_chunks()) == 2
+    new = some_rows(100, seed=9)
+    archive.append(new, np.arange(100, dtype=np.int32))
+    found = archive.rows(np.broadcast_to(np.r_[299:400], (2, 3, 101)))
+    np.testing.assert_array_equal(found.k[:, :, 0], rows.k[:, :, 299])
+    np.testing.assert_array_equal(found.v[:, :, 1:], new.v)
+
+
+def test_memory_that_is_used_up_is_an_error():
+    archive = Archive(LAYOUT, CHUNK_BYTES, None)
+    filled(archive, [CHUNK])
+    with pytest.raises(ArchiveFailed, match="filled the 0 MB"):
+        filled(archive, [1])
+
+
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(ArchiveFailed, match="No such file"):
+        filled(Archive(LAYOUT, 0, tmp_path / "away"), [1])
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(ArchiveFailed, match="No space left"):
+        filled(Archive(LAYOUT, 0, tmp_path), [1])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="written with zeros where the system has no call for it")
+def test_blocks_are_taken_before_they_are_used(tmp_path):
+    """A file that only promised its blocks would end the process when the disk is full."""
+    archive = Archive(LAYOUT, 0, tmp_path)
+    filled(archive, [1])
+    assert os.fstat(archive._file).st_blocks * 512 >= archive.chunk_bytes
+    assert os.fstat(archive._file).st_mode & 0o777 == 0o600 and os.fstat(archive._file).st_nlink == 0

@@ -1,0 +1,248 @@
+"""Recall: cells chosen among all tokens of a conversation, those that the cache has lost among them."""
+
+import numpy as np
+import pytest
+from shallow_model import write_shallow_model
+from tiny_model import write_tiny_model
+
+from kvlocal.cache.archive import Archive
+from kvlocal.cache.budgeted import BudgetedCache, Passage
+from kvlocal.cache.compression import _PAST_CONTEXT
+from kvlocal.cache.config import CacheConfig, CacheError
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession, SessionError
+from kvlocal.llama.cells import NativeError
+from kvlocal.llama.library import load
+from kvlocal.llama.model import Model
+from kvlocal.llama.sampling import SamplingParams
+from kvlocal.policies.base import CacheState
+from kvlocal.policies.recall import Recall, in_blocks
+
+# one thread: two that wait for each other crawl when the machine is busy
+CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram")
+
+
+@pytest.fixture(scope="module")
+def model(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
+    write_shallow_model(smollm2, path, 3)
+    with Model(path) as m:
+        yield m
+
+
+def tokens(n, seed=0):
+    return np.random.default_rng(seed).integers(100, 40000, n).astype(np.int32)
+
+
+def user(n, seed=0):
+    return [Passage("user", tokens(n, seed)), Passage("assistant", tokens(3, seed + 1))]
+
+
+def state(scores, n_pinned=0, window=2):
+    pinned = np.broadcast_to(np.arange(scores.shape[-1]) < n_pinned, scores.shape)
+    return CacheState(pinned, np.full(scores.shape, np.nan, np.float32), window, scores)
+
+
+def test_the_newest_share_stays_and_the_rest_goes_by_attention():
+    scores = np.zeros((1, 2, 20), np.float32)
+    scores[0, 0, [3, 7, 9]] = 0.3, 0.2, 0.1
+    scores[0, 1, [5, 17]] = 0.3, 0.9
+    keep = Recall(recent=0.5).plan(state(scores, n_pinned=1), 6).keep
+    np.testing.assert_array_equal(keep[0, 0], [0, 3, 7, 17, 18, 19])
+    assert set(keep[0, 1]) > {0, 5, 17, 18, 19}
+    # where much is pinned the oldest of the newest go
+    np.testing.assert_array_equal(Recall(recent=1.0).plan(state(scores, n_pinned=3), 6).keep[0, 0], [0, 1, 2, 17, 18, 19])
+    # the window stays whatever the share
+    np.testing.assert_array_equal(Recall(recent=0.0).plan(state(scores), 5).keep[0, 0], [3, 7, 9, 18, 19])
+
+
+def test_blocks_are_chosen_by_their_largest_cell():
+    scores = np.zeros((1, 1, 11), np.float32)
+    scores[0, 0, [5, 10]] = 0.5, 0.7
+    np.testing.assert_array_equal(in_blocks(scores, 4)[0, 0], [0] * 4 + [0.5] * 4 + [np.float32(0.7)] * 3)
+    assert in_blocks(scores, 1) is scores
+    np.testing.assert_array_equal(Recall(recent=0.0, blocks=4).plan(state(scores, window=1), 7).keep[0, 0], np.arange(4, 11))
+
+
+@pytest.mark.parametrize("wrong", [{"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}])
+def test_impossible_hyper_parameters_are_refused(wrong):
+    with pytest.raises(ValueError):
+        Recall(**wrong)
+
+
+def test_scores_of_archived_keys_are_those_of_a_cache_that_holds_all(model):
+    for kind in ("f16", "q8_0", "q4_0"):
+        with BudgetedCache(model, CacheConfig(budget=512, policy="snapkv", n_ubatch=64, n_threads=1, type_k=kind, type_v=kind)) as cache:
+            cache.read([Passage("user", tokens(300))])
+            archive = Archive(cache.layout, 2**30, None)
+            for start in (0, 170):
+                cells = np.arange(start, min(300, start + 170))
+                archive.append(cache.native.read_rows(cells), cells.astype(np.int32))
+            for options in ({}, {"n_query": 5}, {"n_query": 5, "largest": True}):
+                found = cache.native.row_scores(archive.key_chunks(), 300, **options)
+                np.testing.assert_allclose(found, cache.native.scores(**options), atol=1e-6)
+            chunks = archive.key_chunks()
+            for wrong in ((chunks, 513), (chunks, 3), (chunks, 0), ([], 1), (chunks, 300, -1)):
+                with pytest.raises(NativeError) as error:
+                    cache.native.row_scores(*wrong)
+                assert error.value.code == load().lib.KVL_ERR_ARGUMENT
+            with pytest.raises(ValueError, match="chunks of keys"):
+                cache.native.row_scores([chunk[:1] for chunk in chunks], 300)
+
+
+def check(cache, archived):
+    """Every cell holds the row of the token that the ledger says, which is the archive's."""
+    ledger = cache.ledger
+    held = ledger.tokens[..., : ledger.n_cells]
+    assert (np.diff(held, axis=-1) > 0).all() and (held[..., : ledger.n_pinned] == np.arange(ledger.n_pinned)).all()
+    assert cache.native.n_cells() == ledger.n_cells and (ledger.positions[..., : ledger.n_cells] == held).all()
+    rows, stored = cache.native.read_rows(np.arange(ledger.n_cells)), archived.rows(np.minimum(held, archived.n_tokens - 1))
+    known = held < archived.n_tokens
+    np.testing.assert_array_equal(rows.k[known], stored.k[known])
+    np.testing.assert_array_equal(rows.v[known], stored.v[known])
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
+    """Whatever left the cache before, after a choice each head holds what the policy wants of all tokens, bit for bit as it was computed."""
+    config = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram", type_k=kind, type_v=kind)
+    with BudgetedCache(model, config) as cache:
+        cache.begin(8)
+        for turn in range(5):
+            cache.read(user(70, turn))
+            for token in tokens(20, turn + 50):
+                cache.append(np.array([token]), "decode")
+            cache.choose_again()
+            archive = cache.compressor.recaller.archive
+            if turn:
+                assert archive.n_tokens == cache.ledger.n_tokens == (turn + 1) * 93
+                check(cache, archive)
+                scores = cache.native.row_scores(archive.key_chunks(), archive.n_tokens, 16)
+                expected = Recall().plan(state(scores, 8, 16), 96).keep
+                same = (cache.ledger.tokens[..., :96] == expected).all(axis=-1)
+                assert same.all()
+        assert cache.compressor.n_recalled > 1
+
+
+def test_the_choice_is_made_behind_the_users_text_and_in_the_answer(model, monkeypatch):
+    with BudgetedCache(model, CONFIG) as cache:
+        at = []
+        choose = cache.compressor.choose_again
+        monkeypatch.setattr(cache.compressor, "choose_again", lambda ledger: (at.append(ledger.n_tokens), choose(ledger)))
+        cache.read([Passage("system", tokens(20)), *user(100)])
+        cache.read(user(30))
+        for token in tokens(40):
+            cache.append(np.array([token]), "decode")
+        assert at == [120, 153, 156 + 16, 156 + 32]
+        # given answers are only read
+        cache.read([Passage("assistant", tokens(40))])
+        assert len(at) == 4
+        # but one that is measured is read as it would be generated
+        assert cache.room_in_answer == 16 - 8
+        cache.append(tokens(8), "decode")
+        assert len(at) == 5 and cache.room_in_answer == 16
+
+
+def test_going_back_forgets_what_was_archived_since(model):
+    with BudgetedCache(model, CONFIG) as cache:
+        cache.read(user(150))
+        before, held = cache.ledger.n_tokens, cache.ledger.tokens[..., : cache.ledger.n_cells].copy()
+        cache.mark()
+        cache.read(user(150, 3))
+        assert cache.compressor.recaller.archive.n_tokens > before
+        assert cache.set_length(before)
+        np.testing.assert_array_equal(cache.ledger.tokens[..., : cache.ledger.n_cells], held)
+        cache.read(user(80, 4))
+        cache.choose_again()
+        check(cache, cache.compressor.recaller.archive)
+        cache.begin(0)
+        assert cache.compressor.recaller.archive.n_tokens == 0
+        cache.read(user(120, 5))
+
+
+def test_what_is_held_comes_back_though_cells_were_exchanged(model):
+    with BudgetedCache(model, CONFIG, spare=100) as cache:
+        for turn in range(3):
+            cache.read(user(100, turn))
+        cache.compress()
+        n, before, queries = cache.ledger.n_cells, cache.ledger.tokens[..., : cache.ledger.n_cells].copy(), cache.native.read_queries(1)
+        rows = cache.native.read_rows(np.arange(n))
+        with cache.hold():
+            cache.read(user(30, 9))
+            assert cache.ledger.n_cells == n + 33 and (cache.ledger.tokens[..., :n] != before).any()
+            inner = cache.ledger.tokens[..., : n + 33].copy()
+            with cache.hold():
+                for token in tokens(20):
+                    cache.append(np.array([token]), "decode")
+                assert cache.ledger.n_cells == n + 53
+            np.testing.assert_array_equal(cache.ledger.tokens[..., : n + 33], inner)
+        np.testing.assert_array_equal(cache.ledger.tokens[..., : cache.ledger.n_cells], before)
+        after = cache.native.read_rows(np.arange(n))
+        np.testing.assert_array_equal(after.k, rows.k)
+        np.testing.assert_array_equal(after.v, rows.v)
+        np.testing.assert_array_equal(cache.native.read_queries(1), queries)
+        cache.read(user(50))
+        check(cache, cache.compressor.recaller.archive)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"archive_ram": 2 * 256 * 9 * 256}, "filled the"), ({"archive": "disk", "archive_ram": 0}, "cannot be written")]
+)
+def test_without_its_archive_the_conversation_goes_on(model, tmp_path, changes, reason):
+    config = CacheConfig(**{**vars(CONFIG), "archive_dir": tmp_path / "away", **changes})
+    with BudgetedCache(model, config) as cache:
+        for turn in range(8):
+            cache.read(user(100, turn))
+            assert cache.ledger.n_cells <= 96 + 32
+        assert cache.compressor.recaller is None and reason in cache.compressor.lost
+        cache.begin(0)
+        assert cache.compressor.recaller is not None and cache.compressor.lost == ""
+
+
+def test_past_the_trained_context_the_archive_is_given_up(model):
+    with BudgetedCache(model, CONFIG) as cache:
+        monkey = cache.compressor
+        monkey.n_ctx_train = 600
+        for turn in range(8):
+            cache.read(user(100, turn))
+        assert monkey.rotations and monkey.recaller is None and monkey.lost == _PAST_CONTEXT
+
+
+def test_a_sliding_window_model_recalls_in_its_global_layers(tmp_path):
+    write_tiny_model(tmp_path / "tiny.gguf", "gemma3", n_layer=12)
+    with Model(tmp_path / "tiny.gguf") as tiny, BudgetedCache(tiny, CONFIG) as cache:
+        assert cache.layout.is_swa and cache.layout.n_layer < tiny.n_layer
+        for turn in range(3):
+            before = cache.ledger.n_tokens
+            cache.mark()
+            cache.read([Passage("user", tokens(90, turn) % tiny.n_vocab), Passage("assistant", tokens(3) % tiny.n_vocab)])
+        check(cache, cache.compressor.recaller.archive)
+        assert cache.compressor.n_recalled > 0
+        assert cache.set_length(before)
+        cache.read([Passage("user", tokens(60, 9) % tiny.n_vocab), Passage("assistant", tokens(3) % tiny.n_vocab)])
+        check(cache, cache.compressor.recaller.archive)
+
+
+def test_impossible_archives_are_refused():
+    recall = {"archive": "ram", "policy": "recall"}
+    for changes in ({"archive": "tape"}, recall | {"policy": "snapkv"}, recall | {"positions": "cache"}, {"archive_ram": -1}):
+        with pytest.raises(CacheError):
+            CacheConfig(**changes)
+
+
+def test_a_chat_with_an_archive(smollm2):
+    """Answers, another answer, and a turn that is taken back; cache and archive agree with the ledger all the time."""
+    sampling = SamplingParams(temperature=0)
+    with Model(smollm2) as model, ChatSession(model, SessionConfig(**vars(CONFIG) | {"sampling": sampling, "max_tokens": 24})) as chat:
+        for i in range(4):
+            text = "".join(chat.send(f"Question {i}: name some things that start with the letter {chr(97 + i)}, and say what they are good for."))
+            assert chat.kv.used <= 96 + 32
+        assert chat.kv.archived and chat.kv.recalled and chat.kv.archive_bytes == (chat.cache.compressor.recaller.archive.bytes_in_memory, 0)
+        check(chat.cache, chat.cache.compressor.recaller.archive)
+        assert "".join(chat.regenerate()) == text
+        taken = chat.undo()
+        assert [message["role"] for message in taken] == ["user", "assistant"] and chat.kv.archived <= chat.kv.history_tokens
+        assert "".join(chat.send(taken[0]["content"])) == text
+        check(chat.cache, chat.cache.compressor.recaller.archive)
+        with pytest.raises(SessionError, match="a snapshot does not hold"):
+            chat.resume(chat.messages, chat.snapshot())
