@@ -265,8 +265,8 @@ class Chat:
         return taken
 
     def replace(self, config: SessionConfig, messages: Sequence[Message]) -> None:
-        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again: there is never
-        memory for more than one session.
+        """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again: there is
+        never memory for more than one session.
 
         Raises:
             KvlocalError: they do not go together, or not with the model, or not with the memory there is.
