@@ -141,6 +141,12 @@ def test_the_choice_is_made_behind_the_users_text_and_in_the_answer(model, monke
         assert cache.room_in_answer == 16 - 8
         cache.append(tokens(8), "decode")
         assert len(at) == 5 and cache.room_in_answer == 16
+        # where a compression has just chosen nothing is left to do
+        chosen = []
+        choice = cache.compressor.recaller.choose
+        monkeypatch.setattr(cache.compressor.recaller, "choose", lambda *args: (chosen.append(args[0].n_tokens), choice(*args))[1])
+        cache.read(user(63, 8))
+        assert len(at) == 6 and chosen == sorted(set(chosen)) and cache.ledger.n_tokens - 3 in chosen
 
 
 def test_going_back_forgets_what_was_archived_since(model):

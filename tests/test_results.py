@@ -9,9 +9,11 @@ import resource
 import pytest
 
 from kvlocal.batch.line import Failure, Result
-from kvlocal.batch.output import Results
+from kvlocal.batch.output import Results, settings_key
+from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.runner import WorkFile
+from kvlocal.llama.model import Model
 from kvlocal.training.synth import DataFile, SynthSettings
 
 KEY = "0" * 32
@@ -269,3 +271,15 @@ def test_a_full_disk_leaves_the_lines_before(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
+
+
+def test_settings_are_others_when_answers_are(smollm2, tmp_path):
+    with Model(smollm2) as model:
+
+        def key(**changes):
+            return settings_key(model, SessionConfig(**{"policy": "recall", "archive": "disk", **changes}), None)
+
+        for changes in ({"n_threads": 1}, {"archive_ram": 5}, {"archive_dir": tmp_path}):
+            assert key(**changes) == key()
+        for changes in ({"archive": "off"}, {"budget": 300}, {"policy_args": {"recent": 0.7}}):
+            assert key(**changes) != key()

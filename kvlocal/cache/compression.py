@@ -61,6 +61,7 @@ class Compressor:
     before: called before anything is removed or moved, with the ledger
     recaller: chooses from the archive, None without one
     n_recalled: cells that came back when they were last chosen, mean over layers and heads
+    chosen_at: how many tokens there were then
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
     """
@@ -81,6 +82,7 @@ class Compressor:
     recaller: Recaller | None = None
     lost: str = ""
     n_recalled: float = 0.0
+    chosen_at: int = 0
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0
@@ -148,7 +150,9 @@ class Compressor:
 
     def choose_again(self, ledger: Ledger) -> None:
         """Chooses the cells anew from the whole conversation, if there is an archive and the cache does not hold all of it."""
-        if self.recaller and (ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held)):
+        if self.recaller is None or self.chosen_at == ledger.n_tokens:
+            return
+        if ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held):
             self.before(ledger)
             self._recall(ledger)
 
@@ -175,7 +179,7 @@ class Compressor:
         with ledger.changing():
             self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
             ledger.refill(refill.gather, refill.tokens, refill.positions)
-        self.n_recalled = refill.n_recalled
+        self.n_recalled, self.chosen_at = refill.n_recalled, ledger.n_tokens
         self.seconds.recall += time.perf_counter() - started
         return True
 
@@ -186,7 +190,7 @@ class Compressor:
     def close_archive(self) -> None:
         if self.recaller:
             self.recaller.archive.close()
-        self.recaller, self.lost, self.n_recalled = None, "", 0.0
+        self.recaller, self.lost, self.n_recalled, self.chosen_at = None, "", 0.0, 0
 
     def _give_up_archive(self, reason: str) -> None:
         """What is evicted from now on is gone for good, and so is what was evicted."""
