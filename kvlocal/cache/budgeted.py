@@ -17,7 +17,7 @@ from kvlocal import policies
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
-from kvlocal.cache.ledger import NEXUS, Ledger
+from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
 from kvlocal.cache.score_sources import ScoreSources, carried_scores
 from kvlocal.llama.adapter import Adapter
@@ -113,9 +113,8 @@ class BudgetedCache(NotedCells):
                 config.n_ubatch,
                 model.n_ctx_train,
                 model.n_swa if self.layout.is_swa else 0,
-                before=self._keep,
+                before=self._way_back.keep,
             )
-            self._exchanged: tuple[npt.NDArray[np.uint8], Ledger] | None = None  # in hold(): cells and ledger before any were exchanged
             opened.callback(self.compressor.close_archive)
             self.begin(0)
             self._opened = opened.pop_all()
@@ -318,28 +317,24 @@ class BudgetedCache(NotedCells):
             compressor.make_room(ledger, min(self.n_free, self.model.n_ctx_train // 2))
             self.observer.before_removal(ledger)
         # what is copied inside is not to overwrite the copy there is
-        n_tokens, compressor.held, way_back.checkpoint, way_back.copy = ledger.n_tokens, True, None, copy[:0]
+        n_tokens, way_back.checkpoint, way_back.copy = ledger.n_tokens, None, copy[:0]
+        compressor.held = way_back.held = True
         segments, begun = ledger.segments_now(), self._begun
         ring = self.native.ring_state() if compressor.recaller else None
-        outside, self._exchanged = self._exchanged, None
+        outside, way_back.exchanged = way_back.exchanged, None
         try:
             with self.taken_back():
                 yield
         finally:
-            exchanged, self._exchanged = self._exchanged, outside
-            compressor.held, way_back.checkpoint, way_back.copy = outer, checkpoint, copy
+            exchanged, way_back.exchanged = way_back.exchanged, outside
+            compressor.held = way_back.held = outer
+            way_back.checkpoint, way_back.copy = checkpoint, copy
             if exchanged and self._begun == begun:
                 state, self.ledger = exchanged
                 self._restore(state, n_tokens, ring)
             if not self.uncertain:
                 self._truncate(n_tokens)
                 self.ledger.segments[:] = segments
-
-    def _keep(self, ledger: Ledger) -> None:
-        """Before something that cutting off the tail could not bring back."""
-        self._way_back.keep(ledger)
-        if self.compressor.held and self._exchanged is None:
-            self._exchanged = self.context.state_get(), ledger.copy()
 
     def _truncate(self, n_tokens: int) -> None:
         super()._truncate(n_tokens)

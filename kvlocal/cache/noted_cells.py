@@ -38,21 +38,28 @@ class _Checkpoint:
 
 
 class _WayBack:
-    """Keeps the checkpoint, with the one copy of the cache that it may need.
+    """Keeps the checkpoint, with the one copy of the cache that it may need, and while the cells are held a copy of what they were.
 
     n_bytes: what is allocated for the copy now, so that memory stays what it is from the first turn on
+
+    held: whether what is exchanged is to be brought back
+    exchanged: while held, cells and ledger before any were exchanged; None if none were
     """
 
     def __init__(self, context: SequenceDecoder, n_bytes: int) -> None:
         self._context = context
         self.copy = np.full(n_bytes, 0, np.uint8)
         self.checkpoint: _Checkpoint | None = None
+        self.held = False
+        self.exchanged: tuple[npt.NDArray[np.uint8], Ledger] | None = None
 
     def keep(self, ledger: Ledger) -> None:
-        """Copies the cache, once for a checkpoint, before something that cutting off the tail could not bring back."""
+        """Copies the cache, once for a checkpoint and once while it is held, before something that cutting off the tail could not bring back."""
         checkpoint = self.checkpoint
         if checkpoint and checkpoint.state is None and ledger.n_cells:
             checkpoint.state, checkpoint.ledger = self._context.state_get(out=self.copy), ledger.copy()
+        if self.held and self.exchanged is None:
+            self.exchanged = self._context.state_get(), ledger.copy()
 
 
 class NotedCells:
