@@ -1,14 +1,17 @@
 """Fixtures that more than one test module uses, and the signals of all."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import device
 import pytest
+from shallow_model import write_shallow_model
 
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import resolve
 from kvlocal.hub.pull import pull
+from kvlocal.llama.model import Model
 
 # nohup and background jobs are started with these ignored, and so would be all that the tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, which `make test` has fetched."""
     return resolve("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def shallow_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """Its first four layers in float32, see shallow_model.py."""
+    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
+    write_shallow_model(smollm2, path, 4)
+    with Model(path) as model:
+        yield model
+    path.unlink()
 
 
 @pytest.fixture(scope="session")

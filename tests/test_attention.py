@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from shallow_model import write_shallow_model
 
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import Context
@@ -15,12 +14,8 @@ L = 4  # layers of the shallow model
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, L)
-    with Model(path) as m:
-        yield m
-    path.unlink()
+def model(shallow_model):
+    return shallow_model
 
 
 @pytest.fixture(scope="module")

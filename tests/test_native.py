@@ -4,7 +4,6 @@ import device
 import numpy as np
 import pytest
 import tiny_model
-from shallow_model import write_shallow_model
 
 from kvlocal.doctor.memory_estimate import available_memory
 from kvlocal.llama.cells import NativeCache, NativeError
@@ -24,12 +23,8 @@ def full_model(smollm2):
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, L)
-    with Model(path) as m:
-        yield m
-    path.unlink()
+def model(shallow_model):
+    return shallow_model
 
 
 @pytest.fixture(scope="module")

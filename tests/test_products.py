@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-from shallow_model import write_shallow_model
 
 from kvlocal.llama.context import Context
-from kvlocal.llama.model import Model
 
 pytestmark = pytest.mark.cpu_only
 
@@ -13,12 +11,8 @@ N = 20
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, 4)
-    with Model(path) as m:
-        yield m
-    path.unlink()
+def model(shallow_model):
+    return shallow_model
 
 
 def cells(model, first, last, n_threads=2):

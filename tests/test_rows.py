@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import tiny_model
 from gguf import GGMLQuantizationType
-from shallow_model import write_shallow_model
 from test_native import Chat, L, N, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
@@ -25,12 +24,8 @@ STEP = {"f32": 1e-3, "f16": 1e-3, "q8_0": 1e-2, "q5_1": 0.04, "q5_0": 0.07, "q4_
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, L)
-    with Model(path) as m:
-        yield m
-    path.unlink()
+def model(shallow_model):
+    return shallow_model
 
 
 @pytest.fixture(scope="module")
