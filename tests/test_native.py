@@ -65,10 +65,10 @@ class Chat:
         return np.sort(np.argsort(-keys, axis=-1)[..., :n_keep], axis=-1)
 
 
-def reference_weights(chat, layer, n_query):
-    """Softmax weights [n_query, query heads, C] in float64, from what is stored."""
+def reference_weights(chat, layer, n_query, keys=None):
+    """Softmax weights [n_query, query heads, C] in float64, from what is stored, or from keys [H, C, d] in the place of the cells'."""
     native = chat.native
-    k = native.read_keys(layer).astype(np.float64)
+    k = (native.read_keys(layer) if keys is None else keys).astype(np.float64)
     q = native.read_queries(layer).astype(np.float64)[-n_query:]
     pos, q_pos = native.positions(), native.query_positions()[-n_query:]
     k = np.repeat(k, q.shape[1] // k.shape[0], axis=0)
@@ -79,8 +79,8 @@ def reference_weights(chat, layer, n_query):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def reference_scores(chat, layer, n_query, largest=False):
-    weights = reference_weights(chat, layer, n_query)
+def reference_scores(chat, layer, n_query, largest=False, keys=None):
+    weights = reference_weights(chat, layer, n_query, keys)
     n_head_kv = chat.native.layout().n_head_kv
     weights = weights.reshape(n_query, n_head_kv, -1, weights.shape[-1]).max(2)
     return weights.max(0) if largest else weights.mean(0)

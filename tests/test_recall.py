@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from rewritten_model import rewrite
 from shallow_model import write_shallow_model
+from test_native import hadamard_matrix, rotate
+from test_rows import STEP, numbers
 from tiny_model import write_tiny_model
 
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.budgeted import BudgetedCache, Passage
-from kvlocal.cache.compression import _PAST_CONTEXT
 from kvlocal.cache.config import CacheConfig, CacheError
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession, SessionError
@@ -86,20 +88,28 @@ def test_scores_of_archived_keys_are_those_of_a_cache_that_holds_all(model):
                 with pytest.raises(NativeError) as error:
                     cache.native.row_scores(*wrong)
                 assert error.value.code == load().lib.KVL_ERR_ARGUMENT
-            with pytest.raises(ValueError, match="chunks of keys"):
+            with pytest.raises(ValueError, match="keys must be contiguous"):
                 cache.native.row_scores([chunk[:1] for chunk in chunks], 300)
 
 
 def check(cache, archived):
-    """Every cell holds the row of the token that the ledger says, which is the archive's."""
-    ledger = cache.ledger
-    held = ledger.tokens[..., : ledger.n_cells]
+    """Every cell holds the row of the token that the ledger says, which is the archive's, its key at the position that the ledger says."""
+    ledger, n = cache.ledger, cache.ledger.n_cells
+    held, places = ledger.tokens[..., :n], ledger.positions[..., :n]
     assert (np.diff(held, axis=-1) > 0).all() and (held[..., : ledger.n_pinned] == np.arange(ledger.n_pinned)).all()
-    assert cache.native.n_cells() == ledger.n_cells and (ledger.positions[..., : ledger.n_cells] == held).all()
-    rows, stored = cache.native.read_rows(np.arange(ledger.n_cells)), archived.rows(np.minimum(held, archived.n_tokens - 1))
-    known = held < archived.n_tokens
-    np.testing.assert_array_equal(rows.k[known], stored.k[known])
+    assert cache.native.n_cells() == n and (places[..., -1] == ledger.next_position - 1).all()
+    rows, tokens = cache.native.read_rows(np.arange(n)), np.minimum(held, archived.n_tokens - 1)
+    stored, known = archived.rows(tokens), held < archived.n_tokens
+    moved = known & (places != archived.positions[tokens])
+    np.testing.assert_array_equal(rows.k[known & ~moved], stored.k[known & ~moved])
     np.testing.assert_array_equal(rows.v[known], stored.v[known])
+    if moved.any():
+        kind = cache.config.type_k
+        hadamard = np.eye(64) if kind == "f16" else hadamard_matrix(64)
+        delta = (places - archived.positions[tokens])[moved].astype(np.float64)
+        wanted = rotate(numbers(stored.k[moved], kind) @ hadamard, delta, 100000.0, 64) @ hadamard
+        assert (np.abs(numbers(rows.k[moved], kind) - wanted).max(-1) / np.abs(wanted).max(-1)).max() < STEP[kind]
+    return moved
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
@@ -205,13 +215,85 @@ def test_without_its_archive_the_conversation_goes_on(model, tmp_path, changes, 
         assert cache.compressor.recaller is not None and cache.compressor.lost == ""
 
 
-def test_past_the_trained_context_the_archive_is_given_up(model):
-    with BudgetedCache(model, CONFIG) as cache:
-        monkey = cache.compressor
-        monkey.n_ctx_train = 600
-        for turn in range(8):
+@pytest.fixture(scope="module")
+def short_model(smollm2, tmp_path_factory):
+    """Trained for 600 positions, as it says."""
+    path = tmp_path_factory.mktemp("short")
+    write_shallow_model(smollm2, path / "shallow.gguf", 3)
+    rewrite(path / "shallow.gguf", path / "short.gguf", metadata={"llama.context_length": 600})
+    with Model(path / "short.gguf") as m:
+        yield m
+
+
+def reference_scores(cache, n_query, layer):
+    """The attention that the last queries pay to all tokens of the conversation where they have to be now, [H, n_tokens], slowly in float64."""
+    ledger, recaller = cache.ledger, cache.compressor.recaller
+    archive, kind = recaller.archive, cache.config.type_k
+    every = np.arange(archive.n_tokens)
+    delta = (recaller.positions(ledger, ledger.next_position) - archive.positions).astype(np.float64)
+    hadamard = np.eye(64) if kind == "f16" else hadamard_matrix(64)
+    stored = archive.rows(np.broadcast_to(every, (*ledger.tokens.shape[:2], len(every)))).k[layer]
+    keys = rotate(numbers(stored, kind) @ hadamard, np.broadcast_to(delta, stored.shape[:2]), 100000.0, 64) @ hadamard
+    queries = cache.native.read_queries(layer).astype(np.float64)[-n_query:]
+    logits = np.einsum("whd,hcd->hwc", queries, np.repeat(keys, 3, axis=0)) * cache.native.kq_scale(layer)
+    logits = np.where(every > len(every) - n_query + np.arange(n_query)[:, None], -np.inf, logits)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return weights.reshape(3, 3, n_query, -1).max(1).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_past_the_trained_context_the_archive_stays(short_model, kind):
+    """Five times the trained context: what is recalled is from all of it, at positions that the model knows, and exact."""
+    config = CacheConfig(**vars(CONFIG) | {"type_k": kind, "type_v": kind})
+    with BudgetedCache(short_model, config) as cache:
+        cache.begin(8)
+        compressor, oldest, moved = cache.compressor, [], 0
+        for turn in range(30):
+            cache.read(user(80, turn))
+            for token in tokens(20, turn + 50):
+                cache.append(np.array([token]), "decode")
+            cache.choose_again()
+            assert cache.ledger.next_position <= 600 and compressor.lost == ""
+            archive = compressor.recaller.archive
+            assert archive.n_tokens == cache.ledger.n_tokens == (turn + 1) * 103
+            if turn < 5 or turn % 5 == 0:
+                moved += check(cache, archive).sum()
+                now = compressor.recaller.positions(cache.ledger, cache.ledger.next_position)
+                held, places = (array[..., : cache.ledger.n_cells] for array in (cache.ledger.tokens, cache.ledger.positions))
+                np.testing.assert_array_equal(now[held], places)
+            oldest.append(cache.ledger.tokens[..., 8].min())
+        assert compressor.rotations >= 10 and moved and min(oldest[20:]) < 600
+        # chosen by the attention to keys where they have to be now
+        while len(cache.native.query_positions()) < 16:
+            cache.append(tokens(1), "decode")
+        cache.choose_again()
+        n_query = len(cache.native.query_positions())
+        expected = np.stack([reference_scores(cache, n_query, layer) for layer in range(3)]).astype(np.float32)
+        found = compressor.recaller._scores(compressor.recaller.positions(cache.ledger, cache.ledger.next_position))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        n_keep = cache.ledger.n_cells
+        assert (cache.ledger.tokens[..., :n_keep] == Recall().plan(state(found, 8, 16), n_keep).keep).all()
+
+
+def test_going_back_to_before_positions_ran_out(short_model):
+    """The turn that is taken back was read at lower positions than what came before."""
+    with BudgetedCache(short_model, CONFIG) as cache:
+        cache.begin(8)
+        for turn in range(12):
+            rotations, before = cache.compressor.rotations, cache.ledger.n_tokens
+            held, next_position = cache.ledger.tokens[..., : cache.ledger.n_cells].copy(), cache.ledger.next_position
+            cache.mark()
             cache.read(user(100, turn))
-        assert monkey.rotations and monkey.recaller is None and monkey.lost == _PAST_CONTEXT
+            if turn > 5 and cache.compressor.rotations > rotations:
+                assert cache.set_length(before) and cache.ledger.next_position == next_position
+                np.testing.assert_array_equal(cache.ledger.tokens[..., : cache.ledger.n_cells], held)
+                cache.read(user(100, turn + 100))
+                cache.choose_again()
+                check(cache, cache.compressor.recaller.archive)
+                break
+        else:
+            pytest.fail("positions never ran out")
 
 
 def test_a_sliding_window_model_recalls_in_its_global_layers(tmp_path):

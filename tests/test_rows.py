@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from test_native import Chat, L, N, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
-from kvlocal.llama.cells import NativeCache, NativeError, Rows
+from kvlocal.llama.cells import BLOCK, NativeCache, NativeError, Rows
 from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
@@ -118,6 +118,16 @@ def test_what_is_not_rotated_is_moved_bit_by_bit(model, tokens, types, portable,
 
 
 @pytest.mark.parametrize("portable", [False, True])
+def test_rows_in_chunks_are_the_same_rows(model, tokens, types, portable):
+    chat, other = Chat(model, tokens, n=150, **types), Chat(model, tokens[500:], n=48, **types)
+    before, brought = everything(chat.native), everything(other.native)
+    gather = mixed(chat, 110, brought.n)
+    chunks = [Rows(*(array[:, :, at : at + 16] for array in (brought.k, brought.v))) for at in (0, 16, 32)]
+    chat.native.compact(gather, np.arange(110), rows=chunks, portable=portable)
+    assert_same(everything(chat.native), pick(joined(before, brought), gather))
+
+
+@pytest.mark.parametrize("portable", [False, True])
 def test_identity_and_no_rows(model, tokens, portable):
     chat = Chat(model, tokens, n=60)
     before = everything(chat.native)
@@ -190,6 +200,140 @@ def test_scores_and_redundancy_of_every_type(model, tokens, types):
                 np.testing.assert_allclose(redundancy[layer, head] / expected.max(), expected / expected.max(), atol=1e-3 if margin > 1e-5 else 5e-3)
 
 
+def chunks_of(keys, size):
+    """Keys [L, H, n, bytes] in chunks of so many tokens, the last one filled up with rubbish."""
+    padded = np.full((*keys.shape[:2], -(-keys.shape[2] // size) * size, keys.shape[3]), 0x3C, np.uint8)
+    padded[:, :, : keys.shape[2]] = keys
+    return [np.ascontiguousarray(padded[:, :, at : at + size]) for at in range(0, padded.shape[2], size)]
+
+
+@pytest.mark.parametrize("moved", [([0], [0]), ([0], [700]), ([0, 1, 37, 100, 170], [5000, -3, 0, -30, 0])], ids=["stay", "all", "stretches"])
+def test_scores_of_rows_are_those_of_keys_rotated_there(model, tokens, types, moved):
+    chat = Chat(model, tokens, n=200, **types)
+    keys = everything(chat.native).k
+    shifts = np.repeat(moved[1], np.diff([*moved[0], 200])).astype(np.float64)
+    hadamard = np.eye(64) if types["type_k"] in ("f16", "f32") else hadamard_matrix(64)
+    for size in (64, 256):
+        for options in ({"n_query": W}, {"n_query": 5}, {"n_query": 5, "largest": True}):
+            scores = chat.native.row_scores(chunks_of(keys, size), 200, stretches=moved, **options)
+            for layer in (0, L - 1):
+                rotated = rotate(numbers(keys[layer], types["type_k"]) @ hadamard, np.broadcast_to(shifts, (3, 200)), 100000.0, 64) @ hadamard
+                np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, keys=rotated, **options), atol=1e-3)
+
+
+def boxed(chat, keys):
+    """Chunks of 256 keys [L, H, n, bytes], and their boxes as far as blocks are whole, in two goes."""
+    chunks, boxes = chunks_of(keys, 256), []
+    for i, chunk in enumerate(chunks):
+        box = np.full((*chunk.shape[:2], 2, 64, 16), np.nan, np.float16)
+        n_blocks = min(16, (keys.shape[2] - 256 * i) // BLOCK)
+        for blocks in (range(5), range(5, n_blocks)):
+            chat.native.fill_boxes(chunk, blocks, box)
+        boxes.append(box)
+    return chunks, boxes
+
+
+def test_boxes_hold_the_keys_of_their_block(model, tokens, types):
+    chat = Chat(model, tokens, n=360, **types)
+    keys = everything(chat.native).k
+    _, boxes = boxed(chat, keys)
+    blocks = numbers(keys, types["type_k"])[:, :, : 22 * BLOCK].reshape(L, 3, 22, BLOCK, 64)
+    found = np.concatenate(boxes, axis=-1)
+    assert np.isnan(found[..., 22:]).all()
+    np.testing.assert_array_equal(found[:, :, 0, :, :22], np.swapaxes(blocks.min(3), 2, 3).astype(np.float16))
+    np.testing.assert_array_equal(found[:, :, 1, :, :22], np.swapaxes(blocks.max(3), 2, 3).astype(np.float16))
+
+
+@pytest.mark.parametrize("moved", [None, ([0, 20, 37, 100, 330], [5000, -3, 0, -30, 0])], ids=["stay", "stretches"])
+def test_the_best_rows_are_those_that_their_boxes_let_expect(model, tokens, types, moved):
+    chat = Chat(model, tokens, n=360, **types)
+    kind, keys = types["type_k"], everything(chat.native).k
+    chunks, boxes = boxed(chat, keys)
+    starts, shifts = moved or ([0], [0])
+    shift_of = np.repeat(shifts, np.diff([*starts, 360])).astype(np.float64)
+    hadamard = np.eye(64) if kind in ("f16", "f32") else hadamard_matrix(64)
+    for n_query, n_bound, first, last, n_blocks in ((16, 4, 16, 320, 6), (5, 16, 0, 336, 21), (16, 16, 32, 304, 1), (16, 1, 48, 208, 0)):
+        rows, scores = chat.native.best_rows(
+            chunks, boxes, 360, first=first, last=last, n_blocks=n_blocks, n_query=n_query, n_bound=n_bound, stretches=moved
+        )
+        assert (np.diff(rows, axis=-1) > 0).all() and rows.shape == (L, 3, first + 16 * n_blocks + 360 - last)
+        np.testing.assert_array_equal(rows[..., :first], np.broadcast_to(np.arange(first), (L, 3, first)))
+        np.testing.assert_array_equal(rows[..., first + 16 * n_blocks :], np.broadcast_to(np.arange(last, 360), (L, 3, 360 - last)))
+        n_bound = min(n_bound, n_query)
+        for layer in (0, L - 1):
+            queries = chat.native.read_queries(layer).astype(np.float64)[-n_query:] * chat.native.kq_scale(layer)
+            asked = [n_query - 1 - i * n_query // n_bound for i in range(n_bound)]
+            rotated = rotate(numbers(keys[layer], kind) @ hadamard, np.broadcast_to(shift_of, (3, 360)), 100000.0, 64) @ hadamard
+            for head in range(3):
+                chosen = rows[layer, head]
+                # the softmax over the chosen rows alone
+                q = queries[:, 3 * head : 3 * head + 3]
+                logits = np.einsum("wgd,nd->wgn", q, rotated[head, chosen])
+                hidden = chosen > 360 - n_query + np.arange(n_query)[:, None]
+                logits = np.where(hidden[:, None], -np.inf, logits)
+                weights = np.exp(logits - logits.max(-1, keepdims=True))
+                expected = (weights / weights.sum(-1, keepdims=True)).max(1).mean(0)
+                np.testing.assert_allclose(scores[layer, head], expected, atol=1e-3)
+                if not 0 < n_blocks < (last - first) // BLOCK:
+                    continue
+                # the blocks that the boxes promise most of, each met by queries in the frame of its first key
+                box = np.concatenate(boxes, axis=-1)[layer, head].astype(np.float64)[..., first // BLOCK : last // BLOCK]
+                back = np.repeat(-shift_of[first:last:BLOCK], 3).reshape(-1, 3)
+                bound = np.empty((n_bound, 3, len(back)))
+                for i, query in enumerate(asked):
+                    turned = rotate((q[query] @ hadamard)[None].repeat(len(back), 0), back, 100000.0, 64) @ hadamard
+                    bound[i] = np.einsum("bgc,cb->gb", np.maximum(turned, 0), box[1]) + np.einsum("bgc,cb->gb", np.minimum(turned, 0), box[0])
+                weights = np.exp(bound - bound.max(-1, keepdims=True))
+                promise = (weights / weights.sum(-1, keepdims=True)).max(1).mean(0)
+                got = np.unique((chosen[first : first + 16 * n_blocks] - first) // BLOCK)
+                assert promise[got].min() > np.sort(promise)[-n_blocks] - 1e-4 and len(got) == n_blocks
+
+
+def test_wrong_boxes_are_refused(model, tokens):
+    chat = Chat(model, tokens, n=360)
+    chunks, boxes = boxed(chat, everything(chat.native).k)
+    lib, ffi = load().lib, load().ffi
+    good = {"first": 16, "last": 320, "n_blocks": 3, "n_query": 16, "n_bound": 4}
+    for bad in (
+        {"first": -16}, {"first": 8}, {"last": 0}, {"last": 321}, {"last": 368}, {"n_blocks": 20}, {"n_bound": 0}, {"n_query": -1}, {"last": 352},
+        {"n_rows": 513}, {"n_rows": 0, "last": 0, "first": 0, "n_blocks": 1},
+    ):  # fmt: skip
+        options = {"n_rows": 360} | good | bad
+        with pytest.raises(NativeError) as error:
+            chat.native.best_rows(chunks, boxes, **options)
+        assert error.value.code == lib.KVL_ERR_ARGUMENT, bad
+    for wrong in ((chunks, boxes[:1]), ([chunk[:, :, :128].copy() for chunk in chunks], boxes), (chunks, [box.view(np.int16) for box in boxes])):
+        with pytest.raises(ValueError):
+            chat.native.best_rows(*wrong, 360, **good)
+    for blocks in (range(-1, 3), range(17, 18), range(3, 17)):
+        with pytest.raises(NativeError) as error:
+            chat.native.fill_boxes(chunks[0], blocks, boxes[0])
+        assert error.value.code == lib.KVL_ERR_ARGUMENT
+    with pytest.raises(NativeError):
+        chat.native.fill_boxes(chunks[0][:, :, :128].copy(), range(1), np.zeros((L, 3, 2, 64, 8), np.float16))
+    keys, box = ffi.from_buffer("uint8_t[]", chunks[0]), ffi.cast("uint16_t *", ffi.from_buffer(boxes[0]))
+    size, context = boxes[0].nbytes, chat.native._context
+    assert lib.kvl_get_boxes(context, ffi.NULL, 256, 0, 1, box, size, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, ffi.NULL, size, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, box, size - 1, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, box, size, L, 2) == lib.KVL_ERR_ARGUMENT
+
+
+def test_wrong_stretches_are_refused(model, tokens):
+    chat = Chat(model, tokens, n=60)
+    chunks, lib, ffi = chunks_of(everything(chat.native).k, 64), load().lib, load().ffi
+    for starts, shifts in (([1], [0]), ([0, 0], [1, 2]), ([0, 20, 10], [1, 2, 3]), ([0, 60], [1, 2]), ([-1, 5], [1, 2]), ([0], [-(2**31)])):
+        with pytest.raises(NativeError) as error:
+            chat.native.row_scores(chunks, 60, stretches=(starts, shifts))
+        assert error.value.code == lib.KVL_ERR_ARGUMENT
+    with pytest.raises(ValueError, match="starts and shifts"):
+        chat.native.row_scores(chunks, 60, stretches=([0, 1], [0]))
+    pointers, scores = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunks[0].ctypes.data)]), np.zeros((L, 3, 60), np.float32)
+    for starts, shifts, n in ((ffi.NULL, ffi.new("int32_t[]", 1), 1), (ffi.new("int32_t[]", 1), ffi.NULL, 1), (ffi.NULL, ffi.NULL, -1)):
+        out = chat.native._floats(scores)
+        assert lib.kvl_get_row_scores(chat.native._context, 0, W, 0, pointers, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+
+
 @pytest.mark.parametrize("portable", [False, True])
 def test_other_sequences_stay_as_they_are(model, tokens, types, portable):
     context = Context(model, n_cells=256, n_ubatch=128, n_seq_max=3, **types)
@@ -247,9 +391,10 @@ def test_wrong_rows_are_refused_and_change_nothing(model, tokens):
         with pytest.raises(NativeError) as error:
             native.compact(gather, positions, rows=rows)
         assert error.value.code == lib.KVL_ERR_ARGUMENT
-    for wrong in (Rows(before.k[..., :-1], before.v), Rows(before.k, before.v[:1]), Rows(before.k.astype(np.int16), before.v)):
+    half = Rows(before.k[:, :, :30], before.v[:, :, :30])
+    for bad in (Rows(before.k[..., :-1], before.v), Rows(before.k, before.v[:1]), Rows(before.k.astype(np.int16), before.v), [before, half]):
         with pytest.raises(ValueError, match="rows of this cache must be"):
-            native.compact(good, np.arange(60), rows=wrong)
+            native.compact(good, np.arange(60), rows=bad)
     for cells in ([60], [-1]):
         with pytest.raises(NativeError) as error:
             native.read_rows(np.array(cells))
@@ -261,16 +406,26 @@ def test_wrong_rows_are_refused_and_change_nothing(model, tokens):
         assert result < 0 and ffi.string(lib.kvl_last_error())
         return result
 
-    for change in ({"k": ffi.NULL}, {"v": ffi.NULL}, {"n_bytes_k": 5}, {"n_bytes_v": 2**40}, {"n_rows": 0}, {"n_rows": -1}):
-        rows = native._rows(before)
+    wrong = [{"k": ffi.NULL}, {"v": ffi.NULL}, {"k": ffi.new("uint8_t *[1]")}, {"v": ffi.new("uint8_t *[1]")}, {"n_bytes_k": 5}, {"n_bytes_v": 2**40}]
+    wrong += [{name: value} for name in ("n_rows", "n_chunk", "chunk_size") for value in (0, -1)] + [{"n_rows": 61}]
+    for change in wrong:
+        rows, *_pointers = native._rows([before])
         for name, value in change.items():
             setattr(rows, name, value)
         assert code(rows) == lib.KVL_ERR_ARGUMENT
         assert lib.kvl_read_rows(native._context, 0, native._ints(np.arange(60, dtype=np.int32)), rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert code(ffi.NULL, flags=lib.KVL_LARGEST) == lib.KVL_ERR_ARGUMENT
     assert code(ffi.NULL, n_cells=59) == lib.KVL_ERR_STATE
-    assert lib.kvl_read_rows(native._context, 0, ffi.NULL, native._rows(before), L, 3, 60) == lib.KVL_ERR_ARGUMENT
-    assert lib.kvl_read_rows(native._context, 7, native._ints(good[0, 0].astype(np.int32)), native._rows(before), L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    rows, *_pointers = native._rows([before])
+    cells = native._ints(good[0, 0].astype(np.int32))
+    assert lib.kvl_read_rows(native._context, 0, ffi.NULL, rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_read_rows(native._context, 7, cells, rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    # read into one chunk of its own size alone
+    rows.n_rows = 50
+    assert lib.kvl_read_rows(native._context, 0, cells, rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    rows, *_pointers = native._rows([before, before])
+    rows.n_rows = 60
+    assert lib.kvl_read_rows(native._context, 0, cells, rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert_same(everything(native), before)
     native.remove(np.array([10]))
     with pytest.raises(NativeError, match="cell 10 is empty"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -25,14 +24,6 @@ class ArchiveFailed(KvlocalError):
     """The archive can take no more; what was in it is given up."""
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """CHUNK tokens: uint8 [L, H, CHUNK, row size] each, zero where nothing is stored yet."""
-
-    k: npt.NDArray[np.uint8]
-    v: npt.NDArray[np.uint8]
-
-
 class Archive:
     """Rows of the cache by token number, bit for bit as they were stored; never copied as it grows.
 
@@ -50,7 +41,7 @@ class Archive:
     def __init__(self, layout: Layout, ram: int, directory: Path | None) -> None:
         self._layout, self._ram, self._directory = layout, ram, directory
         self._shapes = [(layout.n_layer, layout.n_head_kv, CHUNK, size) for size in (layout.row_size_k, layout.row_size_v)]
-        self._chunks: list[_Chunk] = []
+        self._chunks: list[Rows] = []  # CHUNK tokens each, zero where nothing is stored yet
         self._maps: list[mmap.mmap] = []
         self._file: int | None = None
         self._positions = np.zeros(0, np.int32)
@@ -113,14 +104,18 @@ class Archive:
                     target[which] = source.reshape(-1, *source.shape[2:])[head[which], at[which]]
         return Rows(*(array.reshape(n_layer, n_head, n, array.shape[-1]) for array in (out.k, out.v)))
 
+    def chunks(self) -> list[Rows]:
+        """All rows, CHUNK tokens each; zero where nothing is stored yet."""
+        return self._chunks[: -(-self.n_tokens // CHUNK)]
+
     def key_chunks(self) -> list[npt.NDArray[np.uint8]]:
         """The keys, [L, H, CHUNK, row size] for every CHUNK tokens."""
-        return [chunk.k for chunk in self._chunks[: -(-self.n_tokens // CHUNK)]]
+        return [chunk.k for chunk in self.chunks()]
 
-    def _grow(self) -> _Chunk:
+    def _grow(self) -> Rows:
         if self.bytes_in_memory + self.chunk_bytes <= self._ram:
             try:
-                return _Chunk(*(np.zeros(shape, np.uint8) for shape in self._shapes))
+                return Rows(*(np.zeros(shape, np.uint8) for shape in self._shapes))
             except MemoryError:
                 raise ArchiveFailed("there is not enough memory for the archive") from None
         if self._directory is None:
@@ -130,7 +125,7 @@ class Archive:
         except (OSError, ValueError) as error:
             raise ArchiveFailed(f"the archive cannot be written in {self._directory} ({error})") from error
 
-    def _grow_on_disk(self) -> _Chunk:
+    def _grow_on_disk(self) -> Rows:
         if self._file is None:
             with tempfile.TemporaryFile(dir=self._directory, prefix="kvlocal-archive-") as file:
                 self._file = os.dup(file.fileno())
@@ -144,7 +139,7 @@ class Archive:
         self._maps.append(mmap.mmap(self._file, stride, offset=start))
         flat = np.frombuffer(self._maps[-1], np.uint8, self.chunk_bytes)
         n_k = int(np.prod(self._shapes[0]))
-        return _Chunk(flat[:n_k].reshape(self._shapes[0]), flat[n_k:].reshape(self._shapes[1]))
+        return Rows(flat[:n_k].reshape(self._shapes[0]), flat[n_k:].reshape(self._shapes[1]))
 
     def close(self) -> None:
         """Gives everything up. Closing twice is harmless."""

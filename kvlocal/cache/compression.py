@@ -10,15 +10,14 @@ from typing import Literal
 import numpy as np
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
+from kvlocal.cache.frames import first_position
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
-from kvlocal.cache.recall import Recaller
+from kvlocal.cache.recall import Recaller, Refill
 from kvlocal.cache.score_sources import ScoreSources
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.cells import Layout, NativeCache, NativeError
 from kvlocal.policies import Policy
-
-_PAST_CONTEXT = "the conversation has come to the end of the context that the model was trained for"
 
 Positions = Literal["auto", "original", "cache"]
 
@@ -114,9 +113,9 @@ class Compressor:
                 "choose the positions auto or cache, or start a new conversation"
             )
         if self.layout.can_rotate:
-            self._give_up_archive(_PAST_CONTEXT)
             self.before(ledger)
-            self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
+            if not self._begin_frame(ledger, n):
+                self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
 
     def after_append(self, ledger: Ledger) -> None:
         """After new tokens: compresses if it is due."""
@@ -129,9 +128,9 @@ class Compressor:
             return
         self.before(ledger)
         near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
-        if near_end and self.positions == "auto":
-            self._give_up_archive(_PAST_CONTEXT)
         if self._recall(ledger):
+            if near_end and self.positions == "auto" and self.layout.can_rotate:
+                self._begin_frame(ledger, 0)
             return
         started = time.perf_counter()
         state = self.observer.state(ledger)
@@ -149,8 +148,11 @@ class Compressor:
         self.seconds.compact += time.perf_counter() - trimming
 
     def choose_again(self, ledger: Ledger) -> None:
-        """Chooses the cells anew from the whole conversation, if there is an archive and the cache does not hold all of it."""
-        if self.recaller is None or self.chosen_at == ledger.n_tokens:
+        """Chooses the cells anew from the whole conversation, if there is an archive and the cache does not hold all of it.
+
+        Where keys were rotated and no token came since, there are no queries to choose by.
+        """
+        if self.recaller is None or self.chosen_at == ledger.n_tokens or not len(self.native.query_positions()):
             return
         if ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held):
             self.before(ledger)
@@ -174,18 +176,46 @@ class Compressor:
                 raise
             self._give_up_archive(str(error))
             return False
-        n_keep = refill.gather.shape[-1]
-        self.compressions += n_keep < ledger.n_cells
-        with ledger.changing():
-            self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
-            ledger.refill(refill.gather, refill.tokens, refill.positions)
+        self.compressions += refill.gather.shape[-1] < ledger.n_cells
+        self._fill(ledger, refill, self.recaller.archive, ledger.next_position)
         self.n_recalled, self.chosen_at = refill.n_recalled, ledger.n_tokens
         self.seconds.recall += time.perf_counter() - started
         return True
 
+    def _begin_frame(self, ledger: Ledger, n: int) -> bool:
+        """Goes on at lower positions, which leave room for n tokens at least, with the archive at hand (kvlocal.cache.frames).
+
+        False without an archive, or if it had to be given up: nothing has changed then.
+        """
+        if self.recaller is None:
+            return False
+        started = time.perf_counter()
+        room, least = max(n, 2 * (self.stride + 2 * self.n_batch)), max(ledger.n_cells, self.n_swa + 1)
+        first = first_position(ledger.n_pinned, self.n_ctx_train, room, least)
+        if first >= ledger.next_position:
+            return True
+        try:
+            self.recaller.write_through(ledger)
+        except ArchiveFailed as error:
+            self._give_up_archive(str(error))
+            return False
+        self._fill(ledger, self.recaller.move(ledger, first), self.recaller.archive, first)
+        self.rotations += 1
+        self.seconds.recall += time.perf_counter() - started
+        return True
+
+    def _fill(self, ledger: Ledger, refill: Refill, archive: Archive, next_position: int) -> None:
+        """The cells hold what a refill says, and the conversation goes on at this position."""
+        # the mask wants ascending positions; the window's are the true ones
+        positions = np.arange(next_position - refill.gather.shape[-1], next_position)
+        with ledger.changing():
+            self.native.compact(refill.gather, positions, refill.delta, archive.chunks())
+            self.native.shift_window_cache(next_position - ledger.next_position)
+            ledger.refill(refill.gather, refill.tokens, refill.positions, next_position)
+
     def open_archive(self, archive: Archive) -> None:
         """From now on what is evicted can be recalled; nothing must have been evicted yet."""
-        self.recaller = Recaller(self.native, self.policy, self.window, archive)
+        self.recaller = Recaller(self.native, self.policy, self.window, archive, self.n_ctx_train)
 
     def close_archive(self) -> None:
         if self.recaller:

@@ -136,17 +136,20 @@ class Ledger:
             self.next_position = int(positions[-1]) + 1
         self.n_cells = n_keep
 
-    def refill(self, gather: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> None:
+    def refill(
+        self, gather: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], next_position: int
+    ) -> None:
         """Cell j of a head holds token tokens[l, h, j] now, with its key at positions[l, h, j]; all int32 [L, H, n].
 
         gather: the cell it was in, whose scores it carries along, or n_cells and more for one that comes from elsewhere and has none
+        next_position: where the conversation goes on
         """
         n, here = gather.shape[-1], gather < self.n_cells
         cells = np.where(here, gather, 0)
         for array in self.carried.values():
             array[..., :n] = np.where(here, np.take_along_axis(array, cells, axis=-1), np.nan)
         self.tokens[..., :n], self.positions[..., :n] = tokens, positions
-        self.n_cells = n
+        self.n_cells, self.next_position = n, next_position
 
     def truncate(self, n_tokens: int) -> int:
         """Forgets the tokens from n_tokens on; they must be the last cells of every head. Returns how many cells that frees."""
@@ -218,7 +221,7 @@ class Ledger:
             all(arrays[name].shape == tokens.shape for name in ("positions", *self.carried))
             and 0 < n_cells <= n_tokens
             and (np.diff(tokens, axis=-1) > 0).all() and tokens[..., 0].min() >= 0 and (tokens[..., -1] == n_tokens - 1).all()
-            and (np.diff(positions, axis=-1) > 0).all() and positions[..., 0].min() >= 0 and (positions[..., -1] == next_position - 1).all()
+            and positions.min() >= 0 and positions[..., :-1].max(initial=-1) < next_position - 1 and (positions[..., -1] == next_position - 1).all()
             and n_pinned == self.n_pinned and 0 <= n_summed <= n_tokens and 0 <= n_reread <= n_tokens
             and n_split <= n_tokens and (np.diff(arrays["block_of"], prepend=0) >= 0).all()
             and [segment.start for segment in segments] == [0, *ends[:-1]] and ends[-1] == n_tokens

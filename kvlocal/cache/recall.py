@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
+from kvlocal.cache.frames import Frame, stretches
 from kvlocal.cache.ledger import Ledger
-from kvlocal.llama.cells import NativeCache, Rows
+from kvlocal.llama.cells import NativeCache
 from kvlocal.policies import CacheState, Policy
 
 
@@ -17,17 +18,17 @@ from kvlocal.policies import CacheState, Policy
 class Refill:
     """What the cells shall hold, of each layer and head.
 
-    gather: int32 [L, H, n], the cell each token is in now, or n_cells + r for row r of rows
-    rows: of the tokens that are not in the cache; a head that needs fewer than others has some that nobody names
+    gather: int32 [L, H, n], the cell each token is in now, or n_cells + its number where it comes from the archive
     tokens: int32 [L, H, n], ascending
     positions: int32 [L, H, n], the positions of their keys
-    n_recalled: how many rows are named, mean over layers and heads
+    delta: int32 [L, H, n], by how many positions the keys are rotated on their way; None for none
+    n_recalled: how many come from the archive, mean over layers and heads
     """
 
     gather: npt.NDArray[np.int32]
-    rows: Rows
     tokens: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
+    delta: npt.NDArray[np.int32] | None
     n_recalled: float
 
 
@@ -38,10 +39,13 @@ class Recaller:
     policy: chooses; it needs no more than scores
     window: the queries that score
     archive: keys and values of all tokens
+    n_ctx_train: positions the model was trained for
     """
 
-    def __init__(self, native: NativeCache, policy: Policy, window: int, archive: Archive) -> None:
-        self._native, self._policy, self._window, self.archive = native, policy, window, archive
+    def __init__(self, native: NativeCache, policy: Policy, window: int, archive: Archive, n_ctx_train: int) -> None:
+        self._native, self._policy, self._window, self.archive, self._n_ctx_train = native, policy, window, archive, n_ctx_train
+        # int32 [L * H, tokens and more], the cell that a token is in while a refill is made, -1 for none
+        self._cell_of = np.zeros((0, 0), np.int32)
 
     def write_through(self, ledger: Ledger) -> None:
         """Stores the tokens that came since the last time, which are the last cells of every head.
@@ -61,27 +65,51 @@ class Recaller:
         """The n_keep tokens of each layer and head that the policy wants, after `write_through`."""
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         every = np.arange(n_tokens, dtype=np.int32)
+        positions = self.positions(ledger, ledger.next_position)
         if n_keep < n_tokens:
-            n_query = min(self._window, len(self._native.query_positions()))
-            scores = self._native.row_scores(self.archive.key_chunks(), n_tokens, n_query)
-            pinned = np.broadcast_to(every < ledger.n_pinned, scores.shape)
-            state = CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
+            pinned = np.broadcast_to(every < ledger.n_pinned, (*shape, n_tokens))
+            state = CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), self._window, self._scores(positions))
             tokens = self._policy.plan(state, n_keep).keep.astype(np.int32)
         else:
             tokens = np.broadcast_to(every, (*shape, n_tokens))
-        return self._refill(ledger, tokens)
+        return self._refill(ledger, tokens, positions)
 
-    def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32]) -> Refill:
-        cell_of = np.full((*tokens.shape[:2], ledger.n_tokens), -1, np.int32)
-        cells = np.broadcast_to(np.arange(ledger.n_cells, dtype=np.int32), (*tokens.shape[:2], ledger.n_cells))
-        np.put_along_axis(cell_of, ledger.tokens[..., : ledger.n_cells], cells, axis=-1)
-        gather = np.take_along_axis(cell_of, tokens, axis=-1)
+    def move(self, ledger: Ledger, next_position: int) -> Refill:
+        """The tokens that are in the cells, with their keys where they have to be for a next token at this position, after `write_through`."""
+        return self._refill(ledger, ledger.tokens[..., : ledger.n_cells], self.positions(ledger, next_position))
+
+    def positions(self, ledger: Ledger, next_position: int) -> npt.NDArray[np.int32]:
+        """Where the keys of all tokens have to be for a next token at this position, int32 [n_tokens]."""
+        frame = Frame.at(ledger.n_pinned, self._n_ctx_train, ledger.n_tokens, next_position)
+        return frame.positions(self.archive.positions)
+
+    def _scores(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """What the last queries pay to each token, [L, H, n_tokens]; 0 while there are none, after a rotation."""
+        n_query = min(self._window, len(self._native.query_positions()))
+        if not n_query:
+            layout = self._native.layout()
+            return np.zeros((layout.n_layer, layout.n_head_kv, len(positions)), np.float32)
+        shifts = positions - self.archive.positions
+        moved = stretches(shifts) if shifts.any() else None
+        return self._native.row_scores(self.archive.key_chunks(), len(positions), n_query, stretches=moved)
+
+    def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> Refill:
+        """A cell stays in use as long as its key is where it has to be, int32 [n_tokens]; others come from the archive, so that no key is ever
+        rotated, or quantised, a second time.
+        """
+        n_layer, n_head, n_cells = *tokens.shape[:2], ledger.n_cells
+        held = ledger.tokens[..., :n_cells]
+        if self._cell_of.shape[-1] < ledger.n_tokens:
+            self._cell_of = np.full((n_layer * n_head, 2 * ledger.n_tokens), -1, np.int32)
+        # one flat index is much faster than one for each axis
+        first = (np.arange(n_layer * n_head) * self._cell_of.shape[-1]).reshape(n_layer, n_head, 1)
+        cell_of, where = self._cell_of.reshape(-1), first + held
+        cell_of[where] = np.where(ledger.positions[..., :n_cells] == positions[held], np.arange(n_cells, dtype=np.int32), -1)
+        gather = cell_of[first + tokens]
+        cell_of[where] = -1
         missing = gather < 0
-        n_missing = missing.sum(axis=-1)
-        # the r-th token that a head misses is its row r
-        row = np.cumsum(missing, axis=-1, dtype=np.int32) - 1
-        gather[missing] = ledger.n_cells + row[missing]
-        wanted = np.zeros((*tokens.shape[:2], int(n_missing.max())), np.intp)
-        layer, head, _ = np.nonzero(missing)
-        wanted[layer, head, row[missing]] = tokens[missing]
-        return Refill(gather, self.archive.rows(wanted), tokens, self.archive.positions[tokens], float(n_missing.mean()))
+        gather = np.where(missing, n_cells + tokens, gather)
+        shifts = positions - self.archive.positions
+        delta = np.where(missing, shifts[tokens], 0) if shifts.any() else None
+        n_recalled = np.count_nonzero(missing) / (n_layer * n_head)
+        return Refill(gather, tokens, positions[tokens], delta if delta is not None and delta.any() else None, n_recalled)

@@ -11,6 +11,8 @@ import numpy as np
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.library import load
 
+BLOCK = 16  # keys that share a box
+
 
 class NativeError(KvlocalError):
     """A call of the native layer was refused or failed.
@@ -169,21 +171,96 @@ class NativeCache:
         self._compute(self._lib.kvl_get_scores, n_query, flags, self._floats(out), *out.shape)
         return out
 
-    def row_scores(self, chunks: Sequence[np.ndarray], n_rows: int, n_query: int = 0, largest: bool = False) -> np.ndarray:
+    def row_scores(
+        self,
+        chunks: Sequence[np.ndarray],
+        n_rows: int,
+        n_query: int = 0,
+        largest: bool = False,
+        stretches: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """What `scores` is, for keys in host memory in place of the cells: float32 [L, H, n_rows]. The last of them are the queries' own.
 
         chunks: each uint8 [L, H, chunk size, bytes of a key], keys of so many tokens one after another, rotated as those in the cache are
+        stretches: starts and shifts, int [n] each: the keys from starts[i] on, up to the next start, count as if rotated by shifts[i] more
+            positions; starts ascend from 0. None where all are at the positions that the queries expect
         """
         layout = self.layout()
         shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, layout.row_size_k)
-        if any(chunk.shape != shape or chunk.dtype != np.uint8 or not chunk.flags.c_contiguous for chunk in chunks):
-            raise ValueError(f"chunks of keys of this cache must be contiguous uint8 {shape}")
-        pointers = self._ffi.new("uint8_t *[]", [self._ffi.cast("uint8_t *", chunk.ctypes.data) for chunk in chunks])
+        self._check_chunks(chunks, shape, np.dtype(np.uint8))
+        pointers = self._pointers(chunks)
+        starts, shifts = self._stretches(stretches)
         out = np.empty((layout.n_layer, layout.n_head_kv, n_rows), np.float32)
         self._compute(
-            self._lib.kvl_get_row_scores, n_query, self._flags(False, largest), pointers, len(chunks), shape[2], self._floats(out), *out.shape
-        )
+            self._lib.kvl_get_row_scores,
+            n_query, self._flags(False, largest), pointers, len(chunks), shape[2],
+            self._ints(starts), self._ints(shifts), len(starts), self._floats(out), *out.shape,
+        )  # fmt: skip
         return out
+
+    def fill_boxes(self, keys: np.ndarray, blocks: range, boxes: np.ndarray) -> None:
+        """Writes the boxes of these blocks of a chunk: the least and the largest number in each channel of the BLOCK keys of a block.
+
+        keys: uint8 [L, H, chunk size, bytes of a key], chunk size a multiple of 256
+        boxes: float16 [L, H, 2, head size, chunk size / BLOCK]
+        """
+        layout = self.layout()
+        shape = (layout.n_layer, layout.n_head_kv, keys.shape[2], layout.row_size_k)
+        self._check_chunks([keys], shape, np.dtype(np.uint8))
+        self._check_chunks([boxes], (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
+        out = self._ffi.cast("uint16_t *", self._ffi.from_buffer(boxes, require_writable=True))
+        data = self._ffi.from_buffer("uint8_t[]", keys)
+        self._check(self._lib.kvl_get_boxes(self._context, data, shape[2], blocks.start, len(blocks), out, boxes.nbytes, *shape[:2]))
+
+    def best_rows(
+        self,
+        chunks: Sequence[np.ndarray],
+        boxes: Sequence[np.ndarray],
+        n_rows: int,
+        *,
+        first: int,
+        last: int,
+        n_blocks: int,
+        n_query: int = 0,
+        n_bound: int = 4,
+        stretches: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that the queries may find most in, int32 [L, H, n] ascending, and their scores as if there were no others (`row_scores`).
+
+        These are the rows before `first` and from `last` on, multiples of BLOCK, and n_blocks blocks of those between, for each head those whose
+        boxes let n_bound of the queries expect most.
+
+        chunks, stretches: as for `row_scores`
+        boxes: of each chunk, as `fill_boxes` fills them, for all blocks before `last`
+        """
+        layout = self.layout()
+        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, layout.row_size_k)
+        self._check_chunks(chunks, shape, np.dtype(np.uint8))
+        self._check_chunks(boxes, (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
+        if len(boxes) != len(chunks):
+            raise ValueError(f"there must be as many chunks of boxes as of keys, {len(chunks)}, not {len(boxes)}")
+        starts, shifts = self._stretches(stretches)
+        rows = np.empty((*shape[:2], first + n_blocks * BLOCK + n_rows - last), np.int32)
+        scores = np.empty(rows.shape, np.float32)
+        bounds = self._ffi.cast("uint16_t **", keep := self._pointers(boxes))
+        self._compute(
+            self._lib.kvl_get_best_rows,
+            n_query, n_bound, self._pointers(chunks), bounds, len(chunks), shape[2], n_rows,
+            self._ints(starts), self._ints(shifts), len(starts), first, last, self._ints(rows), self._floats(scores), *rows.shape,
+        )  # fmt: skip
+        del keep
+        return rows, scores
+
+    def _stretches(self, stretches: tuple[np.ndarray, np.ndarray] | None) -> list[np.ndarray]:
+        none = np.zeros(0, np.int32)
+        starts, shifts = (np.ascontiguousarray(array, np.int32) for array in stretches or (none, none))
+        if starts.ndim != 1 or starts.shape != shifts.shape:
+            raise ValueError(f"starts and shifts must be [n] each, not {starts.shape} and {shifts.shape}")
+        return [starts, shifts]
+
+    def _check_chunks(self, chunks: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if any(chunk.shape != shape or chunk.dtype != dtype or not chunk.flags.c_contiguous for chunk in chunks):
+            raise ValueError(f"chunks of this cache's keys must be contiguous {dtype} {shape}")
 
     def attention_map(self, layers: list[int], n_query: int = 0) -> np.ndarray:
         """Softmax weights of the last n_query recorded queries (0: all), mean over the query heads, float32 [len(layers), n_query, C]."""
@@ -209,7 +286,12 @@ class NativeCache:
         self._check(self._lib.kvl_remove_cells(self._context, self._seq, self._ints(cells), len(cells), self.n_cells()))
 
     def compact(
-        self, gather: np.ndarray, positions: np.ndarray, delta: np.ndarray | None = None, rows: Rows | None = None, portable: bool = False
+        self,
+        gather: np.ndarray,
+        positions: np.ndarray,
+        delta: np.ndarray | None = None,
+        rows: Rows | Sequence[Rows] | None = None,
+        portable: bool = False,
     ) -> None:
         """Moves cell gather[l, h, j] of each layer and head to cell j, or writes a row that is brought along there, and frees the cells behind.
 
@@ -218,7 +300,8 @@ class NativeCache:
         gather: int [L, H, n_keep], used cells, or C + r for row r of rows
         positions: int [n_keep], strictly ascending, for the causal mask
         delta: int [L, H, n_keep], by how many positions each kept key is rotated; None for none
-        rows: keys and values that are not in the cache; with them the sequence may be empty, and n_keep larger than C
+        rows: keys and values that are not in the cache, or chunks of equal size of them, one after another; with them the sequence may be empty,
+            and n_keep larger than C
         portable: use ggml's own operations only, as GPU backends do
         """
         gather = np.ascontiguousarray(gather, np.int32)
@@ -231,11 +314,9 @@ class NativeCache:
             if delta.shape != gather.shape:
                 raise ValueError(f"delta must have the shape of gather, {gather.shape}, not {delta.shape}")
             rotation = self._ints(delta)
-        brought = self._ffi.NULL
-        if rows is not None and rows.n:
-            rows = Rows(np.ascontiguousarray(rows.k), np.ascontiguousarray(rows.v))
-            self._check_rows(rows, rows.n)
-            brought = self._rows(rows)
+        chunks = [rows] if isinstance(rows, Rows) else list(rows or ())
+        chunks = [Rows(np.ascontiguousarray(chunk.k), np.ascontiguousarray(chunk.v)) for chunk in chunks if chunk.n]
+        brought, *_pointers = self._rows(chunks) if chunks else [self._ffi.NULL]
         self._compute(
             self._lib.kvl_compact, self._ints(gather), self._ints(positions), rotation, brought, self._flags(portable), *gather.shape, self.n_cells()
         )
@@ -247,23 +328,26 @@ class NativeCache:
         shape = (layout.n_layer, layout.n_head_kv, len(cells))
         rows = Rows(np.empty((*shape, layout.row_size_k), np.uint8), np.empty((*shape, layout.row_size_v), np.uint8))
         if len(cells):
-            self._compute(self._lib.kvl_read_rows, self._ints(cells), self._rows(rows), *shape[:2], self.n_cells())
+            filled, *_pointers = self._rows([rows])
+            self._compute(self._lib.kvl_read_rows, self._ints(cells), filled, *shape[:2], self.n_cells())
         return rows
 
-    def _check_rows(self, rows: Rows, n: int) -> None:
-        layout = self.layout()
-        for array, size in ((rows.k, layout.row_size_k), (rows.v, layout.row_size_v)):
-            shape = (layout.n_layer, layout.n_head_kv, n, size)
-            if array.shape != shape or array.dtype != np.uint8:
-                raise ValueError(f"rows of this cache must be uint8 {shape}, not {array.dtype} {array.shape}")
-
-    def _rows(self, rows: Rows) -> Any:
-        """A struct kvl_rows, which lives as long as what is returned; the arrays must outlive it."""
+    def _rows(self, chunks: Sequence[Rows]) -> list[Any]:
+        """A struct kvl_rows of chunks of equal size, and what must live as long as it, besides the arrays."""
+        layout, first = self.layout(), chunks[0]
+        shapes = [(layout.n_layer, layout.n_head_kv, first.n, size) for size in (layout.row_size_k, layout.row_size_v)]
+        for chunk in chunks:
+            for array, shape in zip((chunk.k, chunk.v), shapes, strict=True):
+                if array.shape != shape or array.dtype != np.uint8:
+                    raise ValueError(f"rows of this cache must be uint8 {shape}, not {array.dtype} {array.shape}")
         out = self._ffi.new("struct kvl_rows *")
-        out.k, out.n_bytes_k = self._ffi.cast("uint8_t *", rows.k.ctypes.data), rows.k.nbytes
-        out.v, out.n_bytes_v = self._ffi.cast("uint8_t *", rows.v.ctypes.data), rows.v.nbytes
-        out.n_rows = rows.n
-        return out
+        out.k, out.v = pointers = [self._pointers([getattr(chunk, name) for chunk in chunks]) for name in ("k", "v")]
+        out.n_bytes_k, out.n_bytes_v = first.k.nbytes, first.v.nbytes
+        out.n_chunk, out.chunk_size, out.n_rows = len(chunks), first.n, len(chunks) * first.n
+        return [out, *pointers]
+
+    def _pointers(self, arrays: Sequence[np.ndarray]) -> Any:
+        return self._ffi.new("uint8_t *[]", [self._ffi.cast("uint8_t *", array.ctypes.data) for array in arrays])
 
     def shift_window_cache(self, delta: int) -> None:
         """Shifts the positions of the sliding-window cache beside the compacted one, if there is one."""

@@ -25,7 +25,12 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 5
+    KVL_API_VERSION = 6
+};
+
+enum {
+    KVL_BLOCK_SIZE = 16, // keys that share a box
+    KVL_CHUNK_UNIT = 256 // sizes of chunks with boxes are multiples of it
 };
 
 enum kvl_status {
@@ -58,13 +63,16 @@ struct kvl_layout {
     int32_t row_size_v;    // bytes of a stored value of one head
 };
 
-// keys and values of n_rows cells in host memory, bytes as the cache stores them
+// keys and values of n_rows cells in host memory, bytes as the cache stores them, in chunks of chunk_size rows; row r is row r % chunk_size of
+// chunk r / chunk_size
 struct kvl_rows {
-    uint8_t * k; // [n_layer, n_head_kv, n_rows, row_size_k]
-    uint8_t * v; // [n_layer, n_head_kv, n_rows, row_size_v]
+    uint8_t * const * k; // [n_chunk] of [n_layer, n_head_kv, chunk_size, row_size_k]
+    uint8_t * const * v; // [n_chunk] of [n_layer, n_head_kv, chunk_size, row_size_v]
 
-    int64_t n_bytes_k; // of these arrays
+    int64_t n_bytes_k; // of each chunk
     int64_t n_bytes_v;
+    int32_t n_chunk;
+    int32_t chunk_size;
     int32_t n_rows;
 };
 
@@ -111,10 +119,28 @@ int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_que
 
 // the same for keys in host memory, the last n_query of which belong to the queries; models with a soft cap or sinks are not supported
 // chunks: [n_chunk] of [n_layer, n_head_kv, chunk_size, row_size_k] bytes as kvl_read_rows gives them, rotated as the cache's keys are
+// starts, shifts: [n_stretch] the keys from starts[i] on, up to the next start, count as if rotated by shifts[i] more positions; starts ascend
+// from 0, and n_stretch is 0 where no key is at another position than the queries expect
 // flags: KVL_LARGEST; scores: [n_layer, n_head_kv, n_rows]
 int32_t kvl_get_row_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
         const uint8_t * const * chunks, int32_t n_chunk, int32_t chunk_size,
+        const int32_t * starts, const int32_t * shifts, int32_t n_stretch,
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows);
+
+// the boxes of some blocks of a chunk of keys: the least and the largest number in each channel of the KVL_BLOCK_SIZE keys of a block, as F16
+// keys: a chunk as above, chunk_size a multiple of KVL_CHUNK_UNIT; boxes: [n_layer, n_head_kv, 2, n_embd_head_k, chunk_size/KVL_BLOCK_SIZE], n_bytes
+int32_t kvl_get_boxes(struct llama_context * ctx, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block,
+        uint16_t * boxes, int64_t n_bytes, int32_t n_layer, int32_t n_head_kv);
+
+// for each head the rows [0, first) and [last, n_rows), and of the blocks between those in which the queries may find most by their boxes,
+// by ascending number; and their scores, as kvl_get_row_scores gives them where only these rows exist
+// n_bound: so many of the queries, spread over them, meet the boxes
+// boxes: [n_chunk], filled for all blocks before `last`; first, last: multiples of KVL_BLOCK_SIZE, the queries' own keys are behind `last`
+// rows: [n_layer, n_head_kv, n_best]; scores: the same; n_best - first - (n_rows - last) is a multiple of KVL_BLOCK_SIZE
+int32_t kvl_get_best_rows(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t n_bound,
+        const uint8_t * const * chunks, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
+        const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
+        int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best);
 
 // the softmax weights of the last n_query recorded queries in the chosen layers, mean over the query heads
 // map: [n_chosen, n_query, n_cells], the queries by ascending position
@@ -146,7 +172,7 @@ int32_t kvl_compact(struct llama_context * ctx, int32_t seq_id,
         int32_t n_layer, int32_t n_head_kv, int32_t n_keep, int32_t n_cells);
 
 // keys and values of these cells of all layers and heads, as they are stored
-// cells: [rows->n_rows], used cells; rows: whose arrays are filled
+// cells: [rows->n_rows], used cells; rows: one chunk, which is filled
 int32_t kvl_read_rows(struct llama_context * ctx, int32_t seq_id, const int32_t * cells, const struct kvl_rows * rows,
         int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 

@@ -306,25 +306,127 @@ int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int
     });
 }
 
+static void check_host_keys(const kvl_cache & cache, const kvl_host_keys & keys, int32_t n_chunk) {
+    check_pointer(keys.chunks, "chunks");
+
+    if (keys.chunk_size < 1 || n_chunk < 1 || keys.n_rows < 1 || keys.n_rows > (int64_t) n_chunk*keys.chunk_size) {
+        throw kvl_error(KVL_ERR_ARGUMENT, std::to_string(keys.n_rows) + " keys are not in " + std::to_string(n_chunk) + " chunks of " + std::to_string(keys.chunk_size));
+    }
+    for (int32_t i = 0; i < n_chunk; ++i) {
+        check_pointer(keys.chunks[i], "a chunk");
+    }
+    if (keys.n_stretch < 0) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the number of stretches is negative");
+    }
+    if (keys.n_stretch == 0) {
+        return;
+    }
+
+    check_pointer(keys.starts, "starts");
+    check_pointer(keys.shifts, "shifts");
+
+    for (int32_t s = 0; s < keys.n_stretch; ++s) {
+        if (s == 0 ? keys.starts[s] != 0 : keys.starts[s] <= keys.starts[s - 1] || keys.starts[s] >= keys.n_rows) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the stretches must start at ascending keys, the first at key 0; they do not at stretch " + std::to_string(s));
+        }
+        if (keys.shifts[s] == INT32_MIN) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the shift of stretch " + std::to_string(s) + " is out of range");
+        }
+        if (keys.shifts[s] != 0 && !can_rotate(cache)) {
+            throw kvl_error(KVL_ERR_UNSUPPORTED, "the keys of this model can't be moved to other positions");
+        }
+    }
+}
+
 int32_t kvl_get_row_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags, const uint8_t * const * chunks, int32_t n_chunk, int32_t chunk_size,
-        float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows) {
+        const int32_t * starts, const int32_t * shifts, int32_t n_stretch, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
-        check_pointer(chunks, "chunks");
         check_pointer(scores, "scores");
         check_flags(flags, KVL_LARGEST);
         check_scorable(cache, n_query);
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, kvl_access::cells(*cache.kv, seq_id).used_max_p1());
 
-        if (chunk_size < 1 || n_chunk < 1 || n_rows < 1 || n_rows > (int64_t) n_chunk*chunk_size) {
-            throw kvl_error(KVL_ERR_ARGUMENT, std::to_string(n_rows) + " keys are not in " + std::to_string(n_chunk) + " chunks of " + std::to_string(chunk_size));
+        const kvl_host_keys keys = { chunks, starts, shifts, chunk_size, n_rows, n_stretch };
+
+        check_host_keys(cache, keys, n_chunk);
+
+        kvl_row_scores(cache, seq_id, n_query, flags & KVL_LARGEST, keys, scores);
+
+        return KVL_OK;
+    });
+}
+
+static void check_chunk_unit(int32_t chunk_size) {
+    if (chunk_size < 1 || chunk_size % KVL_CHUNK_UNIT != 0) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "chunks of " + std::to_string(chunk_size) + " keys have no boxes: take a multiple of " + std::to_string(KVL_CHUNK_UNIT));
+    }
+}
+
+int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block,
+        uint16_t * boxes, int64_t n_bytes, int32_t n_layer, int32_t n_head_kv) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(keys, "keys");
+        check_pointer(boxes, "boxes");
+        check_chunk_unit(chunk_size);
+        kvl_check_shape(cache, 0, n_layer, n_head_kv, kvl_access::cells(*cache.kv, 0).used_max_p1(), true);
+
+        const int32_t n_box  = chunk_size/KVL_BLOCK_SIZE;
+        const int64_t needed = (int64_t) n_layer*n_head_kv*2*cache.n_embd_head_k*n_box*sizeof(uint16_t);
+
+        if (n_bytes != needed) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the boxes have " + std::to_string(n_bytes) + " bytes, " + std::to_string(needed) + " are needed");
         }
-        for (int32_t i = 0; i < n_chunk; ++i) {
-            check_pointer(chunks[i], "a chunk");
+        if (first_block < 0 || n_block < 0 || first_block > n_box || n_block > n_box - first_block) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the blocks are not in [0, " + std::to_string(n_box) + ")");
         }
 
-        kvl_row_scores(cache, seq_id, n_query, flags & KVL_LARGEST, chunks, chunk_size, n_rows, scores);
+        kvl_boxes(cache, keys, chunk_size, first_block, n_block, boxes);
+
+        return KVL_OK;
+    });
+}
+
+int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t n_bound,
+        const uint8_t * const * chunks, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
+        const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
+        int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best) {
+    return guard([&]() -> int32_t {
+        const auto cache = kvl_find_cache(ctx);
+
+        check_pointer(boxes, "boxes");
+        check_pointer(rows, "rows");
+        check_pointer(scores, "scores");
+        check_scorable(cache, n_query);
+        check_chunk_unit(chunk_size);
+        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, kvl_access::cells(*cache.kv, seq_id).used_max_p1());
+
+        const kvl_host_keys keys = { chunks, starts, shifts, chunk_size, n_rows, n_stretch };
+
+        check_host_keys(cache, keys, n_chunk);
+
+        for (int32_t i = 0; i < n_chunk; ++i) {
+            check_pointer(boxes[i], "a chunk of boxes");
+        }
+        if (n_bound < 1) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "no query meets the boxes");
+        }
+        if (first < 0 || last < first || last > n_rows || first % KVL_BLOCK_SIZE != 0 || last % KVL_BLOCK_SIZE != 0) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the rows between " + std::to_string(first) + " and " + std::to_string(last) + " are no whole blocks of the keys");
+        }
+
+        const int64_t n_chosen = (int64_t) n_best - first - (n_rows - last);
+
+        if (n_chosen < 0 || n_chosen > last - first || n_chosen % KVL_BLOCK_SIZE != 0) {
+            throw kvl_error(KVL_ERR_ARGUMENT, std::to_string(n_best) + " rows can't be chosen in whole blocks");
+        }
+
+        const kvl_search search = { boxes, n_bound, first, last, (int32_t) (n_chosen/KVL_BLOCK_SIZE), n_best };
+
+        kvl_best_rows(cache, seq_id, n_query, keys, search, rows, scores);
 
         return KVL_OK;
     });
@@ -458,7 +560,7 @@ int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather,
         }
 
         kvl_compact_cells(cache, seq_id, {
-            gather, pos, delta, rows ? rows->k : nullptr, rows ? rows->v : nullptr, n_keep, rows ? rows->n_rows : 0, (flags & KVL_PORTABLE) != 0,
+            gather, pos, delta, rows, n_keep, (flags & KVL_PORTABLE) != 0,
         });
 
         return KVL_OK;
@@ -473,6 +575,10 @@ int32_t kvl_read_rows(llama_context * ctx, int32_t seq_id, const int32_t * cells
         check_pointer(rows, "rows");
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, n_cells);
         kvl_check_rows(cache, *rows);
+
+        if (rows->n_chunk != 1 || rows->chunk_size != rows->n_rows) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "rows are read into one chunk of their own size");
+        }
 
         for (int32_t i = 0; i < rows->n_rows; ++i) {
             check_cell(kvl_access::cells(*cache.kv, seq_id), cells[i], n_cells);

@@ -3,7 +3,6 @@
 #include "kvlocal-impl.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace {
@@ -13,19 +12,25 @@ struct row_move {
     ggml_tensor   * stream;
     size_t          size;   // bytes of the row of one head
     const int32_t * gather; // [n_head_kv, n_keep]
-    const uint8_t * host;   // [n_head_kv, n_rows, size]
+
+    uint8_t * const * chunks; // of the host, see kvl_rows
+    int64_t           chunk_size;
+    size_t            offset; // of the layer in a chunk
 
     size_t cell_size() const { return stream->nb[1]; }
+
+    const uint8_t * host(int64_t head, int64_t row) const {
+        return chunks[row/chunk_size] + offset + (head*chunk_size + row%chunk_size)*size;
+    }
 };
 
 // the rows of one head in place, data: [n_cells] rows that are cell_size apart
 // cells are named in ascending order: those that move forwards never meet those that move backwards, and within each kind
 // the order of moving sees to it that no row is overwritten before it was read; rows of the host come last
-void move_head(const row_move & move, char * data, int64_t head, int32_t n_keep, int32_t n_cells, int32_t n_rows) {
+void move_head(const row_move & move, char * data, int64_t head, int32_t n_keep, int32_t n_cells) {
     const size_t step = move.cell_size();
 
     const int32_t * from = move.gather + head*n_keep;
-    const uint8_t * host = move.host + head*n_rows*move.size;
 
     data += head*move.size;
 
@@ -41,7 +46,7 @@ void move_head(const row_move & move, char * data, int64_t head, int32_t n_keep,
     }
     for (int64_t j = 0; j < n_keep; ++j) {
         if (from[j] >= n_cells) {
-            memcpy(data + j*step, host + (int64_t) (from[j] - n_cells)*move.size, move.size);
+            memcpy(data + j*step, move.host(head, from[j] - n_cells), move.size);
         }
     }
 }
@@ -52,7 +57,6 @@ struct move_task {
     int64_t n_head_kv;
     int32_t n_keep;
     int32_t n_cells;
-    int32_t n_rows;
 
     static void compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
         GGML_UNUSED(dst);
@@ -64,7 +68,7 @@ struct move_task {
         for (int64_t u = ith; u < n_units; u += nth) {
             const auto & move = task.moves[u/task.n_head_kv];
 
-            move_head(move, (char *) move.stream->data, u%task.n_head_kv, task.n_keep, task.n_cells, task.n_rows);
+            move_head(move, (char *) move.stream->data, u%task.n_head_kv, task.n_keep, task.n_cells);
         }
     }
 };
@@ -104,44 +108,6 @@ ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int
     return res;
 }
 
-// re-rotate keys, k: F32 [n_embd_head_k, n], by delta positions, delta: I32 [n]
-ggml_tensor * build_rotate(
-      const kvl_cache & cache,
-         ggml_context * ctx,
-          ggml_tensor * k,
-          ggml_tensor * delta,
-          ggml_tensor * hadamard,
-             uint32_t   il) {
-    const auto & hparams = kvl_access::hparams(*cache.kv);
-    const auto & cparams = cache.lctx->get_cparams();
-    const auto & model   = cache.lctx->get_model();
-
-    const float freq_base  = model.get_rope_freq_base (cparams, il);
-    const float freq_scale = model.get_rope_freq_scale(cparams, il);
-
-    // the keys carry YaRN's magnitude already: the second rotation must not apply it again
-    const float attn_factor = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/freq_scale)) : 1.0f;
-
-    if (hadamard) {
-        k = llama_mul_mat_hadamard(ctx, k, hadamard);
-    }
-
-    // every row is a token of its own here
-    k = ggml_reshape_3d(ctx, k, k->ne[0], 1, k->ne[1]);
-
-    k = ggml_rope_ext(ctx, k, delta, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type,
-            cparams.n_ctx_orig_yarn, freq_base, freq_scale,
-            cparams.yarn_ext_factor, attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
-
-    k = ggml_reshape_2d(ctx, k, k->ne[0], k->ne[2]);
-
-    if (hadamard) {
-        k = llama_mul_mat_hadamard(ctx, k, hadamard);
-    }
-
-    return k;
-}
-
 // builds the graph of one compaction; everything that can fail for want of memory or support does so before the graph runs
 struct compaction {
     const kvl_cache     & cache;
@@ -162,7 +128,7 @@ struct compaction {
         n_cells(kvl_access::cells(*cache.kv, seq_id).used_max_p1()),
         stream(cache.kv->get_stream(seq_id)),
         graph(cache, 32*cache.n_layer + 64),
-        task({ {}, cache.n_head_kv, what.n_keep, n_cells, what.n_rows }) {}
+        task({ {}, cache.n_head_kv, what.n_keep, n_cells }) {}
 
     size_t n_idx() const { return (size_t) cache.n_head_kv*what.n_keep; }
 
@@ -227,11 +193,15 @@ private:
         const size_t size_k = kvl_row_size_k(cache);
         const size_t size_v = kvl_row_size_v(cache);
 
-        for (int32_t i = 0; i < cache.n_layer; ++i) {
-            const size_t n_host = (size_t) i*cache.n_head_kv*what.n_rows;
+        const auto * rows = what.rows;
 
-            task.moves.push_back({ layers[i].k_stream[stream], size_k, what.gather + i*n_idx(), what.rows_k + n_host*size_k });
-            task.moves.push_back({ layers[i].v_stream[stream], size_v, what.gather + i*n_idx(), what.rows_v + n_host*size_v });
+        const int64_t chunk_size = rows ? rows->chunk_size : 1;
+
+        for (int32_t i = 0; i < cache.n_layer; ++i) {
+            const size_t n_before = i*cache.n_head_kv*chunk_size;
+
+            task.moves.push_back({ layers[i].k_stream[stream], size_k, what.gather + i*n_idx(), rows ? rows->k : nullptr, chunk_size, n_before*size_k });
+            task.moves.push_back({ layers[i].v_stream[stream], size_v, what.gather + i*n_idx(), rows ? rows->v : nullptr, chunk_size, n_before*size_v });
         }
     }
 
@@ -278,7 +248,7 @@ private:
                 const int64_t cell = move.gather[h*what.n_keep + j];
 
                 if (cell >= n_cells) {
-                    const uint8_t * row = move.host + (h*what.n_rows + cell - n_cells)*move.size;
+                    const uint8_t * row = move.host(h, cell - n_cells);
 
                     host.insert(host.end(), row, row + move.size);
                     host_to.push_back(flat(j, h));
@@ -338,7 +308,7 @@ private:
         ggml_tensor * keys    = view_rows(ctx, k, type, cache.n_embd_head_k, n_flat());
         ggml_tensor * rotated = ggml_get_rows(ctx, keys, input(GGML_TYPE_I32, rows)); // F32 [n_embd_head_k, n]
 
-        rotated = build_rotate(cache, ctx, rotated, input(GGML_TYPE_I32, by), hadamard, il);
+        rotated = kvl_build_rotate(cache, ctx, rotated, input(GGML_TYPE_I32, by), hadamard, il);
 
         graph.expand(ggml_set_rows(ctx, keys, rotated, input(GGML_TYPE_I64, rows64)));
     }
@@ -357,7 +327,7 @@ private:
 
                 memcpy(s.after.data() + j*step + h*move.size, from < n_cells
                     ? s.before.data() + from*step + h*move.size
-                    : move.host + (h*what.n_rows + from - n_cells)*move.size, move.size);
+                    : move.host(h, from - n_cells), move.size);
             }
         }
 

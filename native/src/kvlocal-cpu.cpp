@@ -1,7 +1,7 @@
 // Scores and redundancy on the CPU: one pass per head through the caches of a core, where ggml's operations take many through memory.
 
 #include "kvlocal-cpu.h"
-#include "kvlocal-simd.h"
+#include "kvlocal-panels.h"
 
 #include "ggml-cpu.h"
 
@@ -11,13 +11,6 @@
 #include <numeric>
 
 namespace {
-
-// ROWS vectors meet COLUMNS others at a time, as many as the registers hold
-constexpr int64_t ROWS    = LANES == 8 ? 4 : 8;
-constexpr int64_t COLUMNS = 2*LANES;
-
-static_assert(COLUMNS%ROWS == 0, "the rows of one step are in one panel");
-static_assert(KVL_CPU_PAD%COLUMNS == 0, "masks reach to the end of the last panel");
 
 void half_to_float(const void * x, float * y, int64_t n) {
     ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) x, y, n);
@@ -36,13 +29,13 @@ struct key_panels {
 
     const float * panel(int64_t p) const { return (const float *) data.data() + p*d*COLUMNS; }
 
-    // the n keys of cells order[0], order[1], ..., or of the first n cells; unit: scaled to unit length
-    void set(const kvl_stored_keys & k, int64_t head, const int32_t * order, bool unit) {
+    // the n keys of cells order[0], order[1], ..., scaled to unit length
+    void set_unit(const kvl_stored_keys & k, int64_t head, const int32_t * order) {
         // the backend's own conversion uses the vector unit
         const auto to_float = k.type == GGML_TYPE_F16 ? half_to_float : ggml_get_type_traits(k.type)->to_float;
 
         for (int64_t i = 0; i < n; ++i) {
-            const char  * stored = k.at(order ? order[i] : i, head);
+            const char  * stored = k.at(order[i], head);
             const float * x      = (const float *) stored;
 
             if (to_float) {
@@ -52,27 +45,9 @@ struct key_panels {
 
             float * out = (float *) data.data() + i/COLUMNS*d*COLUMNS + i%COLUMNS;
 
-            const float scale = unit ? 1.0f/std::max(length(x), 1e-8f) : 1.0f;
+            const float scale = 1.0f/std::max(length(x), 1e-8f);
             for (int64_t c = 0; c < d; ++c) {
                 out[c*COLUMNS] = x[c]*scale;
-            }
-        }
-    }
-
-    // products of ROWS vectors with the keys of a panel; component c of vector r is rows[c*stride + r]
-    void multiply(const float * rows, int64_t stride, int64_t p, vector (&acc)[ROWS][2]) const {
-        const float * keys = panel(p);
-
-        for (int64_t r = 0; r < ROWS; ++r) {
-            acc[r][0] = acc[r][1] = vector{};
-        }
-        for (int64_t c = 0; c < d; ++c) {
-            const vector x0 = load(keys + c*COLUMNS);
-            const vector x1 = load(keys + c*COLUMNS + LANES);
-
-            for (int64_t r = 0; r < ROWS; ++r) {
-                acc[r][0] += rows[c*stride + r]*x0;
-                acc[r][1] += rows[c*stride + r]*x1;
             }
         }
     }
@@ -88,127 +63,6 @@ private:
             rest += x[c]*x[c];
         }
         return sqrtf(sum_of(norm2) + rest);
-    }
-};
-
-// attention of the queries of one group of heads to the keys of their KV head
-struct attention {
-    // about as many rows of weights as stay in the second cache
-    static constexpr int64_t ROWS_AT_A_TIME = 48;
-
-    const kvl_cpu_scores & task;
-
-    const int64_t n_query;
-    const int64_t n_group;
-    const int64_t n_chunk;  // queries at a time
-    const int64_t n_rows;   // of a chunk, padded
-    const int64_t n_column; // cells, padded
-
-    key_panels keys;
-
-    std::vector<float>  rows;    // [d, n_rows] queries of a chunk
-    std::vector<vector> weights; // F32 [n_rows, n_column]
-
-    attention(const kvl_cpu_scores & task, int64_t n_cells) :
-        task(task),
-        n_query (task.rows.size()),
-        n_group (task.n_head/task.n_head_kv),
-        n_chunk (std::max<int64_t>(1, ROWS_AT_A_TIME/n_group)),
-        n_rows  (GGML_PAD(n_chunk*n_group, ROWS)),
-        n_column(GGML_PAD(n_cells, COLUMNS)),
-        keys(task.n_embd_head, n_cells),
-        rows(task.n_embd_head*n_rows),
-        weights(n_rows*n_column/LANES) {}
-
-    float * row(int64_t r) { return (float *) weights.data() + r*n_column; }
-
-    // out: [n_column]
-    void run(int64_t layer, int64_t head, float * out) {
-        keys.set(task.keys[layer], head, nullptr, false);
-
-        std::fill(out, out + n_column, 0.0f);
-
-        for (int64_t q0 = 0; q0 < n_query; q0 += n_chunk) {
-            const int64_t n = std::min(n_chunk, n_query - q0);
-
-            set_rows(layer, head, q0, n);
-            multiply(n);
-
-            for (int64_t q = 0; q < n; ++q) {
-                add(q0 + q, q*n_group, out);
-            }
-        }
-
-        if (!task.largest) {
-            for (int64_t j = 0; j < n_column; ++j) {
-                out[j] /= n_query;
-            }
-        }
-    }
-
-    void set_rows(int64_t layer, int64_t head, int64_t q0, int64_t n) {
-        const int64_t d = task.n_embd_head;
-
-        std::fill(rows.begin(), rows.end(), 0.0f);
-
-        for (int64_t r = 0; r < n*n_group; ++r) {
-            const float * q = task.queries[layer] + (task.rows[q0 + r/n_group]*task.n_head + head*n_group + r%n_group)*d;
-
-            for (int64_t c = 0; c < d; ++c) {
-                rows[c*n_rows + r] = q[c]*task.scales[layer];
-            }
-        }
-    }
-
-    void multiply(int64_t n) {
-        vector acc[ROWS][2];
-
-        for (int64_t p = 0; p < keys.n_panel; ++p) {
-            for (int64_t r0 = 0; r0 < n*n_group; r0 += ROWS) {
-                keys.multiply(rows.data() + r0, n_rows, p, acc);
-
-                for (int64_t r = 0; r < ROWS; ++r) {
-                    store(row(r0 + r) + p*COLUMNS,         acc[r][0]);
-                    store(row(r0 + r) + p*COLUMNS + LANES, acc[r][1]);
-                }
-            }
-        }
-    }
-
-    // softmax of the group's rows from r0 on, and their maximum to out
-    void add(int64_t query, int64_t r0, float * out) {
-        const float * mask = task.mask.data() + query*task.n_mask;
-
-        for (int64_t g = 0; g < n_group; ++g) {
-            float * x = row(r0 + g);
-
-            vector top = vector{} - INFINITY;
-            for (int64_t j = 0; j < n_column; j += LANES) {
-                const vector v = load(x + j) + load(mask + j);
-                store(x + j, v);
-                top = larger(top, v);
-            }
-
-            const float max = largest_of(top);
-
-            vector sum = {};
-            for (int64_t j = 0; j < n_column; j += LANES) {
-                const vector e = exp_of(load(x + j) - max);
-                store(x + j, e);
-                sum += e;
-            }
-
-            const float share = 1.0f/sum_of(sum);
-            for (int64_t j = 0; j < n_column; j += LANES) {
-                const vector w = load(x + j)*share;
-                store(x + j, g > 0 ? larger(w, load(row(r0 + g - 1) + j)) : w);
-            }
-        }
-
-        const float * x = row(r0 + n_group - 1);
-        for (int64_t j = 0; j < n_column; j += LANES) {
-            store(out + j, task.largest ? larger(load(out + j), load(x + j)) : load(out + j) + load(x + j));
-        }
     }
 };
 
@@ -250,7 +104,7 @@ struct twin_search {
 
             // from the end: where keys have a twin among the recent ones the search is short
             for (int64_t p = keys.n_panel - 1; p >= 0 && n_open > 0; --p) {
-                keys.multiply(keys.panel(i/COLUMNS) + i%COLUMNS, COLUMNS, p, acc);
+                multiply_panel(keys.panel(p), keys.d, keys.panel(i/COLUMNS) + i%COLUMNS, COLUMNS, acc);
 
                 for (int64_t r = 0; r < n_rows; ++r) {
                     if (twin[i + r] >= 0.0f || !any_similar(acc[r][0], acc[r][1])) {
@@ -336,7 +190,7 @@ void kvl_cpu_redundancy::compute(ggml_tensor * dst, int ith, int nth, void * use
     twin_search search(task.n_embd_head, n);
 
     for (int64_t u = ith; u < ggml_nrows(dst); u += nth) {
-        search.keys.set(task.keys[u/task.n_head_kv], u%task.n_head_kv, task.order.data(), true);
+        search.keys.set_unit(task.keys[u/task.n_head_kv], u%task.n_head_kv, task.order.data());
         search.find_twins();
         search.redundancy((float *) dst->data + u*n);
     }

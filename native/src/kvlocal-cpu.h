@@ -12,6 +12,11 @@ constexpr float KVL_SIMILAR = 0.5f; // keys with a larger cosine are twins (R-KV
 // rows of masks are padded to a multiple of this
 constexpr int64_t KVL_CPU_PAD = 32;
 
+// fast matrix products want whole vectors; the capacity of a stream is a multiple of more, and masked cells weigh nothing
+inline int32_t kvl_pad_cells(int32_t n_cells) {
+    return GGML_PAD(n_cells, KVL_CPU_PAD);
+}
+
 // the keys of one layer: of a stream, where the cache has them, or in chunks of the host
 struct kvl_stored_keys {
     ggml_type    type;
@@ -39,12 +44,18 @@ private:
     size_t offset = 0; // of the layer in a chunk
 };
 
+// cells that meet the same copy of the queries
+struct kvl_stretch {
+    int32_t start; // its first cell; it ends where the next one starts
+    int32_t copy;
+};
+
 // see kvl_get_scores; dst: F32 [n_cells, n_head_kv, n_layer]
 struct kvl_cpu_scores {
     std::vector<kvl_stored_keys> keys;    // per layer
-    std::vector<const float *>   queries; // per layer, the ring [.., n_head, n_embd_head]
+    std::vector<const float *>   queries; // per layer, the ring [.., n_head, n_embd_head], or copies of the queries one after another
     std::vector<float>           scales;  // per layer
-    std::vector<int32_t>         rows;    // [n_query] of the ring
+    std::vector<int32_t>         rows;    // [n_query] of the ring, or of the first copy
     std::vector<float>           mask;    // [n_query, n_mask] 0 or -inf
     int64_t n_mask;
     int64_t n_embd_head;
@@ -52,8 +63,34 @@ struct kvl_cpu_scores {
     int64_t n_head_kv;
     bool    largest; // over the queries, instead of the mean
 
+    std::vector<kvl_stretch> stretches = { { 0, 0 } };
+
     static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
 };
+
+// keys of a block share a box: no key in it meets a query with more than the box allows
+constexpr int64_t KVL_BLOCK = 16; // KVL_BLOCK_SIZE
+
+// see kvl_get_best_rows; dst: F32 [n_best, n_head_kv, n_layer]
+struct kvl_cpu_best_rows {
+    const kvl_cpu_scores & scores; // of the chosen rows
+
+    const ggml_fp16_t * const * boxes; // each F16 [n_layer, n_head_kv, 2, n_embd_head, n_box]
+    int64_t n_box;   // of a chunk
+    int64_t n_bound; // queries that meet the boxes
+
+    int64_t n_rows;
+    int64_t first;  // rows before it, and from `last` on, are chosen always
+    int64_t last;
+    int64_t n_block; // that are chosen between them
+
+    int32_t * best; // [n_layer, n_head_kv, n_best]
+
+    static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
+};
+
+// the boxes of some blocks of one chunk, keys: [n_layer*n_head_kv, chunk_size] rows of type
+void kvl_fill_boxes(ggml_type type, int64_t n_embd_head, int64_t n_head, const uint8_t * keys, int64_t chunk_size, int64_t first_block, int64_t n_block, ggml_fp16_t * boxes);
 
 // see kvl_get_redundancy; dst: F32 [n, n_head_kv, n_layer]
 struct kvl_cpu_redundancy {

@@ -140,6 +140,9 @@ void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, i
 // positions of the recorded queries that still belong to the sequence's end, ascending
 std::vector<llama_pos> kvl_valid_queries(const kvl_cache & cache, int32_t seq_id);
 
+// the last n_query of them, 0 for all; an error if there are not so many
+std::vector<llama_pos> kvl_select_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_query);
+
 // all that the ring holds of one sequence, as bytes
 size_t kvl_ring_state_size(const kvl_ring & ring);
 void   kvl_ring_get_state (const kvl_ring & ring, int32_t seq_id, uint8_t * state);
@@ -151,9 +154,41 @@ std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_
 // 3-d view of one stream's keys or values: [n_embd_head, n_cells, n_head_kv]
 ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells);
 
+// whether the passes of kvlocal-cpu.cpp, which know neither soft caps nor sinks, give the attention of every layer
+bool kvl_is_plain_attention(const kvl_cache & cache);
+
+// rotate keys or queries of layer il by delta positions more, x: F32 [n_embd_head_k, n], delta: I32 [n]
+// hadamard: what build_input_k_rot gave
+ggml_tensor * kvl_build_rotate(const kvl_cache & cache, ggml_context * ctx, ggml_tensor * x, ggml_tensor * delta, ggml_tensor * hadamard, uint32_t il);
+
+// keys of a conversation in host memory, checked
+struct kvl_host_keys {
+    const uint8_t * const * chunks; // each [n_layer, n_head_kv, chunk_size, row size]
+    const int32_t * starts;         // [n_stretch] the first key of each stretch
+    const int32_t * shifts;         // [n_stretch] by how many positions its keys are to be rotated
+
+    int32_t chunk_size;
+    int32_t n_rows;
+    int32_t n_stretch;
+};
+
 void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, bool largest, float * scores, int32_t n_cells);
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
-void kvl_row_scores   (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const uint8_t * const * chunks, int32_t chunk_size, int32_t n_rows, float * scores);
+void kvl_row_scores   (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const kvl_host_keys & keys, float * scores);
+
+// which of them are looked at, checked
+struct kvl_search {
+    const uint16_t * const * boxes; // [n_chunk], see kvl_get_boxes
+
+    int32_t n_bound;
+    int32_t first;
+    int32_t last;
+    int32_t n_block;
+    int32_t n_best;
+};
+
+void kvl_best_rows    (const kvl_cache & cache, int32_t seq_id, int32_t n_query, const kvl_host_keys & keys, const kvl_search & search, int32_t * rows, float * scores);
+void kvl_boxes        (const kvl_cache & cache, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block, uint16_t * boxes);
 void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells);
 
 // what kvl_compact is asked for, checked
@@ -161,11 +196,9 @@ struct kvl_compaction {
     const int32_t * gather; // [n_layer, n_head_kv, n_keep]
     const int32_t * pos;    // [n_keep]
     const int32_t * delta;  // [n_layer, n_head_kv, n_keep] or nullptr
-    const uint8_t * rows_k; // [n_layer, n_head_kv, n_rows, row size]
-    const uint8_t * rows_v;
+    const kvl_rows * rows;  // or nullptr
 
     int32_t n_keep;
-    int32_t n_rows;
     bool    portable;
 };
 

@@ -150,6 +150,22 @@ std::vector<llama_pos> kvl_valid_queries(const kvl_cache & cache, int32_t seq_id
     return res;
 }
 
+std::vector<llama_pos> kvl_select_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_query) {
+    auto pos = kvl_valid_queries(cache, seq_id);
+
+    if (pos.empty()) {
+        throw kvl_error(KVL_ERR_STATE, "no query of this sequence is recorded: decode at least one token with the ring on");
+    }
+    if (n_query > (int32_t) pos.size()) {
+        throw kvl_error(KVL_ERR_STATE, std::to_string(n_query) + " queries were asked for, " + std::to_string(pos.size()) + " are recorded");
+    }
+    if (n_query > 0) {
+        pos.erase(pos.begin(), pos.end() - n_query);
+    }
+
+    return pos;
+}
+
 // the rows of one sequence lie together: its positions, then each layer's queries
 static size_t position_bytes(const kvl_ring & ring) {
     return ring.n_window*sizeof(llama_pos);

@@ -13,15 +13,20 @@ size_t kvl_row_size_v(const kvl_cache & cache) {
     return ggml_row_size(kvl_access::layers(*cache.kv)[0].v->type, cache.n_embd_head_v);
 }
 
+static bool is_null(const uint8_t * p) {
+    return !p;
+}
+
 void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows) {
-    if (rows.n_rows < 1) {
-        throw kvl_error(KVL_ERR_ARGUMENT, "the number of rows is " + std::to_string(rows.n_rows) + ", but must be at least 1");
+    if (rows.n_chunk < 1 || rows.chunk_size < 1 || rows.n_rows < 1 || rows.n_rows > (int64_t) rows.n_chunk*rows.chunk_size) {
+        throw kvl_error(KVL_ERR_ARGUMENT, std::to_string(rows.n_rows) + " rows are not in " + std::to_string(rows.n_chunk) + " chunks of " +
+                std::to_string(rows.chunk_size));
     }
-    if (!rows.k || !rows.v) {
+    if (!rows.k || !rows.v || std::any_of(rows.k, rows.k + rows.n_chunk, is_null) || std::any_of(rows.v, rows.v + rows.n_chunk, is_null)) {
         throw kvl_error(KVL_ERR_ARGUMENT, "the rows are null");
     }
 
-    const int64_t n = (int64_t) cache.n_layer*cache.n_head_kv*rows.n_rows;
+    const int64_t n = (int64_t) cache.n_layer*cache.n_head_kv*rows.chunk_size;
 
     const int64_t n_bytes_k = n*(int64_t) kvl_row_size_k(cache);
     const int64_t n_bytes_v = n*(int64_t) kvl_row_size_v(cache);
@@ -70,7 +75,7 @@ void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cel
     for (int32_t i = 0; i < cache.n_layer; ++i) {
         const auto & layer = kvl_access::layers(*cache.kv)[i];
 
-        read_stream(layer.k_stream[stream], cache.n_head_kv, kvl_row_size_k(cache), cells, rows.n_rows, staged, rows.k + i*n_k);
-        read_stream(layer.v_stream[stream], cache.n_head_kv, kvl_row_size_v(cache), cells, rows.n_rows, staged, rows.v + i*n_v);
+        read_stream(layer.k_stream[stream], cache.n_head_kv, kvl_row_size_k(cache), cells, rows.n_rows, staged, rows.k[0] + i*n_k);
+        read_stream(layer.v_stream[stream], cache.n_head_kv, kvl_row_size_v(cache), cells, rows.n_rows, staged, rows.v[0] + i*n_v);
     }
 }

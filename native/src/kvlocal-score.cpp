@@ -18,17 +18,7 @@ query_set select_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_quer
     const auto & ring  = *kvl_access::ring(*cache.kv);
     const auto & cells = kvl_access::cells(*cache.kv, seq_id);
 
-    auto pos = kvl_valid_queries(cache, seq_id);
-
-    if (pos.empty()) {
-        throw kvl_error(KVL_ERR_STATE, "no query of this sequence is recorded: decode at least one token with the ring on");
-    }
-    if (n_query > (int32_t) pos.size()) {
-        throw kvl_error(KVL_ERR_STATE, std::to_string(n_query) + " queries were asked for, " + std::to_string(pos.size()) + " are recorded");
-    }
-    if (n_query > 0) {
-        pos.erase(pos.begin(), pos.end() - n_query);
-    }
+    const auto pos = kvl_select_queries(cache, seq_id, n_query);
 
     query_set res;
 
@@ -43,11 +33,6 @@ query_set select_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_quer
     }
 
     return res;
-}
-
-// fast matrix products want whole vectors; the capacity of a stream is a multiple of more, and masked cells weigh nothing
-int32_t pad_cells(int32_t n_cells) {
-    return GGML_PAD(n_cells, KVL_CPU_PAD);
 }
 
 // the softmax weights of one layer as its attention computed them: F32 [n_cells, n_query, n_head]
@@ -197,14 +182,6 @@ void kvl_finish_redundancy(int64_t n, float * sums, const float * twin, const fl
     }
 }
 
-// whether the passes of kvlocal-cpu.cpp, which know neither soft caps nor sinks, give the attention of every layer
-static bool is_plain_attention(const kvl_cache & cache) {
-    const auto & noted = kvl_access::ring(*cache.kv)->layers;
-
-    return !kvl_access::hparams(*cache.kv).attn_soft_cap &&
-        std::none_of(noted.begin(), noted.end(), [](const auto & layer) { return layer.sinks; });
-}
-
 static std::vector<kvl_stored_keys> stored_keys(const kvl_cache & cache, uint32_t stream) {
     std::vector<kvl_stored_keys> res;
     for (const auto & layer : kvl_access::layers(*cache.kv)) {
@@ -214,7 +191,7 @@ static std::vector<kvl_stored_keys> stored_keys(const kvl_cache & cache, uint32_
 }
 
 static void scores_on_cpu(const kvl_cache & cache, uint32_t stream, query_set queries, bool largest, float * scores, int32_t n_cells) {
-    const int64_t n_pad = pad_cells(n_cells);
+    const int64_t n_pad = kvl_pad_cells(n_cells);
 
     kvl_cpu_scores task = {
         stored_keys(cache, stream), {}, {}, std::move(queries.rows), std::move(queries.mask), n_pad,
@@ -235,13 +212,13 @@ static void scores_on_cpu(const kvl_cache & cache, uint32_t stream, query_set qu
 }
 
 void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, bool largest, float * scores, int32_t n_cells) {
-    const int32_t   n_pad   = pad_cells(n_cells);
+    const int32_t   n_pad   = kvl_pad_cells(n_cells);
     const query_set queries = select_queries(cache, seq_id, n_query, n_pad);
 
     const int64_t  n_rows = queries.rows.size();
     const uint32_t stream = cache.kv->get_stream(seq_id);
 
-    if (!portable && kvl_is_on_cpu(cache) && is_plain_attention(cache)) {
+    if (!portable && kvl_is_on_cpu(cache) && kvl_is_plain_attention(cache)) {
         scores_on_cpu(cache, stream, queries, largest, scores, n_cells);
         return;
     }
@@ -272,63 +249,8 @@ void kvl_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool p
     }
 }
 
-void kvl_row_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const uint8_t * const * chunks, int32_t chunk_size, int32_t n_rows, float * scores) {
-    if (!is_plain_attention(cache)) {
-        throw kvl_error(KVL_ERR_UNSUPPORTED, "keys outside the cache can't be scored for models with a soft cap or attention sinks");
-    }
-
-    const auto & ring = *kvl_access::ring(*cache.kv);
-    const auto   rows = select_queries(cache, seq_id, n_query, 0).rows;
-
-    n_query = rows.size();
-
-    if (n_query > n_rows) {
-        throw kvl_error(KVL_ERR_ARGUMENT, "there are fewer keys than queries");
-    }
-
-    const int64_t n_pad = pad_cells(n_rows);
-    const int64_t n_q   = ring.layers[0].q->ne[0]; // the layers are alike, see kvl_find_cache
-
-    kvl_cpu_scores task = {
-        {}, {}, {}, {}, std::vector<float>(n_query*n_pad, -INFINITY), n_pad, cache.n_embd_head_k, cache.n_head, cache.n_head_kv, largest,
-    };
-
-    // the queries' own keys are the last ones
-    for (int32_t q = 0; q < n_query; ++q) {
-        task.rows.push_back(q);
-        std::fill_n(task.mask.begin() + q*n_pad, n_rows - n_query + q + 1, 0.0f);
-    }
-
-    cache.lctx->synchronize();
-
-    std::vector<float> queries(cache.n_layer*n_query*n_q);
-    float * query = queries.data();
-
-    for (int32_t i = 0; i < cache.n_layer; ++i) {
-        const auto & layer = kvl_access::layers(*cache.kv)[i];
-        const auto & noted = ring.layers[i];
-
-        task.keys   .emplace_back(chunks, chunk_size, layer.k->type, cache.n_embd_head_k, cache.n_head_kv, i);
-        task.queries.push_back(query);
-        task.scales .push_back(noted.kq_scale);
-
-        for (const int32_t row : rows) {
-            ggml_backend_tensor_get(noted.q, query, row*noted.q->nb[1], noted.q->nb[1]);
-            query += n_q;
-        }
-    }
-
-    kvl_graph graph(cache, 8);
-
-    ggml_tensor * out = graph.cpu_op(n_rows, cache.n_head_kv, cache.n_layer, kvl_cpu_scores::compute, &task);
-
-    graph.run([]() {});
-
-    ggml_backend_tensor_get(out, scores, 0, ggml_nbytes(out));
-}
-
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells) {
-    const int32_t   n_pad   = pad_cells(n_cells);
+    const int32_t   n_pad   = kvl_pad_cells(n_cells);
     const query_set queries = select_queries(cache, seq_id, n_query, n_pad);
 
     const int64_t  n_rows = queries.rows.size();

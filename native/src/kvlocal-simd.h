@@ -4,6 +4,7 @@
 
 #include "ggml.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -95,6 +96,19 @@ inline vector sums_of(vector (&v)[LANES]) {
         }
     }
     return v[0];
+}
+
+// lane j of vector i becomes lane i of vector j
+inline void transpose(vector (&v)[LANES]) {
+    vector w[LANES];
+
+    for (int64_t n = LANES; n > 1; n /= 2) {
+        for (int64_t i = 0; i < LANES/2; ++i) {
+            w[i]           = pick<0, 2>(v[2*i], v[2*i + 1]);
+            w[i + LANES/2] = pick<1, 2>(v[2*i], v[2*i + 1]);
+        }
+        std::copy(w, w + LANES, v);
+    }
 }
 
 template <int N = LANES/2>

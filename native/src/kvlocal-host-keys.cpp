@@ -1,0 +1,218 @@
+// Scores of keys in host memory, which may be rotated to other positions than the queries are.
+
+#include "kvlocal-cpu.h"
+#include "kvlocal-impl.h"
+
+#include <algorithm>
+#include <cmath>
+
+bool kvl_is_plain_attention(const kvl_cache & cache) {
+    const auto & noted = kvl_access::ring(*cache.kv)->layers;
+
+    return !kvl_access::hparams(*cache.kv).attn_soft_cap &&
+        std::none_of(noted.begin(), noted.end(), [](const auto & layer) { return layer.sinks; });
+}
+
+namespace {
+
+// the recorded queries of all layers: rotating the few queries back has the effect of rotating the many keys
+struct query_copies {
+    std::vector<int32_t> shifts; // of each copy, the first is 0
+    std::vector<float>   data;   // [n_layer, n_copy, n_query, n_embd_q]
+
+    int64_t n_query;
+    int64_t n_embd_q;
+
+    const float * layer(int64_t i) const { return data.data() + i*shifts.size()*n_query*n_embd_q; }
+};
+
+query_copies copy_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const kvl_host_keys & keys) {
+    const auto & ring = *kvl_access::ring(*cache.kv);
+    const auto   pos  = kvl_select_queries(cache, seq_id, n_query);
+
+    query_copies res;
+
+    res.n_query  = pos.size();
+    res.n_embd_q = ring.layers[0].q->ne[0]; // the layers are alike, see kvl_find_cache
+
+    res.shifts = { 0 };
+    for (int32_t s = 0; s < keys.n_stretch; ++s) {
+        if (std::find(res.shifts.begin(), res.shifts.end(), keys.shifts[s]) == res.shifts.end()) {
+            res.shifts.push_back(keys.shifts[s]);
+        }
+    }
+
+    const int64_t n_copy = res.shifts.size();
+    const int64_t n_one  = res.n_query*res.n_embd_q;
+
+    res.data.resize(cache.n_layer*n_copy*n_one);
+
+    cache.lctx->synchronize();
+
+    for (int32_t i = 0; i < cache.n_layer; ++i) {
+        float * out = res.data.data() + i*n_copy*n_one;
+
+        for (const llama_pos p : pos) {
+            ggml_backend_tensor_get(ring.layers[i].q, out, ring.row(seq_id, p)*ring.layers[i].q->nb[1], ring.layers[i].q->nb[1]);
+            out += res.n_embd_q;
+        }
+    }
+
+    if (n_copy == 1) {
+        return res;
+    }
+
+    std::vector<int32_t> rows;
+    std::vector<int32_t> back;
+
+    for (int64_t c = 1; c < n_copy; ++c) {
+        for (const llama_pos p : pos) {
+            rows.push_back((int32_t) ring.row(seq_id, p));
+            back.insert(back.end(), cache.n_head, -res.shifts[c]);
+        }
+    }
+
+    kvl_graph graph(cache, 16*cache.n_layer + 64);
+
+    auto * ctx = graph.ctx();
+
+    ggml_tensor * idxs     = graph.input(GGML_TYPE_I32, rows.size());
+    ggml_tensor * delta    = graph.input(GGML_TYPE_I32, back.size());
+    ggml_tensor * hadamard = cache.kv->build_input_k_rot(ctx);
+
+    std::vector<ggml_tensor *> results;
+
+    for (int32_t i = 0; i < cache.n_layer; ++i) {
+        const uint32_t il = kvl_access::layers(*cache.kv)[i].il;
+
+        ggml_tensor * q = ggml_get_rows(ctx, ring.layers[i].q, idxs);
+
+        if (kvl_access::hparams(*cache.kv).has_rope(il)) {
+            q = ggml_reshape_2d(ctx, q, cache.n_embd_head_k, back.size());
+            q = kvl_build_rotate(cache, ctx, q, delta, hadamard, il);
+        }
+
+        results.push_back(q);
+        graph.output(q);
+    }
+
+    graph.run([&]() {
+        ggml_backend_tensor_set(idxs,  rows.data(), 0, ggml_nbytes(idxs));
+        ggml_backend_tensor_set(delta, back.data(), 0, ggml_nbytes(delta));
+        if (hadamard && hadamard->buffer) {
+            cache.kv->set_input_k_rot(hadamard);
+        }
+    });
+
+    for (int32_t i = 0; i < cache.n_layer; ++i) {
+        ggml_backend_tensor_get(results[i], res.data.data() + (i*n_copy + 1)*n_one, 0, ggml_nbytes(results[i]));
+    }
+
+    return res;
+}
+
+std::vector<kvl_stretch> stretches_of(const query_copies & queries, const kvl_host_keys & keys) {
+    if (keys.n_stretch == 0) {
+        return { { 0, 0 } };
+    }
+
+    std::vector<kvl_stretch> res;
+
+    for (int32_t s = 0; s < keys.n_stretch; ++s) {
+        const auto copy = std::find(queries.shifts.begin(), queries.shifts.end(), keys.shifts[s]) - queries.shifts.begin();
+
+        res.push_back({ keys.starts[s], (int32_t) copy });
+    }
+
+    return res;
+}
+
+// scores of keys in host memory, n_column of which are looked at, the queries' own at the end
+kvl_cpu_scores scores_of(const kvl_cache & cache, const query_copies & queries, const kvl_host_keys & keys, int64_t n_column, bool largest) {
+    const int64_t n_pad = kvl_pad_cells(n_column);
+
+    kvl_cpu_scores task = {
+        {}, {}, {}, {}, std::vector<float>(queries.n_query*n_pad, -INFINITY), n_pad, cache.n_embd_head_k, cache.n_head, cache.n_head_kv, largest,
+        stretches_of(queries, keys),
+    };
+
+    for (int32_t q = 0; q < queries.n_query; ++q) {
+        task.rows.push_back(q);
+        std::fill_n(task.mask.begin() + q*n_pad, n_column - queries.n_query + q + 1, 0.0f);
+    }
+
+    for (int32_t i = 0; i < cache.n_layer; ++i) {
+        const ggml_type type = kvl_access::layers(*cache.kv)[i].k->type;
+
+        task.keys   .emplace_back(keys.chunks, keys.chunk_size, type, cache.n_embd_head_k, cache.n_head_kv, i);
+        task.queries.push_back(queries.layer(i));
+        task.scales .push_back(kvl_access::ring(*cache.kv)->layers[i].kq_scale);
+    }
+
+    return task;
+}
+
+void check_plain(const kvl_cache & cache) {
+    if (!kvl_is_plain_attention(cache)) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "keys outside the cache can't be scored for models with a soft cap or attention sinks");
+    }
+}
+
+void check_own(const query_copies & queries, int64_t n_keys) {
+    if (queries.n_query > n_keys) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "there are fewer keys than queries");
+    }
+}
+
+} // namespace
+
+void kvl_row_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const kvl_host_keys & keys, float * scores) {
+    check_plain(cache);
+
+    const auto queries = copy_queries(cache, seq_id, n_query, keys);
+
+    check_own(queries, keys.n_rows);
+
+    auto task = scores_of(cache, queries, keys, keys.n_rows, largest);
+
+    kvl_graph graph(cache, 8);
+
+    ggml_tensor * out = graph.cpu_op(keys.n_rows, cache.n_head_kv, cache.n_layer, kvl_cpu_scores::compute, &task);
+
+    graph.run([]() {});
+
+    ggml_backend_tensor_get(out, scores, 0, ggml_nbytes(out));
+}
+
+void kvl_best_rows(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const kvl_host_keys & keys, const kvl_search & search, int32_t * rows, float * scores) {
+    check_plain(cache);
+
+    const auto queries = copy_queries(cache, seq_id, n_query, keys);
+
+    check_own(queries, keys.n_rows - search.last);
+
+    const auto task = scores_of(cache, queries, keys, search.n_best, false);
+
+    kvl_cpu_best_rows best = {
+        task, search.boxes, keys.chunk_size/KVL_BLOCK, std::min<int64_t>(search.n_bound, queries.n_query),
+        keys.n_rows, search.first, search.last, search.n_block, rows,
+    };
+
+    kvl_graph graph(cache, 8);
+
+    ggml_tensor * out = graph.cpu_op(search.n_best, cache.n_head_kv, cache.n_layer, kvl_cpu_best_rows::compute, &best);
+
+    graph.run([]() {});
+
+    ggml_backend_tensor_get(out, scores, 0, ggml_nbytes(out));
+}
+
+void kvl_boxes(const kvl_cache & cache, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block, uint16_t * boxes) {
+    const size_t n_keys  = (size_t) cache.n_head_kv*chunk_size*kvl_row_size_k(cache);
+    const size_t n_boxes = (size_t) cache.n_head_kv*2*cache.n_embd_head_k*(chunk_size/KVL_BLOCK);
+
+    for (int32_t i = 0; i < cache.n_layer; ++i) {
+        kvl_fill_boxes(kvl_access::layers(*cache.kv)[i].k->type, cache.n_embd_head_k, cache.n_head_kv, keys + i*n_keys, chunk_size,
+                first_block, n_block, boxes + i*n_boxes);
+    }
+}

@@ -1,0 +1,36 @@
+// Rotation: keys and queries as they are at other positions.
+
+#include "kvlocal-impl.h"
+
+#include <cmath>
+
+ggml_tensor * kvl_build_rotate(const kvl_cache & cache, ggml_context * ctx, ggml_tensor * x, ggml_tensor * delta, ggml_tensor * hadamard, uint32_t il) {
+    const auto & hparams = kvl_access::hparams(*cache.kv);
+    const auto & cparams = cache.lctx->get_cparams();
+    const auto & model   = cache.lctx->get_model();
+
+    const float freq_base  = model.get_rope_freq_base (cparams, il);
+    const float freq_scale = model.get_rope_freq_scale(cparams, il);
+
+    // what was rotated once carries YaRN's magnitude already: the second rotation must not apply it again
+    const float attn_factor = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/freq_scale)) : 1.0f;
+
+    if (hadamard) {
+        x = llama_mul_mat_hadamard(ctx, x, hadamard);
+    }
+
+    // every row is a token of its own here
+    x = ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
+
+    x = ggml_rope_ext(ctx, x, delta, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type,
+            cparams.n_ctx_orig_yarn, freq_base, freq_scale,
+            cparams.yarn_ext_factor, attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+
+    x = ggml_reshape_2d(ctx, x, x->ne[0], x->ne[2]);
+
+    if (hadamard) {
+        x = llama_mul_mat_hadamard(ctx, x, hadamard);
+    }
+
+    return x;
+}

@@ -1,0 +1,162 @@
+"""What choosing the cells anew from an archive costs, beside the tokens of an answer.
+
+    python tests/measure/recall_time.py --model smollm2-135m --threads 2 --tokens 1000,8000,100000
+
+A text of 2,000 tokens at most is read, and longer histories are that text again and again in the archive, at the positions they would have. Then
+tokens are decoded, and every `refresh` of them the cells are chosen anew. Milliseconds, the median, for each part of a choice, and the share of the
+time of an answer that choosing takes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlocal.cache.archive import Archive
+from kvlocal.cache.budgeted import BudgetedCache, Passage
+from kvlocal.cache.config import CacheConfig
+from kvlocal.cache.frames import first_position
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.cells import Rows
+from kvlocal.llama.model import Model
+from kvlocal.policies import Recall
+
+READ = 2000
+
+
+def text_of(model: Model, data: Path | None, n: int) -> np.ndarray:
+    """Tokens of the dialogues of a file, or any."""
+    if data is None:
+        return np.random.default_rng(0).integers(100, model.n_vocab, n).astype(np.int32)
+    turns = [turn[who] for line in data.read_text().splitlines()[:551] for turn in json.loads(line)["history"] for who in ("user", "bot")]
+    return model.tokenize("\n".join(turns[:400]), parse_special=False)[:n]
+
+
+def lengthen(cache: BudgetedCache, n_tokens: int) -> None:
+    """Makes the conversation n_tokens long, of which the archive holds what it held, again and again, before what is in the cells."""
+    ledger, compressor = cache.ledger, cache.compressor
+    assert compressor.recaller
+    cache.compress()
+    old, n_old = compressor.recaller.archive, ledger.n_tokens
+    more = n_tokens - n_old
+    every = np.broadcast_to(np.arange(n_old), (cache.layout.n_layer, cache.layout.n_head_kv, n_old))
+    rows = old.rows(every)
+    compressor.open_archive(Archive(cache.layout, 2**40, None))
+    archive, next_position = compressor.recaller.archive, 0
+    while archive.n_tokens < n_tokens:
+        n = min(n_old, n_tokens - archive.n_tokens)
+        positions = []
+        for _ in range(n):
+            if next_position == cache.model.n_ctx_train:
+                next_position = first_position(ledger.n_pinned, cache.model.n_ctx_train, 1280, ledger.n_cells)
+            positions.append(next_position)
+            next_position += 1
+        # the last ones are those in the cells
+        part = slice(n_old - n, n_old)
+        archive.append(Rows(rows.k[:, :, part], rows.v[:, :, part]), np.array(positions, np.int32))
+    held = ledger.tokens[..., : ledger.n_cells]
+    held[held >= ledger.n_pinned] += more
+    ledger._ids = np.concatenate([ledger._ids, np.zeros(more, np.int32)])
+    ledger.n_tokens, ledger.segments[-1].end = n_tokens, n_tokens
+    # their keys are not where they would be, which costs no time
+    shift = next_position - ledger.next_position
+    ledger.positions[..., : ledger.n_cells] = compressor.recaller.positions(ledger, next_position)[held]
+    cache.native.compact(
+        np.broadcast_to(np.arange(ledger.n_cells), held.shape),
+        np.arange(next_position - ledger.n_cells, next_position),
+        np.full(held.shape, shift, np.int32),
+    )
+    ledger.next_position = next_position
+
+
+@contextmanager
+def timed(times: dict[str, list[float]], name: str, owner: Any, method: str) -> Iterator[None]:
+    """What a method of an object takes, in milliseconds."""
+    function: Callable[..., Any] = getattr(owner, method)
+
+    def call(*args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            times[name].append(1000 * (time.perf_counter() - started))
+
+    setattr(owner, method, call)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--data", type=Path, help="MT-Bench-101's file of dialogues; without it the tokens are any")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--tokens", default="1000,8000,100000")
+    parser.add_argument("--answer", type=int, default=160)
+    parser.add_argument("--kv-budget", type=int, default=1024)
+    parser.add_argument("--type", default="f16")
+    args = parser.parse_args()
+    config = CacheConfig(
+        budget=args.kv_budget, policy="recall", archive="ram", archive_ram=2**40, n_threads=args.threads, type_k=args.type, type_v=args.type
+    )
+    with Model(resolve(args.model)) as model:
+        text = text_of(model, args.data, READ + args.answer)
+        for n_tokens in map(int, args.tokens.split(",")):
+            with BudgetedCache(model, config, undo=False) as cache:
+                cache.begin(30)
+                cache.read([Passage("user", text[: min(READ, n_tokens)])])
+                if n_tokens > READ:
+                    lengthen(cache, n_tokens)
+                report(cache, text[-args.answer :], n_tokens)
+
+
+def report(cache: BudgetedCache, answer: np.ndarray, n_tokens: int) -> None:
+    compressor, times = cache.compressor, defaultdict[str, list[float]](list)
+    recaller = compressor.recaller
+    assert recaller
+    parts = (
+        ("write through", recaller, "write_through"), ("scores", cache.native, "row_scores"), ("choose, with scores", recaller, "choose"),
+        ("compact", cache.native, "compact"), ("ledger", cache.ledger, "refill"), ("all", compressor, "choose_again"),
+    )  # fmt: skip
+    policy = Recall()
+    plan = Recall.plan
+
+    def timed_plan(self: Recall, *args: Any) -> Any:
+        started = time.perf_counter()
+        result = plan(self, *args)
+        times["plan"].append(1000 * (time.perf_counter() - started))
+        return result
+
+    Recall.plan = timed_plan  # type: ignore[method-assign]
+    decoding = cache.seconds.decode
+    recalled = []
+    try:
+        from contextlib import ExitStack
+
+        with ExitStack() as stack:
+            for name, owner, method in parts:
+                stack.enter_context(timed(times, name, owner, method))
+            for token in answer:
+                cache.append(np.array([token]), "decode")
+                recalled.append(compressor.n_recalled)
+    finally:
+        Recall.plan = plan  # type: ignore[method-assign]
+    decoding = cache.seconds.decode - decoding
+    choosing = sum(times["all"]) / 1000
+    print(f"{n_tokens} tokens: a token {1000 * decoding / len(answer):.1f} ms, a choice every {policy.refresh} of them", end="; ")
+    print(f"share of choosing {choosing / (choosing + decoding):.3f}, {np.median(recalled):.0f} cells exchanged")
+    for name, values in times.items():
+        print(f"    {name:22s} {statistics.median(values):8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
