@@ -252,24 +252,27 @@ def test_the_best_rows_are_those_that_their_boxes_let_expect(model, tokens, type
     starts, shifts = moved or ([0], [0])
     shift_of = np.repeat(shifts, np.diff([*starts, 360])).astype(np.float64)
     hadamard = np.eye(64) if kind in ("f16", "f32") else hadamard_matrix(64)
-    for n_query, n_bound, first, last, n_blocks in ((16, 4, 16, 320, 6), (5, 16, 0, 336, 21), (16, 16, 32, 304, 1), (16, 1, 48, 208, 0)):
+    for n_query, every, n_bound, first, last, n_blocks in (
+        (16, 1, 4, 16, 320, 6), (5, 1, 16, 0, 336, 21), (16, 2, 16, 32, 304, 1), (16, 1, 1, 48, 208, 0), (16, 3, 2, 16, 320, 6)
+    ):  # fmt: skip
         rows, scores = chat.native.best_rows(
-            chunks, boxes, 360, first=first, last=last, n_blocks=n_blocks, n_query=n_query, n_bound=n_bound, stretches=moved
+            chunks, boxes, 360, first=first, last=last, n_blocks=n_blocks, n_query=n_query, every=every, n_bound=n_bound, stretches=moved
         )
         assert (np.diff(rows, axis=-1) > 0).all() and rows.shape == (L, 3, first + 16 * n_blocks + 360 - last)
         np.testing.assert_array_equal(rows[..., :first], np.broadcast_to(np.arange(first), (L, 3, first)))
         np.testing.assert_array_equal(rows[..., first + 16 * n_blocks :], np.broadcast_to(np.arange(last, 360), (L, 3, 360 - last)))
-        n_bound = min(n_bound, n_query)
+        looked = np.arange(n_query)[::-every][::-1]
+        n_bound = min(n_bound, len(looked))
         for layer in (0, L - 1):
-            queries = chat.native.read_queries(layer).astype(np.float64)[-n_query:] * chat.native.kq_scale(layer)
-            asked = [n_query - 1 - i * n_query // n_bound for i in range(n_bound)]
+            queries = chat.native.read_queries(layer).astype(np.float64)[-n_query:][looked] * chat.native.kq_scale(layer)
+            asked = [len(looked) - 1 - i * len(looked) // n_bound for i in range(n_bound)]
             rotated = rotate(numbers(keys[layer], kind) @ hadamard, np.broadcast_to(shift_of, (3, 360)), 100000.0, 64) @ hadamard
             for head in range(3):
                 chosen = rows[layer, head]
                 # the softmax over the chosen rows alone
                 q = queries[:, 3 * head : 3 * head + 3]
                 logits = np.einsum("wgd,nd->wgn", q, rotated[head, chosen])
-                hidden = chosen > 360 - n_query + np.arange(n_query)[:, None]
+                hidden = chosen > 360 - n_query + looked[:, None]
                 logits = np.where(hidden[:, None], -np.inf, logits)
                 weights = np.exp(logits - logits.max(-1, keepdims=True))
                 expected = (weights / weights.sum(-1, keepdims=True)).max(1).mean(0)
@@ -295,7 +298,8 @@ def test_wrong_boxes_are_refused(model, tokens):
     lib, ffi = load().lib, load().ffi
     good = {"first": 16, "last": 320, "n_blocks": 3, "n_query": 16, "n_bound": 4}
     for bad in (
-        {"first": -16}, {"first": 8}, {"last": 0}, {"last": 321}, {"last": 368}, {"n_blocks": 20}, {"n_bound": 0}, {"n_query": -1}, {"last": 352},
+        {"first": -16}, {"first": 8}, {"last": 0}, {"last": 321}, {"last": 368}, {"n_blocks": 20}, {"last": 352},
+        {"n_bound": 0}, {"every": 0}, {"n_query": -1},
         {"n_rows": 513}, {"n_rows": 0, "last": 0, "first": 0, "n_blocks": 1},
     ):  # fmt: skip
         options = {"n_rows": 360} | good | bad

@@ -9,9 +9,14 @@ import numpy.typing as npt
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.frames import Frame, stretches
+from kvlocal.cache.key_boxes import KeyBoxes
 from kvlocal.cache.ledger import Ledger
-from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.cells import BLOCK, NativeCache
 from kvlocal.policies import CacheState, Policy
+
+# so many times the budget, and at least so many tokens, are looked at closely among what is neither pinned nor new: of the attention that the exact
+# choice catches that leaves 0.96 in 8,000 tokens of dialogues; with each second of the queries 0.95
+_FAR, _LEAST_FAR, _EVERY = 2, 1024, 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Recaller:
 
     def __init__(self, native: NativeCache, policy: Policy, window: int, archive: Archive, n_ctx_train: int) -> None:
         self._native, self._policy, self._window, self.archive, self._n_ctx_train = native, policy, window, archive, n_ctx_train
+        self._boxes = KeyBoxes(native)
         # int32 [L * H, tokens and more], the cell that a token is in while a refill is made, -1 for none
         self._cell_of = np.zeros((0, 0), np.int32)
 
@@ -59,19 +65,20 @@ class Recaller:
         cells = np.arange(ledger.n_cells - n_new, ledger.n_cells)
         if not 0 < n_new <= ledger.n_cells or (ledger.tokens[..., cells[0]] != self.archive.n_tokens).any():
             raise ArchiveFailed("tokens have left the cache before they were archived")
+        # tokens that were forgotten since the last time are not there now, and others come in their place
+        self._boxes.cut(self.archive.n_tokens)
         self.archive.append(self._native.read_rows(cells), ledger.positions[0, 0, cells])
 
     def choose(self, ledger: Ledger, n_keep: int) -> Refill:
         """The n_keep tokens of each layer and head that the policy wants, after `write_through`."""
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
-        every = np.arange(n_tokens, dtype=np.int32)
         positions = self.positions(ledger, ledger.next_position)
         if n_keep < n_tokens:
-            pinned = np.broadcast_to(every < ledger.n_pinned, (*shape, n_tokens))
-            state = CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), self._window, self._scores(positions))
-            tokens = self._policy.plan(state, n_keep).keep.astype(np.int32)
+            candidates, scores = self._candidates(ledger, n_keep, positions)
+            state = CacheState(candidates < ledger.n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
+            tokens = np.take_along_axis(candidates, self._policy.plan(state, n_keep).keep, axis=-1)
         else:
-            tokens = np.broadcast_to(every, (*shape, n_tokens))
+            tokens = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
         return self._refill(ledger, tokens, positions)
 
     def move(self, ledger: Ledger, next_position: int) -> Refill:
@@ -83,15 +90,30 @@ class Recaller:
         frame = Frame.at(ledger.n_pinned, self._n_ctx_train, ledger.n_tokens, next_position)
         return frame.positions(self.archive.positions)
 
-    def _scores(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """What the last queries pay to each token, [L, H, n_tokens]; 0 while there are none, after a rotation."""
+    def _candidates(
+        self, ledger: Ledger, n_keep: int, positions: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Tokens that each head may hold, int32 [L, H, C] ascending, and what the last queries pay to each of them, float32.
+
+        The pinned ones, the newest n_keep, and of those between the blocks in which the queries can find most; while there are few enough, all.
+        Before the first query after a rotation all scores are 0.
+        """
+        n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         n_query = min(self._window, len(self._native.query_positions()))
-        if not n_query:
-            layout = self._native.layout()
-            return np.zeros((layout.n_layer, layout.n_head_kv, len(positions)), np.float32)
-        shifts = positions - self.archive.positions
+        archive, shifts = self.archive, positions - self.archive.positions
         moved = stretches(shifts) if shifts.any() else None
-        return self._native.row_scores(self.archive.key_chunks(), len(positions), n_query, stretches=moved)
+        first = -(-ledger.n_pinned // BLOCK) * BLOCK
+        last = max(first, (n_tokens - max(n_keep, self._window)) // BLOCK * BLOCK)
+        n_blocks = -(-max(_FAR * n_keep, _LEAST_FAR) // BLOCK)
+        if n_query and n_blocks * BLOCK < last - first:
+            return self._native.best_rows(
+                archive.key_chunks(), self._boxes.of(archive), n_tokens,
+                first=first, last=last, n_blocks=n_blocks, n_query=n_query, every=_EVERY, stretches=moved,
+            )  # fmt: skip
+        every = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
+        if not n_query:
+            return every, np.zeros(every.shape, np.float32)
+        return every, self._native.row_scores(archive.key_chunks(), n_tokens, n_query, stretches=moved)
 
     def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> Refill:
         """A cell stays in use as long as its key is where it has to be, int32 [n_tokens]; others come from the archive, so that no key is ever

@@ -222,13 +222,14 @@ class NativeCache:
         last: int,
         n_blocks: int,
         n_query: int = 0,
-        n_bound: int = 4,
+        every: int = 1,
+        n_bound: int = 2,
         stretches: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The rows that the queries may find most in, int32 [L, H, n] ascending, and their scores as if there were no others (`row_scores`).
 
         These are the rows before `first` and from `last` on, multiples of BLOCK, and n_blocks blocks of those between, for each head those whose
-        boxes let n_bound of the queries expect most.
+        boxes let n_bound of the queries expect most. Of the queries each every-th is looked at, the last one among them.
 
         chunks, stretches: as for `row_scores`
         boxes: of each chunk, as `fill_boxes` fills them, for all blocks before `last`
@@ -245,7 +246,7 @@ class NativeCache:
         bounds = self._ffi.cast("uint16_t **", keep := self._pointers(boxes))
         self._compute(
             self._lib.kvl_get_best_rows,
-            n_query, n_bound, self._pointers(chunks), bounds, len(chunks), shape[2], n_rows,
+            n_query, every, n_bound, self._pointers(chunks), bounds, len(chunks), shape[2], n_rows,
             self._ints(starts), self._ints(shifts), len(starts), first, last, self._ints(rows), self._floats(scores), *rows.shape,
         )  # fmt: skip
         del keep

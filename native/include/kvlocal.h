@@ -134,10 +134,10 @@ int32_t kvl_get_boxes(struct llama_context * ctx, const uint8_t * keys, int32_t 
 
 // for each head the rows [0, first) and [last, n_rows), and of the blocks between those in which the queries may find most by their boxes,
 // by ascending number; and their scores, as kvl_get_row_scores gives them where only these rows exist
-// n_bound: so many of the queries, spread over them, meet the boxes
+// every: of the queries each every-th is looked at, the last one among them; n_bound: so many of these, spread over them, meet the boxes
 // boxes: [n_chunk], filled for all blocks before `last`; first, last: multiples of KVL_BLOCK_SIZE, the queries' own keys are behind `last`
 // rows: [n_layer, n_head_kv, n_best]; scores: the same; n_best - first - (n_rows - last) is a multiple of KVL_BLOCK_SIZE
-int32_t kvl_get_best_rows(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t n_bound,
+int32_t kvl_get_best_rows(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t n_bound,
         const uint8_t * const * chunks, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
         int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best);

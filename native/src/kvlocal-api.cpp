@@ -390,7 +390,7 @@ int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t chunk_s
     });
 }
 
-int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t n_bound,
+int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t n_bound,
         const uint8_t * const * chunks, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
         int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best) {
@@ -411,8 +411,8 @@ int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, 
         for (int32_t i = 0; i < n_chunk; ++i) {
             check_pointer(boxes[i], "a chunk of boxes");
         }
-        if (n_bound < 1) {
-            throw kvl_error(KVL_ERR_ARGUMENT, "no query meets the boxes");
+        if (every < 1 || n_bound < 1) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "no query is looked at, or none meets the boxes");
         }
         if (first < 0 || last < first || last > n_rows || first % KVL_BLOCK_SIZE != 0 || last % KVL_BLOCK_SIZE != 0) {
             throw kvl_error(KVL_ERR_ARGUMENT, "the rows between " + std::to_string(first) + " and " + std::to_string(last) + " are no whole blocks of the keys");
@@ -424,7 +424,7 @@ int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, 
             throw kvl_error(KVL_ERR_ARGUMENT, std::to_string(n_best) + " rows can't be chosen in whole blocks");
         }
 
-        const kvl_search search = { boxes, n_bound, first, last, (int32_t) (n_chosen/KVL_BLOCK_SIZE), n_best };
+        const kvl_search search = { boxes, every, n_bound, first, last, (int32_t) (n_chosen/KVL_BLOCK_SIZE), n_best };
 
         kvl_best_rows(cache, seq_id, n_query, keys, search, rows, scores);
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 namespace {
 
@@ -110,6 +111,8 @@ ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int
 
 // builds the graph of one compaction; everything that can fail for want of memory or support does so before the graph runs
 struct compaction {
+    static constexpr size_t MAX_GROUPS = 6;
+
     const kvl_cache     & cache;
     const kvl_compaction & what;
 
@@ -122,12 +125,14 @@ struct compaction {
     std::vector<graph_input> inputs;
     std::vector<staged_move> staged;
 
+    size_t n_rotated = 0;
+
     compaction(const kvl_cache & cache, int32_t seq_id, const kvl_compaction & what) :
         cache(cache),
         what(what),
         n_cells(kvl_access::cells(*cache.kv, seq_id).used_max_p1()),
         stream(cache.kv->get_stream(seq_id)),
-        graph(cache, 32*cache.n_layer + 64),
+        graph(cache, (16 + (what.delta ? 20*MAX_GROUPS : 0))*cache.n_layer + 64),
         task({ {}, cache.n_head_kv, what.n_keep, n_cells }) {}
 
     size_t n_idx() const { return (size_t) cache.n_head_kv*what.n_keep; }
@@ -281,36 +286,55 @@ private:
 
     // k: the stream after the move
     void build_rotation(int32_t i_layer, ggml_tensor * k, ggml_type type, uint32_t il, ggml_tensor * hadamard) {
-        const int32_t * delta = what.delta + i_layer*n_idx();
+        // keys by what they are rotated by: where that is the same for many they share its sines
+        std::map<int32_t, std::vector<int64_t>> rows;
 
-        std::vector<int32_t> rows;
-        std::vector<int64_t> rows64;
-        std::vector<int32_t> by;
+        const int32_t * delta = what.delta + i_layer*n_idx();
 
         for (int64_t h = 0; h < cache.n_head_kv; ++h) {
             for (int64_t j = 0; j < what.n_keep; ++j) {
-                const int32_t d = delta[h*what.n_keep + j];
-
-                if (d != 0) {
-                    rows  .push_back((int32_t) flat(j, h));
-                    rows64.push_back(flat(j, h));
-                    by    .push_back(d);
+                if (delta[h*what.n_keep + j] != 0) {
+                    rows[delta[h*what.n_keep + j]].push_back(flat(j, h));
                 }
             }
         }
 
+        if (rows.size() <= MAX_GROUPS) {
+            for (const auto & [by, group] : rows) {
+                build_rotation(k, type, il, hadamard, group, { by });
+            }
+            return;
+        }
+
+        std::vector<int64_t> all;
+        std::vector<int32_t> by;
+
+        for (const auto & [d, group] : rows) {
+            all.insert(all.end(), group.begin(), group.end());
+            by .insert(by .end(), group.size(), d);
+        }
+
+        build_rotation(k, type, il, hadamard, all, by);
+    }
+
+    // by: one number for each row, or one for all
+    void build_rotation(ggml_tensor * k, ggml_type type, uint32_t il, ggml_tensor * hadamard, const std::vector<int64_t> & rows, const std::vector<int32_t> & by) {
         if (rows.empty()) {
             return;
         }
 
+        n_rotated += rows.size();
+
         auto * ctx = graph.ctx();
 
+        const std::vector<int32_t> from(rows.begin(), rows.end());
+
         ggml_tensor * keys    = view_rows(ctx, k, type, cache.n_embd_head_k, n_flat());
-        ggml_tensor * rotated = ggml_get_rows(ctx, keys, input(GGML_TYPE_I32, rows)); // F32 [n_embd_head_k, n]
+        ggml_tensor * rotated = ggml_get_rows(ctx, keys, input(GGML_TYPE_I32, from)); // F32 [n_embd_head_k, n]
 
         rotated = kvl_build_rotate(cache, ctx, rotated, input(GGML_TYPE_I32, by), hadamard, il);
 
-        graph.expand(ggml_set_rows(ctx, keys, rotated, input(GGML_TYPE_I64, rows64)));
+        graph.expand(ggml_set_rows(ctx, keys, rotated, input(GGML_TYPE_I64, rows)));
     }
 
     // where rows are no whole numbers of 32 bits: to the host and back
@@ -353,7 +377,9 @@ static bool rotates_last(const kvl_cache & cache, const kvl_compaction & what, i
 }
 
 void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const kvl_compaction & what) {
-    compaction(cache, seq_id, what).run();
+    compaction task(cache, seq_id, what);
+
+    task.run();
 
     auto & cells = kvl_access::cells(*cache.kv, seq_id);
 
@@ -379,7 +405,9 @@ void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const kvl_compac
             kvl_ring_invalidate(ring, seq_id);
         }
 
-        // a rotation is rare and its buffers are the largest: they are not kept
-        kvl_access::runtime(*cache.lctx).reset();
+        // a rotation of all is rare and its buffers are the largest: they are not kept
+        if (2*task.n_rotated > cache.n_layer*task.n_idx()) {
+            kvl_access::runtime(*cache.lctx).reset();
+        }
     }
 }

@@ -19,6 +19,7 @@ namespace {
 struct query_copies {
     std::vector<int32_t> shifts; // of each copy, the first is 0
     std::vector<float>   data;   // [n_layer, n_copy, n_query, n_embd_q]
+    std::vector<int32_t> before; // [n_query] by how many tokens each is older than the last one
 
     int64_t n_query;
     int64_t n_embd_q;
@@ -26,11 +27,21 @@ struct query_copies {
     const float * layer(int64_t i) const { return data.data() + i*shifts.size()*n_query*n_embd_q; }
 };
 
-query_copies copy_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const kvl_host_keys & keys) {
+// every: each every-th of them, the last one among them
+query_copies copy_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_query, int32_t every, const kvl_host_keys & keys) {
     const auto & ring = *kvl_access::ring(*cache.kv);
-    const auto   pos  = kvl_select_queries(cache, seq_id, n_query);
+    const auto   all  = kvl_select_queries(cache, seq_id, n_query);
 
     query_copies res;
+
+    std::vector<llama_pos> pos;
+
+    for (const llama_pos p : all) {
+        if ((all.back() - p) % every == 0) {
+            pos.push_back(p);
+            res.before.push_back(all.back() - p);
+        }
+    }
 
     res.n_query  = pos.size();
     res.n_embd_q = ring.layers[0].q->ne[0]; // the layers are alike, see kvl_find_cache
@@ -63,22 +74,24 @@ query_copies copy_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_que
     }
 
     std::vector<int32_t> rows;
-    std::vector<int32_t> back;
 
-    for (int64_t c = 1; c < n_copy; ++c) {
-        for (const llama_pos p : pos) {
-            rows.push_back((int32_t) ring.row(seq_id, p));
-            back.insert(back.end(), cache.n_head, -res.shifts[c]);
-        }
+    for (const llama_pos p : pos) {
+        rows.push_back((int32_t) ring.row(seq_id, p));
     }
 
-    kvl_graph graph(cache, 16*cache.n_layer + 64);
+    kvl_graph graph(cache, cache.n_layer*(2 + 8*n_copy) + 64);
 
     auto * ctx = graph.ctx();
 
     ggml_tensor * idxs     = graph.input(GGML_TYPE_I32, rows.size());
-    ggml_tensor * delta    = graph.input(GGML_TYPE_I32, back.size());
     ggml_tensor * hadamard = cache.kv->build_input_k_rot(ctx);
+
+    // what is rotated by the same delta shares its sines
+    std::vector<ggml_tensor *> delta { nullptr };
+
+    for (int64_t c = 1; c < n_copy; ++c) {
+        delta.push_back(graph.input(GGML_TYPE_I32, 1));
+    }
 
     std::vector<ggml_tensor *> results;
 
@@ -87,25 +100,34 @@ query_copies copy_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_que
 
         ggml_tensor * q = ggml_get_rows(ctx, ring.layers[i].q, idxs);
 
-        if (kvl_access::hparams(*cache.kv).has_rope(il)) {
-            q = ggml_reshape_2d(ctx, q, cache.n_embd_head_k, back.size());
-            q = kvl_build_rotate(cache, ctx, q, delta, hadamard, il);
-        }
+        q = ggml_reshape_2d(ctx, q, cache.n_embd_head_k, cache.n_head*pos.size());
 
-        results.push_back(q);
-        graph.output(q);
+        for (int64_t c = 1; c < n_copy; ++c) {
+            const bool has_rope = kvl_access::hparams(*cache.kv).has_rope(il);
+
+            results.push_back(has_rope ? kvl_build_rotate(cache, ctx, q, delta[c], hadamard, il) : q);
+            graph.output(results.back());
+        }
     }
 
     graph.run([&]() {
-        ggml_backend_tensor_set(idxs,  rows.data(), 0, ggml_nbytes(idxs));
-        ggml_backend_tensor_set(delta, back.data(), 0, ggml_nbytes(delta));
+        ggml_backend_tensor_set(idxs, rows.data(), 0, ggml_nbytes(idxs));
+        for (int64_t c = 1; c < n_copy; ++c) {
+            const int32_t back = -res.shifts[c];
+            ggml_backend_tensor_set(delta[c], &back, 0, sizeof(back));
+        }
         if (hadamard && hadamard->buffer) {
             cache.kv->set_input_k_rot(hadamard);
         }
     });
 
-    for (int32_t i = 0; i < cache.n_layer; ++i) {
-        ggml_backend_tensor_get(results[i], res.data.data() + (i*n_copy + 1)*n_one, 0, ggml_nbytes(results[i]));
+    float * out = res.data.data();
+
+    for (size_t i = 0; i < results.size(); ++i) {
+        // behind the copy of each layer that is not rotated
+        out += i%(n_copy - 1) == 0 ? n_one : 0;
+        ggml_backend_tensor_get(results[i], out, 0, ggml_nbytes(results[i]));
+        out += n_one;
     }
 
     return res;
@@ -138,7 +160,7 @@ kvl_cpu_scores scores_of(const kvl_cache & cache, const query_copies & queries, 
 
     for (int32_t q = 0; q < queries.n_query; ++q) {
         task.rows.push_back(q);
-        std::fill_n(task.mask.begin() + q*n_pad, n_column - queries.n_query + q + 1, 0.0f);
+        std::fill_n(task.mask.begin() + q*n_pad, n_column - queries.before[q], 0.0f);
     }
 
     for (int32_t i = 0; i < cache.n_layer; ++i) {
@@ -159,7 +181,7 @@ void check_plain(const kvl_cache & cache) {
 }
 
 void check_own(const query_copies & queries, int64_t n_keys) {
-    if (queries.n_query > n_keys) {
+    if (queries.before.front() >= n_keys) {
         throw kvl_error(KVL_ERR_ARGUMENT, "there are fewer keys than queries");
     }
 }
@@ -169,7 +191,7 @@ void check_own(const query_copies & queries, int64_t n_keys) {
 void kvl_row_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const kvl_host_keys & keys, float * scores) {
     check_plain(cache);
 
-    const auto queries = copy_queries(cache, seq_id, n_query, keys);
+    const auto queries = copy_queries(cache, seq_id, n_query, 1, keys);
 
     check_own(queries, keys.n_rows);
 
@@ -187,7 +209,7 @@ void kvl_row_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bo
 void kvl_best_rows(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const kvl_host_keys & keys, const kvl_search & search, int32_t * rows, float * scores) {
     check_plain(cache);
 
-    const auto queries = copy_queries(cache, seq_id, n_query, keys);
+    const auto queries = copy_queries(cache, seq_id, n_query, search.every, keys);
 
     check_own(queries, keys.n_rows - search.last);
 

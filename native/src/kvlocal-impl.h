@@ -157,7 +157,7 @@ ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n
 // whether the passes of kvlocal-cpu.cpp, which know neither soft caps nor sinks, give the attention of every layer
 bool kvl_is_plain_attention(const kvl_cache & cache);
 
-// rotate keys or queries of layer il by delta positions more, x: F32 [n_embd_head_k, n], delta: I32 [n]
+// rotate keys or queries of layer il by delta positions more, x: F32 [n_embd_head_k, n], delta: I32 [n], or [1] where it is the same for all
 // hadamard: what build_input_k_rot gave
 ggml_tensor * kvl_build_rotate(const kvl_cache & cache, ggml_context * ctx, ggml_tensor * x, ggml_tensor * delta, ggml_tensor * hadamard, uint32_t il);
 
@@ -180,6 +180,7 @@ void kvl_row_scores   (const kvl_cache & cache, int32_t seq_id, int32_t n_query,
 struct kvl_search {
     const uint16_t * const * boxes; // [n_chunk], see kvl_get_boxes
 
+    int32_t every;
     int32_t n_bound;
     int32_t first;
     int32_t last;

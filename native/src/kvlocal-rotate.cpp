@@ -19,14 +19,16 @@ ggml_tensor * kvl_build_rotate(const kvl_cache & cache, ggml_context * ctx, ggml
         x = llama_mul_mat_hadamard(ctx, x, hadamard);
     }
 
-    // every row is a token of its own here
-    x = ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
+    const int64_t n = x->ne[1];
+
+    // every row is a token of its own, or all are heads of one
+    x = delta->ne[0] == 1 ? ggml_reshape_3d(ctx, x, x->ne[0], n, 1) : ggml_reshape_3d(ctx, x, x->ne[0], 1, n);
 
     x = ggml_rope_ext(ctx, x, delta, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type,
             cparams.n_ctx_orig_yarn, freq_base, freq_scale,
             cparams.yarn_ext_factor, attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
 
-    x = ggml_reshape_2d(ctx, x, x->ne[0], x->ne[2]);
+    x = ggml_reshape_2d(ctx, x, x->ne[0], n);
 
     if (hadamard) {
         x = llama_mul_mat_hadamard(ctx, x, hadamard);
