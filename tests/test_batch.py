@@ -454,6 +454,22 @@ def test_an_abandoned_batch_leaves_no_thread_and_no_cache(model):
     assert all(context.closed for context in model.contexts)
 
 
+@pytest.mark.parametrize("close", [True, False])
+def test_a_batch_that_never_began_leaves_no_cache(tiny, close):
+    gc.collect()
+    gc.disable()
+    try:
+        outcomes = run_batch(conversations(3), tiny, SMALL, parallel=2)
+        assert not all(context.closed for context in tiny.contexts)
+        if close:
+            outcomes.close()
+        else:
+            del outcomes
+        assert all(context.closed for context in tiny.contexts)
+    finally:
+        gc.enable()
+
+
 def test_conversations_that_are_done_take_no_memory(model):
     gc.collect()  # what other tests left
     before = sum(isinstance(thing, Ledger) for thing in gc.get_objects())
