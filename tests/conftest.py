@@ -41,14 +41,27 @@ def smollm2() -> Path:
     return resolve("smollm2-135m")
 
 
-@pytest.fixture(scope="module")
-def shallow_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first six layers: for what does not depend on what the model says, but on how it is used."""
+    path = tmp_path_factory.mktemp("short") / "short-smollm2.gguf"
+    write_shallow_model(smollm2, path, 6, quantized=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shallow_file(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its first four layers in float32, see shallow_model.py."""
     path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
     write_shallow_model(smollm2, path, 4)
-    with Model(path) as model:
+    return path
+
+
+@pytest.fixture(scope="module")
+def shallow_model(shallow_file: Path) -> Iterator[Model]:
+    """The same, loaded."""
+    with Model(shallow_file) as model:
         yield model
-    path.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rewritten_model import rewrite
+from gguf_copy import Source, copy
 from templates import source_tree, templates
 
 from kvlocal.chat.config import SessionConfig
@@ -38,7 +38,7 @@ def sources() -> dict[str, str]:
 
 def variant(smollm2: Path, directory: Path, names: dict[str, str], template: str, **metadata: object) -> Path:
     target = directory / "model.gguf"
-    rewrite(smollm2, target, names=names, metadata={"tokenizer.chat_template": template, **metadata})
+    copy(Source(smollm2), target, names=names, metadata={"tokenizer.chat_template": template, **metadata})
     return target
 
 

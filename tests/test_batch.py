@@ -29,8 +29,8 @@ SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_token
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as m:
+def model(short_smollm2):
+    with Model(short_smollm2) as m:
         yield m
 
 
@@ -510,10 +510,10 @@ def records_of(path):
     return [json.loads(part) for part in path.read_bytes().split(b"\n")[:-1]]
 
 
-def test_command(smollm2, tmp_path):
+def test_command(short_smollm2, tmp_path):
     given = [line(user("Hello"), user("Again")), b'{"id": "no"}\n', b"\n", line(user("Grüße 👋"), id="é"), b"nonsense"]
     (tmp_path / "in.jsonl").write_bytes(b"".join(given))
-    done = subprocess.run(command(smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl"), capture_output=True, text=True)
+    done = subprocess.run(command(short_smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl"), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     told = done.stderr.splitlines()
     assert told[0].startswith("kvlocal: line 2: it has no messages") and told[1].startswith("kvlocal: line 5: it is not JSON")
@@ -531,17 +531,17 @@ def test_command(smollm2, tmp_path):
         assert record["kv"]["budget"] == 128
 
     again = subprocess.run(
-        command(smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--retry"), capture_output=True, text=True
+        command(short_smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--retry"), capture_output=True, text=True
     )
     assert again.returncode == 1 and "line 2: it has no messages" in again.stderr and "line 5: it is not JSON" in again.stderr
     assert records_of(tmp_path / "out.jsonl") == [records[i] for i in (0, 2, 1, 3)]
 
-    piped = subprocess.run(command(smollm2, "-", "--parallel", "2"), input=given[3], capture_output=True)
+    piped = subprocess.run(command(short_smollm2, "-", "--parallel", "2"), input=given[3], capture_output=True)
     assert piped.returncode == 0
     assert json.loads(piped.stdout)["messages"] == records[2]["messages"]
 
 
-def test_refused_before_anything_is_touched(smollm2, tmp_path):
+def test_refused_before_anything_is_touched(short_smollm2, tmp_path):
     source = write_many(tmp_path / "in.jsonl", 1)
     (tmp_path / "out.jsonl").write_text("precious\n")
     for arguments, code, sentence in [
@@ -549,16 +549,16 @@ def test_refused_before_anything_is_touched(smollm2, tmp_path):
         (["-o", source, "--force"], 2, "is the input"),
         (["-o", tmp_path / "new.jsonl", "--kv-budget", "100000"], 1, "too large"),
     ]:
-        done = subprocess.run(command(smollm2, source, *arguments), capture_output=True, text=True)
+        done = subprocess.run(command(short_smollm2, source, *arguments), capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (code, "") and sentence in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "out.jsonl").read_text() == "precious\n"
     assert source.stat().st_size > 0
     assert not (tmp_path / "new.jsonl").exists()
 
 
-def test_the_same_command_goes_on_where_it_stopped(smollm2, tmp_path):
+def test_the_same_command_goes_on_where_it_stopped(short_smollm2, tmp_path):
     source, out = write_many(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
-    run_again = command(smollm2, source, "-o", out, "--parallel", "2", "--ordered", "--seed", "0")
+    run_again = command(short_smollm2, source, "-o", out, "--parallel", "2", "--ordered", "--seed", "0")
     assert subprocess.run(run_again).returncode == 0
     parts = out.read_bytes().splitlines(keepends=True)
     # two lines, and a torn one
@@ -581,9 +581,9 @@ def test_the_same_command_goes_on_where_it_stopped(smollm2, tmp_path):
     assert records_of(out)[0]["messages"][0] == user("Ho 0")
 
 
-def test_a_kill_costs_no_conversation(smollm2):
+def test_a_kill_costs_no_conversation(short_smollm2):
     script = Path(__file__).parent / "measure" / "kill_batch.py"
-    arguments = ["3", "--model", smollm2, "--lines", "12", "--parallel", "3", "--threads", "1"]
+    arguments = ["3", "--model", short_smollm2, "--lines", "12", "--parallel", "3", "--threads", "1"]
     done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -592,9 +592,9 @@ def test_a_kill_costs_no_conversation(smollm2):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_in_the_middle(smollm2, tmp_path, number):
+def test_stopped_in_the_middle(short_smollm2, tmp_path, number):
     source, out = write_many(tmp_path / "in.jsonl", 1000), tmp_path / "out.jsonl"
-    process = subprocess.Popen(command(smollm2, source, "-o", out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(short_smollm2, source, "-o", out), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -609,8 +609,8 @@ def test_stopped_in_the_middle(smollm2, tmp_path, number):
         assert told.startswith(f"kvlocal: interrupted, {len(ids)} done") and told.count("\n") == 1
 
 
-def test_ctrl_c_while_waiting_for_a_line(smollm2, tmp_path):
-    process = subprocess.Popen(command(smollm2, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_ctrl_c_while_waiting_for_a_line(short_smollm2, tmp_path):
+    process = subprocess.Popen(command(short_smollm2, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write(line(user("Hi"), id="first"))
     process.stdin.flush()
     assert json.loads(process.stdout.readline())["id"] == "first"
@@ -620,10 +620,10 @@ def test_ctrl_c_while_waiting_for_a_line(smollm2, tmp_path):
     assert process.returncode == 130 and b"interrupted, 1 done" in told
 
 
-def test_nobody_reads_the_results(smollm2, tmp_path):
+def test_nobody_reads_the_results(short_smollm2, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     source = write_many(tmp_path / "in.jsonl", 5)
-    done = subprocess.run(command(smollm2, source), stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command(short_smollm2, source), stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -41,8 +41,8 @@ DIALOGUES = [
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as m:
+def model(short_smollm2):
+    with Model(short_smollm2) as m:
         yield m
 
 
@@ -122,9 +122,9 @@ def test_recall(model):
     assert task.measure(0, FULL) == full
 
 
-def test_what_was_just_said_is_chosen(model):
+def test_what_was_just_said_is_chosen(smollm2):
     question = Question("pet", "What is the name of my cat?", "The name of your cat is", "Noodle", ("Biscuit", "Waffles", "Tango"), 0)
-    with ChatSession(model, BASE, spare=160, n_outputs=BASE.n_ubatch) as session:
+    with Model(smollm2) as model, ChatSession(model, BASE, spare=160, n_outputs=BASE.n_ubatch) as session:
         session.add_turn("user", "Please remember this for later. The name of my cat is Noodle.")
         session.add_turn("assistant", "The name of your cat is Noodle.")
         assert chooses(session, question) and answers(session, question)
@@ -159,14 +159,14 @@ def dialogues_file(path, n=6):
     return path
 
 
-def arguments(smollm2, tmp_path, task, *more):
-    return ["eval", task, "-m", str(smollm2), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
+def arguments(short_smollm2, tmp_path, task, *more):
+    return ["eval", task, "-m", str(short_smollm2), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
 
 
-def test_the_dialogue_command(smollm2, tmp_path):
+def test_the_dialogue_command(short_smollm2, tmp_path):
     data, out = dialogues_file(tmp_path / "d.jsonl", 4), tmp_path / "out.json"
     more = ("--data", data, "--concat", 2, "--policy", "streaming,snapkv:window=8", "--ratio", "0.3", "--json", out)
-    result = CliRunner().invoke(main, arguments(smollm2, tmp_path, "dialogue", *more))
+    result = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "dialogue", *more))
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0].split() == ["policy", "ratio", "removed", "kl", "agreement", "cross_entropy"]
     assert "6 of 6 measurements" in result.stderr
@@ -179,9 +179,9 @@ def test_the_dialogue_command(smollm2, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "d.jsonl", "out.json"]
 
 
-def test_the_recall_command(smollm2, tmp_path):
+def test_the_recall_command(short_smollm2, tmp_path):
     more = ("--questions", 1, "--tokens", 150, "--policy", "streaming", "--ratio", "0.5")
-    first, second = (CliRunner().invoke(main, arguments(smollm2, tmp_path, "recall", *more)) for _ in range(2))
+    first, second = (CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "recall", *more)) for _ in range(2))
     assert first.exit_code == 0, first.stderr
     assert first.stdout == second.stdout and first.stdout.count("full") == 3
     assert list((tmp_path / "cache").iterdir()) == []
@@ -198,13 +198,13 @@ def test_the_recall_command(smollm2, tmp_path):
         (("--tokens", "9000"), 1, "too long"),
     ],
 )
-def test_wrong_usage_is_one_sentence(smollm2, tmp_path, more, code, sentence):
-    result = CliRunner().invoke(main, arguments(smollm2, tmp_path, "recall", "--questions", 1, "--tokens", 100, *more))
+def test_wrong_usage_is_one_sentence(short_smollm2, tmp_path, more, code, sentence):
+    result = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "recall", "--questions", 1, "--tokens", 100, *more))
     assert (result.exit_code, result.stdout) == (code, "") and result.stderr.startswith("kvlocal: ")
     assert sentence in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_one_failure_costs_only_itself(smollm2, tmp_path, monkeypatch):
+def test_one_failure_costs_only_itself(short_smollm2, tmp_path, monkeypatch):
     measure = DialogueTask.measure
 
     def sometimes(self, index, variant):
@@ -214,7 +214,7 @@ def test_one_failure_costs_only_itself(smollm2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DialogueTask, "measure", sometimes)
     data, out = dialogues_file(tmp_path / "d.jsonl", 4), tmp_path / "out.json"
-    command = arguments(smollm2, tmp_path, "dialogue", "--data", data, "--concat", 2, "--policy", "streaming", "--ratio", "0.3", "--json", out)
+    command = arguments(short_smollm2, tmp_path, "dialogue", "--data", data, "--concat", 2, "--policy", "streaming", "--ratio", "0.3", "--json", out)
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1 and "chat 1 with streaming at 0.3: no" in result.stderr
     document = json.loads(out.read_text())
@@ -224,10 +224,10 @@ def test_one_failure_costs_only_itself(smollm2, tmp_path, monkeypatch):
     assert result.exit_code == 0 and "going on after 3 measurements" in result.stderr and not (tmp_path / "out.json.partial").exists()
 
 
-def test_stopped_in_the_middle(smollm2, tmp_path):
+def test_stopped_in_the_middle(short_smollm2, tmp_path):
     data, out = dialogues_file(tmp_path / "d.jsonl", 4), tmp_path / "out.json"
     common = ("--data", data, "--concat", 1, "--policy", "streaming", "--ratio", "0.3,0.5")
-    command = arguments(smollm2, tmp_path, "dialogue", *common, "--json", out)
+    command = arguments(short_smollm2, tmp_path, "dialogue", *common, "--json", out)
     partial = tmp_path / "out.json.partial"
     process = subprocess.Popen([sys.executable, "-m", "kvlocal_cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -241,5 +241,5 @@ def test_stopped_in_the_middle(smollm2, tmp_path):
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0 and f"going on after {done} measurements" in result.stderr
     assert not partial.exists()
-    whole = CliRunner().invoke(main, arguments(smollm2, tmp_path, "dialogue", *common))
+    whole = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "dialogue", *common))
     assert whole.stdout == result.stdout

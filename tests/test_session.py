@@ -1,4 +1,4 @@
-"""A chat on the real model: within its budget, without an end, and able to go back."""
+"""A chat on layers of the real model: within its budget, without an end, and able to go back."""
 
 import dataclasses
 
@@ -21,7 +21,13 @@ STORY = "The keeper of the lighthouse wrote down the weather, the ships and the 
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
+def model(short_smollm2):
+    with Model(short_smollm2) as m:
+        yield m
+
+
+@pytest.fixture(scope="module")
+def whole_model(smollm2):
     with Model(smollm2) as m:
         yield m
 
@@ -45,8 +51,7 @@ def check_ledger(chat):
     assert (np.diff(ledger.positions[..., : ledger.n_cells], axis=-1) > 0).all()
 
 
-@pytest.mark.parametrize("policy", ["gkv", "streaming"])
-@pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize(("policy", "cache"), [("gkv", "f16"), ("streaming", "q8_0"), ("gkv", "q4_0")])
 def test_many_turns_stay_within_the_budget(model, policy, cache):
     with session(model, policy=policy, type_k=cache, type_v=cache, system="Answer in one short sentence.") as chat:
         for i in range(12):
@@ -364,9 +369,9 @@ def test_a_second_read_makes_itself_room(model):
         check_ledger(chat)
 
 
-def test_the_second_read_finds_what_is_said_again(model):
+def test_the_second_read_finds_what_is_said_again(whole_model):
     """Tokens of the first copy are what a repetition looks at: far more than the window's queries do, in the mean over heads."""
-    with session(model, policy="kvzip-gkv", budget=800) as chat:
+    with session(whole_model, policy="kvzip-gkv", budget=800) as chat:
         chat.add_turn("user", "My locker has the number 7341 and stands in the cellar.")
         chat.add_turn("assistant", "Thank you, I will remember it.")
         chat.second_read()
@@ -374,7 +379,7 @@ def test_the_second_read_finds_what_is_said_again(model):
         assert np.nanmean(chat.cache.ledger.scores("reread")[..., start:]) > 3 * chat.cache.native.scores(n_query=16)[..., start:].mean()
 
 
-def test_hold_gives_everything_back(model, smollm2):
+def test_hold_gives_everything_back(model):
     """Inside nothing is compressed; afterwards cache, ledger, messages and ring are as before, and reading goes on as if nothing had been."""
     logits = []
     for probes in (False, True):

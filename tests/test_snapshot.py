@@ -29,15 +29,15 @@ ASKED = ["Name a bird.", STORY * 5 + "What did the keeper write down?", "Name a 
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as loaded:
+def model(short_smollm2):
+    with Model(short_smollm2) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
-def nexus(smollm2, model, tmp_path_factory):
+def nexus(short_smollm2, model, tmp_path_factory):
     path = tmp_path_factory.mktemp("nexus") / "test.nexus.gguf"
-    nexus_file(smollm2).save(path)
+    nexus_file(short_smollm2).save(path)
     return NexusTokens(model, path)
 
 
