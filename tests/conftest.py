@@ -73,3 +73,11 @@ def gemma3() -> Path:
         if device.on_cpu():
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def short_gemma3(gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first six layers, of which one has no sliding window."""
+    path = tmp_path_factory.mktemp("short") / "short-gemma3.gguf"
+    write_shallow_model(gemma3, path, 6, quantized=True)
+    return path

@@ -186,15 +186,16 @@ def test_every_open_turn_is_answered_in_order(model):
     assert timings["tokens_per_second"] == pytest.approx(16 / timings["answer_seconds"], rel=0.05)
 
 
-def test_given_answers_are_taken_as_they_are(model):
+def test_given_answers_are_taken_as_they_are(smollm2):
     turns = [user("Name a colour."), assistant("Umbra, of course."), user("Which one did you name?")]
-    (result,) = run(model, line(*turns))
-    with ChatSession(model, SMALL) as chat:
-        chat.restore(turns)
-        answer = "".join(chat.answer())
-    assert result.messages == [*turns, assistant(answer)]
-    (other,) = run(model, line(turns[0], assistant("Teal."), turns[2]))
-    assert other.messages[-1] != result.messages[-1]
+    with Model(smollm2) as model:
+        (result,) = run(model, line(*turns))
+        with ChatSession(model, SMALL) as chat:
+            chat.restore(turns)
+            answer = "".join(chat.answer())
+        assert result.messages == [*turns, assistant(answer)]
+        (other,) = run(model, line(turns[0], assistant("Teal."), turns[2]))
+        assert other.messages[-1] != result.messages[-1]
 
 
 def test_what_follows_the_last_open_turn_stays(model):
@@ -409,8 +410,8 @@ def test_sampled_answers_are_those_of_their_seed(model):
     assert all(map(same, alone, together))
 
 
-def test_a_model_with_a_sliding_window(gemma3):
-    with Model(gemma3) as model:
+def test_a_model_with_a_sliding_window(short_gemma3):
+    with Model(short_gemma3) as model:
         settings = {"budget": 256, "max_tokens": 6}
         alone = run(model, *conversations(4), **settings)
         together = run(model, *conversations(4), parallel=2, ordered=True, **settings)
@@ -510,10 +511,10 @@ def records_of(path):
     return [json.loads(part) for part in path.read_bytes().split(b"\n")[:-1]]
 
 
-def test_command(short_smollm2, tmp_path):
+def test_command(smollm2, tmp_path):
     given = [line(user("Hello"), user("Again")), b'{"id": "no"}\n', b"\n", line(user("Grüße 👋"), id="é"), b"nonsense"]
     (tmp_path / "in.jsonl").write_bytes(b"".join(given))
-    done = subprocess.run(command(short_smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl"), capture_output=True, text=True)
+    done = subprocess.run(command(smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl"), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     told = done.stderr.splitlines()
     assert told[0].startswith("kvlocal: line 2: it has no messages") and told[1].startswith("kvlocal: line 5: it is not JSON")
@@ -531,12 +532,12 @@ def test_command(short_smollm2, tmp_path):
         assert record["kv"]["budget"] == 128
 
     again = subprocess.run(
-        command(short_smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--retry"), capture_output=True, text=True
+        command(smollm2, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--retry"), capture_output=True, text=True
     )
     assert again.returncode == 1 and "line 2: it has no messages" in again.stderr and "line 5: it is not JSON" in again.stderr
     assert records_of(tmp_path / "out.jsonl") == [records[i] for i in (0, 2, 1, 3)]
 
-    piped = subprocess.run(command(short_smollm2, "-", "--parallel", "2"), input=given[3], capture_output=True)
+    piped = subprocess.run(command(smollm2, "-", "--parallel", "2"), input=given[3], capture_output=True)
     assert piped.returncode == 0
     assert json.loads(piped.stdout)["messages"] == records[2]["messages"]
 

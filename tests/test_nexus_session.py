@@ -24,7 +24,8 @@ from kvlocal.policies.base import CacheState
 from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(
-    budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
+    budget=192, stride=32, n_ubatch=64, n_threads=1, policy="hybrid", system="Be brief.", max_tokens=12,
+    sampling=SamplingParams(temperature=0.0),
 )
 STORY = "The keeper wrote down the weather, then walked to the harbour to count the ships. "
 

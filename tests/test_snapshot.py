@@ -23,7 +23,7 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
 
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1.1)
-SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=24, n_threads=1, sampling=GREEDY, system="Be brief.")
+SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=12, n_threads=1, sampling=GREEDY, system="Be brief.")
 STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
 ASKED = ["Name a bird.", STORY * 5 + "What did the keeper write down?", "Name a tree.", STORY * 3 + "Who wrote?", "And when?"]
 
@@ -119,8 +119,8 @@ def test_sampled_answers_after_a_restore_are_those_without_the_interruption(mode
             check_equal(through, back)
 
 
-def test_a_sliding_window_comes_back(gemma3, snapshots):
-    with Model(gemma3) as model, session(model, n_ubatch=128, budget=256) as through, session(model, n_ubatch=128, budget=256) as back:
+def test_a_sliding_window_comes_back(short_gemma3, snapshots):
+    with Model(short_gemma3) as model, session(model, n_ubatch=128, budget=256) as through, session(model, n_ubatch=128, budget=256) as back:
         ask(through, [STORY * 20, "Go on."], lambda: snapshots.save(through))
         snapshots.load(back, through.messages)
         back.second_read()
