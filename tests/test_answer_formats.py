@@ -54,7 +54,7 @@ def renamed_end(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_the_templates_own_marker_ends_an_answer(renamed_end: Model, smollm2: Path) -> None:
-    config = SessionConfig(max_tokens=200, n_threads=1, sampling=GREEDY)
+    config = SessionConfig(max_tokens=200, sampling=GREEDY)
     with Model(smollm2) as model, ChatSession(model, config) as chat:
         expected = "".join(chat.send("What is the capital of France?"))
         assert chat.last.stop_reason == "end"

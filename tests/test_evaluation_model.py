@@ -46,6 +46,12 @@ def model(short_smollm2):
         yield m
 
 
+@pytest.fixture(scope="module")
+def whole_model(smollm2):
+    with Model(smollm2) as m:
+        yield m
+
+
 def dialogue_task(model, tmp_path, dialogues=DIALOGUES, concat=2):
     return DialogueTask(model, BASE, dialogues, concat, ReferenceCache(tmp_path), "test")
 
@@ -122,9 +128,9 @@ def test_recall(model):
     assert task.measure(0, FULL) == full
 
 
-def test_what_was_just_said_is_chosen(smollm2):
+def test_what_was_just_said_is_chosen(whole_model):
     question = Question("pet", "What is the name of my cat?", "The name of your cat is", "Noodle", ("Biscuit", "Waffles", "Tango"), 0)
-    with Model(smollm2) as model, ChatSession(model, BASE, spare=160, n_outputs=BASE.n_ubatch) as session:
+    with ChatSession(whole_model, BASE, spare=160, n_outputs=BASE.n_ubatch) as session:
         session.add_turn("user", "Please remember this for later. The name of my cat is Noodle.")
         session.add_turn("assistant", "The name of your cat is Noodle.")
         assert chooses(session, question) and answers(session, question)
@@ -132,10 +138,10 @@ def test_what_was_just_said_is_chosen(smollm2):
         assert not chooses(session, other) and not answers(session, other)
 
 
-def test_questions_leave_no_trace(model):
-    task = RecallTask(model, BASE, 2, 200, 0)
+def test_questions_leave_no_trace(whole_model):
+    task = RecallTask(whole_model, BASE, 2, 200, 0)
     (chat,) = task._chats
-    reading = read_history(model, BASE, Variant("streaming", 0.5, "streaming"), chat.history, chat.n_history, chat.n_prefix, 160, None)
+    reading = read_history(whole_model, BASE, Variant("streaming", 0.5, "streaming"), chat.history, chat.n_history, chat.n_prefix, 160, None)
     with reading as (session, compression):
         before = session.kv
         assert before.history_tokens == chat.n_history and compression == 1 - before.used / chat.n_history
@@ -159,8 +165,8 @@ def dialogues_file(path, n=6):
     return path
 
 
-def arguments(short_smollm2, tmp_path, task, *more):
-    return ["eval", task, "-m", str(short_smollm2), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
+def arguments(path, tmp_path, task, *more):
+    return ["eval", task, "-m", str(path), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
 
 
 def test_the_dialogue_command(short_smollm2, tmp_path):
@@ -198,8 +204,8 @@ def test_the_recall_command(short_smollm2, tmp_path):
         (("--tokens", "9000"), 1, "too long"),
     ],
 )
-def test_wrong_usage_is_one_sentence(short_smollm2, tmp_path, more, code, sentence):
-    result = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "recall", "--questions", 1, "--tokens", 100, *more))
+def test_wrong_usage_is_one_sentence(smollm2, tmp_path, more, code, sentence):
+    result = CliRunner().invoke(main, arguments(smollm2, tmp_path, "recall", "--questions", 1, "--tokens", 100, *more))
     assert (result.exit_code, result.stdout) == (code, "") and result.stderr.startswith("kvlocal: ")
     assert sentence in result.stderr and result.stderr.count("\n") == 1
 
