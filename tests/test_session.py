@@ -309,9 +309,9 @@ def test_sliding_window_model(short_gemma3):
         np.testing.assert_array_equal(chat.cache.native.read_keys(0), keys)
         assert "".join(chat.send("What did the keeper do?"))
         check_ledger(chat)
-        chat.cache.compressor.n_ctx_train = 1500
-        "".join(chat.send(STORY * 50))
-        assert chat.kv.rotations >= 1 and chat.kv.next_position <= 1500
+        chat.cache.compressor.n_ctx_train = 1100
+        "".join(chat.send(STORY * 25))
+        assert chat.kv.rotations >= 1 and chat.kv.next_position <= 1100
         check_ledger(chat)
 
 

@@ -286,7 +286,7 @@ def forged(chat, **changes):
 
 def test_arrays_that_contradict_each_other_are_refused(model):
     """As they could come from a forged file with the right checksum."""
-    with session(model) as chat, session(model) as other:
+    with session(model, max_tokens=24) as chat, session(model, max_tokens=24) as other:
         ask(chat, ASKED[:3])
         tokens, numbers = chat.snapshot()["ledger.tokens"].copy(), chat.snapshot()["ledger.numbers"]
         backwards = tokens[..., ::-1].copy()
