@@ -54,15 +54,15 @@ def renamed_end(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_the_templates_own_marker_ends_an_answer(renamed_end: Model, smollm2: Path) -> None:
-    config = SessionConfig(max_tokens=200, sampling=GREEDY)
+    config = SessionConfig(max_tokens=40, n_threads=1, sampling=GREEDY)
     with Model(smollm2) as model, ChatSession(model, config) as chat:
-        expected = "".join(chat.send("What is the capital of France?"))
+        expected = "".join(chat.send("What is 2+2?"))
         assert chat.last.stop_reason == "end"
     marker = int(renamed_end.tokenize("<|im_fin|>", parse_special=True)[0])
     assert marker not in renamed_end.end_tokens
     assert ChatTemplate.from_model(renamed_end).end_tokens == renamed_end.end_tokens | {marker}
     with ChatSession(renamed_end, config) as chat:
-        assert "".join(chat.send("What is the capital of France?")) == expected
+        assert "".join(chat.send("What is 2+2?")) == expected
         assert chat.last.stop_reason == "end" and chat.last.drawn[-1] == marker
 
 

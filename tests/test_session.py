@@ -298,7 +298,7 @@ def test_impossible_settings_are_refused(model):
 
 def test_sliding_window_model(short_gemma3):
     """Its global layers are compressed; it goes past the window, back by undo, and past a (short) trained context."""
-    with Model(short_gemma3) as model, session(model, n_ubatch=128) as chat:
+    with Model(short_gemma3) as model, session(model, n_ubatch=128, max_tokens=8) as chat:
         "".join(chat.send(STORY * 30))
         before, cells, keys = chat.kv, chat.cache.native.positions(), chat.cache.native.read_keys(0)
         assert before.compressions > 2

@@ -120,7 +120,8 @@ def test_sampled_answers_after_a_restore_are_those_without_the_interruption(mode
 
 
 def test_a_sliding_window_comes_back(short_gemma3, snapshots):
-    with Model(short_gemma3) as model, session(model, n_ubatch=128, budget=256) as through, session(model, n_ubatch=128, budget=256) as back:
+    settings = {"n_ubatch": 128, "budget": 256, "max_tokens": 6}
+    with Model(short_gemma3) as model, session(model, **settings) as through, session(model, **settings) as back:
         ask(through, [STORY * 20, "Go on."], lambda: snapshots.save(through))
         snapshots.load(back, through.messages)
         back.second_read()
