@@ -1,0 +1,113 @@
+"""What an answer looks at: the attention that its queries pay to each segment of the conversation, and the cells that come back for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.cache.ledger import Ledger
+from kvlocal.llama.cells import Layout, NativeCache
+
+BySegment = npt.NDArray[np.float64]
+
+
+class Seen(NamedTuple):
+    """What a choice of cells saw of each token of the conversation, mean over layers and heads.
+
+    attention: float [n_tokens], what the queries that chose paid to it, all of them together; None if they did not have to be asked
+    recalled: float [n_tokens], in how many heads it came back from the archive
+    recalled_attention: float [n_tokens], the attention where it came back
+    """
+
+    attention: npt.NDArray[np.floating] | None
+    recalled: npt.NDArray[np.floating]
+    recalled_attention: npt.NDArray[np.floating]
+
+
+def _nothing() -> BySegment:
+    return np.zeros(0)
+
+
+@dataclass
+class AttentionOfAnswer:
+    """Adds up what the choices of cells for one answer saw, by the segments of the ledger.
+
+    Choices made while the user's text is read count up to the last of them: it has seen what was asked, and those before it only parts of the text.
+
+    turn_start: the first token of the user's text that is answered, -1 for none
+    attention: [n_segments] to tokens that are not pinned
+    pinned: to tokens that are
+    recalled, recalled_attention: [n_segments] as in Seen
+    """
+
+    turn_start: int = -1
+    attention: BySegment = field(default_factory=_nothing)
+    pinned: float = 0.0
+    recalled: BySegment = field(default_factory=_nothing)
+    recalled_attention: BySegment = field(default_factory=_nothing)
+
+    def add(self, ledger: Ledger, seen: Seen) -> None:
+        """After a choice."""
+        start = turn_start(ledger)
+        if start != self.turn_start or ledger.segments[-1].role == "user":
+            self.clear()
+            self.turn_start = start
+        if seen.attention is not None:
+            pinned, others = divided(ledger, seen.attention)
+            self.pinned += pinned
+            self.attention = _sum(self.attention, others)
+        self.recalled = _sum(self.recalled, ledger.sums_per_segment(seen.recalled))
+        self.recalled_attention = _sum(self.recalled_attention, ledger.sums_per_segment(seen.recalled_attention))
+
+    def clear(self) -> None:
+        self.turn_start, self.pinned = -1, 0.0
+        self.attention, self.recalled, self.recalled_attention = _nothing(), _nothing(), _nothing()
+
+    def truncate(self, n_tokens: int) -> None:
+        """The conversation is n_tokens long now: an answer to what is no more was none."""
+        if n_tokens <= self.turn_start:
+            self.clear()
+
+
+def divided(ledger: Ledger, attention: npt.NDArray[np.floating]) -> tuple[float, BySegment]:
+    """The attention to tokens, [n_tokens], as that to pinned ones and that to the others, by segment."""
+    n = min(ledger.n_pinned, len(attention))
+    others = attention.astype(np.float64)
+    others[:n] = 0
+    return float(attention[:n].sum()), ledger.sums_per_segment(others)
+
+
+def turn_start(ledger: Ledger) -> int:
+    """The first token of the last text of the user, -1 without one."""
+    return next((segment.start for segment in reversed(ledger.segments) if segment.role == "user"), -1)
+
+
+def of_cells(native: NativeCache, layout: Layout, ledger: Ledger) -> npt.NDArray[np.float64] | None:
+    """What the last queries of the last answer pay to each token that the cache still holds, float64 [n_tokens], mean over layers and heads.
+
+    None where none of its queries is recorded.
+    """
+    answer = next((segment for segment in reversed(ledger.segments) if segment.role == "assistant"), None)
+    if answer is None or not layout.n_window:
+        return None
+    # what came after it, Nexus tokens, has queries too
+    after = ledger.n_tokens - answer.end
+    n = min(len(native.query_positions()), ledger.n_tokens - answer.start)
+    if n <= after:
+        return None
+    scores = n * native.scores(n_query=n)
+    if after:
+        scores -= after * native.scores(n_query=after)
+    tokens = ledger.tokens[..., : ledger.n_cells]
+    return np.bincount(tokens.ravel(), scores[..., : ledger.n_cells].ravel(), ledger.n_tokens) / (layout.n_layer * layout.n_head_kv)
+
+
+def _sum(a: BySegment, b: BySegment) -> BySegment:
+    """Of two arrays; the shorter one has zeros behind."""
+    out = np.zeros(max(len(a), len(b)))
+    out[: len(a)] += a
+    out[: len(b)] += b
+    return out
