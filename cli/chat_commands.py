@@ -141,15 +141,17 @@ def _why(chat: Chat, argument: str) -> None:
     if argument not in ("", "all"):
         raise KvlocalError("/why takes nothing, or all")
     looked = chat.session.looked_at()
-    shown = looked.parts if argument == "all" else looked.parts[:SHOWN_PARTS]
+    # what was recalled need not have got the largest shares: heads that look far are few
+    recalled = chat.session.last.recalled if chat.session.last and looked.everything else ()
+    shown = [part for i, part in enumerate(looked.parts) if argument == "all" or i < SHOWN_PARTS or part.turn in recalled]
     rows: list[tuple[str, ...]] = [("turn", "role", "share", *(("recalled",) if looked.everything else ()), "", "")]
     for part in shown:
         back = (f"{part.recalled:.1f}",) if looked.everything else ()
         rows.append((str(part.turn or ""), part.role, f"{part.share:.0%}", *back, _bar(part.share, 1), _on_a_line(part.text)))
     if shown:
         _show_table(chat, rows)
-    if others := looked.parts[len(shown) :]:
-        chat.screen.show(f"and {len(others)} others with {sum(part.share for part in others):.0%} together, /why all shows each")
+    if n_others := len(looked.parts) - len(shown):
+        chat.screen.show(f"and {n_others} others with {1 - sum(part.share for part in shown):.0%} together, /why all shows each")
     span = "the whole conversation" if looked.everything else "what the cache holds"
     chat.screen.show(
         f"attention to {span}: {looked.earlier:.0%} to earlier turns, {looked.current:.0%} to this one, "
@@ -240,7 +242,7 @@ def _set(chat: Chat, argument: str) -> None:
         chat.session.max_tokens = config.max_tokens
         chat.config = config
     elif name == "kv-budget":
-        chat.replace(replace(config, budget=_number(name, value, int)), chat.session.messages)
+        chat.replace(replace(config, memory=None, budget=_number(name, value, int)), chat.session.messages)
     elif name == "policy":
         chat.replace(_with_policy(config, value), chat.session.messages)
     else:

@@ -140,9 +140,13 @@ def test_an_archive_shows_what_it_gave_back(chat):
 
 
 def test_why_without_an_archive(chat):
-    result = chat("--policy", "snapkv", stdin="Name a bird.\nAnd a fish.\n/why\n/set policy streaming\n/why\n")
-    rows = re.findall(r"^ +1  (\w+) +\d+%  [█░]{24}", result.stdout, re.MULTILINE)
-    assert sorted(rows) == ["assistant", "user"] and "attention to what the cache holds: " in result.stdout
+    asked = [f"Name a {thing}." for thing in ("bird", "fish", "tree", "river", "town", "star")]
+    result = chat("--policy", "snapkv", stdin="\n".join([*asked, "/why", "/why all", "/set policy streaming", "/why"]))
+    first, both = result.stdout.split("/why all shows each\n")
+    shown, rest = (re.findall(r"^ +(\d)  (\w+) +(\d+)%  [█░]{24}", text, re.MULTILINE) for text in (first, both))
+    assert len(shown) == 8 and len(rest) == 10 and sorted({row[0] for row in rest}) == list("12345")
+    (n, share) = re.findall(r"^and (\d) others with (\d+)% together", first, re.MULTILINE)[0]
+    assert n == "2" and abs(sum(int(row[2]) for row in shown) + int(share) - 100) < 6 and both.count("attention to what the cache holds: ") == 2
     assert result.returncode == 1 and "streaming does not look at attention" in result.stderr and result.stderr.count("\n") == 1
 
 

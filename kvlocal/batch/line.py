@@ -124,7 +124,7 @@ OPTIONS = {
     "seed": LineOption(int, "a whole number", lambda config, value: replace(config, sampling=replace(config.sampling, seed=value))),
     "system": LineOption(str, "a text", lambda config, value: replace(config, system=value)),
     "policy": LineOption(str, "the name of a policy", _with_policy),
-    "kv_budget": LineOption(int, "a whole number", lambda config, value: replace(config, budget=value)),
+    "kv_budget": LineOption(int, "a whole number", lambda config, value: replace(config, memory=None, budget=value)),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvlocal.batch.line import Failure, Line, LineError, Result
 from kvlocal.cache.compression import Seconds
+from kvlocal.cache.fitting import fitted
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import REPORTED
@@ -63,6 +64,7 @@ def run_batch(
     """
     if not 1 <= parallel <= MAX_SEQUENCES:
         raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_SEQUENCES}")
+    config = fitted(model.path, config, model.n_gpu_layers)
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
     asked: dict[str, Any] = {}
 

@@ -17,6 +17,7 @@ from kvlocal import policies
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
+from kvlocal.cache.fitting import fitted
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
 from kvlocal.cache.score_sources import ScoreSources, carried_scores
@@ -79,7 +80,8 @@ class BudgetedCache(NotedCells):
         undo: bool = True,
         make_context: Callable[..., SequenceDecoder] = Context,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
+        config = self.config
         self.policy = policies.make(config.policy, config.policy_args)
         self.budget, self.capacity, _ = check_budget(model, config)
         self._spare = spare
