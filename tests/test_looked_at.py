@@ -50,7 +50,7 @@ class Watched:
             before = self.held()
             refill = choose(ledger, n_keep)
             n_query = min(16, len(cache.native.query_positions()))
-            scores = n_query * cache.native.row_scores(recaller.archive.key_chunks(), ledger.n_tokens, n_query)
+            scores = cache.native.row_scores(recaller.archive.key_chunks(), ledger.n_tokens, n_query)
             self.choices.append((before, refill.tokens, scores, ledger.segments[-1].role))
             after = {(layer, head, token) for layer, head in np.ndindex(*refill.tokens.shape[:2]) for token in refill.tokens[layer, head].tolist()}
             self.left |= before - after

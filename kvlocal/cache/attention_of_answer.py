@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +11,6 @@ from kvlocal.cache.ledger import Ledger
 from kvlocal.llama.cells import Layout, NativeCache
 
 BySegment = npt.NDArray[np.float64]
-
-
-class Seen(NamedTuple):
-    """What a choice of cells saw of each token of the conversation, mean over layers and heads.
-
-    attention: float [n_tokens], what the queries that chose paid to it, all of them together; None if they did not have to be asked
-    recalled: float [n_tokens], in how many heads it came back from the archive
-    recalled_attention: float [n_tokens], the attention where it came back
-    """
-
-    attention: npt.NDArray[np.floating] | None
-    recalled: npt.NDArray[np.floating]
-    recalled_attention: npt.NDArray[np.floating]
 
 
 def _nothing() -> BySegment:
@@ -38,9 +24,10 @@ class AttentionOfAnswer:
     Choices made while the user's text is read count up to the last of them: it has seen what was asked, and those before it only parts of the text.
 
     turn_start: the first token of the user's text that is answered, -1 for none
-    attention: [n_segments] to tokens that are not pinned
+    attention: [n_segments] to tokens that are not pinned, mean over layers and heads, of all choices together
     pinned: to tokens that are
-    recalled, recalled_attention: [n_segments] as in Seen
+    recalled: [n_segments] cells that came back from the archive, mean over layers and heads
+    recalled_attention: [n_segments] to these
     """
 
     turn_start: int = -1
@@ -49,18 +36,28 @@ class AttentionOfAnswer:
     recalled: BySegment = field(default_factory=_nothing)
     recalled_attention: BySegment = field(default_factory=_nothing)
 
-    def add(self, ledger: Ledger, seen: Seen) -> None:
-        """After a choice."""
+    def add(self, ledger: Ledger, tokens: npt.NDArray[np.int32], back: npt.NDArray[np.bool_], scores: npt.NDArray[np.float32] | None) -> None:
+        """At a choice.
+
+        tokens: int32 [L, H, n], the tokens that were chosen
+        back: bool [L, H, n], which of them come back from the archive
+        scores: float32 [L, H, n_tokens], what the queries that chose pay to each token of the conversation; None if they did not have to be asked
+        """
         start = turn_start(ledger)
         if start != self.turn_start or ledger.segments[-1].role == "user":
             self.clear()
             self.turn_start = start
-        if seen.attention is not None:
-            pinned, others = divided(ledger, seen.attention)
-            self.pinned += pinned
-            self.attention = _sum(self.attention, others)
-        self.recalled = _sum(self.recalled, ledger.sums_per_segment(seen.recalled))
-        self.recalled_attention = _sum(self.recalled_attention, ledger.sums_per_segment(seen.recalled_attention))
+        n_heads, returned = back.shape[0] * back.shape[1], tokens[back]
+        recalled = np.bincount(returned, minlength=ledger.n_tokens) / n_heads
+        self.recalled = _sum(self.recalled, ledger.sums_per_segment(recalled))
+        if scores is None:
+            return
+        pinned, others = divided(ledger, scores.mean(axis=(0, 1)))
+        self.pinned += pinned
+        self.attention = _sum(self.attention, others)
+        weights = np.take_along_axis(scores, tokens, axis=-1)[back]
+        paid = np.bincount(returned, weights, ledger.n_tokens) / n_heads
+        self.recalled_attention = _sum(self.recalled_attention, ledger.sums_per_segment(paid))
 
     def clear(self) -> None:
         self.turn_start, self.pinned = -1, 0.0

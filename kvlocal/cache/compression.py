@@ -177,13 +177,13 @@ class Compressor:
                 raise
             self._give_up_archive(str(error))
             return False
+        self.looked.add(ledger, refill.tokens, refill.gather >= ledger.n_cells, refill.scores)
         n_keep = refill.gather.shape[-1]
         self.compressions += n_keep < ledger.n_cells
         with ledger.changing():
             self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
             ledger.refill(refill.gather, refill.tokens, refill.positions)
-        self.n_recalled, self.chosen_at = float(refill.seen.recalled.sum()), ledger.n_tokens
-        self.looked.add(ledger, refill.seen)
+        self.n_recalled, self.chosen_at = refill.n_recalled, ledger.n_tokens
         self.seconds.recall += time.perf_counter() - started
         return True
 

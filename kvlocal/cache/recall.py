@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
-from kvlocal.cache.attention_of_answer import Seen
 from kvlocal.cache.ledger import Ledger
 from kvlocal.llama.cells import NativeCache, Rows
 from kvlocal.policies import CacheState, Policy
-from kvlocal.policies.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,16 @@ class Refill:
     rows: of the tokens that are not in the cache; a head that needs fewer than others has some that nobody names
     tokens: int32 [L, H, n], ascending
     positions: int32 [L, H, n], the positions of their keys
-    seen: what came back, and the attention it was chosen by
+    n_recalled: how many rows are named, mean over layers and heads
+    scores: float32 [L, H, n_tokens], the attention that they were chosen by; None if all are wanted
     """
 
     gather: npt.NDArray[np.int32]
     rows: Rows
     tokens: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
-    seen: Seen
+    n_recalled: float
+    scores: npt.NDArray[np.float32] | None = None
 
 
 class Recaller:
@@ -69,10 +69,10 @@ class Recaller:
             pinned = np.broadcast_to(every < ledger.n_pinned, scores.shape)
             state = CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
             tokens = self._policy.plan(state, n_keep).keep.astype(np.int32)
-            return self._refill(ledger, tokens, scores, n_query)
+            return replace(self._refill(ledger, tokens), scores=scores)
         return self._refill(ledger, np.broadcast_to(every, (*shape, n_tokens)))
 
-    def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32], scores: Scores | None = None, n_query: int = 0) -> Refill:
+    def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32]) -> Refill:
         cell_of = np.full((*tokens.shape[:2], ledger.n_tokens), -1, np.int32)
         cells = np.broadcast_to(np.arange(ledger.n_cells, dtype=np.int32), (*tokens.shape[:2], ledger.n_cells))
         np.put_along_axis(cell_of, ledger.tokens[..., : ledger.n_cells], cells, axis=-1)
@@ -85,21 +85,4 @@ class Recaller:
         wanted = np.zeros((*tokens.shape[:2], int(n_missing.max())), np.intp)
         layer, head, _ = np.nonzero(missing)
         wanted[layer, head, row[missing]] = tokens[missing]
-        seen = _seen(tokens, missing, scores, n_query, ledger.n_tokens)
-        return Refill(gather, self.archive.rows(wanted), tokens, self.archive.positions[tokens], seen)
-
-
-def _seen(
-    tokens: npt.NDArray[np.int32], missing: npt.NDArray[np.bool_], scores: Scores | None, n_query: int, n_tokens: int
-) -> Seen:
-    """What a choice of these tokens [L, H, n], of which some were missing in the cache, saw of each token of the conversation.
-
-    scores: the attention of each query, [L, H, n_tokens], None if it was not looked at
-    """
-    n_heads = missing.shape[0] * missing.shape[1]
-    back = tokens[missing]
-    recalled = np.bincount(back, minlength=n_tokens) / n_heads
-    if scores is None:
-        return Seen(None, recalled, np.zeros(n_tokens))
-    weights = np.take_along_axis(scores, tokens, axis=-1)[missing]
-    return Seen(n_query * scores.mean(axis=(0, 1)), recalled, n_query * np.bincount(back, weights, n_tokens) / n_heads)
+        return Refill(gather, self.archive.rows(wanted), tokens, self.archive.positions[tokens], float(n_missing.mean()))
