@@ -64,7 +64,8 @@ class Watched:
         return {(layer, head, token) for layer, head in np.ndindex(*cells.shape[:2]) for token in cells[layer, head].tolist()}
 
     def expected(self):
-        """Attention to each segment, to what is pinned, and cells that came back, of the choices for the last answer."""
+        """Attention to each segment, to what is pinned, cells that came back, and the most that a head paid to them, of the choices for the last
+        answer."""
         ledger = self.cache.ledger
         segment_of = [i for i, segment in enumerate(ledger.segments) for _ in range(segment.start, segment.end)]
         last_in_text = max(i for i, choice in enumerate(self.choices) if choice[3] == "user")
@@ -72,6 +73,7 @@ class Watched:
         for before, chosen, scores, _ in self.choices[last_in_text:]:
             n_heads = scores.shape[0] * scores.shape[1]
             for layer, head in np.ndindex(*scores.shape[:2]):
+                of_head = Counter()
                 for token, score in enumerate(scores[layer, head].tolist()):
                     if token < ledger.n_pinned:
                         pinned += score / n_heads
@@ -80,7 +82,8 @@ class Watched:
                 for token in chosen[layer, head].tolist():
                     if (layer, head, token) not in before:
                         recalled[segment_of[token]] += 1 / n_heads
-                        seen_back[segment_of[token]] += float(scores[layer, head, token]) / n_heads
+                        of_head[segment_of[token]] += float(scores[layer, head, token])
+                seen_back |= of_head  # the larger of both
         return attention, pinned, recalled, seen_back
 
 
@@ -132,25 +135,23 @@ def test_an_answer_that_is_taken_back_has_looked_at_nothing(model):
         np.testing.assert_array_equal(cache.compressor.looked.attention, first)
 
 
-def test_the_turns_that_matter_have_half_of_the_attention_to_what_came_back(model):
+def test_the_turns_that_matter_are_those_that_a_head_looked_at(model):
     with BudgetedCache(model, CONFIG) as cache:
         for seed in range(1, 5):
             cache.read(turn(10, seed))
         looked = cache.compressor.looked
         looked.turn_start = cache.ledger.segments[-2].start
-        looked.attention = looked.recalled = np.full(8, 2.0)
-        for weights, turns in (
-            ([0, 0, 9, 1, 0, 0, 1, 0], [2]),
-            ([1, 1, 3, 1, 4, 1, 1, 1], [2, 3]),
-            ([2, 2, 0, 0, 0, 0, 1, 5], [4]),
-            ([0, 0, 0, 0, 0, 0, 0, 0], [1, 2]),
+        for paid, turns in (
+            ([0, 0, 0.9, 0.1, 0, 0, 0.1, 0], [2]),
+            ([0.1, 0.1, 0.3, 0.1, 0.4, 0.1, 0.1, 0.1], [2, 3]),
+            ([0.06, 0, 0.04, 0.04, 0, 0, 0, 0.07], [1, 4]),
+            ([0.04] * 8, []),
+            ([0.0, 0.0, 0.3], [2]),
         ):
-            looked.recalled_attention = np.array(weights, float)
+            looked.recalled_attention = np.array(paid)
             assert recalled_turns(cache) == turns
-        looked.recalled = np.full(8, 0.1)
-        assert recalled_turns(cache) == []
         # of another answer
-        looked.recalled, looked.turn_start = np.full(8, 2.0), 0
+        looked.turn_start = 0
         assert recalled_turns(cache) == []
 
 
@@ -206,6 +207,32 @@ def test_a_chat_says_what_its_last_answer_looked_at(smollm2):
         chat.add_turn("user", "Hello?")
         with pytest.raises(SessionError, match="no answer yet"):
             chat.looked_at()
+
+
+TALK = [
+    ("Tell me something about rivers.", "Rivers carry water from the mountains to the sea. They shape valleys and feed fields wherever they go."),
+    ("How do I cook rice?", "Wash the rice, add twice as much water, bring it to a boil, cover the pot and let it simmer for fifteen minutes."),
+    ("Why is the sky blue?", "Sunlight is scattered by the molecules of the air, and blue light is scattered much more than red light is."),
+    ("How do bees find their way?", "They remember landmarks and tell each other by dances where flowers are to be found."),
+    ("Give me an idea for a walk.", "Take the path along the brook to the old mill, and come back over the hill, from where you see the town."),
+]
+
+
+@pytest.mark.parametrize(
+    ("fact", "question", "turn"),
+    [("My cat is called Tiger and she is eleven years old.", "What is my cat called?", 4),
+     ("The password of the garden shed is 4711.", "What is the password of the garden shed?", 2),
+     ("I am allergic to peanuts, so never suggest them.", "What am I allergic to?", 6)],
+)  # fmt: skip
+def test_the_turn_that_was_asked_for_is_named(smollm2, fact, question, turn):
+    config = SessionConfig(**vars(CHAT) | {"budget": 160, "max_tokens": 12})
+    with Model(smollm2) as model, ChatSession(model, config) as chat:
+        for i in range(1, 13):
+            asked, answer = (fact, "Thank you, I will keep that in mind.") if i == turn else TALK[i % len(TALK)]
+            chat.add_turn("user", asked)
+            chat.add_turn("assistant", answer)
+        "".join(chat.send(question))
+        assert turn in chat.last.recalled and len(chat.last.recalled) < 5
 
 
 def test_without_an_archive_it_is_what_the_cache_holds(smollm2):

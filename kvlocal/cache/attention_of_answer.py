@@ -27,7 +27,7 @@ class AttentionOfAnswer:
     attention: [n_segments] to tokens that are not pinned, mean over layers and heads, of all choices together
     pinned: to tokens that are
     recalled: [n_segments] cells that came back from the archive, mean over layers and heads
-    recalled_attention: [n_segments] to these
+    recalled_attention: [n_segments] the most that the queries of one choice paid to these cells in one head, their mean
     """
 
     turn_start: int = -1
@@ -49,15 +49,17 @@ class AttentionOfAnswer:
             self.turn_start = start
         n_heads, returned = back.shape[0] * back.shape[1], tokens[back]
         recalled = np.bincount(returned, minlength=ledger.n_tokens) / n_heads
-        self.recalled = _sum(self.recalled, ledger.sums_per_segment(recalled))
+        self.recalled = _padded(self.recalled, len(ledger.segments)) + ledger.sums_per_segment(recalled)
         if scores is None:
             return
         pinned, others = divided(ledger, scores.mean(axis=(0, 1)))
         self.pinned += pinned
-        self.attention = _sum(self.attention, others)
+        self.attention = _padded(self.attention, len(ledger.segments)) + others
+        n = len(ledger.segments)
+        heads = np.broadcast_to(np.arange(n_heads).reshape(*back.shape[:2], 1), back.shape)[back]
         weights = np.take_along_axis(scores, tokens, axis=-1)[back]
-        paid = np.bincount(returned, weights, ledger.n_tokens) / n_heads
-        self.recalled_attention = _sum(self.recalled_attention, ledger.sums_per_segment(paid))
+        paid = np.bincount(heads * n + ledger.segment_of_tokens()[returned], weights, n_heads * n).reshape(n_heads, n)
+        self.recalled_attention = np.maximum(_padded(self.recalled_attention, n), paid.max(axis=0))
 
     def clear(self) -> None:
         self.turn_start, self.pinned = -1, 0.0
@@ -102,9 +104,6 @@ def of_cells(native: NativeCache, layout: Layout, ledger: Ledger) -> npt.NDArray
     return np.bincount(tokens.ravel(), scores[..., : ledger.n_cells].ravel(), ledger.n_tokens) / (layout.n_layer * layout.n_head_kv)
 
 
-def _sum(a: BySegment, b: BySegment) -> BySegment:
-    """Of two arrays; the shorter one has zeros behind."""
-    out = np.zeros(max(len(a), len(b)))
-    out[: len(a)] += a
-    out[: len(b)] += b
-    return out
+def _padded(values: BySegment, n_segments: int) -> BySegment:
+    """With zeros for the segments that have come since."""
+    return np.pad(values, (0, n_segments - len(values)))

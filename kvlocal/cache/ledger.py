@@ -168,6 +168,10 @@ class Ledger:
             self.segments[-1] = replace(self.segments[-1], end=min(self.segments[-1].end, n_tokens))
         return n_drop
 
+    def segment_of_tokens(self) -> npt.NDArray[np.int64]:
+        """The number of the segment of each token of the conversation, int64 [n_tokens]."""
+        return np.repeat(np.arange(len(self.segments)), [segment.end - segment.start for segment in self.segments])
+
     def sums_per_segment(self, of_tokens: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """The sums over the tokens of each segment of what each token of the conversation has, float [n_tokens]: [n_segments]."""
         sums = np.concatenate([[0.0], np.cumsum(of_tokens, dtype=np.float64)])
@@ -180,13 +184,11 @@ class Ledger:
 
     def cells_per_segment(self) -> npt.NDArray[np.int64]:
         """Cells each segment still holds, by layer and head: [n_segments, L, H]."""
-        lengths = [segment.end - segment.start for segment in self.segments]
-        segment_of = np.repeat(np.arange(len(lengths)), lengths)
-        n_layer, n_head = self.tokens.shape[:2]
+        (n_layer, n_head), n = self.tokens.shape[:2], len(self.segments)
         # each layer and head counts in numbers of its own
-        heads = np.arange(n_layer * n_head).reshape(n_layer, n_head, 1) * len(lengths)
-        counts = np.bincount((heads + segment_of[self.tokens[..., : self.n_cells]]).ravel(), minlength=n_layer * n_head * len(lengths))
-        return np.moveaxis(counts.reshape(n_layer, n_head, len(lengths)), -1, 0)
+        heads = np.arange(n_layer * n_head).reshape(n_layer, n_head, 1) * n
+        counts = np.bincount((heads + self.segment_of_tokens()[self.tokens[..., : self.n_cells]]).ravel(), minlength=n_layer * n_head * n)
+        return np.moveaxis(counts.reshape(n_layer, n_head, n), -1, 0)
 
     def segments_now(self) -> list[Segment]:
         """The segments as they are: what comes later changes none of these. Only the last of a ledger ever changes, so the others are shared."""

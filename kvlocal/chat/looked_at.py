@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvlocal.cache.attention_of_answer import BySegment, divided, of_cells, turn_start
+from kvlocal.cache.attention_of_answer import divided, of_cells, turn_start
 from kvlocal.cache.budgeted import BudgetedCache
 from kvlocal.cache.ledger import Segment
 from kvlocal.chat.config import SessionError
 
-# the turns that are named are the fewest that got this share of the attention to all that came back
-_MOST = 0.5
-# and nobody is told of less than a cell, mean over layers and heads
-_LEAST_CELLS = 1.0
+# turns are named to which a head paid this share of its attention, and this share of the most that a head paid to any
+_LEAST = 0.05
+_LEAST_OF_LARGEST = 0.5
 
 
 @dataclass(frozen=True)
@@ -105,20 +104,14 @@ def looked_at(cache: BudgetedCache) -> LookedAt:
 
 
 def recalled_turns(cache: BudgetedCache) -> list[int]:
-    """The turns that what came back from the archive for the last answer is of, ascending: the fewest that got half of the attention to it when it
-    came. None where less than a cell of each head came back.
+    """The turns that were recalled for the last answer, ascending.
+
+    A turn counts by the head that paid most to what came back of it: the heads that look far are few, and in a mean over all of them whatever left
+    last would win. It is named if that is a twentieth of the head's attention, and half of what the turn got that got most.
     """
     ledger, noted = cache.ledger, cache.compressor.looked
-    if noted.turn_start != turn_start(ledger) or noted.recalled.sum() < _LEAST_CELLS:
+    if noted.turn_start != turn_start(ledger):
         return []
-    weights = _by_turn(noted.recalled_attention, ledger.segments)
-    if not weights.any():
-        # all of the conversation had its place, and nobody had to look
-        weights = _by_turn(noted.recalled, ledger.segments)
-    order = np.argsort(-weights, kind="stable")
-    n = int(np.searchsorted(np.cumsum(weights[order]), _MOST * weights.sum())) + 1
-    return sorted(order[:n].tolist())
-
-
-def _by_turn(values: BySegment, segments: Sequence[Segment]) -> BySegment:
-    return np.bincount(turn_numbers(segments)[: len(values)], values).astype(np.float64)
+    paid = noted.recalled_attention
+    numbers = np.array(turn_numbers(ledger.segments)[: len(paid)], np.int64)
+    return np.unique(numbers[paid >= max(_LEAST, _LEAST_OF_LARGEST * paid.max(initial=0))]).tolist()
