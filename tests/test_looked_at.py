@@ -127,8 +127,12 @@ def test_an_answer_that_is_taken_back_has_looked_at_nothing(model):
         first = cache.compressor.looked.attention.copy()
         assert first.any()
         # the end of an answer is no other answer
-        cache.set_length(cache.ledger.n_tokens - 2)
-        assert cache.compressor.looked.attention.any()
+        cache.choose_again()
+        assert len(cache.compressor.looked.attention) == len(cache.ledger.segments) == 5
+        assert cache.set_length(cache.ledger.n_tokens - 2) and cache.compressor.looked.attention.any()
+        # nor is one that has not begun
+        assert cache.set_length(cache.ledger.n_tokens - 1) and len(cache.compressor.looked.attention) == len(cache.ledger.segments) == 4
+        assert recalled_turns(cache) is not None and cache.compressor.looked.attention.any()
         cache.set_length(n)
         assert not cache.compressor.looked.attention.any() and cache.compressor.looked.turn_start == -1
         cache.read(turn(40, 2))

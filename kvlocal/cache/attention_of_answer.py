@@ -65,10 +65,12 @@ class AttentionOfAnswer:
         self.turn_start, self.pinned = -1, 0.0
         self.attention, self.recalled, self.recalled_attention = _nothing(), _nothing(), _nothing()
 
-    def truncate(self, n_tokens: int) -> None:
-        """The conversation is n_tokens long now: an answer to what is no more was none."""
-        if n_tokens <= self.turn_start:
+    def truncate(self, ledger: Ledger) -> None:
+        """The conversation has become shorter: an answer to what is no more was none."""
+        if ledger.n_tokens <= self.turn_start:
             self.clear()
+        n = len(ledger.segments)
+        self.attention, self.recalled, self.recalled_attention = self.attention[:n], self.recalled[:n], self.recalled_attention[:n]
 
 
 def divided(ledger: Ledger, attention: npt.NDArray[np.floating]) -> tuple[float, BySegment]:

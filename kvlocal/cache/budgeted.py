@@ -341,7 +341,7 @@ class BudgetedCache(NotedCells):
     def _truncate(self, n_tokens: int) -> None:
         super()._truncate(n_tokens)
         self.compressor.chosen_at = 0
-        self.compressor.looked.truncate(n_tokens)
+        self.compressor.looked.truncate(self.ledger)
         if self.compressor.recaller:
             self.compressor.recaller.archive.truncate(n_tokens)
 
