@@ -72,6 +72,28 @@ def test_what_goes_together_is_not_refused(smollm2, tmp_path):
     check_file(tmp_path / "nothing.gguf", SessionConfig(**RECALL, type_k="q8_0"), n_gpu_layers())
 
 
+@pytest.mark.parametrize("changes", [
+    {"block_count": 2**32 - 1}, {"block_count": 0}, {"attention.head_count": 0}, {"attention.head_count": "many"}, {"embedding_length": 3},
+    {"attention.key_length": 2**31}, {"attention.value_length": 0}, {"context_length": 0}, {"attention.head_count_kv": [1, 2, 3]},
+    {"attention.head_count_kv": [-1, 1, 1, 1]}, {"attention.head_count_kv": 3},
+], ids=str)  # fmt: skip
+def test_files_that_say_nonsense_end_nothing(tmp_path, changes):
+    """What is wrong with them is said by whoever loads them; some are refused here."""
+    values = {"context_length": 4096, "embedding_length": 512, "block_count": 4, "attention.head_count": 8, "attention.head_count_kv": 2} | changes
+    writer = GGUFWriter(tmp_path / "odd.gguf", "llama")
+    for name, value in values.items():
+        add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32}[type(value)]
+        add(f"llama.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    for config in (SessionConfig(type_k="q8_0", type_v="q4_0"), SessionConfig(memory=10**8, type_k="auto", type_v="auto"), SessionConfig(**RECALL)):
+        try:
+            check_file(tmp_path / "odd.gguf", config, -1)
+        except CacheError as error:
+            assert "\n" not in str(error)
+
+
 def test_types_that_do_not_fit_the_heads(tmp_path):
     path = write_header(tmp_path / "phi.gguf", head=80)
     check_file(path, SessionConfig(), n_gpu_layers())
@@ -110,6 +132,13 @@ def test_the_commands_say_it_before_they_load_the_model(tmp_path, command, optio
     assert result.stderr.startswith("kvlocal: ") and result.stderr.count("\n") == 1 and said in result.stderr
     # with nothing wrong it goes on to what is wrong with the file
     assert said not in CliRunner().invoke(main, words, input="Hello\n").stderr
+
+
+def test_eval_and_bench_say_it_too(tmp_path):
+    path = str(write_header(tmp_path / "phi.gguf", head=80))
+    for words in (["eval", "recall", "--questions", "1"], ["bench", "--stock", str(tmp_path)]):
+        result = CliRunner().invoke(main, [*words, "-m", path, "--ctv", "q4_0"])
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "the values of phi.gguf" in result.stderr, words
 
 
 def test_devices_answer_before_there_is_a_model_as_they_do_later(smollm2):

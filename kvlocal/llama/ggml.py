@@ -38,6 +38,7 @@ struct ggml_tensor * ggml_new_tensor_3d(struct ggml_context * ctx, int type, int
 struct ggml_tensor * ggml_flash_attn_ext(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
     struct ggml_tensor * mask, float scale, float max_bias, float logit_softcap);
 """
+_NOT_QUANTISED = {"f32", "f16"}
 # heads, and numbers of a head, that are taken for possible
 _MOST = 2**16
 DEVICE_KINDS = ("cpu", "gpu", "integrated gpu", "accelerator", "meta")  # enum ggml_backend_dev_type
@@ -62,13 +63,14 @@ def device_without_attention(
     n_head, n_head_kv, size_k, size_v: query heads, KV heads, and numbers of a key and a value of one head
     n_gpu_layers: as for Model
     """
+    if {type_k, type_v} <= _NOT_QUANTISED:
+        return None
     ffi, ggml = functions()
     kinds = [getattr(load().llama_cpp, KV_TYPES[name]) for name in ("f32", type_k, type_v, "f16")]
     sizes = (size_k, size_v)
     # ggml ends the process where shapes do not go together
     fit = min(n_head, n_head_kv, *sizes) > 0 and max(n_head, *sizes) < _MOST and n_head % n_head_kv == 0
-    fit = fit and all(size % ggml.ggml_blck_size(kind) == 0 for size, kind in zip(sizes, kinds[1:3], strict=True))
-    if not fit or not any(ggml.ggml_blck_size(kind) > 1 for kind in kinds[1:3]):
+    if not fit or any(size % ggml.ggml_blck_size(kind) for size, kind in zip(sizes, kinds[1:3], strict=True)):
         return None
     n_cells = 256
     context = ggml.ggml_init(ffi.new("struct ggml_init_params *", (8 * ggml.ggml_tensor_overhead(), ffi.NULL, True))[0])
