@@ -22,8 +22,9 @@ from kvlocal.benchmark.settings import QUICK, BenchSettings
 from kvlocal.cache.fitting import check_file
 from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.figure import check
+from kvlocal.evaluation.figure import check, is_figure
 from kvlocal.files.atomic import atomic_write
+from kvlocal.files.replaceable import check_replaceable, holds_results
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.context import KV_TYPES
 from kvlocal_cli.options import split_policy_arg
@@ -57,6 +58,7 @@ _EVICTING = [name for name in policies.POLICIES if policies.make(name).evicts]
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this file, as they come.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Also draw them. Needs kvlocal[plot].")
+@click.option("--force", is_flag=True, help="Write over the files of --json and --plot whatever they hold; else only over earlier results.")
 def bench_command(
     model: str,
     stock: Path,
@@ -68,6 +70,7 @@ def bench_command(
     threads: int | None,
     json_path: Path | None,
     plot: Path | None,
+    force: bool,
     **same: Any,
 ) -> None:
     """Measure a compressed session against stock llama.cpp, in alternation in one run.
@@ -91,6 +94,9 @@ def bench_command(
     check_file(settings.model, SessionConfig(type_k=settings.type_k, type_v=settings.type_v), settings.gpu_layers)
     if plot:
         check(plot)
+        check_replaceable(plot, is_figure, "a figure", force=force)
+    if json_path:
+        check_replaceable(json_path, lambda path: holds_results(path, "versions"), "results of a benchmark", force=force)
     rows: list[Comparison] = []
     with _Progress() as progress:
         bench = Bench(settings, progress.show)

@@ -51,7 +51,7 @@ class Watched:
             refill = choose(ledger, n_keep)
             n_query = min(16, len(cache.native.query_positions()))
             scores = cache.native.row_scores(recaller.archive.key_chunks(), ledger.n_tokens, n_query)
-            self.choices.append((before, refill.tokens, scores, ledger.segments[-1].role))
+            self.choices.append((before, refill.tokens, scores, ledger.segments[-1].role, ledger.n_tokens))
             after = {(layer, head, token) for layer, head in np.ndindex(*refill.tokens.shape[:2]) for token in refill.tokens[layer, head].tolist()}
             self.left |= before - after
             return refill
@@ -68,9 +68,10 @@ class Watched:
         answer."""
         ledger = self.cache.ledger
         segment_of = [i for i, segment in enumerate(ledger.segments) for _ in range(segment.start, segment.end)]
-        last_in_text = max(i for i, choice in enumerate(self.choices) if choice[3] == "user")
+        end_of_text = max(choice[4] for choice in self.choices if choice[3] == "user")
+        first = min(i for i, choice in enumerate(self.choices) if choice[4] == end_of_text)
         attention, recalled, seen_back, pinned = Counter(), Counter(), Counter(), 0.0
-        for before, chosen, scores, _ in self.choices[last_in_text:]:
+        for before, chosen, scores, *_ in self.choices[first:]:
             n_heads = scores.shape[0] * scores.shape[1]
             for layer, head in np.ndindex(*scores.shape[:2]):
                 of_head = Counter()

@@ -21,9 +21,10 @@ def _nothing() -> BySegment:
 class AttentionOfAnswer:
     """Adds up what the choices of cells for one answer saw, by the segments of the ledger.
 
-    Choices made while the user's text is read count up to the last of them: it has seen what was asked, and those before it only parts of the text.
+    Of the choices made while the user's text is read those at its end count: they have seen what was asked, and those before only parts of the text.
 
     turn_start: the first token of the user's text that is answered, -1 for none
+    at: how many tokens there were at the last choice
     attention: [n_segments] to tokens that are not pinned, mean over layers and heads, of all choices together
     pinned: to tokens that are
     recalled: [n_segments] cells that came back from the archive, mean over layers and heads
@@ -31,6 +32,7 @@ class AttentionOfAnswer:
     """
 
     turn_start: int = -1
+    at: int = 0
     attention: BySegment = field(default_factory=_nothing)
     pinned: float = 0.0
     recalled: BySegment = field(default_factory=_nothing)
@@ -44,9 +46,9 @@ class AttentionOfAnswer:
         scores: float32 [L, H, n_tokens], what the queries that chose pay to each token of the conversation; None if they did not have to be asked
         """
         start = turn_start(ledger)
-        if start != self.turn_start or ledger.segments[-1].role == "user":
+        if start != self.turn_start or (ledger.segments[-1].role == "user" and ledger.n_tokens != self.at):
             self.clear()
-            self.turn_start = start
+        self.turn_start, self.at = start, ledger.n_tokens
         n_heads, returned = back.shape[0] * back.shape[1], tokens[back]
         recalled = np.bincount(returned, minlength=ledger.n_tokens) / n_heads
         self.recalled = _padded(self.recalled, len(ledger.segments)) + ledger.sums_per_segment(recalled)
@@ -62,7 +64,7 @@ class AttentionOfAnswer:
         self.recalled_attention = np.maximum(_padded(self.recalled_attention, n), paid.max(axis=0))
 
     def clear(self) -> None:
-        self.turn_start, self.pinned = -1, 0.0
+        self.turn_start, self.at, self.pinned = -1, 0, 0.0
         self.attention, self.recalled, self.recalled_attention = _nothing(), _nothing(), _nothing()
 
     def truncate(self, ledger: Ledger) -> None:
