@@ -102,7 +102,6 @@ class Chat:
         self, name: str, model: Model, config: SessionConfig, nexus: NexusTokens | None, screen: Screen, loading: Loading
     ) -> None:
         self.name = name
-        self.config = config
         self.screen = screen
         self.failed = False
         self._model, self._nexus, self._loading = model, nexus, loading
@@ -111,6 +110,7 @@ class Chat:
         self.record = ChatRecord(screen)
         self._idle = Idle(lambda stop: self.record.save_snapshot(self.session, stop))
         self.session = self._open(config)
+        self.config = self.session.config
 
     def __enter__(self) -> Self:
         return self
@@ -291,7 +291,7 @@ class Chat:
         finally:
             self.session.n_answers = n_answers
             self._bar.close()
-        self.config = config
+        self.config = self.session.config
 
     def _open(self, config: SessionConfig) -> ChatSession:
         return ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
@@ -351,8 +351,8 @@ class Chat:
         ]
         if kv.compressions > compressions:
             parts[-1] += f" ({kv.compressions - compressions} in this turn)"
-        if kv.recalled:
-            parts.append(f"{kv.recalled:.0f} recalled")
+        if last.recalled:
+            parts.append(f"recalled from turn{'s' * (len(last.recalled) > 1)} {', '.join(map(str, last.recalled))}")
         if last.stop_reason == "stopped":
             parts.insert(0, "stopped")
         elif last.stop_reason == "length":

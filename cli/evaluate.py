@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvlocal
+from kvlocal.cache.fitting import check_file
 from kvlocal.chat.config import SessionConfig
 from kvlocal.conversations.dialogues import Data, load, shuffled
 from kvlocal.errors import KvlocalError
@@ -209,6 +210,7 @@ class _Run:
     def loaded(self) -> Model:
         """The model; its Nexus tokens, if there is a use for them, are then in `nexus`, and variants that lack them are left out."""
         with waiting(f"loading {self._name}"):
+            check_file(self._path, self.base, self._gpu_layers)
             model = Model(self._path, n_gpu_layers=self._gpu_layers)
         if any(variant.wants_nexus for variant in self._variants):
             self.nexus = nexus_for(model, self._nexus_choice, _say)

@@ -18,6 +18,7 @@ from kvlocal import policies
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
+from kvlocal.cache.fitting import fitted
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
 from kvlocal.cache.score_sources import ScoreSources, carried_scores
@@ -80,7 +81,8 @@ class BudgetedCache(NotedCells):
         undo: bool = True,
         make_context: Callable[..., SequenceDecoder] = Context,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
+        config = self.config
         self.policy = policies.make(config.policy, config.policy_args)
         self.budget, self.capacity, _ = check_budget(model, config)
         self._spare = spare
@@ -402,6 +404,7 @@ class BudgetedCache(NotedCells):
     def _truncate(self, n_tokens: int) -> None:
         super()._truncate(n_tokens)
         self.compressor.chosen_at = 0
+        self.compressor.looked.truncate(self.ledger)
         if self.compressor.recaller:
             self.compressor.recaller.archive.truncate(n_tokens)
 

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
+from kvlocal.cache.attention_of_answer import AttentionOfAnswer
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
 from kvlocal.cache.recall import Recaller
@@ -62,6 +63,7 @@ class Compressor:
     recaller: chooses from the archive, None without one
     n_recalled: cells that came back when they were last chosen, mean over layers and heads
     chosen_at: how many tokens there were then
+    looked: what the choices for the last answer saw
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
     """
@@ -83,6 +85,7 @@ class Compressor:
     lost: str = ""
     n_recalled: float = 0.0
     chosen_at: int = 0
+    looked: AttentionOfAnswer = field(default_factory=AttentionOfAnswer)
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0
@@ -175,6 +178,7 @@ class Compressor:
                 raise
             self._give_up_archive(str(error))
             return False
+        self.looked.add(ledger, refill.tokens, refill.gather >= ledger.n_cells, refill.scores)
         self.compressions += n_keep < ledger.n_cells
         with ledger.changing():
             self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
@@ -191,6 +195,7 @@ class Compressor:
         if self.recaller:
             self.recaller.archive.close()
         self.recaller, self.lost, self.n_recalled, self.chosen_at = None, "", 0.0, 0
+        self.looked.clear()
 
     def _give_up_archive(self, reason: str) -> None:
         """What is evicted from now on is gone for good, and so is what was evicted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ class Refill:
     tokens: int32 [L, H, n], ascending
     positions: int32 [L, H, n], the positions of their keys
     n_recalled: how many rows are named, mean over layers and heads
+    scores: float32 [L, H, n_tokens], the attention that they were chosen by; None if all are wanted
     """
 
     gather: npt.NDArray[np.int32]
@@ -29,6 +30,7 @@ class Refill:
     tokens: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
     n_recalled: float
+    scores: npt.NDArray[np.float32] | None = None
 
 
 class Recaller:
@@ -66,9 +68,8 @@ class Recaller:
             pinned = np.broadcast_to(every < ledger.n_pinned, scores.shape)
             state = CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
             tokens = policy.plan(state, n_keep).keep.astype(np.int32)
-        else:
-            tokens = np.broadcast_to(every, (*shape, n_tokens))
-        return self._refill(ledger, tokens)
+            return replace(self._refill(ledger, tokens), scores=scores)
+        return self._refill(ledger, np.broadcast_to(every, (*shape, n_tokens)))
 
     def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32]) -> Refill:
         cell_of = np.full((*tokens.shape[:2], ledger.n_tokens), -1, np.int32)

@@ -14,6 +14,7 @@ from kvlocal.cache.compression import Seconds
 from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.chat.answering import AnswerInProgress, ended_by_model, keep_said, text_of
 from kvlocal.chat.config import SessionError
+from kvlocal.chat.looked_at import LookedAt, looked_at
 from kvlocal.chat.state import SessionState, limits, with_state, without_state
 from kvlocal.chat.stats import KvStats, SegmentStats, segment_stats
 from kvlocal.chat.turns import Turns
@@ -213,4 +214,16 @@ class ChatSession(Turns):
 
     def segments(self) -> list[SegmentStats]:
         """What is left of each turn, in order."""
-        return segment_stats(self.cache.ledger)
+        return segment_stats(self.cache)
+
+    def looked_at(self) -> LookedAt:
+        """What the last answer looked at.
+
+        Raises:
+            SessionError: there is no answer, or its attention is not known.
+        """
+        self._end_answer()
+        self.settle()
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise SessionError("there is no answer yet: send something first")
+        return looked_at(self.cache)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.budgeted import BudgetedCache, Progress
+from kvlocal.cache.fitting import fitted
 from kvlocal.cache.second_read import SecondRead
 from kvlocal.chat.answering import AnswerInProgress
 from kvlocal.chat.config import SessionConfig, SessionError
@@ -64,7 +65,7 @@ class Turns:
         make_context: Callable[..., SequenceDecoder] = Context,
     ):
         self.model = model
-        self.config = config
+        self.config = config = fitted(model.path, config, model.n_gpu_layers)
         self.template = checked_template(model, config, nexus)
         self.messages: list[Message] = []
         self.last: TurnStats | None = None
