@@ -10,6 +10,7 @@ from kvlocal.evaluation.dialogue import DialogueTask
 from kvlocal.evaluation.recall import RecallTask
 from kvlocal.evaluation.reference import ReferenceCache
 from kvlocal.llama.library import load as load_library
+from kvlocal_cli.evaluate_memory import gsm8k_command, memory_command
 from kvlocal_cli.evaluation_run import PATH, Run, run_options
 from kvlocal_cli.terminal import waiting
 
@@ -21,6 +22,10 @@ def eval_group() -> None:
     Every policy reads the same chats. A run that was interrupted goes on when the same command is given again; other policies and ratios
     may then be asked for.
     """
+
+
+for command in (memory_command, gsm8k_command):
+    eval_group.add_command(command)
 
 
 @eval_group.command("dialogue")
