@@ -70,7 +70,7 @@ def load_problems(path: Path) -> Problems:
             problem = _problem(json_value(line))
         except JsonError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-        except _FormatError as error:
+        except _BadProblem as error:
             raise DataError(f'{path}, line {number}: {error}: write {{"question": ..., "answer": "... {_LEAD} 18"}}') from None
         if problem:
             found.append(problem)
@@ -81,17 +81,17 @@ def load_problems(path: Path) -> Problems:
     return Problems(tuple(found), n_left_out, hashlib.sha256(content).hexdigest())
 
 
-class _FormatError(Exception):
+class _BadProblem(Exception):
     """What is wrong with a line."""
 
 
 def _problem(record: Any) -> Problem | None:
     """None for one that cannot be told in turns."""
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("question", "answer")):
-        raise _FormatError("it has no question and answer as texts")
+        raise _BadProblem("it has no question and answer as texts")
     _, lead, number = record["answer"].rpartition(_LEAD)
     if not lead:
-        raise _FormatError(f"its answer has no {_LEAD}")
+        raise _BadProblem(f"its answer has no {_LEAD}")
     number = number.strip().replace(",", "")
     sentences = [sentence for sentence in _SENTENCE_END.split(record["question"].strip()) if sentence.strip()]
     if len(sentences) < 2 or not re.fullmatch(r"-?\d{1,15}", number):

@@ -21,7 +21,7 @@ _UNANSWERABLE = "adversarial"
 _ABSTENTION = "_abs"  # LongMemEval (Wu et al., ICLR 2025): how the id of such a question ends
 
 
-class _FormatError(Exception):
+class _BadConversation(Exception):
     """What is wrong with a conversation."""
 
 
@@ -69,7 +69,7 @@ def load_memory(path: Path, seed: int = 0) -> MemoryData:
     for number, record in enumerate(records, 1):
         try:
             chat, n_left_out = _conversation(record)
-        except _FormatError as error:
+        except _BadConversation as error:
             raise DataError(f"{path}, conversation {number}: {error}") from None
         n_unanswerable += n_left_out
         if chat.questions:
@@ -98,7 +98,7 @@ def _conversation(record: Any) -> tuple[MemoryChat, int]:
         return _from_longmemeval(record)
     if isinstance(record, dict) and "conversation" in record and "qa" in record:
         return _from_locomo(record)
-    raise _FormatError("it has neither conversation and qa (LoCoMo) nor haystack_sessions (LongMemEval)")
+    raise _BadConversation("it has neither conversation and qa (LoCoMo) nor haystack_sessions (LongMemEval)")
 
 
 def _from_locomo(record: dict[str, Any]) -> tuple[MemoryChat, int]:
@@ -123,7 +123,7 @@ def _from_locomo(record: dict[str, Any]) -> tuple[MemoryChat, int]:
             for place in _places(turn.get("dia_id")):
                 turns[place] = said
     if not turns:
-        raise _FormatError("its conversation has no turns: write session_1, session_2, ... as lists of {speaker, dia_id, text}")
+        raise _BadConversation("its conversation has no turns: write session_1, session_2, ... as lists of {speaker, dia_id, text}")
     questions, n_left_out = [], 0
     for i, entry in enumerate(_list(record["qa"], "its qa"), 1):
         entry = _object(entry, f"question {i}")
@@ -163,7 +163,7 @@ def _from_longmemeval(record: dict[str, Any]) -> tuple[MemoryChat, int]:
             turn = _object(turn, where)
             role, text = _text(turn, "role", where), _text(turn, "content", where)
             if role not in ("user", "assistant"):
-                raise _FormatError(f"{where} has the role {role[:40]!r}: it must be user or assistant")
+                raise _BadConversation(f"{where} has the role {role[:40]!r}: it must be user or assistant")
             if not text.strip():
                 continue
             said = history.say(role, text, before)
@@ -173,7 +173,7 @@ def _from_longmemeval(record: dict[str, Any]) -> tuple[MemoryChat, int]:
             if is_named:
                 in_named.append(said)
     if not history.messages():
-        raise _FormatError("its haystack_sessions hold no turn")
+        raise _BadConversation("its haystack_sessions hold no turn")
     if str(record.get("question_id", "")).endswith(_ABSTENTION) or record.get("answer") is None:
         return MemoryChat(history.messages(), ()), 1
     date = record.get("question_date")
@@ -186,24 +186,24 @@ def _question(category: str, text: str, record: dict[str, Any], what: str, evide
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip() or not text.strip():
-        raise _FormatError(f"{what} has no text as question or answer")
+        raise _BadConversation(f"{what} has no text as question or answer")
     return MemoryQuestion(category, text.strip(), "", answer.strip(), (), tuple(dict.fromkeys(evidence)))
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _FormatError(f"{what} is not an object")
+        raise _BadConversation(f"{what} is not an object")
     return value
 
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise _FormatError(f"{what} is not a list")
+        raise _BadConversation(f"{what} is not a list")
     return value
 
 
 def _text(record: dict[str, Any], key: str, what: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise _FormatError(f"{what} has no text as {key}")
+        raise _BadConversation(f"{what} has no text as {key}")
     return value

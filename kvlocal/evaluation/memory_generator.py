@@ -21,7 +21,7 @@ N_DISTRACTORS = 3
 
 
 @dataclass(frozen=True)
-class _Fact:
+class _GeneratedFact:
     """A question without evidence, the user turns that tell the fact, and how many of the last of them it rests on."""
 
     question: MemoryQuestion
@@ -29,7 +29,7 @@ class _Fact:
     n_evidence: int
 
 
-class _Values:
+class _DistinctValues:
     """Draws values of which no two facts of a conversation have the same, not even as a wrong answer."""
 
     def __init__(self, rng: random.Random) -> None:
@@ -60,7 +60,7 @@ def memory_chats(n_chats: int, n_tokens: int, seed: int, lengths: Lengths, dialo
 
 
 def _chat(rng: random.Random, n_tokens: int, lengths: Lengths, talk: Iterator[list[tuple[str, str]]]) -> MemoryChat:
-    values = _Values(rng)
+    values = _DistinctValues(rng)
     facts = _facts(rng, values)
     told = [[(statement, rng.choice(load_facts().acknowledgments)) for statement in fact.statements] for fact in facts]
     other = fill(values.used, n_tokens - sum(lengths(messages_of(pair for pairs in told for pair in pairs))), lengths, talk)
@@ -77,7 +77,7 @@ def _chat(rng: random.Random, n_tokens: int, lengths: Lengths, talk: Iterator[li
     return MemoryChat(messages_of(pairs), questions)
 
 
-def _facts(rng: random.Random, values: _Values) -> list[_Fact]:
+def _facts(rng: random.Random, values: _DistinctValues) -> list[_GeneratedFact]:
     of_kind: dict[str, list[Topic]] = {}
     for topic in load_facts().topics:
         of_kind.setdefault(topic.kind if topic.kind in ("name", "date") else "other", []).append(topic)
@@ -90,20 +90,20 @@ def _facts(rng: random.Random, values: _Values) -> list[_Fact]:
     ]
 
 
-def _single(rng: random.Random, values: _Values, topic: Topic, category: str) -> _Fact:
+def _single(rng: random.Random, values: _DistinctValues, topic: Topic, category: str) -> _GeneratedFact:
     value, *wrong = values.draw(topic.values, 1 + N_DISTRACTORS)
     question = MemoryQuestion(category, topic.say(rng.choice(topic.questions)), topic.lead, value, tuple(wrong), ())
-    return _Fact(question, (topic.say(rng.choice(topic.statements), value=value),), 1)
+    return _GeneratedFact(question, (topic.say(rng.choice(topic.statements), value=value),), 1)
 
 
-def _updated(rng: random.Random, values: _Values, topic: Topic) -> _Fact:
+def _updated(rng: random.Random, values: _DistinctValues, topic: Topic) -> _GeneratedFact:
     value, old, *wrong = values.draw(topic.values, 1 + N_DISTRACTORS)
     question = MemoryQuestion("updated fact", topic.say(rng.choice(topic.questions)), topic.lead, value, (old, *wrong), ())
     told = topic.say(rng.choice(topic.statements), value=old), topic.say(rng.choice(load_facts().corrections), value=value, old=old)
-    return _Fact(question, told, 1)
+    return _GeneratedFact(question, told, 1)
 
 
-def _two_hops(rng: random.Random, values: _Values, people: Sequence[Topic]) -> list[_Fact]:
+def _two_hops(rng: random.Random, values: _DistinctValues, people: Sequence[Topic]) -> list[_GeneratedFact]:
     """A fact about each of some people, of each kind about as many, and of each about two at least."""
     names = [values.draw(topic.values, 1)[0] for topic in people]
     hops = [_hops()[i % len(_hops())] for i in range(len(people))]
@@ -116,7 +116,7 @@ def _two_hops(rng: random.Random, values: _Values, people: Sequence[Topic]) -> l
         lead = hop["lead"].format(Relation=yours[:1].upper() + yours[1:], relation=yours)
         question = MemoryQuestion("two-hop", hop["question"].format(relation=relation), lead, value, (rng.choice(of_others), *wrong), ())
         told = topic.say(rng.choice(topic.statements), value=name), rng.choice(hop["statements"]).format(name=name, value=value)
-        facts.append(_Fact(question, told if rng.random() < 0.5 else told[::-1], 2))
+        facts.append(_GeneratedFact(question, told if rng.random() < 0.5 else told[::-1], 2))
     return facts
 
 
