@@ -206,6 +206,25 @@ def test_the_memory_command(shallow_model, tmp_path):
     assert again.exit_code == 2 and "give one of them" in again.stderr
 
 
+def test_an_interrupted_run_goes_on(shallow_model, tmp_path, monkeypatch):
+    data, measure = tmp_path / "locomo.json", MemoryTask.measure
+    data.write_text(json.dumps(LOCOMO))
+    command = arguments(shallow_model, tmp_path, "memory", "--data", data, "--policy", "streaming,gkv", "--kv-budget", 60)
+
+    def interrupted(self, index, variant):
+        if variant.policy == "gkv":
+            raise KeyboardInterrupt
+        return measure(self, index, variant)
+
+    monkeypatch.setattr(MemoryTask, "measure", interrupted)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 130 and "2 of 3 measurements" in result.stderr and result.stdout == ""
+    monkeypatch.setattr(MemoryTask, "measure", measure)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0 and "going on after 2 measurements" in result.stderr
+    assert CliRunner().invoke(main, command).stdout == result.stdout
+
+
 def test_generated_conversations(shallow_model, tmp_path):
     more = ("--limit", 1, "--tokens", 1200, "--questions", 3, "--policy", "streaming", "--kv-budget", 200)
     result = CliRunner().invoke(main, arguments(shallow_model, tmp_path, "memory", *more))
