@@ -1,6 +1,7 @@
 """`kvlocal eval memory` and `kvlocal eval gsm8k`: questions that come late in conversations."""
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvlocal.evaluation.memory_data import load_memory
 from kvlocal.evaluation.memory_generator import memory_chats
 from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
-from kvlocal_cli.evaluation_run import PATH, Run, run_options
+from kvlocal_cli.evaluate import PATH, Run, run_options
 from kvlocal_cli.terminal import waiting
 
 _TOKENS, _CHATS = 20_000, 4  # of what is generated
@@ -31,7 +32,7 @@ _TOKENS, _CHATS = 20_000, 4  # of what is generated
 @click.option("--tokens", type=click.IntRange(min=1), metavar="N", help=f"Length of a generated conversation.  [default: {_TOKENS}]")
 @click.option("--talk", "talk_path", type=PATH, metavar="FILE",
               help="Dialogues for the talk between generated facts, as for eval dialogue.  [default: small talk]")
-@run_options(DEFAULT_BUDGET)
+@partial(run_options, budget=DEFAULT_BUDGET)
 def memory_command(run: Run, data_path: Path | None, limit: int | None, questions: int | None, tokens: int | None, talk_path: Path | None) -> None:
     """Measure what is left of a long conversation when questions about it come late.
 
@@ -89,7 +90,7 @@ def _drawn(chats: tuple[MemoryChat, ...], limit: int | None, seed: int) -> list[
               help='Problems, one JSON object a line: {"question", "answer": "... #### 18"} (GSM8K).')
 @click.option("--concat", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Problems told in one chat.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take N problems, chosen by the seed.  [default: all]")
-@run_options()
+@run_options
 def gsm8k_command(run: Run, data_path: Path, concat: int, limit: int | None) -> None:
     """Measure what is left of word problems that are told in turns.
 
