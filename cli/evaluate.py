@@ -37,7 +37,7 @@ _SESSION = SessionConfig()
 _GREEDY = SamplingParams(temperature=0, seed=0)
 
 
-PATH = click.Path(dir_okay=False, path_type=Path)
+_PATH = click.Path(dir_okay=False, path_type=Path)
 _OPTIONS = (
     click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file."),
     click.option(
@@ -64,9 +64,9 @@ _OPTIONS = (
                  help="Layers that go to the GPU, -1 for all; without one it has no effect."),
     click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]"),
     click.option("--nexus", metavar="FILE", help="Nexus tokens for the policies that use them, or off.  [default: as kvlocal chat finds them]"),
-    click.option("--json", "json_path", type=PATH, metavar="FILE",
+    click.option("--json", "json_path", type=_PATH, metavar="FILE",
                  help="Also write the results as one JSON object; unfinished ones are kept in FILE.partial."),
-    click.option("--plot", "plot_path", type=PATH, metavar="FILE", help="Draw quality against cells kept, as .png, .svg or .pdf."),
+    click.option("--plot", "plot_path", type=_PATH, metavar="FILE", help="Draw quality against cells kept, as .png, .svg or .pdf."),
     click.option("--cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
                  help="Where predictions of the full context are kept.  [default: kvlocal/eval in the user's cache directory]"),
 )  # fmt: skip

@@ -17,20 +17,21 @@ from kvlocal.evaluation.memory_data import load_memory
 from kvlocal.evaluation.memory_generator import memory_chats
 from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
-from kvlocal_cli.evaluate import PATH, Run, run_options
+from kvlocal_cli.evaluate import Run, run_options
 from kvlocal_cli.terminal import waiting
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
 _TOKENS, _CHATS = 20_000, 4  # of what is generated
 
 
 @click.command("memory")
-@click.option("--data", "data_path", type=PATH, metavar="FILE",
+@click.option("--data", "data_path", type=_FILE, metavar="FILE",
               help="Conversations with questions, as one JSON list of LoCoMo's or LongMemEval's format.  [default: generated]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N",
               help=f"Take N conversations, of a file those that the seed chooses.  [default: all of a file, {_CHATS} generated]")
 @click.option("--questions", type=click.IntRange(min=1), metavar="N", help="Ask at most N questions of each, chosen by the seed.  [default: all]")
 @click.option("--tokens", type=click.IntRange(min=1), metavar="N", help=f"Length of a generated conversation.  [default: {_TOKENS}]")
-@click.option("--talk", "talk_path", type=PATH, metavar="FILE",
+@click.option("--talk", "talk_path", type=_FILE, metavar="FILE",
               help="Dialogues for the talk between generated facts, as for eval dialogue.  [default: small talk]")
 @partial(run_options, budget=DEFAULT_BUDGET)
 def memory_command(run: Run, data_path: Path | None, limit: int | None, questions: int | None, tokens: int | None, talk_path: Path | None) -> None:
@@ -86,7 +87,7 @@ def _drawn(chats: tuple[MemoryChat, ...], limit: int | None, seed: int) -> list[
 
 
 @click.command("gsm8k")
-@click.option("--data", "data_path", type=PATH, required=True, metavar="FILE",
+@click.option("--data", "data_path", type=_FILE, required=True, metavar="FILE",
               help='Problems, one JSON object a line: {"question", "answer": "... #### 18"} (GSM8K).')
 @click.option("--concat", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Problems told in one chat.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take N problems, chosen by the seed.  [default: all]")

@@ -10,9 +10,11 @@ from kvlocal.evaluation.dialogue import DialogueTask
 from kvlocal.evaluation.recall import RecallTask
 from kvlocal.evaluation.reference import ReferenceCache
 from kvlocal.llama.library import load as load_library
-from kvlocal_cli.evaluate import PATH, Run, run_options
+from kvlocal_cli.evaluate import Run, run_options
 from kvlocal_cli.evaluate_memory import gsm8k_command, memory_command
 from kvlocal_cli.terminal import waiting
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group("eval")
@@ -29,7 +31,7 @@ for command in (memory_command, gsm8k_command):
 
 
 @eval_group.command("dialogue")
-@click.option("--data", "data_path", type=PATH, required=True, metavar="FILE",
+@click.option("--data", "data_path", type=_FILE, required=True, metavar="FILE",
               help='Dialogues, one JSON object a line: {"history": [{"user", "bot"}]} (MT-Bench-101) or {"messages": [{"role", "content"}]}.')
 @click.option("--concat", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Dialogues joined into one chat.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take N dialogues, chosen by the seed.  [default: all]")
@@ -67,7 +69,7 @@ def dialogue_command(run: Run, data_path: Path, concat: int, limit: int | None, 
 
 
 @eval_group.command("recall")
-@click.option("--data", "data_path", type=PATH, metavar="FILE",
+@click.option("--data", "data_path", type=_FILE, metavar="FILE",
               help="Dialogues for the talk between the facts, as for eval dialogue.  [default: generated]")
 @click.option("--questions", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Questions in all, 8 to a chat.")
 @click.option("--tokens", type=click.IntRange(min=1), default=1500, show_default=True, metavar="N", help="Length of a chat's history.")
