@@ -161,8 +161,8 @@ def test_nexus_tokens_are_not_counted_as_text(smollm2):
 # The commands
 
 
-def arguments(shallow_model, tmp_path, task, *more):
-    return ["eval", task, "-m", str(shallow_model.path), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
+def arguments(shallow_file, tmp_path, task, *more):
+    return ["eval", task, "-m", str(shallow_file), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
 
 
 LOCOMO = [
@@ -183,11 +183,11 @@ LOCOMO = [
 ]
 
 
-def test_the_memory_command(shallow_model, tmp_path):
+def test_the_memory_command(shallow_file, tmp_path):
     data, out = tmp_path / "locomo.json", tmp_path / "out.json"
     data.write_text(json.dumps(LOCOMO))
     more = ("--data", data, "--policy", "streaming", "--kv-budget", 60, "--json", out)
-    result = CliRunner().invoke(main, arguments(shallow_model, tmp_path, "memory", *more))
+    result = CliRunner().invoke(main, arguments(shallow_file, tmp_path, "memory", *more))
     assert result.exit_code == 0, result.stderr
     assert "1 question left out" in result.stderr and "2 of 2 measurements" in result.stderr
     whole, by_category, by_distance = result.stdout.split("\n\n")
@@ -202,14 +202,14 @@ def test_the_memory_command(shallow_model, tmp_path):
     assert document["settings"]["budget"] == 60 and document["settings"]["left_out"] == {"unanswerable": 1, "without_full_context": 0}
     assert rows["streaming", "survival@category=single-hop"]["mean"] == 0 < rows["streaming", "survival@category=multi-hop"]["mean"]
     assert rows["streaming", "choice"]["n"] == 2 and 0 < rows["streaming", "choice"]["compression"] < 1
-    again = CliRunner().invoke(main, arguments(shallow_model, tmp_path, "memory", *more, "--ratio", 0.5))
+    again = CliRunner().invoke(main, arguments(shallow_file, tmp_path, "memory", *more, "--ratio", 0.5))
     assert again.exit_code == 2 and "give one of them" in again.stderr
 
 
-def test_an_interrupted_run_goes_on(shallow_model, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(shallow_file, tmp_path, monkeypatch):
     data, measure = tmp_path / "locomo.json", MemoryTask.measure
     data.write_text(json.dumps(LOCOMO))
-    command = arguments(shallow_model, tmp_path, "memory", "--data", data, "--policy", "streaming,gkv", "--kv-budget", 60)
+    command = arguments(shallow_file, tmp_path, "memory", "--data", data, "--policy", "streaming,gkv", "--kv-budget", 60)
 
     def interrupted(self, index, variant):
         if variant.policy == "gkv":
@@ -225,25 +225,25 @@ def test_an_interrupted_run_goes_on(shallow_model, tmp_path, monkeypatch):
     assert CliRunner().invoke(main, command).stdout == result.stdout
 
 
-def test_generated_conversations(shallow_model, tmp_path):
+def test_generated_conversations(shallow_file, tmp_path):
     more = ("--limit", 1, "--tokens", 1200, "--questions", 3, "--policy", "streaming", "--kv-budget", 200)
-    result = CliRunner().invoke(main, arguments(shallow_model, tmp_path, "memory", *more))
+    result = CliRunner().invoke(main, arguments(shallow_file, tmp_path, "memory", *more))
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("policy") and "survival" in result.stdout
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_gsm8k_command(shallow_model, tmp_path):
+def test_the_gsm8k_command(shallow_file, tmp_path):
     data = tmp_path / "problems.jsonl"
     lines = [{"question": f"Ann has {i} pens. She buys two more. How many has she?", "answer": f"#### {i + 2}"} for i in range(3, 7)]
     data.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"question": "What is 1 + 1?", "answer": "#### 2"}]))
     more = ("--data", data, "--concat", 4, "--policy", "streaming", "--ratio", 0.5)
-    result = CliRunner().invoke(main, arguments(shallow_model, tmp_path, "gsm8k", *more))
+    result = CliRunner().invoke(main, arguments(shallow_file, tmp_path, "gsm8k", *more))
     assert result.exit_code == 0, result.stderr
     assert "1 problem left out" in result.stderr and "2 facts" in result.stdout and "survival" in result.stdout
 
 
-def test_dialogues_by_task(shallow_model, tmp_path):
+def test_dialogues_by_task(shallow_file, tmp_path):
     data, out = tmp_path / "d.jsonl", tmp_path / "out.json"
     lines = [
         {"task": task, "method": "Role Play", "history": [{"user": "Tell me about the sea, please.", "bot": f"It is deep. {i}"},
@@ -252,7 +252,7 @@ def test_dialogues_by_task(shallow_model, tmp_path):
     ]  # fmt: skip
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = ("--data", data, "--policy", "streaming", "--ratio", 0.3)
-    command = arguments(shallow_model, tmp_path, "dialogue", *more)
+    command = arguments(shallow_file, tmp_path, "dialogue", *more)
     result = CliRunner().invoke(main, [*command, "--by", "task", "--json", str(out)])
     assert result.exit_code == 0, result.stderr
     assert [line.split()[:4] for line in result.stdout.split("\n\n")[1].splitlines()] == [
@@ -278,7 +278,7 @@ def test_dialogues_by_task(shallow_model, tmp_path):
         ("gsm8k", ("--data", "none.jsonl"), 1, "none.jsonl cannot be read"),
     ],
 )
-def test_wrong_usage_is_one_sentence(shallow_model, tmp_path, task, more, code, sentence):
-    result = CliRunner().invoke(main, arguments(shallow_model, tmp_path, task, "--policy", "streaming", *more))
+def test_wrong_usage_is_one_sentence(shallow_file, tmp_path, task, more, code, sentence):
+    result = CliRunner().invoke(main, arguments(shallow_file, tmp_path, task, "--policy", "streaming", *more))
     assert (result.exit_code, result.stdout) == (code, "") and result.stderr.startswith("kvlocal: ")
     assert sentence in result.stderr and result.stderr.count("\n") == 1
