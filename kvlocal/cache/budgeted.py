@@ -226,9 +226,14 @@ class BudgetedCache(NotedCells):
 
     def choose_again(self) -> bool:
         """Chooses the cells anew from the whole conversation; False without an archive, or where the cache holds all of it."""
+        self._interval = min(2 * self._interval, self._recall.refresh)
+        return self._choose()
+
+    def _choose(self) -> bool:
         self.check_certain()
-        self._since_choice, self._interval = 0, min(2 * self._interval, self._recall.refresh)
-        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1)
+        self._since_choice = 0
+        policy = self._recall.for_question if self._interval < self._recall.refresh else self._recall
+        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1, policy)
 
     def _recall_for_answer(self) -> None:
         """Behind what the user says: brings what it is about into the cells.
@@ -236,10 +241,10 @@ class BudgetedCache(NotedCells):
         Queries of deep layers only ask for what shallower ones have found. So the end of the text is evaluated a second time with what it recalled,
         and then the cells are chosen once more. The queries of an answer's beginning say more again: what comes next is chosen for soon.
         """
-        if self.choose_again():
-            self._evaluate_again(min(self._recall.again, self.ledger.n_tokens - self.ledger.segments[-1].start, self.context.n_ubatch))
-            self.choose_again()
         self._interval = max(1, self._recall.refresh // 4)
+        if self._choose():
+            self._evaluate_again(min(self._recall.again, self.ledger.n_tokens - self.ledger.segments[-1].start, self.context.n_ubatch))
+            self._choose()
 
     def _evaluate_again(self, n: int) -> None:
         """Evaluates the last n tokens a second time, or as many of them as every head has, with the cells that there are now."""

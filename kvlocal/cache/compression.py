@@ -131,7 +131,7 @@ class Compressor:
         near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
         if near_end and self.positions == "auto":
             self._give_up_archive(_PAST_CONTEXT)
-        if self._recall(ledger, self.target(ledger)):
+        if self._recall(ledger, self.target(ledger), self.policy):
             return
         started = time.perf_counter()
         state = self.observer.state(ledger)
@@ -148,8 +148,8 @@ class Compressor:
         give_back()
         self.seconds.compact += time.perf_counter() - trimming
 
-    def choose_again(self, ledger: Ledger, free: int) -> bool:
-        """Chooses the cells anew from the whole conversation, as many as leave `free` cells before the next compression.
+    def choose_again(self, ledger: Ledger, free: int, policy: Policy) -> bool:
+        """A policy chooses the cells anew from the whole conversation, as many as leave `free` cells before the next compression.
 
         While they are held their number stays. False if there is no archive, or nothing in it that the cache does not hold.
         """
@@ -157,16 +157,16 @@ class Compressor:
             return False
         self.before(ledger)
         n_full = self.target(ledger) + max(0, self.stride - free)
-        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens))
+        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens), policy)
 
-    def _recall(self, ledger: Ledger, n_keep: int) -> bool:
+    def _recall(self, ledger: Ledger, n_keep: int, policy: Policy) -> bool:
         """Fills n_keep cells from the whole conversation. False without an archive, or if it had to be given up: nothing has changed then."""
         if self.recaller is None:
             return False
         started = time.perf_counter()
         try:
             self.recaller.write_through(ledger)
-            refill = self.recaller.choose(ledger, n_keep)
+            refill = self.recaller.choose(ledger, n_keep, policy)
         except ArchiveFailed as error:
             self._give_up_archive(str(error))
             return False
@@ -185,7 +185,7 @@ class Compressor:
 
     def open_archive(self, archive: Archive) -> None:
         """From now on what is evicted can be recalled; nothing must have been evicted yet."""
-        self.recaller = Recaller(self.native, self.policy, self.window, archive)
+        self.recaller = Recaller(self.native, self.window, archive)
 
     def close_archive(self) -> None:
         if self.recaller:

@@ -35,13 +35,12 @@ class Recaller:
     """Looks up what the last queries attend to in the whole conversation.
 
     native: the cache
-    policy: chooses; it needs no more than scores
     window: the queries that score
     archive: keys and values of all tokens
     """
 
-    def __init__(self, native: NativeCache, policy: Policy, window: int, archive: Archive) -> None:
-        self._native, self._policy, self._window, self.archive = native, policy, window, archive
+    def __init__(self, native: NativeCache, window: int, archive: Archive) -> None:
+        self._native, self._window, self.archive = native, window, archive
 
     def write_through(self, ledger: Ledger) -> None:
         """Stores the tokens that came since the last time, which are the last cells of every head.
@@ -57,8 +56,8 @@ class Recaller:
             raise ArchiveFailed("tokens have left the cache before they were archived")
         self.archive.append(self._native.read_rows(cells), ledger.positions[0, 0, cells])
 
-    def choose(self, ledger: Ledger, n_keep: int) -> Refill:
-        """The n_keep tokens of each layer and head that the policy wants, after `write_through`."""
+    def choose(self, ledger: Ledger, n_keep: int, policy: Policy) -> Refill:
+        """The n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`."""
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         every = np.arange(n_tokens, dtype=np.int32)
         if n_keep < n_tokens:
@@ -66,7 +65,7 @@ class Recaller:
             scores = self._native.row_scores(self.archive.key_chunks(), n_tokens, n_query)
             pinned = np.broadcast_to(every < ledger.n_pinned, scores.shape)
             state = CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
-            tokens = self._policy.plan(state, n_keep).keep.astype(np.int32)
+            tokens = policy.plan(state, n_keep).keep.astype(np.int32)
         else:
             tokens = np.broadcast_to(every, (*shape, n_tokens))
         return self._refill(ledger, tokens)
