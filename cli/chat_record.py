@@ -1,10 +1,11 @@
 """How a chat outlives its program: its transcript, and in a session the snapshot beside it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from kvlocal.chat.session import ChatSession
-from kvlocal.conversations.records import TranscriptError
-from kvlocal.conversations.snapshot import Snapshots
+from kvlocal.conversations.records import Conversation, TranscriptError
+from kvlocal.conversations.snapshot import Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript, chat_path
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.chat_screen import Screen
@@ -38,6 +39,29 @@ class ChatRecord:
     def go_on(self, transcript: Transcript, snapshots: Snapshots) -> None:
         """Go on with those of a session."""
         self.transcript, self._snapshots = transcript, snapshots
+
+    def fork(self, path: Path, model: str, conversation: Conversation) -> None:
+        """Go on in a new session at that path, with all there was until now, which stays where it is kept.
+
+        Args:
+            model: the one that answers, by a name that is found from anywhere.
+            conversation: what was said, for a chat without a transcript.
+
+        Raises:
+            KvlocalError: something is there already, or it cannot be written; the chat is kept where it was.
+        """
+        before = self.transcript
+        if before is None:
+            transcript = Transcript.open(path, model=model, system=conversation.system)
+            if conversation.messages:
+                transcript.add_load(conversation.messages, conversation.system)
+        else:
+            transcript = before.fork(path)
+            if transcript.conversation and transcript.conversation.model != model:
+                transcript.add_model(model)
+        self.go_on(transcript, Snapshots(snapshot_path(path)))
+        if before is not None:
+            before.close()
 
     def add(self, add: Callable[[Transcript], None]) -> None:
         """Add to the transcript, as long as there is one. In a session, what cannot be written now is written with what comes next."""

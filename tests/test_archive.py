@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvlocal.cache.archive import CHUNK, Archive, ArchiveFailed
+from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import Layout, Rows
 
 LAYOUT = Layout(2, 6, 3, 32, 32, 1, 512, 16, False, True, 34, 22)
@@ -89,3 +90,22 @@ def test_blocks_are_taken_before_they_are_used(tmp_path):
     filled(archive, [1])
     assert os.fstat(archive._file).st_blocks * 512 >= archive.chunk_bytes
     assert os.fstat(archive._file).st_mode & 0o777 == 0o600 and os.fstat(archive._file).st_nlink == 0
+
+
+@pytest.mark.parametrize("ram", [2**30, 0])
+def test_marks_that_are_gone_leave_their_place_to_others(tmp_path, ram):
+    archive = Archive(LAYOUT, ram, tmp_path)
+    filled(archive, [300])
+    rng, taken = np.random.default_rng(0), []
+    for n in (70_000, 1000, 60_000, 70_000, 1000, 3000):
+        data = rng.integers(0, 256, n, dtype=np.uint8)
+        if len(archive.marks) == 3:
+            archive.keep_marks(0)
+        archive.add_mark(ArchivedMark(len(archive.marks), 1, 0, 0, data))
+        np.testing.assert_array_equal(archive.marks[-1].data, data)
+        taken.append(archive.bytes_in_memory + archive.bytes_on_disk)
+    assert taken[2:] == taken[2:3] * 4
+    archive.truncate(1)
+    assert [mark.n_tokens for mark in archive.marks] == [0, 1]
+    archive.close()
+    assert not archive.marks

@@ -164,7 +164,7 @@ def test_without_undo_nothing_is_kept_for_it_and_turns_are_taken_back_by_reading
     with ChatSession(model, SMALL, undo=False) as chat, session(model) as usual:
         for text in ("Name a bird.", STORY * 8, "Name a tree."):
             assert "".join(chat.send(text)) == "".join(usual.send(text))
-        assert chat.kv.compressions and not len(chat.cache._way_back.copy) and chat.cache.marked is None
+        assert chat.kv.compressions and not len(chat.cache._way_back.copy) and chat.cache.marked == []
         messages = list(chat.messages)
         chat.cache.ledger.compact = raise_interrupt
         with pytest.raises(KeyboardInterrupt):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from kvlocal import policies
 from kvlocal.cache.archive import Archive
+from kvlocal.cache.archived_cells import ArchivedCells
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
 from kvlocal.cache.ledger import NEXUS
-from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
+from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.cache.score_sources import ScoreSources, carried_scores
 from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.context import Context, Outputs
@@ -43,7 +44,7 @@ class Passage(NamedTuple):
     text: str = ""
 
 
-class BudgetedCache(NotedCells):
+class BudgetedCache(ArchivedCells):
     """The cache of one conversation, token by token.
 
     Every token is evaluated once. The cache is compressed when it exceeds the budget by the stride, also in the middle of a long text; what is
@@ -57,7 +58,7 @@ class BudgetedCache(NotedCells):
     config: budget and policy
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept
-    undo: mark() keeps what the way back needs, a copy of the cache among it
+    undo: mark() keeps what the way back needs: with an archive what was in the cells, without one a copy of them
     make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
 
     budget: the most cells of each layer and head after a compression
@@ -98,7 +99,14 @@ class BudgetedCache(NotedCells):
                 n_recorded=queries_to_record(config),
             )
             opened.callback(context.close)
-            super().__init__(context, self.capacity + spare, carried_scores(self.policy), undo=undo, copies=self.policy.evicts)
+            super().__init__(
+                context,
+                self.capacity + spare,
+                carried_scores(self.policy),
+                undo=undo,
+                copies=self.policy.evicts,
+                archived=config.archive != "off",
+            )
             self.observer = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
                 self.native,
@@ -303,44 +311,6 @@ class BudgetedCache(NotedCells):
         """Compresses to the budget now, if the cache is over it."""
         self.check_certain()
         self.compressor.compress(self.ledger)
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Nothing is compressed inside, and on exit cells and ledger are as they were. Can be nested.
-
-        What is read inside must fit into the free and the spare cells. Where there is an archive cells may be exchanged, but their number stays.
-        """
-        self.check_certain()
-        ledger, compressor, way_back = self.ledger, self.compressor, self._way_back
-        outer, checkpoint, copy = compressor.held, way_back.checkpoint, way_back.copy
-        if not outer:
-            compressor.make_room(ledger, min(self.n_free, self.model.n_ctx_train // 2))
-            self.observer.before_removal(ledger)
-        # what is copied inside is not to overwrite the copy there is
-        n_tokens, way_back.checkpoint, way_back.copy = ledger.n_tokens, None, copy[:0]
-        compressor.held = way_back.held = True
-        segments, begun = ledger.segments_now(), self._begun
-        ring = self.native.ring_state() if compressor.recaller else None
-        outside, way_back.exchanged = way_back.exchanged, None
-        try:
-            with self.taken_back():
-                yield
-        finally:
-            exchanged, way_back.exchanged = way_back.exchanged, outside
-            compressor.held = way_back.held = outer
-            way_back.checkpoint, way_back.copy = checkpoint, copy
-            if exchanged and self._begun == begun:
-                state, self.ledger = exchanged
-                self._restore(state, n_tokens, ring)
-            if not self.uncertain:
-                self._truncate(n_tokens)
-                self.ledger.segments[:] = segments
-
-    def _truncate(self, n_tokens: int) -> None:
-        super()._truncate(n_tokens)
-        self.compressor.chosen_at = 0
-        if self.compressor.recaller:
-            self.compressor.recaller.archive.truncate(n_tokens)
 
     # a copy that outlives the process
 

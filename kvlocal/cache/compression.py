@@ -11,6 +11,7 @@ import numpy as np
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
+from kvlocal.cache.marks import ArchivedMark
 from kvlocal.cache.memory import give_back
 from kvlocal.cache.recall import Recaller
 from kvlocal.cache.score_sources import ScoreSources
@@ -62,6 +63,7 @@ class Compressor:
     recaller: chooses from the archive, None without one
     n_recalled: cells that came back when they were last chosen, mean over layers and heads
     chosen_at: how many tokens there were then
+    choices: how often they were
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
     """
@@ -86,6 +88,7 @@ class Compressor:
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0
+    choices: int = 0
     held: bool = False
 
     def target(self, ledger: Ledger) -> int:
@@ -176,12 +179,27 @@ class Compressor:
             return False
         n_keep = refill.gather.shape[-1]
         self.compressions += n_keep < ledger.n_cells
+        self.choices += 1
         with ledger.changing():
             self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
             ledger.refill(refill.gather, refill.tokens, refill.positions)
         self.n_recalled, self.chosen_at = refill.n_recalled, ledger.n_tokens
         self.seconds.recall += time.perf_counter() - started
         return True
+
+    def mark(self, ledger: Ledger, since_choice: int) -> ArchivedMark | None:
+        """What the cells are now, to fill them so again from the archive; None without one.
+
+        since_choice: tokens of an answer since the cells were last chosen
+        """
+        if self.recaller is None:
+            return None
+        try:
+            self.recaller.write_through(ledger)
+        except ArchiveFailed as error:
+            self._give_up_archive(str(error))
+            return None
+        return ArchivedMark.of(ledger, self.native.ring_state(), since_choice)
 
     def open_archive(self, archive: Archive) -> None:
         """From now on what is evicted can be recalled; nothing must have been evicted yet."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
+from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import NativeCache, Rows
 from kvlocal.policies import CacheState, Policy
 
@@ -56,6 +57,23 @@ class Recaller:
         if not 0 < n_new <= ledger.n_cells or (ledger.tokens[..., cells[0]] != self.archive.n_tokens).any():
             raise ArchiveFailed("tokens have left the cache before they were archived")
         self.archive.append(self._native.read_rows(cells), ledger.positions[0, 0, cells])
+
+    def go_back(self, ledger: Ledger, mark: ArchivedMark) -> None:
+        """Fills the cells, which are empty, with what they held at a mark: bit for bit what they were. What was archived since is forgotten.
+
+        Raises:
+            ValueError: the mark is none of this archive.
+            NativeError: the native layer refused it or failed.
+        """
+        tokens = mark.tokens(*ledger.tokens.shape[:2])
+        if mark.n_tokens > self.archive.n_tokens:
+            raise ValueError("a mark is behind the end of the archive")
+        self.archive.truncate(mark.n_tokens)
+        ledger.go_back(mark.n_tokens, tokens, self.archive.positions[tokens])
+        if n := mark.n_cells:
+            everything = np.broadcast_to(np.arange(n, dtype=np.int32), tokens.shape)
+            self._native.compact(everything, np.arange(ledger.next_position - n, ledger.next_position), rows=self.archive.rows(tokens))
+        self._native.set_ring_state(mark.ring)
 
     def choose(self, ledger: Ledger, n_keep: int) -> Refill:
         """The n_keep tokens of each layer and head that the policy wants, after `write_through`."""

@@ -133,14 +133,16 @@ class ChatSession(Turns):
         """
         self._end_answer()
         self.settle()
-        messages, last, mark, prediction, answer = list(self.messages), self.last, self._mark, self.prediction, self._answer
+        messages, last, marks, prediction, answer = list(self.messages), self.last, self._marks, self.prediction, self._answer
         n_answers = self.n_answers
-        self._mark = None
+        self._marks = []
         try:
             with self.cache.hold():
                 yield
         finally:
-            self._mark, self.last, self.prediction, self._answer, self.messages[:] = mark, last, prediction, answer, messages
+            # a conversation that was begun anew inside has others
+            self._marks = [] if self.cache.uncertain else marks
+            self.last, self.prediction, self._answer, self.messages[:] = last, prediction, answer, messages
             self.n_answers = n_answers
 
     # a copy of the cache that outlives the process
@@ -155,7 +157,7 @@ class ChatSession(Turns):
 
         As BudgetedCache.snapshot, with what kvlocal.chat.state adds.
         """
-        return with_state(self.cache.snapshot(), SessionState(self.n_answers, list(self._sampler.recent), self._mark))
+        return with_state(self.cache.snapshot(), SessionState(self.n_answers, list(self._sampler.recent), self._marks[-1] if self._marks else None))
 
     def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
@@ -176,7 +178,7 @@ class ChatSession(Turns):
         except (KvlocalError, LookupError, TypeError, ValueError, AttributeError) as error:
             self._begin()
             raise SessionError(f"this is no state of such a session ({error}): read the messages again") from error
-        self.n_answers, self._mark = state.n_answers, state.mark
+        self.n_answers, self._marks = state.n_answers, [state.mark] if state.mark else []
         self._sampler.recent.extend(state.recent)
         self.messages[:] = [dict(message) for message in messages]
 

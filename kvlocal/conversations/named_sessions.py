@@ -17,9 +17,12 @@ from kvlocal.conversations.records import (
     TranscriptError,
     is_remnant,
     is_transcript,
+    read_bytes,
+    replay,
+    text_of_file,
 )
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Transcript, in_use
+from kvlocal.conversations.transcript import Transcript, in_use, write_fork
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, remedy, replacing, staging_of
 from kvlocal.files.lock import Busy, open_locked
@@ -158,6 +161,22 @@ def rename(path: Path, target: Path) -> None:
             except (OSError, KvlocalError):
                 # without it the conversation is read again
                 snapshot_path(path).unlink()
+
+
+def fork(path: Path, target: Path, n_turns: int | None = None) -> None:
+    """Copies a session to another name, which then has the first n_turns turns of the user and their answers, or all of them if None. The session
+    itself stays as it is.
+
+    Raises:
+        KvlocalError: it is none, it is in use, it has fewer turns, something has that name, or it cannot be written.
+    """
+    with _alone(path):
+        content = read_bytes(path)
+        there = sum(message["role"] == "user" for message in replay(path, text_of_file(content)).messages) if content else 0
+        n_turns = there if n_turns is None else n_turns
+        if not 0 <= n_turns <= there:
+            raise KvlocalError(f"{path.stem} has {there} turns of you: give --turns 0 to {there}")
+        write_fork(content, target, there - n_turns)
 
 
 def _move(path: Path, target: Path) -> None:

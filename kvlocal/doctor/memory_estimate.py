@@ -30,7 +30,7 @@ class MemoryEstimate:
     """Bytes of main memory that one conversation takes, all in all.
 
     weights: of the model
-    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells
+    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells and no archive has them
     other: everything else
     """
 
@@ -55,7 +55,8 @@ class MemoryEstimate:
             size * number(f"attention.{name}_length", n_embd // n_head)
             for name, size in (("key", _bytes_of(config.type_k)), ("value", _bytes_of(config.type_v)))
         )
-        copies = 2 if undo and allocation(config, number("context_length")).evicts else 1
+        has_way_back = config.archive != "off" and not number("attention.sliding_window")
+        copies = 2 if undo and allocation(config, number("context_length")).evicts and not has_way_back else 1
         weights = sum(tensor.data.nbytes for tensor in model.tensors.values())
         return cls(weights, int(n_head_kv.sum() * row * copies), _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * n_embd * 4)
 
