@@ -53,12 +53,16 @@ class ChatRecord:
         before = self.transcript
         if before is None:
             transcript = Transcript.open(path, model=model, system=conversation.system)
-            if conversation.messages:
-                transcript.add_load(conversation.messages, conversation.system)
         else:
             transcript = before.fork(path)
-            if transcript.conversation and transcript.conversation.model != model:
+        try:
+            if before is None and conversation.messages:
+                transcript.add_load(conversation.messages, conversation.system)
+            elif transcript.conversation and transcript.conversation.model != model:
                 transcript.add_model(model)
+        except TranscriptError:
+            transcript.close()
+            raise
         self.go_on(transcript, Snapshots(snapshot_path(path)))
         if before is not None:
             before.close()

@@ -67,13 +67,12 @@ def read_nothing_again(chat):
     chat._begin = chat.restore = chat.cache.begin = None
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
-@pytest.mark.parametrize("depth", [1, 2, 4, 6])
+@pytest.mark.parametrize(("depth", "kind"), [(1, "f16"), (2, "q8_0"), (4, "f16"), (6, "f16")])
 def test_answers_are_those_of_a_conversation_that_never_had_the_turns(model, depth, kind):
     """Over compressions and choices in answers, and though the next text is shorter than the window whose queries choose."""
     with session(model, type_k=kind, type_v=kind) as chat, session(model, type_k=kind, type_v=kind) as other:
         ask(chat, ASKED)
-        assert chat.kv.compressions > 4 and chat.cache.compressor.choices > chat.kv.compressions and len(chat.cache.marked) == 6
+        assert chat.kv.compressions > 4 and chat.last.answer_tokens > 16 and len(chat.cache.marked) == 6
         messages = list(chat.messages)
         read_nothing_again(chat)
         assert chat.undo(depth) == messages[-2 * depth :]
@@ -108,7 +107,7 @@ def test_turn_by_turn_and_on_again(model):
 
 
 def test_nothing_is_copied(model):
-    with session(model) as chat:
+    with ChatSession(model, CONFIG, spare=200) as chat:
         chat.cache.context.state_get = None
         ask(chat, ASKED[:4])
         with chat.hold():
@@ -163,7 +162,7 @@ def test_a_turn_that_fails_is_taken_back_from_the_archive(model, monkeypatch):
 
 
 def test_without_its_archive_the_conversation_is_read_again(model):
-    with session(model, archive_ram=2**21) as chat:
+    with session(model, archive_ram=2**20) as chat:
         ask(chat, ASKED)
         assert chat.cache.compressor.recaller is None and "filled the" in chat.kv.archive_lost and len(chat.cache.marked) == 1
         messages = list(chat.messages)
@@ -217,6 +216,6 @@ def test_marks_are_small_and_say_what_was_there():
         with pytest.raises(ValueError):
             unpack(data, shape)
     for wrong in (tokens[..., ::-1], tokens - 1, tokens + 1):
-        mark = ArchivedMark(100_640, tokens.shape[-1], 0, 0, pack(np.ascontiguousarray(wrong)))
+        mark = ArchivedMark(100_640, tokens.shape[-1], 100_640, (0,), 0, pack(np.ascontiguousarray(wrong)))
         with pytest.raises(ValueError):
             mark.tokens(2, 3)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.compression import Compressor
+from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.marks import ArchivedMark
-from kvlocal.cache.noted_cells import NotedCells
+from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
 from kvlocal.errors import KvlocalError
 
 
@@ -24,9 +29,23 @@ class ArchivedCells(NotedCells):
     _since_choice = 0  # tokens of an answer since the cells were last chosen
 
     @property
-    def _archive(self) -> Archive | None:
+    def pace(self) -> tuple[int, ...]:
+        """Numbers that say when the cells are to be chosen again: tokens of an answer since they were last chosen."""
+        return (self._since_choice,)
+
+    @pace.setter
+    def pace(self, numbers: tuple[int, ...]) -> None:
+        (self._since_choice,) = numbers
+
+    @property
+    def archive(self) -> Archive | None:
+        """The archive, None without one, or if it was given up."""
+        return self.compressor.recaller.archive if self.compressor.recaller else None
+
+    @property
+    def _way_back_archive(self) -> Archive | None:
         """The archive, if the cells can be filled from it: a sliding window, which it does not have, cannot."""
-        return self.compressor.recaller.archive if self.compressor.recaller and not self.layout.is_swa else None
+        return None if self.layout.is_swa else self.archive
 
     def mark(self) -> None:
         """As NotedCells.mark, but where there is an archive the conversation can be made as long as it was at any mark."""
@@ -34,23 +53,27 @@ class ArchivedCells(NotedCells):
             super().mark()
 
     def _mark_in_archive(self) -> bool:
-        mark = self.compressor.mark(self.ledger, self._since_choice) if self._archive else None
-        if mark is None or not self._archive:
+        now, archive = self._now() if self._way_back_archive else None, self._way_back_archive
+        if now is None or archive is None:
             return False
         try:
-            self._archive.add_mark(mark)
+            archive.add_mark(now)
         except ArchiveFailed:
             return False
         return True
 
+    def _now(self) -> ArchivedMark | None:
+        """What the cells are now, to fill them so again; None without an archive, or if it had to be given up."""
+        return ArchivedMark.of(self.ledger, self.native.ring_state(), self.pace) if self.compressor.write_through(self.ledger) else None
+
     @property
     def marked(self) -> list[int]:
         """The lengths that were marked and can be had again, in tokens, ascending."""
-        return [*(mark.n_tokens for mark in (self._archive.marks if self._archive else [])), *super().marked]
+        return [*(mark.n_tokens for mark in (self._way_back_archive.marks if self._way_back_archive else [])), *super().marked]
 
     def set_length(self, n_tokens: int) -> bool:
         """As NotedCells.set_length, from the archive if there is one."""
-        archive = self._archive
+        archive = self._way_back_archive
         at = next((i for i, mark in enumerate(archive.marks) if mark.n_tokens == n_tokens), None) if archive else None
         if archive is None or at is None:
             return super().set_length(n_tokens)
@@ -65,7 +88,7 @@ class ArchivedCells(NotedCells):
         self.doubt()
         self.context.clear()
         self.compressor.recaller.go_back(self.ledger, mark)
-        self.compressor.chosen_at, self._since_choice = 0, mark.since_choice
+        self.compressor.chosen_at, self.pace = 0, mark.pace
         self.ledger.certain = self._agrees()
 
     @contextmanager
@@ -85,7 +108,7 @@ class ArchivedCells(NotedCells):
         n_tokens, way_back.checkpoint, way_back.copy = ledger.n_tokens, None, copy[:0]
         compressor.held = True
         segments, begun, choices = ledger.segments_now(), self._begun, compressor.choices
-        n_marks = len(self._archive.marks) if self._archive else 0
+        n_marks = len(self.archive.marks) if self.archive else 0
         try:
             with self.taken_back():
                 yield
@@ -95,19 +118,19 @@ class ArchivedCells(NotedCells):
             if self._begun == begun:
                 if compressor.choices > choices:
                     restore()
-                if self._archive:
-                    self._archive.keep_marks(n_marks)
+                if self.archive:
+                    self.archive.keep_marks(n_marks)
             if not self.uncertain:
                 self._truncate(n_tokens)
                 self.ledger.segments[:] = segments
 
     def _before_exchange(self) -> Callable[[], None]:
         """Keeps what the cells are; what is returned brings that back."""
-        mark = self.compressor.mark(self.ledger, self._since_choice)
+        mark = self._now()
         if mark is None:
             return self.doubt
         if not self.layout.is_swa:
-            return lambda: self._fill_again(mark) if self._archive else self.doubt()
+            return lambda: self._fill_again(mark) if self.archive else self.doubt()
         state, ledger = self.context.state_get(), self.ledger.copy()
 
         def restore() -> None:
@@ -121,3 +144,56 @@ class ArchivedCells(NotedCells):
         self.compressor.chosen_at = 0
         if self.compressor.recaller:
             self.compressor.recaller.archive.truncate(n_tokens)
+
+    # a copy that outlives the process
+
+    def snapshot(self) -> Arrays:
+        """As NotedCells.snapshot; with an archive its `parts` belong to it, and the cells are in these, unless there is a sliding window.
+
+        archive.positions: int32 [n_tokens]; archive.marks: int64 [4 + n_pace, n_marks]; archive.pace: int64 [n_pace]
+        """
+        self.check_certain()
+        self.compressor.write_through(self.ledger)
+        arrays, archive = super().snapshot(), self.archive
+        if archive is None:
+            return arrays
+        marks = [(mark.n_tokens, mark.n_cells, mark.next_position, mark.n_ring, *mark.pace) for mark in archive.marks]
+        return arrays | {
+            "archive.positions": archive.positions,
+            "archive.marks": np.array(marks, np.int64).reshape(-1, 4 + len(self.pace)).T,
+            "archive.pace": np.array(self.pace, np.int64),
+        }
+
+    def snapshot_limits(self, n_text: int) -> Limits:
+        """As NotedCells.snapshot_limits."""
+        limits = super().snapshot_limits(n_text)
+        if self.archive:
+            n_pace = len(self.pace)
+            limits |= {"archive.positions": ("<i4", (n_text,)), "archive.marks": ("<i8", (4 + n_pace, n_text)), "archive.pace": ("<i8", (n_pace,))}
+        return limits
+
+    def resume(self, arrays: Mapping[str, npt.NDArray[Any]], parts: Sequence[npt.NDArray[np.uint8]] = (), copy: bool = True) -> None:
+        """As NotedCells.resume; if the archive had been given up, so it is here.
+
+        parts: the data of the `parts` that the archive had, if there was one
+        copy: take memory for them, and do not use them where they are
+        """
+        self.doubt()
+        if self.archive and "archive.positions" in arrays:
+            marks = [ArchivedMark(n, cells, end, tuple(pace), ring) for n, cells, end, ring, *pace in arrays["archive.marks"].T.tolist()]
+            self.archive.restore(arrays["archive.positions"], marks, parts, copy)
+            self.pace = tuple(arrays["archive.pace"].tolist())
+        elif self.archive:
+            self.compressor.give_up_archive("it had been given up before")
+        super().resume(arrays)
+
+    def _cells(self) -> Arrays:
+        return {} if self._way_back_archive else super()._cells()
+
+    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8] | None, ring: npt.NDArray[np.uint8] | None) -> None:
+        if cache is not None or self.compressor.recaller is None or self.layout.is_swa:
+            super()._fill(ledger, cache, ring)
+            return
+        self.context.clear()
+        self.compressor.recaller.fill(ledger)
+        self.native.set_ring_state(ring)

@@ -135,7 +135,7 @@ class BudgetedCache(ArchivedCells):
         self.compressor.close_archive()
         if self.config.archive != "off":
             self.compressor.open_archive(self._empty_archive())
-        self._since_choice = 0  # tokens of an answer
+        self._since_choice = 0
 
     def _empty_archive(self) -> Archive:
         config = self.config
@@ -317,29 +317,26 @@ class BudgetedCache(ArchivedCells):
     @property
     def signature(self) -> dict[str, Any]:
         """All settings that decide what is in the cells besides the model and the tokens, as JSON can hold them."""
-        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch", "archive")
-        settings = {name: getattr(self.config, name) for name in names}
+        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
+        settings = {name: getattr(self.config, name) for name in names} | {"archive": self.config.archive != "off"}
         return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
 
     def snapshot(self) -> Arrays:
         """All that the tokens to come depend on, besides `signature`, the model and what is pinned; `resume` takes it.
 
-        As NotedCells.snapshot, and numbers: int64 [3]
+        As ArchivedCells.snapshot, and numbers: int64 [3]
         """
         numbers = np.array([self.compressor.compressions, self.compressor.rotations, self.peak], np.int64)
         return {"numbers": numbers} | super().snapshot()
 
     def snapshot_limits(self, n_text: int) -> Limits:
-        """As NotedCells.snapshot_limits."""
+        """As ArchivedCells.snapshot_limits."""
         return {"numbers": ("<i8", (3,))} | super().snapshot_limits(n_text)
 
-    def resume(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """As NotedCells.resume, for a cache with the same signature."""
-        if self.compressor.recaller:
-            self.doubt()
-            raise CacheError("a snapshot does not hold what the archive had")
+    def resume(self, arrays: Mapping[str, npt.NDArray[Any]], parts: Sequence[npt.NDArray[np.uint8]] = (), copy: bool = True) -> None:
+        """As ArchivedCells.resume, for a cache with the same signature."""
         compressions, rotations, peak = arrays["numbers"].tolist()
-        super().resume(arrays)
+        super().resume(arrays, parts, copy)
         self.compressor.compressions, self.compressor.rotations, self.peak = compressions, rotations, peak
 
     # the end

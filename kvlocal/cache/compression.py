@@ -11,7 +11,6 @@ import numpy as np
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
-from kvlocal.cache.marks import ArchivedMark
 from kvlocal.cache.memory import give_back
 from kvlocal.cache.recall import Recaller
 from kvlocal.cache.score_sources import ScoreSources
@@ -117,7 +116,7 @@ class Compressor:
                 "choose the positions auto or cache, or start a new conversation"
             )
         if self.layout.can_rotate:
-            self._give_up_archive(_PAST_CONTEXT)
+            self.give_up_archive(_PAST_CONTEXT)
             self.before(ledger)
             self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
 
@@ -133,7 +132,7 @@ class Compressor:
         self.before(ledger)
         near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
         if near_end and self.positions == "auto":
-            self._give_up_archive(_PAST_CONTEXT)
+            self.give_up_archive(_PAST_CONTEXT)
         if self._recall(ledger):
             return
         started = time.perf_counter()
@@ -170,12 +169,12 @@ class Compressor:
             n_keep = ledger.n_cells if self.held else min(self.target(ledger), ledger.n_tokens)
             refill = self.recaller.choose(ledger, n_keep)
         except ArchiveFailed as error:
-            self._give_up_archive(str(error))
+            self.give_up_archive(str(error))
             return False
         except NativeError as error:
             if not error.unsupported:
                 raise
-            self._give_up_archive(str(error))
+            self.give_up_archive(str(error))
             return False
         n_keep = refill.gather.shape[-1]
         self.compressions += n_keep < ledger.n_cells
@@ -187,19 +186,15 @@ class Compressor:
         self.seconds.recall += time.perf_counter() - started
         return True
 
-    def mark(self, ledger: Ledger, since_choice: int) -> ArchivedMark | None:
-        """What the cells are now, to fill them so again from the archive; None without one.
-
-        since_choice: tokens of an answer since the cells were last chosen
-        """
+    def write_through(self, ledger: Ledger) -> bool:
+        """All tokens are in the archive. False without one, or if it had to be given up."""
         if self.recaller is None:
-            return None
+            return False
         try:
             self.recaller.write_through(ledger)
         except ArchiveFailed as error:
-            self._give_up_archive(str(error))
-            return None
-        return ArchivedMark.of(ledger, self.native.ring_state(), since_choice)
+            self.give_up_archive(str(error))
+        return self.recaller is not None
 
     def open_archive(self, archive: Archive) -> None:
         """From now on what is evicted can be recalled; nothing must have been evicted yet."""
@@ -210,7 +205,7 @@ class Compressor:
             self.recaller.archive.close()
         self.recaller, self.lost, self.n_recalled, self.chosen_at = None, "", 0.0, 0
 
-    def _give_up_archive(self, reason: str) -> None:
+    def give_up_archive(self, reason: str) -> None:
         """What is evicted from now on is gone for good, and so is what was evicted."""
         if self.recaller:
             self.close_archive()

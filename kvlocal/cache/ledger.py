@@ -156,7 +156,7 @@ class Ledger:
         self.next_position -= n_drop
         return n_drop
 
-    def go_back(self, n_tokens: int, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> None:
+    def go_back(self, n_tokens: int, next_position: int, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> None:
         """Forgets the tokens from n_tokens on, wherever they were; the cells hold tokens[l, h, j], with their keys at positions[l, h, j], both int32
         [L, H, n], and carry no scores.
         """
@@ -165,7 +165,7 @@ class Ledger:
         self.tokens[..., :n], self.positions[..., :n] = tokens, positions
         for array in self.carried.values():
             array[..., :n] = np.nan
-        self.n_cells, self.next_position = n, int(positions[0, 0, -1]) + 1 if n else 0
+        self.n_cells, self.next_position = n, next_position
 
     def _forget(self, n_tokens: int) -> None:
         """All that is noted of the tokens from n_tokens on, but for the cells."""

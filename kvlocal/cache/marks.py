@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -17,22 +17,24 @@ class ArchivedMark:
     """All that the cells were when a conversation had n_tokens tokens, besides the keys and values, which its archive has.
 
     n_cells: cells of each layer and head
-    since_choice: tokens of an answer that had come since the cells were last chosen
+    next_position: where the next token went
+    pace: when the cells were to be chosen again (ArchivedCells.pace)
     n_ring: bytes of the recorded queries
     data: uint8 [bytes], the recorded queries (NativeCache.ring_state), and behind them which tokens were in the cells, packed
     """
 
     n_tokens: int
     n_cells: int
-    since_choice: int
+    next_position: int
+    pace: tuple[int, ...]
     n_ring: int
-    data: npt.NDArray[np.uint8]
+    data: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     @classmethod
-    def of(cls, ledger: Ledger, ring: npt.NDArray[np.uint8] | None, since_choice: int) -> Self:
+    def of(cls, ledger: Ledger, ring: npt.NDArray[np.uint8] | None, pace: tuple[int, ...]) -> Self:
         """What is there now."""
         parts = [np.zeros(0, np.uint8) if ring is None else ring, pack(ledger.tokens[..., : ledger.n_cells])]
-        return cls(ledger.n_tokens, ledger.n_cells, since_choice, len(parts[0]), np.concatenate(parts))
+        return cls(ledger.n_tokens, ledger.n_cells, ledger.next_position, pace, len(parts[0]), np.concatenate(parts))
 
     @property
     def ring(self) -> npt.NDArray[np.uint8] | None:
@@ -56,7 +58,7 @@ def pack(tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
     gaps = np.diff(tokens, axis=-1, prepend=np.int32(-1)) - 1
     # first the low bytes of all, then the higher ones, which are hardly ever set
     planes = np.ascontiguousarray(gaps.astype("<u4").reshape(-1, 1).view(np.uint8).T)
-    return np.frombuffer(zlib.compress(planes, 1), np.uint8)
+    return np.frombuffer(zlib.compress(planes.data, 1), np.uint8)
 
 
 def unpack(data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.int32]:

@@ -237,7 +237,7 @@ class NotedCells:
                 pass
         checkpoint = self._way_back.checkpoint
         arrays = {
-            "cache": self.context.state_get(),
+            **self._cells(),
             "ring": self.native.ring_state(),
             **_named("ledger", self.ledger),
         }
@@ -246,6 +246,10 @@ class NotedCells:
             if checkpoint.ledger:
                 arrays |= {"checkpoint.cache": checkpoint.state, **_named("checkpoint.ledger", checkpoint.ledger)}
         return {name: array for name, array in arrays.items() if array is not None}
+
+    def _cells(self) -> Arrays:
+        """The cells themselves, for a snapshot."""
+        return {"cache": self.context.state_get()}
 
     def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
@@ -269,14 +273,16 @@ class NotedCells:
         # first, because whether it can be gone back to shows in the cells
         checkpoint = self._checkpoint_of(arrays) if "checkpoint.numbers" in arrays else None
         self.ledger.take(_of("ledger", arrays))
-        self._fill(self.ledger, arrays["cache"], arrays.get("ring"))
+        self._fill(self.ledger, arrays.get("cache"), arrays.get("ring"))
         if checkpoint and not checkpoint.ledger:
             _check_tail(checkpoint, self.ledger)
         self._way_back.checkpoint = checkpoint
         self.ledger.certain = True
 
-    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8], ring: npt.NDArray[np.uint8] | None) -> None:
+    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8] | None, ring: npt.NDArray[np.uint8] | None) -> None:
         """Puts into the cells what a snapshot holds of them; ValueError, or an error of the engine, if that is not what the ledger says."""
+        if cache is None:
+            raise ValueError("there are no cells")
         self.context.state_set(0, cache)
         self.native.set_ring_state(ring)
         end = ledger.next_position

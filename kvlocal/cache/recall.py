@@ -66,14 +66,28 @@ class Recaller:
             NativeError: the native layer refused it or failed.
         """
         tokens = mark.tokens(*ledger.tokens.shape[:2])
-        if mark.n_tokens > self.archive.n_tokens:
-            raise ValueError("a mark is behind the end of the archive")
         self.archive.truncate(mark.n_tokens)
-        ledger.go_back(mark.n_tokens, tokens, self.archive.positions[tokens])
-        if n := mark.n_cells:
-            everything = np.broadcast_to(np.arange(n, dtype=np.int32), tokens.shape)
-            self._native.compact(everything, np.arange(ledger.next_position - n, ledger.next_position), rows=self.archive.rows(tokens))
+        if self.archive.n_tokens != mark.n_tokens:
+            raise ValueError("a mark is behind the end of the archive")
+        ledger.go_back(mark.n_tokens, mark.next_position, tokens, self.archive.positions[tokens])
+        self.fill(ledger)
         self._native.set_ring_state(mark.ring)
+
+    def fill(self, ledger: Ledger) -> None:
+        """Fills the cells, which are empty, with what the ledger says.
+
+        Raises:
+            ValueError: that is not what the archive has.
+            NativeError: the native layer refused it or failed.
+        """
+        n, archive = ledger.n_cells, self.archive
+        tokens, positions = ledger.tokens[..., :n], ledger.positions[..., :n]
+        differ = archive.n_tokens != ledger.n_tokens or (archive.positions[tokens] != positions).any()
+        if differ or (positions[..., -1:] != ledger.next_position - 1).any():
+            raise ValueError("ledger and archive differ")
+        if n:
+            everything = np.broadcast_to(np.arange(n, dtype=np.int32), tokens.shape)
+            self._native.compact(everything, np.arange(ledger.next_position - n, ledger.next_position), rows=archive.rows(tokens))
 
     def choose(self, ledger: Ledger, n_keep: int) -> Refill:
         """The n_keep tokens of each layer and head that the policy wants, after `write_through`."""
