@@ -66,7 +66,7 @@ def ask(chat, texts, keep=lambda: None):
 def check_equal(one, other):
     assert one.messages == other.messages and one.segments() == other.segments()
     # what was recalled before, and where the archive is, is another matter
-    known = {"nexus": 0.0, "recalled": 0.0, "archive_bytes": (0, 0)}
+    known = {"nexus": 0.0, "recalled": 0.0, "archived": 0, "archive_bytes": (0, 0)}
     assert dataclasses.replace(one.kv, **known) == dataclasses.replace(other.kv, **known)
     arrays, others = one.snapshot(), other.snapshot()
     assert arrays.keys() == others.keys()
@@ -93,7 +93,6 @@ KINDS = {
     "ratio": {"ratio": 0.6, "budget": 400},
     "nexus": {"policy": "hybrid", "budget": 192},
     "archive": {"policy": "recall", "archive": "ram"},
-    "archive of q8_0": {"policy": "recall", "archive": "disk", "type_k": "q8_0", "type_v": "q8_0"},
 }
 
 
@@ -265,7 +264,7 @@ def test_no_part_of_the_file_can_be_lost_or_changed(model, snapshots, kept):
 
 
 FORGED = [
-    {"format": 1}, {"version": 2}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
+    {"format": 1}, {"version": 3}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
     {"conversations": [[True, "x"]]}, {"conversations": [["4"]]}, {"arrays": None}, {"arrays": {}}, {"arrays": [["cache", "|u1"]]},
     {"arrays": [["cache", "|u1", [2**62]]]}, {"arrays": [["cache", "|u1", [-1]]]}, {"arrays": [["cache", "|O", [1]]]},
     {"arrays": [["cache", "|u1", 1]]}, {"arrays": [["ledger.tokens", "<i4", [30, 3, 2**40]]]}, {"arrays": [["ledger.tokens", "<i4", [2**31, 3, 1]]]},
@@ -471,7 +470,6 @@ def test_at_any_moment_the_last_snapshot_can_be_gone_on_with(shallow, snapshots)
                 snapshots.save(through, lambda asked=asked: next(asked, True))
                 check()
             snapshots.save(through)
-            twin.restore([])
             chat, _ = back_again(shallow, snapshots, through.messages)
             with chat:
                 check_equal(through, chat)
@@ -488,7 +486,7 @@ def test_an_archive_that_is_not_what_it_was_is_found_out(shallow, snapshots):
         messages = list(through.messages)
     content = path.read_bytes()
     changed = bytearray(content)
-    changed[len(changed) // 2] ^= 1
+    changed[::4096] = bytes(255 - byte for byte in changed[::4096])
     for wrong, match in ((bytes(changed), "archive is damaged"), (content[:-1], "archive is incomplete"), (None, "archive is gone")):
         path.unlink() if wrong is None else path.write_bytes(wrong)
         with session(shallow, **RECALL) as chat:
@@ -499,7 +497,7 @@ def test_an_archive_that_is_not_what_it_was_is_found_out(shallow, snapshots):
     back_again(shallow, snapshots, messages)[0].close()
     with session(shallow, **RECALL | {"archive": "off"}) as chat, pytest.raises(SnapshotError, match="another archive"):
         snapshots.load(chat, messages)
-    with session(shallow, **RECALL | {"archive": "ram", "archive_ram": 2**20}) as chat, pytest.raises(SnapshotError, match="contradicts itself"):
+    with session(shallow, **RECALL | {"archive": "ram", "archive_ram": 2**19}) as chat, pytest.raises(SnapshotError, match="contradicts itself"):
         snapshots.load(chat, messages)
 
 
@@ -556,7 +554,7 @@ def test_an_archive_that_was_given_up_stays_so(shallow, snapshots):
 def test_a_sliding_window_comes_back_with_its_archive(tmp_path, snapshots):
     write_chat_model(tmp_path / "tiny.gguf", family="gemma3", n_layer=12)
     changes = RECALL | {"budget": 64, "stride": 16, "n_ubatch": 32, "max_tokens": 4, "system": None}
-    asked = ["The keeper wrote down the birds. " * 8, "Who wrote down what?", "And when? " * 5]
+    asked = ["The keeper wrote down the birds. " * 4, "Who wrote down what?", "And when? " * 3]
     with Model(tmp_path / "tiny.gguf") as tiny, session(tiny, **changes) as through, session(tiny, **changes) as back:
         ask(through, asked, lambda: snapshots.save(through))
         assert through.cache.archive and through.kv.evicted
