@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from kvlocal.cache.archive import Part
+from kvlocal.cache.archive import ArchivePart
 from kvlocal.conversations.archive_file import ArchiveFile
 from kvlocal.errors import KvlocalError
 
@@ -17,7 +17,7 @@ def file(tmp_path):
 
 
 def part(key, n, seed=0):
-    return Part(key, np.random.default_rng([key, seed]).integers(0, 256, n, dtype=np.uint8))
+    return ArchivePart(key, np.random.default_rng([key, seed]).integers(0, 256, n, dtype=np.uint8))
 
 
 def check(path, parts, extents):
@@ -60,7 +60,7 @@ def test_what_a_snapshot_names_is_never_written_over(file):
             # as another process finds it
             file = ArchiveFile(file.path)
             found = file.read(named[1])
-            parts = [Part(key := key + 1, data) for data in found]
+            parts = [ArchivePart(key := key + 1, data) for data in found]
             file.take_up(parts, named[1])
             named = (parts[:], named[1])
     most = 3 * max(sum(extent.size for extent in named[1]), 30 * 70_000)

@@ -15,7 +15,7 @@ from kvlocal.cache.archive_memory import ArchiveFailed, ArchiveMemory, Block
 from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import Layout, Rows
 
-__all__ = ["CHUNK", "STORES", "Archive", "ArchiveFailed", "Part", "Store"]
+__all__ = ["CHUNK", "STORES", "Archive", "ArchiveFailed", "ArchivePart", "Store"]
 
 Store = Literal["off", "ram", "disk"]
 STORES: tuple[Store, ...] = get_args(Store)
@@ -27,7 +27,7 @@ _MARK_UNIT = 2**16  # marks take whole multiples of so many bytes, so that one f
 _keys = count()
 
 
-class Part(NamedTuple):
+class ArchivePart(NamedTuple):
     """Something in the archive, to be written to a file.
 
     key: of this content; what changes gets another one, and no two archives of a process have the same
@@ -185,10 +185,10 @@ class Archive:
 
     # a copy that outlives the process
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ArchivePart]:
         """All that is stored, besides positions and what a mark says of itself: first the chunks, then the data of the marks."""
         chunks = self._chunks[: -(-self.n_tokens // CHUNK)]
-        return [*(Part(chunk.key, chunk.data) for chunk in chunks), *(Part(stored.key, stored.mark.data) for stored in self._marks)]
+        return [*(ArchivePart(chunk.key, chunk.data) for chunk in chunks), *(ArchivePart(stored.key, stored.mark.data) for stored in self._marks)]
 
     def exchange(self, data: Mapping[int, npt.NDArray[np.uint8]]) -> None:
         """Uses these data, by the keys of the parts that they are copies of, in place of its own, whose memory becomes free."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.cache.archive import Part
+from kvlocal.cache.archive import ArchivePart
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, cannot_write
 
@@ -53,7 +53,7 @@ class ArchiveFile:
         self._named: list[Extent] = []  # by the snapshot on the disk
         self._written: dict[int, Extent] = {}  # by the keys of parts
 
-    def write(self, parts: Sequence[Part], stop: Callable[[], bool] = lambda: False) -> list[Extent] | None:
+    def write(self, parts: Sequence[ArchivePart], stop: Callable[[], bool] = lambda: False) -> list[Extent] | None:
         """Writes those of these parts that are not there yet, which are all of an archive, and returns where each is.
 
         stop: asked before each; True gives it up, and None is returned
@@ -94,7 +94,7 @@ class ArchiveFile:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
-    def mapped(self, parts: Sequence[Part]) -> dict[int, npt.NDArray[np.uint8]]:
+    def mapped(self, parts: Sequence[ArchivePart]) -> dict[int, npt.NDArray[np.uint8]]:
         """The data of parts that were written, as they are in the file, by their keys; they cannot be written to.
 
         Raises:
@@ -127,7 +127,7 @@ class ArchiveFile:
                 raise KvlocalError("the archive is damaged")
         return found
 
-    def take_up(self, parts: Sequence[Part], extents: Sequence[Extent]) -> None:
+    def take_up(self, parts: Sequence[ArchivePart], extents: Sequence[Extent]) -> None:
         """These parts are what `read` gave for these extents, and the snapshot on the disk names them."""
         self._named = list(extents)
         self._written = {part.key: extent for part, extent in zip(parts, extents, strict=True)}
