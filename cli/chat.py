@@ -293,6 +293,7 @@ class Chat:
         """
         messages = [dict(message) for message in self.session.messages]
         self.record.fork(path, self._lasting_name, Conversation(messages, self.config.system))
+        self.record.leave_others(self.session)
 
     def replace(self, config: SessionConfig, messages: Sequence[Message]) -> None:
         """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again: there is

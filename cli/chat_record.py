@@ -25,6 +25,7 @@ class ChatRecord:
         self.transcript: Transcript | None = None
         self._screen = screen
         self._snapshots: Snapshots | None = None
+        self._left: list[Transcript] = []
         # of failures to write: what is to be said, and what has been
         self._unsaid = ""
         self._said: set[str] = set()
@@ -65,7 +66,16 @@ class ChatRecord:
             raise
         self.go_on(transcript, Snapshots(snapshot_path(path)))
         if before is not None:
-            before.close()
+            self._left.append(before)
+
+    def leave_others(self, session: ChatSession) -> None:
+        """Nothing that the session uses lies where it was kept before a fork, so that others may go on there."""
+        if not self._left:
+            return
+        if session.cache.archive is None or session.config.archive != "disk" or (self._snapshots and self._snapshots.holds(session)):
+            for transcript in self._left:
+                transcript.close()
+            self._left.clear()
 
     def add(self, add: Callable[[Transcript], None]) -> None:
         """Add to the transcript, as long as there is one. In a session, what cannot be written now is written with what comes next."""
@@ -109,6 +119,7 @@ class ChatRecord:
         try:
             if self._snapshots:
                 self._snapshots.save(session, stop)
+                self.leave_others(session)
         except KvlocalError as error:
             self._unsaid = f"{error}; the session goes on, but the way back to it will be slow"
 
@@ -124,8 +135,8 @@ class ChatRecord:
 
     def close(self) -> None:
         """Close the transcript. Closing twice is harmless."""
-        if self.transcript is not None:
-            self.transcript.close()
+        for transcript in (*self._left, *([self.transcript] if self.transcript else [])):
+            transcript.close()
 
     def _go_on_without(self, error: KvlocalError) -> None:
         self._screen.warn(f"{error}; the chat goes on without a transcript, /save keeps it")

@@ -109,6 +109,8 @@ def test_marks_that_are_gone_leave_their_place_to_others(tmp_path, ram):
     assert taken[5] == taken[2] and (ram or taken[2:] == taken[2:3] * 4)
     archive.truncate(1)
     assert [mark.n_tokens for mark in archive.marks] == [0, 1]
+    archive.add_mark(ArchivedMark(1, 7, 0, (0,), 0, np.zeros(3, np.uint8)))
+    assert [(mark.n_tokens, mark.n_cells) for mark in archive.marks] == [(0, 1), (1, 7)]
     archive.close()
     assert not archive.marks
 

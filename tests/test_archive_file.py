@@ -104,6 +104,24 @@ def test_a_full_disk_is_an_error_and_what_was_there_stays(file, monkeypatch):
     check(file.path, more, file.write(more))
 
 
+def test_nothing_is_where_another_file_is(file):
+    """As after the file was removed, or put back from a copy, while a chat goes on."""
+    parts = [part(1, 5000), part(2, 5000)]
+    file.keep(file.write(parts))
+    file.path.rename(file.path.with_name("away"))
+    parts.append(part(3, 100))
+    extents = file.write(parts)
+    check(file.path, parts, extents)
+    for key, data in file.mapped(parts).items():
+        np.testing.assert_array_equal(data, parts[key - 1].data)
+    assert file.mapped(parts) == {}
+    file.path.write_bytes(b"")
+    file.path.with_name("away").rename(file.path)
+    with pytest.raises(KvlocalError, match="another file"):
+        file.mapped([*parts, part(4, 1)])
+    check(file.path, parts, file.write(parts))
+
+
 def test_what_no_snapshot_names_goes_when_another_begins(file):
     file.write([part(1, 500_000)])
     other = ArchiveFile(file.path)

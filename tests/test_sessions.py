@@ -73,16 +73,14 @@ def test_two_processes_say_what_one_says(chat, path, tmp_path):
     assert path.stat().st_mode & 0o777 == snapshot_path(path).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_session_with_an_archive_goes_on_where_it_was(chat, path, tmp_path):
+def test_a_session_with_an_archive_goes_on_where_it_was(chat, path):
     """Turns of the process before are taken back at once too; nothing is read again."""
     options = ("--archive", "disk", "--session")
-    together = chat(*options, str(tmp_path / "one.jsonl"), stdin=[*ASKED, "/undo 3", *ASKED[1:]])
-    chat(*options, "trip", stdin=ASKED[:2])
-    first = chat(*options, "trip", "--verbose", stdin=ASKED[2:])
-    assert first.returncode == 0 and "back in trip: 4 messages" in first.stderr and "again" not in first.stderr
+    first = chat(*options, "trip", stdin=ASKED)
+    said = messages(path)
     second = chat(*options, "trip", "--verbose", stdin=["/undo 3", *ASKED[1:], "/kv"])
-    assert second.returncode == 0 and "again" not in second.stderr
-    assert messages(path) == messages(tmp_path / "one.jsonl") and together.returncode == 0
+    assert first.returncode == second.returncode == 0 and "back in trip: 8 messages" in second.stderr and "again" not in second.stderr
+    assert messages(path) == said
     assert int(re.search(r"archive: (\d+) tokens", second.stdout)[1]) > 150
     beside = archive_path(snapshot_path(path))
     assert beside.stat().st_mode & 0o777 == 0o600
@@ -399,6 +397,7 @@ def test_a_fork_goes_on_from_the_snapshot(chat, path):
     assert "is there already" in result.stderr and "this chat goes on in the session third" in result.stderr
     assert messages(path.with_name("other.jsonl")) == messages(path) and path.read_bytes() == content
     third = path.with_name("third.jsonl")
+    assert archive_path(snapshot_path(third)).stat().st_size > 10**6
     assert messages(third) == messages(path)[:2] and all(json.dumps(text)[1:-1] in third.read_text() for text in ASKED)
     result = chat(*options, "third", "--verbose", stdin=ASKED[1:3])
     assert "back in third: 2 messages" in result.stderr and "again" not in result.stderr

@@ -479,6 +479,21 @@ def test_at_any_moment_the_last_snapshot_can_be_gone_on_with(shallow, snapshots)
         twin.close()
 
 
+def test_a_conversation_that_is_kept_elsewhere_uses_nothing_of_where_it_was(shallow, snapshots, tmp_path):
+    """As after /fork: others may go on there."""
+    with session(shallow, **RECALL) as through, session(shallow, **RECALL) as twin:
+        for chat in (through, twin):
+            ask(chat, ASKED[:4])
+        snapshots.save(through)
+        Snapshots(tmp_path / "two.snapshot").save(through)
+        archive_path(snapshots.path).write_bytes(bytes(archive_path(snapshots.path).stat().st_size))
+        check_equal(through, twin)
+        chat, n = back_again(shallow, Snapshots(tmp_path / "two.snapshot"), through.messages)
+        with chat:
+            check_equal(twin, chat)
+            assert ask(chat, ASKED[4:]) == ask(through, ASKED[4:]) == ask(twin, ASKED[4:])
+
+
 def test_an_archive_that_is_not_what_it_was_is_found_out(shallow, snapshots):
     path = archive_path(snapshots.path)
     with session(shallow, **RECALL) as through:

@@ -167,11 +167,12 @@ class Archive:
     # marks
 
     def add_mark(self, mark: ArchivedMark) -> None:
-        """The cells can be filled again as they are at the end of what is stored.
+        """The cells can be filled again as they are at the end of what is stored. It takes the place of a mark that was there already.
 
         Raises:
             ArchiveFailed: there is no room for what that takes.
         """
+        self.keep_marks(sum(stored.mark.n_tokens < mark.n_tokens for stored in self._marks))
         block = self._memory.take(-(-len(mark.data) // _MARK_UNIT) * _MARK_UNIT)
         data = block.data[: len(mark.data)]
         data[:] = mark.data
@@ -191,14 +192,14 @@ class Archive:
         return [*(ArchivePart(chunk.key, chunk.data) for chunk in chunks), *(ArchivePart(stored.key, stored.mark.data) for stored in self._marks)]
 
     def exchange(self, data: Mapping[int, npt.NDArray[np.uint8]]) -> None:
-        """Uses these data, by the keys of the parts that they are copies of, in place of its own, whose memory becomes free."""
+        """Uses these data, by the keys of the parts that they are copies of, in place of what it has, whose memory becomes free."""
         for chunk in self._chunks:
-            if chunk.block and chunk.key in data:
+            if chunk.key in data:
                 self._let_go(chunk)
                 chunk.data, chunk.block = data[chunk.key], None
                 chunk.k, chunk.v = self._rows_of(chunk.data)
         for stored in self._marks:
-            if stored.block and stored.key in data:
+            if stored.key in data:
                 self._let_go(stored)
                 stored.mark, stored.block = replace(stored.mark, data=data[stored.key]), None
 

@@ -187,7 +187,8 @@ class ChatSession(Turns):
         except (KvlocalError, LookupError, TypeError, ValueError, AttributeError) as error:
             self._begin()
             raise SessionError(f"this is no state of such a session ({error}): read the messages again") from error
-        self.n_answers, self._marks = state.n_answers, [mark for mark in state.marks if mark.n_tokens in self.cache.marked]
+        there = {*self.cache.marked}
+        self.n_answers, self._marks = state.n_answers, [mark for mark in state.marks if mark.n_tokens in there]
         self._sampler.recent.extend(state.recent)
         self.messages[:] = [dict(message) for message in messages]
 

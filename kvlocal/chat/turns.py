@@ -136,7 +136,8 @@ class Turns:
         """What the conversation is now can be had again, as long as the cache has the way back to it."""
         self.cache.mark()
         now = Mark(self.cache.ledger.n_tokens, len(self.messages), list(self._sampler.recent))
-        self._marks = [mark for mark in (*self._marks, now) if mark.n_tokens in self.cache.marked]
+        there = {*self.cache.marked}
+        self._marks = [mark for mark in (*self._marks, now) if mark.n_tokens in there]
 
     def _take_back(self, role: str) -> None:
         """A turn that could not be read to its end is as if it had not been given."""

@@ -52,6 +52,8 @@ class ArchiveFile:
         self.path = path
         self._named: list[Extent] = []  # by the snapshot on the disk
         self._written: dict[int, Extent] = {}  # by the keys of parts
+        self._mapped: set[int] = set()  # of these, what the archive has in the file and nowhere else
+        self._inode: tuple[int, int] | None = None
 
     def write(self, parts: Sequence[ArchivePart], stop: Callable[[], bool] = lambda: False) -> list[Extent] | None:
         """Writes those of these parts that are not there yet, which are all of an archive, and returns where each is.
@@ -63,20 +65,29 @@ class ArchiveFile:
         """
         keys = {part.key for part in parts}
         self._written = {key: extent for key, extent in self._written.items() if key in keys}
-        new = [part for part in parts if part.key not in self._written]
-        if new:
+        if parts:
             try:
                 with open(os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE), "r+b", buffering=0) as file:
+                    self._know(file.fileno())
                     if not (self._named or self._written):
                         # of an archive that is no more
                         file.truncate(0)
-                    for part in new:
-                        if stop():
-                            return None
-                        self._written[part.key] = _write(file.fileno(), self._free(len(part.data)), part.data)
+                    for part in parts:
+                        if part.key not in self._written:
+                            if stop():
+                                return None
+                            self._written[part.key] = _write(file.fileno(), self._free(len(part.data)), part.data)
             except OSError as error:
                 raise KvlocalError(cannot_write(self.path, error)) from error
         return [self._written[part.key] for part in parts]
+
+    def _know(self, file: int) -> None:
+        """Nothing is in a file that is another than before."""
+        status = os.fstat(file)
+        if self._inode not in (None, (status.st_dev, status.st_ino)):
+            self._named, self._written = [], {}
+            self._mapped.clear()
+        self._inode = status.st_dev, status.st_ino
 
     def _free(self, size: int) -> int:
         """Where so many bytes have room."""
@@ -95,7 +106,8 @@ class ArchiveFile:
                 self.path.unlink(missing_ok=True)
 
     def mapped(self, parts: Sequence[ArchivePart]) -> dict[int, npt.NDArray[np.uint8]]:
-        """The data of parts that were written, as they are in the file, by their keys; they cannot be written to.
+        """The data of these parts, which were written, as they are in the file, by their keys; they cannot be written to. Those that it gave before
+        are left out.
 
         Raises:
             KvlocalError: it cannot be read.
@@ -104,7 +116,11 @@ class ArchiveFile:
             whole = self._map()
         except (OSError, ValueError) as error:
             raise KvlocalError(f"cannot read {self.path} ({error})") from error
-        return {part.key: _within(whole, self._written[part.key]) for part in parts}
+        new = [part.key for part in parts if part.key not in self._mapped]
+        if not self._written.keys() >= {*new}:
+            raise KvlocalError(f"{self.path} is another file now")
+        self._mapped = {part.key for part in parts}
+        return {key: _within(whole, self._written[key]) for key in new}
 
     def read(self, extents: Sequence[Extent]) -> list[npt.NDArray[np.uint8]]:
         """What is there, checked; uint8 [size] each, which cannot be written to.
@@ -128,12 +144,14 @@ class ArchiveFile:
         return found
 
     def take_up(self, parts: Sequence[ArchivePart], extents: Sequence[Extent]) -> None:
-        """These parts are what `read` gave for these extents, and the snapshot on the disk names them."""
+        """These parts are what `read` gave for these extents, or copies of it, and the snapshot on the disk names them."""
         self._named = list(extents)
+        self._mapped = {part.key for part in parts if not part.data.flags.writeable}
         self._written = {part.key: extent for part, extent in zip(parts, extents, strict=True)}
 
     def _map(self) -> npt.NDArray[np.uint8]:
         with open(self.path, "rb") as file:
+            self._know(file.fileno())
             # it is unmapped when its last array has gone
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 

@@ -73,7 +73,7 @@ class Snapshots:
             KvlocalError: it cannot be written; the older one is as it was.
         """
         key = _key(session)
-        if session.cache.uncertain or key == self._kept or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
+        if key == self._kept or session.cache.uncertain or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
             return
         arrays = session.snapshot()
         archive = session.cache.archive
@@ -91,6 +91,10 @@ class Snapshots:
         self._archive_file.keep(extents)
         if archive and session.config.archive == "disk":
             archive.exchange(self._archive_file.mapped(parts))
+
+    def holds(self, session: ChatSession) -> bool:
+        """Whether the file is known to hold the conversation as it is."""
+        return self._kept == _key(session)
 
     def load(self, session: ChatSession, messages: Sequence[Message]) -> int:
         """Puts a fresh session where the snapshot was taken, if the conversation came past that point, and returns how many of its messages it has
