@@ -490,6 +490,7 @@ def test_a_conversation_that_is_kept_elsewhere_uses_nothing_of_where_it_was(shal
         check_equal(through, twin)
         chat, n = back_again(shallow, Snapshots(tmp_path / "two.snapshot"), through.messages)
         with chat:
+            assert n == 8
             check_equal(twin, chat)
             assert ask(chat, ASKED[4:]) == ask(through, ASKED[4:]) == ask(twin, ASKED[4:])
 
