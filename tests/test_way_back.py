@@ -126,6 +126,9 @@ def test_what_is_held_comes_back_with_its_marks(model):
             with chat.hold():
                 ask(chat, ["No.", "Yes."])
         check_equal(chat, other)
+        with chat.hold():
+            chat.cache.append(np.array([500], np.int32), "decode")
+        check_equal(chat, other)
         chat.undo(2)
         other.undo(2)
         assert ask(chat, MORE) == ask(other, MORE)

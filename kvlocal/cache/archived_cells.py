@@ -107,7 +107,7 @@ class ArchivedCells(NotedCells):
         # what is copied inside is not to overwrite the copy there is
         n_tokens, way_back.checkpoint, way_back.copy = ledger.n_tokens, None, copy[:0]
         compressor.held = True
-        segments, begun, choices = ledger.segments_now(), self._begun, compressor.choices
+        segments, begun, choices, pace = ledger.segments_now(), self._begun, compressor.choices, self.pace
         n_marks = len(self.archive.marks) if self.archive else 0
         try:
             with self.taken_back():
@@ -120,6 +120,7 @@ class ArchivedCells(NotedCells):
                     restore()
                 if self.archive:
                     self.archive.keep_marks(n_marks)
+                self.pace = pace
             if not self.uncertain:
                 self._truncate(n_tokens)
                 self.ledger.segments[:] = segments
