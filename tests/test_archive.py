@@ -167,6 +167,7 @@ def test_another_archive_takes_over_what_one_had(copy):
         (archive.positions[:200], marks, data[:1] + data[2:]),
         (archive.positions, [dataclasses.replace(marks[0], n_ring=101)], data),
         (archive.positions, [dataclasses.replace(marks[0], n_cells=-1)], data),
+        (archive.positions, [dataclasses.replace(marks[0], n_cells=301)], data),
         (archive.positions, marks * 2, [*data, data[2]]),
     ):
         with pytest.raises(ValueError):

@@ -218,7 +218,7 @@ class Archive:
         of_chunks, of_marks = data[:n_chunks], data[n_chunks:]
         if len(of_marks) != len(marks) or any(len(array) != self.chunk_bytes for array in of_chunks):
             raise ValueError("these are not all parts of an archive")
-        fits = all(mark.n_cells >= 0 and 0 <= mark.n_ring <= len(array) for mark, array in zip(marks, of_marks, strict=True))
+        fits = all(0 <= mark.n_cells <= mark.n_tokens and 0 <= mark.n_ring <= len(array) for mark, array in zip(marks, of_marks, strict=True))
         if not fits or lengths != sorted({*lengths}) or not all(0 <= n <= len(positions) for n in lengths):
             raise ValueError("the marks contradict each other")
         self._positions, self.n_tokens = positions.copy(), len(positions)
