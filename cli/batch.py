@@ -62,7 +62,7 @@ def batch_command(
         outcomes = run_batch(
             report.lines(), loaded, config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll, nexus=nexus
         )
-        with results, report, closing(outcomes):
+        with closing(outcomes), results, report:
             report.begin(results)
             try:
                 for outcome in outcomes:
@@ -70,6 +70,8 @@ def batch_command(
                     report.add(outcome)
             except KeyboardInterrupt:
                 report.interrupted = True
+            # before the last line is told, so that no thread reads lines any more
+            outcomes.close()
     if report.interrupted:
         sys.exit(INTERRUPTED)
     if report.failed or results.n_failed:

@@ -20,8 +20,9 @@ from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.settings import QUICK, BenchSettings
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.figure import check
+from kvlocal.evaluation.figure import check, is_figure
 from kvlocal.files.atomic import atomic_write
+from kvlocal.files.replaceable import check_replaceable, holds_results
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.context import KV_TYPES
 from kvlocal_cli.options import split_policy_arg
@@ -55,6 +56,7 @@ _EVICTING = [name for name in policies.POLICIES if policies.make(name).evicts]
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this file, as they come.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Also draw them. Needs kvlocal[plot].")
+@click.option("--force", is_flag=True, help="Write over the files of --json and --plot whatever they hold; else only over earlier results.")
 def bench_command(
     model: str,
     stock: Path,
@@ -66,6 +68,7 @@ def bench_command(
     threads: int | None,
     json_path: Path | None,
     plot: Path | None,
+    force: bool,
     **same: Any,
 ) -> None:
     """Measure a compressed session against stock llama.cpp, in alternation in one run.
@@ -88,6 +91,9 @@ def bench_command(
         raise BenchmarkError(f"there is no stock llama.cpp in {stock}: run `make stock` in the source tree, or give its path as --stock")
     if plot:
         check(plot)
+        check_replaceable(plot, is_figure, "a figure", force=force)
+    if json_path:
+        check_replaceable(json_path, lambda path: holds_results(path, "versions"), "results of a benchmark", force=force)
     rows: list[Comparison] = []
     with _Progress() as progress:
         bench = Bench(settings, progress.show)

@@ -17,13 +17,14 @@ from kvlocal.conversations.dialogues import Data, load, shuffled
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
 from kvlocal.evaluation.dialogue import DialogueTask
-from kvlocal.evaluation.figure import check
+from kvlocal.evaluation.figure import check, is_figure
 from kvlocal.evaluation.recall import RecallTask
 from kvlocal.evaluation.reference import ReferenceCache, make_directory, references_dir
 from kvlocal.evaluation.runner import ChatFailure, Task, WorkFile, outcomes, pending
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.files.atomic import atomic_write
 from kvlocal.files.fingerprint import fingerprint, run_key
+from kvlocal.files.replaceable import check_replaceable, holds_results
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
@@ -74,6 +75,7 @@ _OPTIONS = (
     click.option("--json", "json_path", type=_PATH, metavar="FILE",
                  help="Also write the results as one JSON object; unfinished ones are kept in FILE.partial."),
     click.option("--plot", "plot_path", type=_PATH, metavar="FILE", help="Draw quality against cells kept, as .png, .svg or .pdf."),
+    click.option("--force", is_flag=True, help="Write over the files of --json and --plot whatever they hold; else only over earlier results."),
     click.option("--cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
                  help="Where predictions of the full context are kept.  [default: kvlocal/eval in the user's cache directory]"),
 )  # fmt: skip
@@ -94,6 +96,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         threads: int | None,
         plot_path: Path | None,
         cache: Path | None,
+        force: bool,
         **others: Any,
     ) -> Any:
         own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "nexus", "json_path")}
@@ -106,6 +109,10 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 check(plot_path)
         except KvlocalError as error:
             raise click.UsageError(str(error)) from error
+        if plot_path:
+            check_replaceable(plot_path, is_figure, "a figure", force=force)
+        if json_path := own["json_path"]:
+            check_replaceable(json_path, lambda path: holds_results(path, "task"), "results of an evaluation", force=force)
         return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
 
     for option in reversed(_OPTIONS):

@@ -16,10 +16,11 @@ import click
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.fingerprint import fingerprint
+from kvlocal.files.replaceable import check_replaceable
 from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.model import Model
-from kvlocal.nexus.file import NexusFile
+from kvlocal.nexus.file import NexusFile, is_nexus_file
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
@@ -95,6 +96,7 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("model")
 @click.option("-o", "--output", type=NEXUS_FILE, required=True, metavar="FILE",
               help="The Nexus file. It is rewritten at every checkpoint; FILE.partial beside it is what a run goes on from.")
+@click.option("--force", is_flag=True, help="Write over FILE if it is there already.")
 @click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True, metavar="N", help="Updates.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Conversations an update.")
 @click.option("--students", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Compressions of each conversation.")
@@ -121,8 +123,8 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @torch_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random.")
 def train_command(
-    place: Workplace, output: Path, start: Path | None, rank: int, no_lora: bool, ratios: tuple[float, ...], fixed_ratio: float | None, held_out: int,
-    evaluate_every: int, checkpoint_minutes: float, minutes: float | None, **settings: Any,
+    place: Workplace, output: Path, force: bool, start: Path | None, rank: int, no_lora: bool, ratios: tuple[float, ...], fixed_ratio: float | None,
+    held_out: int, evaluate_every: int, checkpoint_minutes: float, minutes: float | None, **settings: Any,
 ) -> None:
     """Train Nexus tokens for MODEL, a name from the catalogue or a GGUF file.
 
@@ -135,8 +137,8 @@ def train_command(
     """
     from kvlocal.training.nexus_training import Training, TrainingSettings
 
-    if output.exists() and not output.with_name(output.name + ".partial").exists():
-        raise KvlocalError(f"{output} exists: remove it or name another file")
+    is_begun = output.with_name(output.name + ".partial").exists()
+    check_replaceable(output, lambda path: is_begun and is_nexus_file(path), "what this run has left unfinished", force=force)
     found = place.examples
     _say(f"{len(found.training)} conversations to train on, {len(found.held_out)} held out")
     for why, n in found.left_out.items():

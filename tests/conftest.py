@@ -11,7 +11,11 @@ from shallow_model import write_shallow_model
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import resolve
 from kvlocal.hub.pull import pull
+from kvlocal.llama import context
 from kvlocal.llama.model import Model
+
+# one thread where a test does not say how many: two that wait for each other crawl when the machine is busy
+context._available_cores = lambda: 1
 
 # nohup and background jobs are started with these ignored, and so would be all that the tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,14 +45,27 @@ def smollm2() -> Path:
     return resolve("smollm2-135m")
 
 
-@pytest.fixture(scope="module")
-def shallow_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first six layers: for what does not depend on what the model says, but on how it is used."""
+    path = tmp_path_factory.mktemp("short") / "short-smollm2.gguf"
+    write_shallow_model(smollm2, path, 6, quantized=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shallow_file(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its first four layers in float32, see shallow_model.py."""
     path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
     write_shallow_model(smollm2, path, 4)
-    with Model(path) as model:
+    return path
+
+
+@pytest.fixture(scope="module")
+def shallow_model(shallow_file: Path) -> Iterator[Model]:
+    """The same, loaded."""
+    with Model(shallow_file) as model:
         yield model
-    path.unlink()
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +77,11 @@ def gemma3() -> Path:
         if device.on_cpu():
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def short_gemma3(gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first six layers, of which one has no sliding window."""
+    path = tmp_path_factory.mktemp("short") / "short-gemma3.gguf"
+    write_shallow_model(gemma3, path, 6, quantized=True)
+    return path

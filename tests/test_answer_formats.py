@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rewritten_model import rewrite
+from gguf_copy import Source, copy
 from templates import source_tree, templates
 
 from kvlocal.chat.config import SessionConfig
@@ -38,7 +38,7 @@ def sources() -> dict[str, str]:
 
 def variant(smollm2: Path, directory: Path, names: dict[str, str], template: str, **metadata: object) -> Path:
     target = directory / "model.gguf"
-    rewrite(smollm2, target, names=names, metadata={"tokenizer.chat_template": template, **metadata})
+    copy(Source(smollm2), target, names=names, metadata={"tokenizer.chat_template": template, **metadata})
     return target
 
 
@@ -54,15 +54,15 @@ def renamed_end(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_the_templates_own_marker_ends_an_answer(renamed_end: Model, smollm2: Path) -> None:
-    config = SessionConfig(max_tokens=200, sampling=GREEDY)
+    config = SessionConfig(max_tokens=40, n_threads=1, sampling=GREEDY)
     with Model(smollm2) as model, ChatSession(model, config) as chat:
-        expected = "".join(chat.send("What is the capital of France?"))
+        expected = "".join(chat.send("What is 2+2?"))
         assert chat.last.stop_reason == "end"
     marker = int(renamed_end.tokenize("<|im_fin|>", parse_special=True)[0])
     assert marker not in renamed_end.end_tokens
     assert ChatTemplate.from_model(renamed_end).end_tokens == renamed_end.end_tokens | {marker}
     with ChatSession(renamed_end, config) as chat:
-        assert "".join(chat.send("What is the capital of France?")) == expected
+        assert "".join(chat.send("What is 2+2?")) == expected
         assert chat.last.stop_reason == "end" and chat.last.drawn[-1] == marker
 
 
@@ -86,7 +86,7 @@ def test_texts_end_answers_where_no_token_does(smollm2: Path, monkeypatch: pytes
 
 
 def test_a_template_is_compiled_once_for_a_model(smollm2: Path) -> None:
-    config = SessionConfig(budget=64)
+    config = SessionConfig(budget=64, n_threads=1)
     with Model(smollm2) as model, ChatSession(model, config) as one, ChatSession(model, config) as other:
         assert one.template is other.template
 
@@ -146,7 +146,7 @@ def test_the_first_markers_of_a_closing_are_no_part_of_an_answer(smollm2: Path, 
         answer = "Hm.<|close|>think<|sep|><|open|>response<|sep|>Yes."
         raw = model.tokenize(answer + "<|close|>response<|sep|><|close|>message<|sep|><|end_of_msg|>", parse_special=True).tolist()
         kept = len(model.tokenize(answer, parse_special=True))
-        config = SessionConfig(policy="full", budget=2048)
+        config = SessionConfig(policy="full", budget=2048, n_threads=1)
         with ChatSession(model, config) as chat, ChatSession(model, config) as again:
             for session in (chat, again):
                 session.add_turn("user", "Is it?")
@@ -159,7 +159,7 @@ def test_the_first_markers_of_a_closing_are_no_part_of_an_answer(smollm2: Path, 
 def test_a_thought_opened_by_the_generation_prompt(smollm2: Path, tmp_path: Path) -> None:
     """It belongs to generated answers alone, is shown with them, and stays when the conversation is read again."""
     path = variant(smollm2, tmp_path, {}, THINKING)
-    with Model(path) as model, ChatSession(model, SessionConfig(policy="full", budget=2048, max_tokens=12, sampling=GREEDY)) as chat:
+    with Model(path) as model, ChatSession(model, SessionConfig(policy="full", budget=2048, n_threads=1, max_tokens=12, sampling=GREEDY)) as chat:
         template = chat.template
         question = [{"role": "user", "content": "Hi"}]
         assert "".join(piece.text for piece in template.user_turn([], "Hi")).endswith("<|im_start|>assistant\n")

@@ -163,12 +163,28 @@ def test_an_answer_is_cut_between_characters(chat, monkeypatch, n):
 
 
 def test_an_answer_that_is_closed_within_a_stop_string_is_cut_before_it(chat, monkeypatch):
-    scripted(monkeypatch, chat.model, b"ab\n#c")
+    scripted(monkeypatch, chat.model, b"ab\n#\n")
     chat.template.stop_strings = ("\n### User:",)
     answer = chat.send(QUESTIONS[0])
-    assert [next(answer), next(answer)] == ["a", "b"]
+    # the second line break, which can begin a stop string, has been evaluated when the first turns out to begin none
+    assert [next(answer) for _ in range(3)] == ["a", "b", "\n#"]
     answer.close()
-    assert chat.messages[-1]["content"] == "ab"
+    assert chat.messages[-1]["content"] == "ab\n#"
+    check_cells(chat)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_an_answer_that_ends_within_a_stop_string_is_cut_before_it(chat, monkeypatch, stopped):
+    """At max_tokens and at stop(), as where it is closed."""
+    scripted(monkeypatch, chat.model, b"ab\n###c")
+    chat.template.stop_strings = ("\n### User:",)
+    chat.max_tokens = 6 if stopped else 5
+    answer, append = chat.send(QUESTIONS[0]), chat.cache.append
+    assert [next(answer), next(answer)] == ["a", "b"]
+    if stopped:
+        monkeypatch.setattr(chat.cache, "append", lambda *arguments: (append(*arguments), chat.stop()))
+    assert list(answer) == []
+    assert chat.messages[-1]["content"] == "ab" and chat.last.stop_reason == ("stopped" if stopped else "length")
     check_cells(chat)
 
 

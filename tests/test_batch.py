@@ -29,8 +29,8 @@ SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_token
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as m:
+def model(short_smollm2):
+    with Model(short_smollm2) as m:
         yield m
 
 
@@ -186,15 +186,16 @@ def test_every_open_turn_is_answered_in_order(model):
     assert timings["tokens_per_second"] == pytest.approx(16 / timings["answer_seconds"], rel=0.05)
 
 
-def test_given_answers_are_taken_as_they_are(model):
+def test_given_answers_are_taken_as_they_are(smollm2):
     turns = [user("Name a colour."), assistant("Umbra, of course."), user("Which one did you name?")]
-    (result,) = run(model, line(*turns))
-    with ChatSession(model, SMALL) as chat:
-        chat.restore(turns)
-        answer = "".join(chat.answer())
-    assert result.messages == [*turns, assistant(answer)]
-    (other,) = run(model, line(turns[0], assistant("Teal."), turns[2]))
-    assert other.messages[-1] != result.messages[-1]
+    with Model(smollm2) as model:
+        (result,) = run(model, line(*turns))
+        with ChatSession(model, SMALL) as chat:
+            chat.restore(turns)
+            answer = "".join(chat.answer())
+        assert result.messages == [*turns, assistant(answer)]
+        (other,) = run(model, line(turns[0], assistant("Teal."), turns[2]))
+        assert other.messages[-1] != result.messages[-1]
 
 
 def test_what_follows_the_last_open_turn_stays(model):
@@ -409,8 +410,8 @@ def test_sampled_answers_are_those_of_their_seed(model):
     assert all(map(same, alone, together))
 
 
-def test_a_model_with_a_sliding_window(gemma3):
-    with Model(gemma3) as model:
+def test_a_model_with_a_sliding_window(short_gemma3):
+    with Model(short_gemma3) as model:
         settings = {"budget": 256, "max_tokens": 6}
         alone = run(model, *conversations(4), **settings)
         together = run(model, *conversations(4), parallel=2, ordered=True, **settings)
@@ -452,6 +453,22 @@ def test_an_abandoned_batch_leaves_no_thread_and_no_cache(model):
         time.sleep(0.01)
     assert threading.active_count() == n
     assert all(context.closed for context in model.contexts)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_a_batch_that_never_began_leaves_no_cache(tiny, close):
+    gc.collect()
+    gc.disable()
+    try:
+        outcomes = run_batch(conversations(3), tiny, SMALL, parallel=2)
+        assert not all(context.closed for context in tiny.contexts)
+        if close:
+            outcomes.close()
+        else:
+            del outcomes
+        assert all(context.closed for context in tiny.contexts)
+    finally:
+        gc.enable()
 
 
 def test_conversations_that_are_done_take_no_memory(model):
@@ -525,7 +542,7 @@ def test_command(smollm2, tmp_path):
     assert json.loads(piped.stdout)["messages"] == records[2]["messages"]
 
 
-def test_refused_before_anything_is_touched(smollm2, tmp_path):
+def test_refused_before_anything_is_touched(short_smollm2, tmp_path):
     source = write_many(tmp_path / "in.jsonl", 1)
     (tmp_path / "out.jsonl").write_text("precious\n")
     for arguments, code, sentence in [
@@ -533,16 +550,16 @@ def test_refused_before_anything_is_touched(smollm2, tmp_path):
         (["-o", source, "--force"], 2, "is the input"),
         (["-o", tmp_path / "new.jsonl", "--kv-budget", "100000"], 1, "too large"),
     ]:
-        done = subprocess.run(command(smollm2, source, *arguments), capture_output=True, text=True)
+        done = subprocess.run(command(short_smollm2, source, *arguments), capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (code, "") and sentence in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "out.jsonl").read_text() == "precious\n"
     assert source.stat().st_size > 0
     assert not (tmp_path / "new.jsonl").exists()
 
 
-def test_the_same_command_goes_on_where_it_stopped(smollm2, tmp_path):
+def test_the_same_command_goes_on_where_it_stopped(short_smollm2, tmp_path):
     source, out = write_many(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
-    run_again = command(smollm2, source, "-o", out, "--parallel", "2", "--ordered", "--seed", "0")
+    run_again = command(short_smollm2, source, "-o", out, "--parallel", "2", "--ordered", "--seed", "0")
     assert subprocess.run(run_again).returncode == 0
     parts = out.read_bytes().splitlines(keepends=True)
     # two lines, and a torn one
@@ -565,9 +582,9 @@ def test_the_same_command_goes_on_where_it_stopped(smollm2, tmp_path):
     assert records_of(out)[0]["messages"][0] == user("Ho 0")
 
 
-def test_a_kill_costs_no_conversation(smollm2):
+def test_a_kill_costs_no_conversation(short_smollm2):
     script = Path(__file__).parent / "measure" / "kill_batch.py"
-    arguments = ["3", "--model", smollm2, "--lines", "12", "--parallel", "3", "--threads", "1"]
+    arguments = ["3", "--model", short_smollm2, "--lines", "12", "--parallel", "3", "--threads", "1"]
     done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -576,9 +593,9 @@ def test_a_kill_costs_no_conversation(smollm2):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_in_the_middle(smollm2, tmp_path, number):
+def test_stopped_in_the_middle(short_smollm2, tmp_path, number):
     source, out = write_many(tmp_path / "in.jsonl", 1000), tmp_path / "out.jsonl"
-    process = subprocess.Popen(command(smollm2, source, "-o", out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(short_smollm2, source, "-o", out), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -593,8 +610,8 @@ def test_stopped_in_the_middle(smollm2, tmp_path, number):
         assert told.startswith(f"kvlocal: interrupted, {len(ids)} done") and told.count("\n") == 1
 
 
-def test_ctrl_c_while_waiting_for_a_line(smollm2, tmp_path):
-    process = subprocess.Popen(command(smollm2, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_ctrl_c_while_waiting_for_a_line(short_smollm2, tmp_path):
+    process = subprocess.Popen(command(short_smollm2, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write(line(user("Hi"), id="first"))
     process.stdin.flush()
     assert json.loads(process.stdout.readline())["id"] == "first"
@@ -604,10 +621,10 @@ def test_ctrl_c_while_waiting_for_a_line(smollm2, tmp_path):
     assert process.returncode == 130 and b"interrupted, 1 done" in told
 
 
-def test_nobody_reads_the_results(smollm2, tmp_path):
+def test_nobody_reads_the_results(short_smollm2, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     source = write_many(tmp_path / "in.jsonl", 5)
-    done = subprocess.run(command(smollm2, source), stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command(short_smollm2, source), stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 1 and "Traceback" not in done.stderr

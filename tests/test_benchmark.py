@@ -24,15 +24,15 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.llama.model import Model
 
 N_ANSWER = 20
-# bytes in SmolLM2: keys and values of a cell, and the queries of a window of 16 with the spare row
-CELL = 30 * 3 * 2 * 64 * 2
-QUERY = 30 * 9 * 64 * 4  # bytes of a recorded query
+# bytes in the first six layers of SmolLM2: keys and values of a cell, and the queries of a window of 16 with the spare row
+CELL = 6 * 3 * 2 * 64 * 2
+QUERY = 6 * 9 * 64 * 4  # bytes of a recorded query
 CONTEXT = {"n_ubatch": 64, "n_threads": 1}
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as loaded:
+def model(short_smollm2):
+    with Model(short_smollm2) as loaded:
         yield loaded
 
 
@@ -49,8 +49,8 @@ def stock() -> Path:
     return directory
 
 
-def quick(smollm2, stock, **others) -> BenchSettings:
-    return BenchSettings(Path(smollm2), Path(stock), n_threads=1, **QUICK | {"pairs": 2} | others)
+def quick(short_smollm2, stock, **others) -> BenchSettings:
+    return BenchSettings(Path(short_smollm2), Path(stock), n_threads=1, **QUICK | {"pairs": 2} | others)
 
 
 # rows
@@ -154,7 +154,7 @@ def test_plain_slice_is_taken_back(model, script):
     for n, at_once in ((8, 1), (40, 40), (40, 40)):
         assert plain.slice(n, at_once) > 0
         assert plain.history == 200 and plain._context.pos_max() == 199
-    assert plain.figures()["capacity"] == 256 and plain.figures()["kv_bytes"] == pytest.approx(256 * CELL, rel=1e-3)
+    assert plain.figures()["capacity"] == 256 and plain.figures()["kv_bytes"] == pytest.approx(256 * CELL, rel=5e-3)
     plain.close()
 
 
@@ -184,7 +184,7 @@ def test_one_compression_in_a_stride(model, script):
     ours.slice(64, 64)
     assert ours.figures()["compressions"] == before["compressions"] + 4
     assert ours.figures()["until_compression"] == 32
-    assert ours.figures()["kv_bytes"] == pytest.approx(256 * CELL + 33 * QUERY, rel=1e-3)
+    assert ours.figures()["kv_bytes"] == pytest.approx(256 * CELL + 33 * QUERY, rel=5e-3)
     ours.close()
 
 
@@ -224,8 +224,8 @@ def test_alternate():
 
 
 @pytest.fixture
-def worker(smollm2):
-    with Worker("our library", stock=None, model=str(smollm2), n_answer=N_ANSWER) as started:
+def worker(short_smollm2):
+    with Worker("our library", stock=None, model=str(short_smollm2), n_answer=N_ANSWER) as started:
         yield started
 
 
@@ -268,10 +268,10 @@ def test_worker_that_fails(worker):
         worker.call("turn", reader="nobody")
 
 
-def test_worker_ends_with_its_parent(smollm2):
+def test_worker_ends_with_its_parent(short_smollm2):
     code = (
         "import os, sys\nfrom kvlocal.benchmark.process import Worker\n"
-        f"worker = Worker('x', stock=None, model={str(smollm2)!r}, n_answer=8)\n"
+        f"worker = Worker('x', stock=None, model={str(short_smollm2)!r}, n_answer=8)\n"
         "print(worker.pid, flush=True)\nos._exit(0)\n"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
@@ -298,26 +298,26 @@ def test_worker_that_waits_does_not_spin(worker):
 # against the stock library
 
 
-def test_what_is_allocated_is_the_share_of_the_history_that_stays(smollm2):
+def test_what_is_allocated_is_the_share_of_the_history_that_stays(short_smollm2):
     """Budget, stride and recorded queries together, where the stride is not most of it."""
-    settings = BenchSettings(smollm2, smollm2)
+    settings = BenchSettings(short_smollm2, short_smollm2)
     assert settings.budget(8000) == 1600 - 192 and settings.budget(1000) == 100
 
 
-def test_stock_library_must_be_one(smollm2, tmp_path):
+def test_stock_library_must_be_one(short_smollm2, tmp_path):
     with pytest.raises(BenchmarkError, match="make stock"):
-        Worker("stock", stock=str(tmp_path), model=str(smollm2), n_answer=8)
+        Worker("stock", stock=str(tmp_path), model=str(short_smollm2), n_answer=8)
 
 
-def test_patched_library_is_not_stock(smollm2):
+def test_patched_library_is_not_stock(short_smollm2):
     from kvlocal.llama.library import load
 
     with pytest.raises(BenchmarkError, match="has kvlocal's patches"):
-        Worker("stock", stock=str(load().lib_dir), model=str(smollm2), n_answer=8)
+        Worker("stock", stock=str(load().lib_dir), model=str(short_smollm2), n_answer=8)
 
 
-def test_history_and_memory(smollm2, stock):
-    settings = quick(smollm2, stock, histories=(300,), ratio=0.7)
+def test_history_and_memory(short_smollm2, stock):
+    settings = quick(short_smollm2, stock, histories=(300,), ratio=0.7)
     wanted = select(settings, ["prefill", "decode@300", "kv-bytes", "kv-used", "rss"])
     rows = {row.name: row for row in run(Bench(settings, lambda *_: None), wanted)}
     assert list(rows) == ["prefill@300", "decode@300", "kv-bytes@300", "kv-used@300", "rss@300"]
@@ -325,13 +325,13 @@ def test_history_and_memory(smollm2, stock):
         assert row.lo <= row.ratio <= row.hi and row.ours > 0 and row.other > 0
     assert rows["decode@300"].n == 2 and rows["decode@300"].unit == "tokens/s"
     # 90 - 48 + 32 cells and the ring, against 300
-    assert rows["kv-bytes@300"].ours == pytest.approx(256 * CELL + 33 * QUERY, rel=1e-3)
-    assert rows["kv-bytes@300"].other == pytest.approx(512 * CELL, rel=1e-3)
+    assert rows["kv-bytes@300"].ours == pytest.approx(256 * CELL + 33 * QUERY, rel=5e-3)
+    assert rows["kv-bytes@300"].other == pytest.approx(512 * CELL, rel=5e-3)
     assert rows["kv-used@300"].ratio < 0.7
 
 
-def test_cells_and_chat(smollm2, stock):
-    settings = quick(smollm2, stock, cells=128)
+def test_cells_and_chat(short_smollm2, stock):
+    settings = quick(short_smollm2, stock, cells=128)
     bench, shown = Bench(settings, lambda *step: shown.append(step)), []
     wanted = select(settings, ["decode@equal-cells", "decode@control", "chat4", "chat4@context-shift", "share"])
     rows = {row.name: row for row in run(bench, wanted)}
@@ -348,19 +348,19 @@ def command(*arguments, cwd=None):
     return subprocess.run([sys.executable, "-m", "kvlocal_cli", "bench", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
-def test_command_without_stock(smollm2, tmp_path):
-    done = command("-m", smollm2, cwd=tmp_path)
+def test_command_without_stock(short_smollm2, tmp_path):
+    done = command("-m", short_smollm2, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert "run `make stock`" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_command_with_an_unknown_name(smollm2, tmp_path):
-    done = command("-m", smollm2, "--only", "decode@800", cwd=tmp_path)
+def test_command_with_an_unknown_name(short_smollm2, tmp_path):
+    done = command("-m", short_smollm2, "--only", "decode@800", cwd=tmp_path)
     assert done.returncode == 2 and "choose decode@8000" in done.stderr
 
 
-def test_command(smollm2, stock, tmp_path):
-    done = command("-m", smollm2, "--stock", stock, "--quick", "--threads", 1, "--only", "kv-bytes,kv-used", "--json", tmp_path / "b.json")
+def test_command(short_smollm2, stock, tmp_path):
+    done = command("-m", short_smollm2, "--stock", stock, "--quick", "--threads", 1, "--only", "kv-bytes,kv-used", "--json", tmp_path / "b.json")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["name", "ours", "other", "unit", "ratio", "95", "%", "interval", "n"]
@@ -369,8 +369,8 @@ def test_command(smollm2, stock, tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_interrupt_ends_the_workers(smollm2, stock):
-    arguments = ["-m", str(smollm2), "--stock", str(stock), "--threads", "1", "--only", "decode@8000"]
+def test_interrupt_ends_the_workers(short_smollm2, stock):
+    arguments = ["-m", str(short_smollm2), "--stock", str(stock), "--threads", "1", "--only", "decode@8000"]
     process = subprocess.Popen([sys.executable, "-m", "kvlocal_cli", "bench", *arguments], stderr=subprocess.PIPE, text=True)
     try:
         assert "history of 8000" in process.stderr.readline()

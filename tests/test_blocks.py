@@ -210,13 +210,16 @@ def test_dynsplit_divides_as_it_is_told():
 
 @pytest.mark.parametrize("same", [True, False])
 def test_planning_takes_little_time(same):
-    """4,096 cells, 32 layers, 8 KV heads, blocks of 16 cells in the mean."""
+    """4,096 cells, 32 layers, 8 KV heads, blocks of 16 cells in the mean; a little more than sorting the scores, in time of the processor."""
     state = random_state(0, (32, 8, 4096), same=same, longest=31)
     policy = make("dynsplit")
-    seconds = []
-    for _ in range(9):
-        started = time.perf_counter()
+    planning, sorting = [], []
+    for _ in range(5):
+        started = time.thread_time()
         plan = policy.plan(state, 820)
-        seconds.append(time.perf_counter() - started)
+        planned = time.thread_time()
+        np.argsort(state.scores, axis=-1)
+        planning.append(planned - started)
+        sorting.append(time.thread_time() - planned)
     assert plan.keep.shape == (32, 8, 820) and (np.diff(plan.keep, axis=-1) > 0).all()
-    assert min(seconds) < 0.06
+    assert min(planning) < 5 * min(sorting)

@@ -41,7 +41,13 @@ DIALOGUES = [
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
+def model(short_smollm2):
+    with Model(short_smollm2) as m:
+        yield m
+
+
+@pytest.fixture(scope="module")
+def whole_model(smollm2):
     with Model(smollm2) as m:
         yield m
 
@@ -122,9 +128,9 @@ def test_recall(model):
     assert task.measure(0, FULL) == full
 
 
-def test_what_was_just_said_is_chosen(model):
+def test_what_was_just_said_is_chosen(whole_model):
     question = Question("pet", "What is the name of my cat?", "The name of your cat is", "Noodle", ("Biscuit", "Waffles", "Tango"), 0)
-    with ChatSession(model, BASE, spare=160, n_outputs=BASE.n_ubatch) as session:
+    with ChatSession(whole_model, BASE, spare=160, n_outputs=BASE.n_ubatch) as session:
         session.add_turn("user", "Please remember this for later. The name of my cat is Noodle.")
         session.add_turn("assistant", "The name of your cat is Noodle.")
         assert chooses(session, question) and answers(session, question)
@@ -132,10 +138,10 @@ def test_what_was_just_said_is_chosen(model):
         assert not chooses(session, other) and not answers(session, other)
 
 
-def test_questions_leave_no_trace(model):
-    task = RecallTask(model, BASE, 2, 200, 0)
+def test_questions_leave_no_trace(whole_model):
+    task = RecallTask(whole_model, BASE, 2, 200, 0)
     (chat,) = task._chats
-    reading = read_history(model, BASE, Variant("streaming", 0.5, "streaming"), chat.history, chat.n_history, chat.n_prefix, 160, None)
+    reading = read_history(whole_model, BASE, Variant("streaming", 0.5, "streaming"), chat.history, chat.n_history, chat.n_prefix, 160, None)
     with reading as (session, compression):
         before = session.kv
         assert before.history_tokens == chat.n_history and compression == 1 - before.used / chat.n_history
@@ -159,14 +165,14 @@ def dialogues_file(path, n=6):
     return path
 
 
-def arguments(smollm2, tmp_path, task, *more):
-    return ["eval", task, "-m", str(smollm2), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
+def arguments(path, tmp_path, task, *more):
+    return ["eval", task, "-m", str(path), "--threads", "1", "--stride", "16", "--cache", str(tmp_path / "cache"), *map(str, more)]
 
 
-def test_the_dialogue_command(smollm2, tmp_path):
+def test_the_dialogue_command(short_smollm2, tmp_path):
     data, out = dialogues_file(tmp_path / "d.jsonl", 4), tmp_path / "out.json"
     more = ("--data", data, "--concat", 2, "--policy", "streaming,snapkv:window=8", "--ratio", "0.3", "--json", out)
-    result = CliRunner().invoke(main, arguments(smollm2, tmp_path, "dialogue", *more))
+    result = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "dialogue", *more))
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0].split() == ["policy", "ratio", "removed", "kl", "agreement", "cross_entropy"]
     assert "6 of 6 measurements" in result.stderr
@@ -179,9 +185,9 @@ def test_the_dialogue_command(smollm2, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "d.jsonl", "out.json"]
 
 
-def test_the_recall_command(smollm2, tmp_path):
+def test_the_recall_command(short_smollm2, tmp_path):
     more = ("--questions", 1, "--tokens", 150, "--policy", "streaming", "--ratio", "0.5")
-    first, second = (CliRunner().invoke(main, arguments(smollm2, tmp_path, "recall", *more)) for _ in range(2))
+    first, second = (CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "recall", *more)) for _ in range(2))
     assert first.exit_code == 0, first.stderr
     assert first.stdout == second.stdout and first.stdout.count("full") == 3
     assert list((tmp_path / "cache").iterdir()) == []
@@ -204,7 +210,7 @@ def test_wrong_usage_is_one_sentence(smollm2, tmp_path, more, code, sentence):
     assert sentence in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_one_failure_costs_only_itself(smollm2, tmp_path, monkeypatch):
+def test_one_failure_costs_only_itself(short_smollm2, tmp_path, monkeypatch):
     measure = DialogueTask.measure
 
     def sometimes(self, index, variant):
@@ -214,7 +220,7 @@ def test_one_failure_costs_only_itself(smollm2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DialogueTask, "measure", sometimes)
     data, out = dialogues_file(tmp_path / "d.jsonl", 4), tmp_path / "out.json"
-    command = arguments(smollm2, tmp_path, "dialogue", "--data", data, "--concat", 2, "--policy", "streaming", "--ratio", "0.3", "--json", out)
+    command = arguments(short_smollm2, tmp_path, "dialogue", "--data", data, "--concat", 2, "--policy", "streaming", "--ratio", "0.3", "--json", out)
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1 and "chat 1 with streaming at 0.3: no" in result.stderr
     document = json.loads(out.read_text())
@@ -224,10 +230,10 @@ def test_one_failure_costs_only_itself(smollm2, tmp_path, monkeypatch):
     assert result.exit_code == 0 and "going on after 3 measurements" in result.stderr and not (tmp_path / "out.json.partial").exists()
 
 
-def test_stopped_in_the_middle(smollm2, tmp_path):
+def test_stopped_in_the_middle(short_smollm2, tmp_path):
     data, out = dialogues_file(tmp_path / "d.jsonl", 4), tmp_path / "out.json"
     common = ("--data", data, "--concat", 1, "--policy", "streaming", "--ratio", "0.3,0.5")
-    command = arguments(smollm2, tmp_path, "dialogue", *common, "--json", out)
+    command = arguments(short_smollm2, tmp_path, "dialogue", *common, "--json", out)
     partial = tmp_path / "out.json.partial"
     process = subprocess.Popen([sys.executable, "-m", "kvlocal_cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -241,5 +247,5 @@ def test_stopped_in_the_middle(smollm2, tmp_path):
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0 and f"going on after {done} measurements" in result.stderr
     assert not partial.exists()
-    whole = CliRunner().invoke(main, arguments(smollm2, tmp_path, "dialogue", *common))
+    whole = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "dialogue", *common))
     assert whole.stdout == result.stdout

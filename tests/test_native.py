@@ -105,7 +105,7 @@ def reference_redundancy(k, order):
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
 def test_scores_and_map_equal_numpy(full_model, tokens, cache, portable):
-    chat = Chat(full_model, tokens, type_k=cache, type_v=cache)
+    chat = Chat(full_model, tokens, type_k=cache, type_v=cache, n_threads=2)
     chat.native.remove(np.array([3, 50, 51, 200]))
     for n_query in (W, 5):
         scores = chat.native.scores(n_query=n_query, portable=portable)
@@ -200,7 +200,7 @@ def test_scoring_between_single_tokens_leaves_the_decode_graph_alone(full_model,
 
 
 def test_identity_compaction_is_exact_for_f16(full_model, tokens):
-    chat, plain = Chat(full_model, tokens), Chat(full_model, tokens)
+    chat, plain = Chat(full_model, tokens, n_threads=2), Chat(full_model, tokens, n_threads=2)
     chat.feed(1), plain.feed(1)
     chat.native.compact(chat.everywhere(np.arange(N + 1)), np.arange(N + 1))
     for _ in range(3):

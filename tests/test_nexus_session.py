@@ -24,21 +24,22 @@ from kvlocal.policies.base import CacheState
 from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(
-    budget=192, stride=32, n_ubatch=64, policy="hybrid", system="Be brief.", max_tokens=12, sampling=SamplingParams(temperature=0.0)
+    budget=192, stride=32, n_ubatch=64, n_threads=1, policy="hybrid", system="Be brief.", max_tokens=12,
+    sampling=SamplingParams(temperature=0.0),
 )
 STORY = "The keeper wrote down the weather, then walked to the harbour to count the ships. "
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as loaded:
+def model(short_smollm2):
+    with Model(short_smollm2) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
-def path(smollm2, tmp_path_factory):
+def path(short_smollm2, tmp_path_factory):
     path = tmp_path_factory.mktemp("nexus") / "test.nexus.gguf"
-    nexus_file(smollm2).save(path)
+    nexus_file(short_smollm2).save(path)
     return path
 
 
@@ -126,7 +127,7 @@ def test_before_the_first_one_nothing_is_different(model, nexus):
     np.testing.assert_array_equal(answers[0][1], answers[1][1])
 
 
-def test_they_change_what_follows_and_the_adapter_is_off_again(model, nexus, path, smollm2, tmp_path):
+def test_they_change_what_follows_and_the_adapter_is_off_again(model, nexus, path, short_smollm2, tmp_path):
     """With the adapter, Nexus cells are others than without it; tokens before them are the same."""
     bare = dataclasses.replace(NexusFile.load(path), adapter={})
     bare.save(tmp_path / "bare.nexus.gguf")
@@ -207,7 +208,7 @@ def test_a_policy_that_needs_them_says_so(model):
         session(model, None)
 
 
-def test_files_are_found_beside_the_model_and_refused_for_another(model, nexus, path, smollm2, gemma3, tmp_path, monkeypatch):
+def test_files_are_found_beside_the_model_and_refused_for_another(model, nexus, path, short_smollm2, gemma3, tmp_path, monkeypatch):
     monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path))
     said = []
     assert nexus_for(model, "off", said.append) is None
@@ -224,7 +225,7 @@ def test_files_are_found_beside_the_model_and_refused_for_another(model, nexus, 
             nexus_for(other, str(path), said.append)
 
 
-def test_the_commands_use_them_unless_told_otherwise(path, smollm2, gemma3, tmp_path, monkeypatch):
+def test_the_commands_use_them_unless_told_otherwise(path, short_smollm2, gemma3, tmp_path, monkeypatch):
     monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path))
     shutil.copy(path, tmp_path / "a.nexus.gguf")
     turns = [{"role": "user", "content": "Name a tree."}, {"role": "user", "content": "And another one."}]
@@ -238,8 +239,8 @@ def test_the_commands_use_them_unless_told_otherwise(path, smollm2, gemma3, tmp_
         assert result.exit_code == 0, result.stderr
         return json.loads(out.read_text())["kv"]["nexus"]
 
-    assert n_read(smollm2) > 0
-    assert n_read(smollm2, "--nexus", "off") == n_read(smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3) == 0
+    assert n_read(short_smollm2) > 0
+    assert n_read(short_smollm2, "--nexus", "off") == n_read(short_smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3) == 0
 
 
 def test_an_adapter_of_another_model_is_refused(path, gemma3):

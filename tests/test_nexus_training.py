@@ -422,7 +422,14 @@ def test_train_command(smollm2: Path, tmp_path: Path) -> None:
     file.check_base(Container(tmp_path / "shallow.gguf"))
     assert (file.k, file.rank, file.ratios, file.record["steps"]) == (64, 16, (0.8,), 2)
     again = CliRunner().invoke(main, command)
-    assert again.exit_code == 1 and "exists: remove it or name another file" in again.stderr
+    assert again.exit_code == 1 and "name another file or replace it with --force" in again.stderr
+    assert CliRunner().invoke(main, [*command, "--force"]).exit_code == 0
+    # a checkpoint does not make any file one of the run
+    partial = tmp_path / "a.nexus.gguf.partial"
+    partial.write_bytes(b"checkpoint")
+    out.write_text("precious")
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 1 and "name another file or replace it with --force" in again.stderr and out.read_text() == "precious"
 
 
 def test_eval_command(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

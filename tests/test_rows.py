@@ -1,12 +1,14 @@
 """Rows of the cache as bytes: read, moved, brought along and rotated, for every type of keys and values."""
 
+import itertools
+
 import device
 import gguf
 import numpy as np
 import pytest
 import tiny_model
 from gguf import GGMLQuantizationType
-from test_native import Chat, L, N, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
+from test_native import Chat, L, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
 from kvlocal.llama.cells import NativeCache, NativeError, Rows
@@ -44,7 +46,7 @@ def supported(model, type_k, type_v):
     return True
 
 
-@pytest.fixture(params=PAIRS, ids="-".join)
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def types(request, model):
     if not supported(model, *request.param):
         pytest.skip("this device has no attention for these types")
@@ -92,6 +94,19 @@ def mixed(chat, n_keep, n_rows, seed=0, ascending=True):
     return out
 
 
+def way_back(chat):
+    """What brings a chat back to where it is now, to try something else on it."""
+    state, ring, n_past = chat.context.state_get(0), chat.native.ring_state(), chat.n_past
+
+    def go_back():
+        chat.context.clear()
+        chat.context.state_set(0, state)
+        chat.native.set_ring_state(ring)
+        chat.n_past = n_past
+
+    return go_back
+
+
 def test_rows_are_what_is_stored(model, tokens, types):
     chat = Chat(model, tokens, n=100, **types)
     layout = chat.native.layout()
@@ -105,21 +120,21 @@ def test_rows_are_what_is_stored(model, tokens, types):
     assert chat.native.read_rows(cells[:0]).n == 0
 
 
-@pytest.mark.parametrize("ascending", [True, False])
-@pytest.mark.parametrize("portable", [False, True])
-def test_what_is_not_rotated_is_moved_bit_by_bit(model, tokens, types, portable, ascending):
+def test_what_is_not_rotated_is_moved_bit_by_bit(model, tokens, types):
     chat, other = Chat(model, tokens, n=150, **types), Chat(model, tokens[500:], n=40, **types)
-    before, brought = everything(chat.native), everything(other.native)
-    gather = mixed(chat, 110, brought.n, ascending=ascending)
-    chat.native.compact(gather, np.arange(110) + 40, rows=brought, portable=portable)
-    assert chat.native.n_cells() == 110
-    assert_same(everything(chat.native), pick(joined(before, brought), gather))
-    np.testing.assert_array_equal(chat.native.positions(), np.arange(110) + 40)
+    before, brought, go_back = everything(chat.native), everything(other.native), way_back(chat)
+    for portable, ascending in itertools.product((False, True), repeat=2):
+        go_back()
+        gather = mixed(chat, 110, brought.n, ascending=ascending)
+        chat.native.compact(gather, np.arange(110) + 40, rows=brought, portable=portable)
+        assert chat.native.n_cells() == 110
+        assert_same(everything(chat.native), pick(joined(before, brought), gather))
+        np.testing.assert_array_equal(chat.native.positions(), np.arange(110) + 40)
 
 
 @pytest.mark.parametrize("portable", [False, True])
 def test_identity_and_no_rows(model, tokens, portable):
-    chat = Chat(model, tokens, n=60)
+    chat = Chat(model, tokens, n=60, n_threads=1)
     before = everything(chat.native)
     chat.native.compact(chat.everywhere(np.arange(60)), np.arange(60), portable=portable)
     chat.native.compact(chat.everywhere(np.arange(60)), np.arange(60), rows=Rows(before.k[:, :, :0], before.v[:, :, :0]), portable=portable)
@@ -127,28 +142,26 @@ def test_identity_and_no_rows(model, tokens, portable):
     assert_same(everything(chat.native), before)
 
 
-@pytest.mark.parametrize("portable", [False, True])
-def test_recalled_cells_are_as_if_they_had_never_left(model, tokens, types, portable):
-    """Evicted by head, then recalled into their old order: the next logits are those of the cache that kept everything."""
-    chat, plain = Chat(model, tokens, **types), Chat(model, tokens, **types)
-    archive = everything(chat.native)
-    keep = chat.random_keep(100)
-    chat.native.compact(keep, np.r_[np.arange(84), np.arange(N - W, N)], portable=portable)
-    back = np.broadcast_to(np.arange(N) + 100, (L, 3, N)).copy()
-    np.put_along_axis(back, keep, np.arange(100), axis=-1)
-    chat.native.compact(back, np.arange(N), rows=archive, portable=portable)
-    assert_same(everything(chat.native), archive)
-    np.testing.assert_array_equal(chat.native.query_positions(), np.arange(N - W, N))
-    np.testing.assert_array_equal(chat.feed(2, 1), plain.feed(2, 1))
-
-
-@pytest.mark.parametrize("portable", [False, True])
-def test_an_empty_cache_is_filled_from_rows(model, tokens, types, portable):
-    chat, plain = Chat(model, tokens, n=80, **types), Chat(model, tokens, n=80, **types)
-    archive = everything(chat.native)
-    chat.context.clear()
-    chat.native.compact(chat.everywhere(np.arange(80)), np.arange(80), rows=archive, portable=portable)
-    np.testing.assert_array_equal(chat.feed(2, 1), plain.feed(2, 1))
+def test_recalled_cells_are_as_if_they_had_never_left(model, tokens, types):
+    """Evicted by head, then recalled into their old order: the next logits are those of the cache that kept everything. And an empty cache is filled
+    from rows."""
+    n = 180
+    chat = Chat(model, tokens, n=n, **types)
+    archive, keep, go_back = everything(chat.native), chat.random_keep(100), way_back(chat)
+    expected = chat.feed(2, 1)
+    for portable in (False, True):
+        go_back()
+        chat.native.compact(keep, np.r_[np.arange(84), np.arange(n - W, n)], portable=portable)
+        back = np.broadcast_to(np.arange(n) + 100, (L, 3, n)).copy()
+        np.put_along_axis(back, keep, np.arange(100), axis=-1)
+        chat.native.compact(back, np.arange(n), rows=archive, portable=portable)
+        assert_same(everything(chat.native), archive)
+        np.testing.assert_array_equal(chat.native.query_positions(), np.arange(n - W, n))
+        np.testing.assert_array_equal(chat.feed(2, 1), expected)
+        chat.context.clear()
+        chat.n_past = n
+        chat.native.compact(chat.everywhere(np.arange(n)), np.arange(n), rows=archive, portable=portable)
+        np.testing.assert_array_equal(chat.feed(2, 1), expected)
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -214,7 +227,7 @@ def test_heads_whose_rows_are_no_whole_words(tmp_path, monkeypatch, family, port
         if not supported(model, "q8_0", "q5_0"):
             pytest.skip("this device has no attention for heads of this size")
         text = np.random.default_rng(0).integers(0, model.n_vocab, 200).astype(np.int32)
-        chat = Chat(model, text, n=80, n_cells=256, type_k="q8_0", type_v="q5_0")
+        chat = Chat(model, text, n=80, n_cells=256, n_threads=1, type_k="q8_0", type_v="q5_0")
         layout = chat.native.layout()
         assert (layout.row_size_k, layout.row_size_v) == (34, 22) and layout.is_swa == (family == "gemma3")
         before = everything(chat.native)

@@ -17,8 +17,8 @@ from kvlocal.llama.sampling import MAX_SEED, REPEAT_PENALTY, Sampler, SamplingEr
 
 
 @pytest.fixture(scope="module")
-def model(smollm2: Path) -> Iterator[Model]:
-    with Model(smollm2) as model:
+def model(short_smollm2: Path) -> Iterator[Model]:
+    with Model(short_smollm2) as model:
         yield model
 
 
@@ -186,7 +186,7 @@ def test_values_out_of_range_name_the_parameter(wrong: dict[str, float]) -> None
     assert isinstance(caught.value, ValueError)
 
 
-def test_predictions_that_are_not_numbers_are_reported(smollm2: Path, tmp_path: Path) -> None:
+def test_predictions_that_are_not_numbers_are_reported(short_smollm2: Path, tmp_path: Path) -> None:
     """A weight of a damaged file is NaN; what was said stays in the session."""
     path = tmp_path / "tiny.gguf"
     write_chat_model(path)

@@ -1,4 +1,4 @@
-"""A chat on the real model: within its budget, without an end, and able to go back."""
+"""A chat on layers of the real model: within its budget, without an end, and able to go back."""
 
 import dataclasses
 
@@ -16,12 +16,18 @@ from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.policies import POLICIES
 
 GREEDY = SamplingParams(temperature=0)
-SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=24, sampling=GREEDY)
+SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_tokens=24, sampling=GREEDY)
 STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
+def model(short_smollm2):
+    with Model(short_smollm2) as m:
+        yield m
+
+
+@pytest.fixture(scope="module")
+def whole_model(smollm2):
     with Model(smollm2) as m:
         yield m
 
@@ -45,8 +51,7 @@ def check_ledger(chat):
     assert (np.diff(ledger.positions[..., : ledger.n_cells], axis=-1) > 0).all()
 
 
-@pytest.mark.parametrize("policy", ["gkv", "streaming"])
-@pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize(("policy", "cache"), [("gkv", "f16"), ("streaming", "q8_0"), ("gkv", "q4_0")])
 def test_many_turns_stay_within_the_budget(model, policy, cache):
     with session(model, policy=policy, type_k=cache, type_v=cache, system="Answer in one short sentence.") as chat:
         for i in range(12):
@@ -229,8 +234,9 @@ def raise_interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_given_turns_and_generated_ones_make_the_same_cache(model):
-    with session(model) as generated, session(model) as given:
+def test_given_turns_and_generated_ones_make_the_same_cache(whole_model):
+    """Up to rounding, as tokens of the one were evaluated one by one: so it takes a model that is sure of what it says."""
+    with session(whole_model) as generated, session(whole_model) as given:
         texts = ["Name a bird.", "Name a tree."]
         for text in texts:
             "".join(generated.send(text))
@@ -290,9 +296,9 @@ def test_impossible_settings_are_refused(model):
                 call()
 
 
-def test_sliding_window_model(gemma3):
+def test_sliding_window_model(short_gemma3):
     """Its global layers are compressed; it goes past the window, back by undo, and past a (short) trained context."""
-    with Model(gemma3) as model, session(model, n_ubatch=128) as chat:
+    with Model(short_gemma3) as model, session(model, n_ubatch=128, max_tokens=8) as chat:
         "".join(chat.send(STORY * 30))
         before, cells, keys = chat.kv, chat.cache.native.positions(), chat.cache.native.read_keys(0)
         assert before.compressions > 2
@@ -303,9 +309,9 @@ def test_sliding_window_model(gemma3):
         np.testing.assert_array_equal(chat.cache.native.read_keys(0), keys)
         assert "".join(chat.send("What did the keeper do?"))
         check_ledger(chat)
-        chat.cache.compressor.n_ctx_train = 1500
-        "".join(chat.send(STORY * 50))
-        assert chat.kv.rotations >= 1 and chat.kv.next_position <= 1500
+        chat.cache.compressor.n_ctx_train = 1100
+        "".join(chat.send(STORY * 25))
+        assert chat.kv.rotations >= 1 and chat.kv.next_position <= 1100
         check_ledger(chat)
 
 
@@ -364,9 +370,9 @@ def test_a_second_read_makes_itself_room(model):
         check_ledger(chat)
 
 
-def test_the_second_read_finds_what_is_said_again(model):
+def test_the_second_read_finds_what_is_said_again(whole_model):
     """Tokens of the first copy are what a repetition looks at: far more than the window's queries do, in the mean over heads."""
-    with session(model, policy="kvzip-gkv", budget=800) as chat:
+    with session(whole_model, policy="kvzip-gkv", budget=800) as chat:
         chat.add_turn("user", "My locker has the number 7341 and stands in the cellar.")
         chat.add_turn("assistant", "Thank you, I will remember it.")
         chat.second_read()
@@ -374,7 +380,7 @@ def test_the_second_read_finds_what_is_said_again(model):
         assert np.nanmean(chat.cache.ledger.scores("reread")[..., start:]) > 3 * chat.cache.native.scores(n_query=16)[..., start:].mean()
 
 
-def test_hold_gives_everything_back(model, smollm2):
+def test_hold_gives_everything_back(model):
     """Inside nothing is compressed; afterwards cache, ledger, messages and ring are as before, and reading goes on as if nothing had been."""
     logits = []
     for probes in (False, True):
@@ -485,7 +491,7 @@ def test_h2o_adds_up_the_attention_of_every_query(model):
 
 
 def test_h2o_in_a_cache_smaller_than_a_micro_batch(model):
-    config = SessionConfig(policy="h2o", budget=64, max_tokens=8, sampling=GREEDY)
+    config = SessionConfig(policy="h2o", budget=64, n_threads=1, max_tokens=8, sampling=GREEDY)
     with ChatSession(model, config) as chat:
         assert chat.cache.context.n_ubatch < config.n_ubatch
         "".join(chat.send(STORY * 30))

@@ -43,10 +43,10 @@ def path(state) -> Path:
 
 
 @pytest.fixture
-def chat(smollm2):
+def chat(short_smollm2):
     """A chat through pipes; `limit`: no file may become larger."""
 
-    def run(*args: str, stdin: list[str], limit: int | None = None, model: str | None = str(smollm2)) -> subprocess.CompletedProcess:
+    def run(*args: str, stdin: list[str], limit: int | None = None, model: str | None = str(short_smollm2)) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "kvlocal_cli", "chat", *([model] if model else []), *OPTIONS, *args]
         confine = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit is not None else None
         return subprocess.run(command, input="\n".join(stdin), capture_output=True, text=True, timeout=120, preexec_fn=confine)
@@ -275,9 +275,9 @@ def test_what_is_written_does_not_hold_up_the_next_turn():
 
 
 @pytest.mark.parametrize("archive", ["off", "disk"])
-def test_a_few_kills(smollm2, archive):
+def test_a_few_kills(short_smollm2, archive):
     script = Path(__file__).parent / "measure" / "kill_chat.py"
-    result = subprocess.run([sys.executable, script, "3", "--model", smollm2, "--archive", archive], capture_output=True, text=True, timeout=580)
+    result = subprocess.run([sys.executable, script, "3", "--model", short_smollm2, "--archive", archive], capture_output=True, text=True, timeout=580)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout)["kills"] == 3
 

@@ -20,8 +20,8 @@ OPTIONS = {"n_cells": 256, "n_outputs": 1, "n_ubatch": 64, "n_threads": 1}
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as loaded:
+def model(short_smollm2):
+    with Model(short_smollm2) as loaded:
         yield loaded
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from doors import write_chat_model
 from random_nexus import nexus_file
-from shallow_model import write_shallow_model
 
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.session import ChatSession
@@ -25,21 +24,21 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
 
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1.1)
-SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=24, n_threads=1, sampling=GREEDY, system="Be brief.")
+SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=12, n_threads=1, sampling=GREEDY, system="Be brief.")
 STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
 ASKED = ["Name a bird.", STORY * 5 + "What did the keeper write down?", "Name a tree.", STORY * 3 + "Who wrote?", "And when?"]
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
-    with Model(smollm2) as loaded:
+def model(short_smollm2):
+    with Model(short_smollm2) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
-def nexus(smollm2, model, tmp_path_factory):
+def nexus(short_smollm2, model, tmp_path_factory):
     path = tmp_path_factory.mktemp("nexus") / "test.nexus.gguf"
-    nexus_file(smollm2).save(path)
+    nexus_file(short_smollm2).save(path)
     return NexusTokens(model, path)
 
 
@@ -135,8 +134,9 @@ def test_sampled_answers_after_a_restore_are_those_without_the_interruption(mode
             check_equal(through, back)
 
 
-def test_a_sliding_window_comes_back(gemma3, snapshots):
-    with Model(gemma3) as model, session(model, n_ubatch=128, budget=256) as through, session(model, n_ubatch=128, budget=256) as back:
+def test_a_sliding_window_comes_back(short_gemma3, snapshots):
+    settings = {"n_ubatch": 128, "budget": 256, "max_tokens": 6}
+    with Model(short_gemma3) as model, session(model, **settings) as through, session(model, **settings) as back:
         ask(through, [STORY * 20, "Go on."], lambda: snapshots.save(through))
         snapshots.load(back, through.messages)
         back.second_read()
@@ -302,7 +302,7 @@ def forged(chat, **changes):
 
 def test_arrays_that_contradict_each_other_are_refused(model):
     """As they could come from a forged file with the right checksum."""
-    with session(model) as chat, session(model) as other:
+    with session(model, max_tokens=24) as chat, session(model, max_tokens=24) as other:
         ask(chat, ASKED[:3])
         tokens, numbers = chat.snapshot()["ledger.tokens"].copy(), chat.snapshot()["ledger.numbers"]
         backwards = tokens[..., ::-1].copy()
@@ -396,10 +396,8 @@ RECALL = {"policy": "recall", "archive": "disk"}
 
 
 @pytest.fixture(scope="module")
-def shallow(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, 3)
-    with Model(path) as loaded:
+def shallow(shallow_file):
+    with Model(shallow_file) as loaded:
         yield loaded
 
 

@@ -48,6 +48,13 @@ def test_what_only_looks_like_a_stop_string_is_given_in_the_end() -> None:
     assert stream.flush() == "EN"
 
 
+def test_where_the_text_is_cut_the_beginning_of_a_stop_string_is_left_out() -> None:
+    stream = TextStream(stop=["<|end|>"])
+    assert stream.push(b"a < b <|e") == "a < b "
+    assert stream.flush(cut=True) == ""
+    assert stream.push(b"c<") + stream.flush() == "c<"
+
+
 def test_the_first_stop_string_counts() -> None:
     stream = TextStream(stop=["later", "now"])
     assert stream.push(b"stop now or later") == "stop "

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from shallow_model import write_shallow_model
 from tiny_model import write_tiny_model
 
 from kvlocal.cache.budgeted import BudgetedCache, Passage
@@ -25,10 +24,8 @@ MORE = ["Go on.", STORY * 4 + "Who wrote?", "When?"]
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, 3)
-    with Model(path) as loaded:
+def model(shallow_file):
+    with Model(shallow_file) as loaded:
         yield loaded
 
 

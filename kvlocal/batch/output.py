@@ -64,34 +64,22 @@ class Results:
         if self._path is None:
             self._handle, self._name = os.dup(1), "standard output"
         elif self._path.is_file() or not self._path.exists():
-            self._file = LineFile(self._path, _START).__enter__()
-            try:
-                self._take_over(self._file)
-            except BaseException:
-                self._file.__exit__()
-                raise
+            self._file = LineFile(self._path, _START, self._take, self._other, replace=self._replace).__enter__()
+            if self._retry:
+                self.n_done -= len(self._failed)
+            else:
+                self.n_failed = len(self._failed)
+                self._failed.clear()
         else:
             self._handle, self._name = _open(self._path), str(self._path)
         return self
 
-    def _take_over(self, file: LineFile) -> None:
-        """Reads what is there, and drops half a line at the end."""
-        if self._replace:
-            file.clear()
-        try:
-            for line in file.read():
-                record = json.loads(line)
-                self._note(record["line"], int(record["key"], 16))
-                if "error" in record:
-                    self._failed.add(record["line"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise self._other() from None
-        file.mend()
-        if self._retry:
-            self.n_done -= len(self._failed)
-        else:
-            self.n_failed = len(self._failed)
-            self._failed.clear()
+    def _take(self, line: bytes) -> None:
+        """A record that is there."""
+        record = json.loads(line)
+        self._note(record["line"], int(record["key"], 16))
+        if "error" in record:
+            self._failed.add(record["line"])
 
     def _note(self, number: int, key: int) -> None:
         if number >= len(self._keys):
@@ -101,10 +89,9 @@ class Results:
         self._keys[number] = key
         self.n_done += 1
 
-    def _other(self) -> KvlocalError:
-        return KvlocalError(
-            f"{self._path} holds something else than results of this input with these settings: name another file or replace it with --force"
-        )
+    @property
+    def _other(self) -> str:
+        return f"{self._path} holds something else than results of this input with these settings: name another file or replace it with --force"
 
     def wants(self, number: int, line: bytes) -> bool:
         """Whether there is no record of a line yet, or one of a failure that is to be tried again.
@@ -115,7 +102,7 @@ class Results:
         key = hashlib.blake2b(line.strip(), key=self._settings, digest_size=_KEY_BYTES).hexdigest()
         known = self._keys[number] if number < len(self._keys) else 0
         if known and known != int(key, 16):
-            raise self._other()
+            raise KvlocalError(self._other)
         if known and number not in self._failed:
             return False
         self._begun[number] = key

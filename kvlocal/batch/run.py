@@ -73,7 +73,10 @@ def run_batch(
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.cache.budget
     slots = Slots(parallel, model, **asked)
-    return _Batch(lines, model, config, budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
+    outcomes = _Batch(lines, model, config, budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
+    # to its first step, so that closing it frees the slots also where nobody asked for a result
+    next(outcomes)
+    return outcomes
 
 
 class _Batch:
@@ -108,10 +111,12 @@ class _Batch:
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(parallel)]
         self._n_working = parallel
 
-    def outcomes(self) -> Generator[Outcome, None, None]:
-        for thread in self._threads:
-            thread.start()
+    def outcomes(self) -> Generator[Any, None, None]:
+        """Yields once before anything is begun, and then the outcomes."""
         try:
+            yield None
+            for thread in self._threads:
+                thread.start()
             ready: list[tuple[int, Outcome]] = []
             n_yielded = 0
             while True:

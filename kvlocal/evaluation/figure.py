@@ -24,6 +24,15 @@ def check(path: Path) -> None:
         raise KvlocalError("drawing needs matplotlib, which is not installed: pip install 'kvlocal[plot]'")
 
 
+def is_figure(path: Path) -> bool:
+    """Whether a file is a figure that `save` wrote: the library that draws it names itself in each of the formats.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return b"Matplotlib" in path.read_bytes()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

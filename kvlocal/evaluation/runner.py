@@ -67,27 +67,15 @@ class WorkFile:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self._file = LineFile(path, b'{"run": "')
+        other = f"{path} is no file of unfinished results: remove it or name another file"
+        self._file = LineFile(path, b'{"run": "', self._take, other)
         self._key = key
         self._others: list[bytes] = []
         self.results: Measurements = {}
 
     def __enter__(self) -> Self:
         self._file.__enter__()
-        try:
-            self._take_over()
-        except BaseException:
-            self._file.__exit__()
-            raise
         return self
-
-    def _take_over(self) -> None:
-        try:
-            for line in self._file.read():
-                self._take(line)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise KvlocalError(f"{self.path} is no file of unfinished results: remove it or name another file") from None
-        self._file.mend()
 
     def _take(self, line: bytes) -> None:
         record = json.loads(line)

@@ -18,21 +18,25 @@ _HEAD = 256  # bytes that tell whether a file is ours
 class LineFile:
     """A file of JSON objects, one a line, that grows: every line is on the disk before the next one begins; a context manager.
 
-    The file is made if it is not there. Of what it holds, `read` and `mend` have to make sure before it grows that it is ours, to the last byte.
-    Only one process at a time has it.
+    The file is made if it is not there. What it holds is read on entering the block, and has to be ours to the last byte: a last line that was cut
+    off is dropped then, or ended if it lacks nothing but its end. Only one process at a time has the file.
 
     path: where it is
     start: how every line begins, up to white space
+    take: gets each whole line that is there, with its end, one after another; it raises ValueError, KeyError, TypeError or OverflowError for one
+        that is not ours
+    other: the sentence for a file that holds something else; it is left as it is
+    replace: drop all there is instead, whoever wrote it
     """
 
-    def __init__(self, path: Path, start: bytes) -> None:
+    def __init__(self, path: Path, start: bytes, take: Callable[[bytes], None], other: str, *, replace: bool = False) -> None:
         self.path = path
-        self._start = start
+        self._start, self._take, self._other, self._replace = start, take, other, replace
         # of the whole lines, and whether the last one has its end
         self._size, self._ended = 0, True
 
     def __enter__(self) -> Self:
-        """Raises KvlocalError if the file cannot be read and written, or another process has it."""
+        """Raises KvlocalError if the file cannot be read and written, another process has it, or it holds something else."""
         try:
             self._handle = open_locked(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except Busy:
@@ -41,9 +45,29 @@ class LineFile:
             raise KvlocalError(f"{self.path} cannot be kept to one run ({error.strerror}): name a file on another disk") from error
         except OSError as error:
             raise KvlocalError(f"cannot keep results in {self.path} ({error.strerror}): {remedy(error)}, or name another file") from error
+        try:
+            self._take_over()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
-    def read(self) -> Iterator[bytes]:
+    def _take_over(self) -> None:
+        if self._replace:
+            os.ftruncate(self._handle, 0)
+        try:
+            for line in self._read():
+                self._take(line)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise KvlocalError(self._other) from None
+        try:
+            os.ftruncate(self._handle, self._size)
+            if not self._ended:
+                os.write(self._handle, b"\n")
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _read(self) -> Iterator[bytes]:
         """The whole lines, with their ends, one after another; a last one that lacks nothing but its end counts as whole.
 
         Raises:
@@ -86,23 +110,6 @@ class LineFile:
             raise ValueError("it ends with something else") from None
         return False
 
-    def mend(self) -> None:
-        """Drops a last line that was cut off, or ends one. To be called when all lines were read and are ours.
-
-        Raises:
-            KvlocalError: it cannot be written.
-        """
-        try:
-            os.ftruncate(self._handle, self._size)
-            if not self._ended:
-                os.write(self._handle, b"\n")
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def clear(self) -> None:
-        """Drops all there is, whoever wrote it."""
-        os.ftruncate(self._handle, 0)
-
     def drop(self, unwanted: Callable[[bytes], bool]) -> None:
         """Takes whole lines out, with their ends, all at once: a crash leaves the file with each of them or with none. Half a last line goes too.
 
@@ -115,9 +122,9 @@ class LineFile:
             try:
                 staged.unlink(missing_ok=True)
                 # other processes wait for this one, which keeps it
-                with LineFile(staged, self._start) as fresh:
+                with LineFile(staged, self._start, lambda _: None, "") as fresh:
                     with open(fresh._handle, "ab", closefd=False) as file:
-                        file.writelines(line for line in self.read() if not unwanted(line))
+                        file.writelines(line for line in self._read() if not unwanted(line))
                     os.fchmod(fresh._handle, os.fstat(self._handle).st_mode & 0o7777)
                     publish(staged, target)
                     self._handle, fresh._handle = fresh._handle, self._handle

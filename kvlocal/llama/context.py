@@ -136,7 +136,7 @@ class Context:
         # which tokens of the last batch have logits
         self._outputs: range = range(0)
         self._batch_size = 0
-        self._batch = TokenBatch(lib, self.n_ubatch, self.n_seq_max)
+        self._batch = TokenBatch(lib, self.n_ubatch, self.n_seq_max, self.n_outputs)
         # llama.cpp makes micro-batches no larger than the cache
         self.n_recorded = min(n_recorded, self.n_ubatch)
         if self.n_recorded:
@@ -183,9 +183,8 @@ class Context:
         array = np.asarray(tokens, dtype=np.int32)
         if array.ndim != 1:
             raise EngineError(f"tokens must be an array of one dimension, not {array.ndim}")
-        n_outputs = self._check_place(len(array), pos, seq, logits)
+        self._batch.place(len(array), pos, seq, logits)
         self._check_tokens(array)
-        self._batch.place(len(array), pos, seq, n_outputs)
         self._batch.set_tokens(array)
         self._run(len(array))
 
@@ -208,16 +207,10 @@ class Context:
         if len(shapes) > 1 or arrays[0].ndim != 1:
             raise EngineError("tokens, positions and sequences must be arrays of one dimension and of the same length")
         token, pos, seq = arrays
-        n = len(token)
-        self._check_batch(n, n)
-        if pos.min() < 0:
-            raise EngineError(f"a position is {pos.min()}, but must be at least 0")
-        for outermost in (int(seq.min()), int(seq.max())):
-            self._check_seq(outermost)
-        self._check_tokens(token)
         self._batch.place_each(pos, seq)
+        self._check_tokens(token)
         self._batch.set_tokens(token)
-        self._run(n)
+        self._run(len(token))
 
     def use_adapter(self, adapter: Adapter | None) -> None:
         """What is decoded from now on is computed with this adapter on top of the weights, or with the weights alone.
@@ -248,28 +241,9 @@ class Context:
             raise EngineError(f"embeddings must have the shape [n, {self.model.n_embd}], not {list(array.shape)}")
         if self._lib.llama_model_rope_type(self.model.pointer) in _MULTI_SECTION_ROPE:
             raise EngineError(f"{self.model.path} takes several positions per vector: give it tokens instead")
-        n_outputs = self._check_place(len(array), pos, seq, logits)
-        self._batch.place(len(array), pos, seq, n_outputs)
+        self._batch.place(len(array), pos, seq, logits)
         self._batch.set_vectors(array)
         self._run(len(array))
-
-    def _check_place(self, n: int, pos: int, seq: int, logits: Outputs) -> int:
-        """How many of n tokens keep their logits."""
-        n_outputs = {"last": 1, "all": n, "none": 0}.get(logits)
-        if n_outputs is None:
-            raise EngineError(f"logits are kept for 'last', 'all' or 'none' of the tokens, not for {logits!r}")
-        self._check_batch(n, n_outputs)
-        if pos < 0:
-            raise EngineError(f"the position is {pos}, but must be at least 0")
-        self._check_seq(seq)
-        return n_outputs
-
-    def _check_batch(self, n: int, n_outputs: int) -> None:
-        _ = self.pointer
-        if not 1 <= n <= self.n_ubatch:
-            raise EngineError(f"a batch holds 1 to {self.n_ubatch} tokens, not {n}: split it")
-        if n_outputs > self.n_outputs:
-            raise EngineError(f"the context keeps logits for {self.n_outputs} tokens: raise n_outputs or ask for fewer")
 
     def _check_tokens(self, tokens: npt.NDArray[np.int32]) -> None:
         if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
@@ -323,7 +297,7 @@ class Context:
 
     def remove(self, seq: int, p0: int, p1: int) -> None:
         """Free the cells of a sequence at positions p0 to p1 - 1; a negative bound is open. Logits are forgotten."""
-        self._check_seq(seq)
+        self._batch.check_sequence(seq)
         self._outputs = range(0)
         if not self._lib.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise EngineError(f"llama.cpp cannot remove positions {p0} to {p1} of sequence {seq}: clear it instead")
@@ -338,12 +312,12 @@ class Context:
 
     def pos_max(self, seq: int = 0) -> int:
         """The highest position in a sequence, -1 when it is empty."""
-        self._check_seq(seq)
+        self._batch.check_sequence(seq)
         return self._lib.llama_memory_seq_pos_max(self.memory, seq)
 
     def pos_min(self, seq: int = 0) -> int:
         """The lowest position from which on all are there, also in the cache of a sliding window; -1 when the sequence is empty."""
-        self._check_seq(seq)
+        self._batch.check_sequence(seq)
         return self._lib.llama_memory_seq_pos_min(self.memory, seq)
 
     def state_get(self, seq: int = 0, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
@@ -353,7 +327,7 @@ class Context:
             seq: the sequence.
             out: memory to write to, if it is large enough.
         """
-        self._check_seq(seq)
+        self._batch.check_sequence(seq)
         size = self._lib.llama_state_seq_get_size(self.pointer, seq)
         state = out[:size] if out is not None and len(out) >= size else np.empty(size, dtype=np.uint8)
         if not size or self._lib.llama_state_seq_get_data(self.pointer, _bytes_of(state), size, seq) != size:
@@ -365,7 +339,7 @@ class Context:
 
         Logits are not part of it: decode a token before sampling. A refused state leaves the sequence empty.
         """
-        self._check_seq(seq)
+        self._batch.check_sequence(seq)
         array = np.frombuffer(state, dtype=np.uint8)
         self._outputs = range(0)
         if not self._lib.llama_state_seq_set_data(self.pointer, _bytes_of(array), len(array), seq):
@@ -385,10 +359,6 @@ class Context:
     def close(self) -> None:
         """Free the cache. Closing twice is harmless."""
         self._free()
-
-    def _check_seq(self, seq: int) -> None:
-        if not 0 <= seq < self.n_seq_max:
-            raise EngineError(f"there is no sequence {seq}: this context has {self.n_seq_max}")
 
     def __enter__(self) -> Self:
         return self

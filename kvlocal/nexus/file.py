@@ -176,6 +176,15 @@ class NexusFile:
                 raise NexusError(f"the Nexus file's adapter for {name} does not fit {base.path.name}: train or fetch it again")
 
 
+def is_nexus_file(path: Path) -> bool:
+    """Whether `NexusFile.load` takes a file."""
+    try:
+        NexusFile.load(path)
+    except KvlocalError:
+        return False
+    return True
+
+
 _ADAPTER_TYPES = {"F16": np.float16, "F32": np.float32}
 _TEXTS = {"architecture": "general.architecture"} | {name: _PREFIX + name for name in ("base_name", "base_hash", "segment_rule")}
 

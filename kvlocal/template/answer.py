@@ -80,7 +80,7 @@ class AnswerStream:
     def flush(self, cut: bool = False) -> str:
         """Give what was kept back. The stream is then at its end.
 
-        cut: the text would have gone on: the beginning of a character is left out
+        cut: the text would have gone on: the beginning of a character is left out, and that of a stop string
         """
         rest = self._stream.flush(cut)
         if self._format is None:

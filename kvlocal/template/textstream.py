@@ -26,10 +26,11 @@ class TextStream:
     def flush(self, cut: bool = False) -> str:
         """Give what was kept back. The stream is then at the start of a new text.
 
-        cut: the text would have gone on: the beginning of a character is left out
+        cut: the text would have gone on: the beginning of a character is left out, and that of a stop string
         """
-        rest = "" if cut else self._release(self._decoder.decode(b"", final=True))
-        if not self.stopped:
+        rest = ""
+        if not cut:
+            rest = self._release(self._decoder.decode(b"", final=True))
             rest += self._held
         self._held, self.stopped = "", False
         self._decoder.reset()

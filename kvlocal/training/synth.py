@@ -91,31 +91,21 @@ class DataFile:
     """
 
     def __init__(self, path: Path, key: str, settings: SynthSettings) -> None:
-        self._file, self._key = LineFile(path, b'{"messages": ['), key
+        other = f"{path} holds something else than dialogues of this model and these settings: name another file"
+        self._file, self._key = LineFile(path, b'{"messages": [', self._take, other), key
         self._first_seed = settings.seed * SEEDS_PER_RUN
         self.n_dialogues = self.n_tokens = self.next = 0
 
     def __enter__(self) -> Self:
         self._file.__enter__()
-        try:
-            self._take_over()
-        except BaseException:
-            self._file.__exit__()
-            raise
         return self
 
-    def _take_over(self) -> None:
-        try:
-            for line in self._file.read():
-                record = json.loads(line)
-                if record["run"] != self._key:
-                    raise KeyError("run")
-                self._count(record["seed"], record["tokens"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise KvlocalError(
-                f"{self._file.path} holds something else than dialogues of this model and these settings: name another file"
-            ) from None
-        self._file.mend()
+    def _take(self, line: bytes) -> None:
+        """A dialogue that is there."""
+        record = json.loads(line)
+        if record["run"] != self._key:
+            raise ValueError("it is of another run")
+        self._count(record["seed"], record["tokens"])
 
     def add(self, dialogue: WrittenDialogue) -> None:
         """Keeps one more dialogue.
@@ -173,32 +163,32 @@ def dialogues(model: Model, settings: SynthSettings, start: int = 0) -> Iterator
     finished: dict[int, WrittenDialogue] = {}
     with Context(model, n_cells=scribe.n_cells, n_ubatch=n, n_seq_max=n, n_threads=settings.n_threads) as context:
 
-        def begin() -> _Slot:
+        def begin() -> _Sequence:
             number = next(numbers, None)
             if number is None:
                 raise KvlocalError(f"a run has at most {SEEDS_PER_RUN} dialogues: start another one with another seed")
-            return _Slot(number, scribe, settings.seed * SEEDS_PER_RUN + number)
+            return _Sequence(number, scribe, settings.seed * SEEDS_PER_RUN + number)
 
-        slots = [begin() for _ in range(n)]
+        writing = [begin() for _ in range(n)]
         while True:
-            for i, slot in enumerate(slots):
-                if slot.rewind:
-                    context.remove(i, slot.position - slot.rewind, -1)
-                tokens[i], positions[i] = slot.advance()
+            for i, sequence in enumerate(writing):
+                if sequence.rewind:
+                    context.remove(i, sequence.position - sequence.rewind, -1)
+                tokens[i], positions[i] = sequence.advance()
             context.decode_sequences(tokens, positions, sequences)
-            drawing = [i for i, slot in enumerate(slots) if not slot.feed]
+            drawing = [i for i, sequence in enumerate(writing) if not sequence.feed]
             if not drawing:
                 continue
             logits = context.logits_all()[drawing]
-            scribe.forbid(logits, [slots[i].may_end for i in drawing])
-            temperature = np.array([slots[i].temperature for i in drawing], dtype=np.float32)
-            drawn = draw(logits, temperature, np.array([slots[i].random.random() for i in drawing]))
+            scribe.forbid(logits, [writing[i].may_end for i in drawing])
+            temperature = np.array([writing[i].temperature for i in drawing], dtype=np.float32)
+            drawn = draw(logits, temperature, np.array([writing[i].random.random() for i in drawing]))
             for i, token in zip(drawing, drawn.tolist(), strict=True):
-                done = slots[i].take(token)
+                done = writing[i].take(token)
                 if done:
-                    finished[slots[i].number] = done
+                    finished[writing[i].number] = done
                     context.clear(i)
-                    slots[i] = begin()
+                    writing[i] = begin()
             while start in finished:
                 yield finished.pop(start)
                 start += 1
@@ -219,7 +209,7 @@ class _Step:
     may_end: bool
 
 
-class _Slot:
+class _Sequence:
     """A dialogue in a sequence of the context."""
 
     def __init__(self, number: int, scribe: _Scribe, seed: int) -> None:

@@ -1,8 +1,9 @@
-"""Does what kvlocal does with the library a few times, under LeakSanitizer, and tells what memory of the library nothing points to in the end.
+"""Does what kvlocal does with its libraries a few times, under LeakSanitizer, and tells what memory of theirs nothing points to in the end.
 
     make leaks
 
-Python never frees much of what it allocates. So only what was allocated in libllama or ggml counts, for which LeakSanitizer's report is read.
+Python never frees much of what it allocates. So only what was allocated in libllama, ggml or libkvlocal-chat counts, for which LeakSanitizer's report
+is read.
 """
 
 import contextlib
@@ -17,16 +18,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from doors import write_chat_model, write_nexus
+from doors import CHATML, write_chat_model, write_nexus
 
 from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import Context
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.model import Model
+from kvlocal.template.compiled import AnswerError, CompiledTemplate, TemplateError
 
 ROUNDS = 3
-_OURS = re.compile(r"\blib(llama|ggml)[\w-]*\.so|/native/src/")
+_OURS = re.compile(r"\blib(llama|ggml|kvlocal-chat)[\w-]*\.so|/native/(src|chat)/")
+# enough for llama.cpp to take it for a template of gpt-oss
+_CHANNELS = "{% for m in messages %}<|start|>{{ m.role }}<|channel|>final<|message|>{{ m.content }}<|end|>{% endfor %}<|start|>assistant"
 # what stands in a stack above the functions of the library that Python calls
 _CALLER = re.compile(r"libffi|_cffi|python")
 
@@ -43,6 +47,27 @@ def work(directory: Path) -> None:
         for wrong in (directory / "cut.gguf", directory / "adapter.gguf"):
             with contextlib.suppress(EngineError):
                 Model(wrong)
+
+
+def answer() -> None:
+    """One round with a chat template, also with what is refused."""
+    messages = [{"role": "user", "content": "Hi"}]
+    template = CompiledTemplate(CHATML)
+    template.render(messages, opening=True, now=0)
+    answers = template.answer_format(messages)
+    for is_partial in (True, False):
+        answers.parse("<think>\nHm.\n</think>\n\nYes.", is_partial=is_partial)
+    channels = CompiledTemplate(_CHANNELS).answer_format(messages)
+    for refused in (
+        lambda: CompiledTemplate("{% for %}"),
+        lambda: CompiledTemplate("{{ 'a' * 5000000000 }}").render(messages, opening=False, now=0),
+        lambda: channels.parse("<|channel|>nothing of the sort"),
+    ):
+        try:
+            refused()
+        except (TemplateError, AnswerError):
+            continue
+        raise AssertionError("taken, though it is wrong")
 
 
 def _work_in(context: Context, adapter: Adapter | None) -> None:
@@ -118,4 +143,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1])) if len(sys.argv) > 1 else main()
+    if len(sys.argv) > 1:
+        work(Path(sys.argv[1]))
+        for _ in range(ROUNDS):
+            answer()
+    else:
+        main()
