@@ -277,7 +277,8 @@ def test_what_is_written_does_not_hold_up_the_next_turn():
 @pytest.mark.parametrize("archive", ["off", "disk"])
 def test_a_few_kills(short_smollm2, archive):
     script = Path(__file__).parent / "measure" / "kill_chat.py"
-    result = subprocess.run([sys.executable, script, "3", "--model", short_smollm2, "--archive", archive], capture_output=True, text=True, timeout=580)
+    command = [sys.executable, script, "3", "--model", short_smollm2, "--archive", archive]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout)["kills"] == 3
 

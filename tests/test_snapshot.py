@@ -395,11 +395,6 @@ def test_caches_that_are_not_what_the_ledger_says(family, tmp_path):
 RECALL = {"policy": "recall", "archive": "disk"}
 
 
-@pytest.fixture(scope="module")
-def shallow(shallow_file):
-    with Model(shallow_file) as loaded:
-        yield loaded
-
 
 def back_again(model, snapshots, messages, **changes):
     """Another process that finds the snapshot; returns the session and how many messages it has."""
@@ -414,10 +409,10 @@ def back_again(model, snapshots, messages, **changes):
 
 
 @pytest.mark.parametrize("stores", [("ram", "ram"), ("disk", "disk"), ("ram", "disk"), ("disk", "ram")])
-def test_every_turn_can_be_taken_back_after_a_restore(shallow, snapshots, stores):
-    with session(shallow, **RECALL | {"archive": stores[0]}) as through:
+def test_every_turn_can_be_taken_back_after_a_restore(shallow_model, snapshots, stores):
+    with session(shallow_model, **RECALL | {"archive": stores[0]}) as through:
         ask(through, ASKED, lambda: snapshots.save(through))
-        chat, n = back_again(shallow, snapshots, through.messages, archive=stores[1])
+        chat, n = back_again(shallow_model, snapshots, through.messages, archive=stores[1])
         with chat:
             assert n == 10 and chat.messages == through.messages
             check_equal(through, chat)
@@ -429,22 +424,22 @@ def test_every_turn_can_be_taken_back_after_a_restore(shallow, snapshots, stores
                 check_equal(through, chat)
 
 
-def test_a_conversation_that_went_another_way_is_found_where_they_part(shallow, snapshots):
+def test_a_conversation_that_went_another_way_is_found_where_they_part(shallow_model, snapshots):
     """As after /undo 2 or /edit, and a crash before the next snapshot."""
-    with session(shallow, **RECALL) as through:
+    with session(shallow_model, **RECALL) as through:
         ask(through, ASKED, lambda: snapshots.save(through))
         through.undo(3)
         messages = list(through.messages)
         for more in ([], [{"role": "user", "content": "Another?"}, {"role": "assistant", "content": "Yes."}]):
-            chat, n = back_again(shallow, snapshots, [*messages, *more])
+            chat, n = back_again(shallow_model, snapshots, [*messages, *more])
             with chat:
                 assert n == 4 and chat.messages == messages
                 check_equal(through, chat)
 
 
-def test_at_any_moment_the_last_snapshot_can_be_gone_on_with(shallow, snapshots):
+def test_at_any_moment_the_last_snapshot_can_be_gone_on_with(shallow_model, snapshots):
     """Turns are taken back, others come, and snapshots are begun that do not come to their end: the process may end in between."""
-    with session(shallow, **RECALL) as through, session(shallow, **RECALL) as twin:
+    with session(shallow_model, **RECALL) as through, session(shallow_model, **RECALL) as twin:
         for chat in (through, twin):
             ask(chat, ASKED[:4])
         snapshots.save(through)
@@ -452,7 +447,7 @@ def test_at_any_moment_the_last_snapshot_can_be_gone_on_with(shallow, snapshots)
 
         def check():
             assert snapshots.path.read_bytes() == kept[1]
-            chat, n = back_again(shallow, snapshots, kept[0])
+            chat, n = back_again(shallow_model, snapshots, kept[0])
             with chat:
                 assert n == len(kept[0])
                 check_equal(twin, chat)
@@ -468,34 +463,34 @@ def test_at_any_moment_the_last_snapshot_can_be_gone_on_with(shallow, snapshots)
                 snapshots.save(through, lambda asked=asked: next(asked, True))
                 check()
             snapshots.save(through)
-            chat, _ = back_again(shallow, snapshots, through.messages)
+            chat, _ = back_again(shallow_model, snapshots, through.messages)
             with chat:
                 check_equal(through, chat)
             twin.close()
-            twin = back_again(shallow, snapshots, through.messages)[0]
+            twin = back_again(shallow_model, snapshots, through.messages)[0]
             kept = [list(through.messages), snapshots.path.read_bytes()]
         twin.close()
 
 
-def test_a_conversation_that_is_kept_elsewhere_uses_nothing_of_where_it_was(shallow, snapshots, tmp_path):
+def test_a_conversation_that_is_kept_elsewhere_uses_nothing_of_where_it_was(shallow_model, snapshots, tmp_path):
     """As after /fork: others may go on there."""
-    with session(shallow, **RECALL) as through, session(shallow, **RECALL) as twin:
+    with session(shallow_model, **RECALL) as through, session(shallow_model, **RECALL) as twin:
         for chat in (through, twin):
             ask(chat, ASKED[:4])
         snapshots.save(through)
         Snapshots(tmp_path / "two.snapshot").save(through)
         archive_path(snapshots.path).write_bytes(bytes(archive_path(snapshots.path).stat().st_size))
         check_equal(through, twin)
-        chat, n = back_again(shallow, Snapshots(tmp_path / "two.snapshot"), through.messages)
+        chat, n = back_again(shallow_model, Snapshots(tmp_path / "two.snapshot"), through.messages)
         with chat:
             assert n == 8
             check_equal(twin, chat)
             assert ask(chat, ASKED[4:]) == ask(through, ASKED[4:]) == ask(twin, ASKED[4:])
 
 
-def test_an_archive_that_is_not_what_it_was_is_found_out(shallow, snapshots):
+def test_an_archive_that_is_not_what_it_was_is_found_out(shallow_model, snapshots):
     path = archive_path(snapshots.path)
-    with session(shallow, **RECALL) as through:
+    with session(shallow_model, **RECALL) as through:
         ask(through, ASKED[:2], lambda: snapshots.save(through))
         messages = list(through.messages)
     content = path.read_bytes()
@@ -503,20 +498,21 @@ def test_an_archive_that_is_not_what_it_was_is_found_out(shallow, snapshots):
     changed[::4096] = bytes(255 - byte for byte in changed[::4096])
     for wrong, match in ((bytes(changed), "archive is damaged"), (content[:-1], "archive is incomplete"), (None, "archive is gone")):
         path.unlink() if wrong is None else path.write_bytes(wrong)
-        with session(shallow, **RECALL) as chat:
+        with session(shallow_model, **RECALL) as chat:
             with pytest.raises(SnapshotError, match=match):
                 snapshots.load(chat, messages)
             assert chat.messages == [] and ask(chat, ASKED[:1])
     path.write_bytes(content)
-    back_again(shallow, snapshots, messages)[0].close()
-    with session(shallow, **RECALL | {"archive": "off"}) as chat, pytest.raises(SnapshotError, match="another archive"):
+    back_again(shallow_model, snapshots, messages)[0].close()
+    with session(shallow_model, **RECALL | {"archive": "off"}) as chat, pytest.raises(SnapshotError, match="another archive"):
         snapshots.load(chat, messages)
-    with session(shallow, **RECALL | {"archive": "ram", "archive_ram": 2**19}) as chat, pytest.raises(SnapshotError, match="contradicts itself"):
-        snapshots.load(chat, messages)
+    with session(shallow_model, **RECALL | {"archive": "ram", "archive_ram": 2**19}) as chat:
+        with pytest.raises(SnapshotError, match="contradicts itself"):
+            snapshots.load(chat, messages)
 
 
-def test_arrays_of_an_archive_that_contradict_each_other_are_refused(shallow):
-    with session(shallow, **RECALL) as chat, session(shallow, **RECALL) as other:
+def test_arrays_of_an_archive_that_contradict_each_other_are_refused(shallow_model):
+    with session(shallow_model, **RECALL) as chat, session(shallow_model, **RECALL) as other:
         ask(chat, ASKED[:3])
         arrays, data = chat.snapshot(), [part.data for part in chat.cache.archive.parts()]
         marks, numbers, tokens = (arrays[name] for name in ("archive.marks", "marks.numbers", "ledger.tokens"))
@@ -555,11 +551,11 @@ def test_arrays_of_an_archive_that_contradict_each_other_are_refused(shallow):
         check_equal(chat, other)
 
 
-def test_an_archive_that_was_given_up_stays_so(shallow, snapshots):
-    with session(shallow, **RECALL | {"archive": "ram", "archive_ram": 2**20}) as through:
+def test_an_archive_that_was_given_up_stays_so(shallow_model, snapshots):
+    with session(shallow_model, **RECALL | {"archive": "ram", "archive_ram": 2**20}) as through:
         ask(through, ASKED[:4], lambda: snapshots.save(through))
         assert through.cache.archive is None and not archive_path(snapshots.path).exists()
-        with session(shallow, **RECALL) as chat:
+        with session(shallow_model, **RECALL) as chat:
             snapshots.load(chat, through.messages)
             assert chat.cache.archive is None and chat.kv.archive_lost
             assert ask(chat, ASKED[2:]) == ask(through, ASKED[2:])

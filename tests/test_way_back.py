@@ -23,11 +23,6 @@ ASKED = ["Name a bird.", STORY * 6, "Why?", STORY * 3 + "What did the keeper wri
 MORE = ["Go on.", STORY * 4 + "Who wrote?", "When?"]
 
 
-@pytest.fixture(scope="module")
-def model(shallow_file):
-    with Model(shallow_file) as loaded:
-        yield loaded
-
 
 def session(model, **changes):
     return ChatSession(model, dataclasses.replace(CONFIG, **changes))
@@ -65,9 +60,9 @@ def read_nothing_again(chat):
 
 
 @pytest.mark.parametrize(("depth", "kind"), [(1, "f16"), (2, "q8_0"), (4, "f16"), (6, "f16")])
-def test_answers_are_those_of_a_conversation_that_never_had_the_turns(model, depth, kind):
+def test_answers_are_those_of_a_conversation_that_never_had_the_turns(shallow_model, depth, kind):
     """Over compressions and choices in answers, and though the next text is shorter than the window whose queries choose."""
-    with session(model, type_k=kind, type_v=kind) as chat, session(model, type_k=kind, type_v=kind) as other:
+    with session(shallow_model, type_k=kind, type_v=kind) as chat, session(shallow_model, type_k=kind, type_v=kind) as other:
         ask(chat, ASKED)
         assert chat.kv.compressions > 4 and chat.last.answer_tokens > 16 and len(chat.cache.marked) == 6
         messages = list(chat.messages)
@@ -79,8 +74,8 @@ def test_answers_are_those_of_a_conversation_that_never_had_the_turns(model, dep
         check_equal(chat, other)
 
 
-def test_turn_by_turn_and_on_again(model):
-    with session(model) as chat, session(model) as other:
+def test_turn_by_turn_and_on_again(shallow_model):
+    with session(shallow_model) as chat, session(shallow_model) as other:
         answers = ask(chat, ASKED)
         read_nothing_again(chat)
         assert "".join(chat.regenerate()) == answers[-1]
@@ -103,8 +98,8 @@ def test_turn_by_turn_and_on_again(model):
         assert ask(chat, ASKED) == answers
 
 
-def test_nothing_is_copied(model):
-    with ChatSession(model, CONFIG, spare=200) as chat:
+def test_nothing_is_copied(shallow_model):
+    with ChatSession(shallow_model, CONFIG, spare=200) as chat:
         chat.cache.context.state_get = None
         ask(chat, ASKED[:4])
         with chat.hold():
@@ -113,9 +108,9 @@ def test_nothing_is_copied(model):
         assert not len(chat.cache._way_back.copy) and chat.cache._way_back.checkpoint is None
 
 
-def test_what_is_held_comes_back_with_its_marks(model):
+def test_what_is_held_comes_back_with_its_marks(shallow_model):
     config = dataclasses.replace(CONFIG, max_tokens=8)
-    with ChatSession(model, config, spare=200) as chat, ChatSession(model, config, spare=200) as other:
+    with ChatSession(shallow_model, config, spare=200) as chat, ChatSession(shallow_model, config, spare=200) as other:
         for one in (chat, other):
             ask(one, ASKED[:3])
         with chat.hold():
@@ -131,9 +126,9 @@ def test_what_is_held_comes_back_with_its_marks(model):
         assert ask(chat, MORE) == ask(other, MORE)
 
 
-def test_a_turn_that_fails_is_taken_back_from_the_archive(model, monkeypatch):
+def test_a_turn_that_fails_is_taken_back_from_the_archive(shallow_model, monkeypatch):
     """In the worst moment: the cells are exchanged, the ledger not yet."""
-    with session(model) as chat, session(model) as other:
+    with session(shallow_model) as chat, session(shallow_model) as other:
         for one in (chat, other):
             ask(one, ASKED[:4])
         read_nothing_again(chat)
@@ -161,8 +156,8 @@ def test_a_turn_that_fails_is_taken_back_from_the_archive(model, monkeypatch):
         check_equal(chat, other)
 
 
-def test_without_its_archive_the_conversation_is_read_again(model):
-    with session(model, archive_ram=2**20) as chat:
+def test_without_its_archive_the_conversation_is_read_again(shallow_model):
+    with session(shallow_model, archive_ram=2**20) as chat:
         ask(chat, ASKED)
         assert chat.cache.compressor.recaller is None and "filled the" in chat.kv.archive_lost and len(chat.cache.marked) == 1
         messages = list(chat.messages)
@@ -172,8 +167,8 @@ def test_without_its_archive_the_conversation_is_read_again(model):
         assert chat.messages == messages[:2] and ask(chat, MORE)
 
 
-def test_marks_in_a_file(model, tmp_path):
-    with session(model, archive="disk", archive_ram=0, archive_dir=tmp_path) as chat, session(model) as other:
+def test_marks_in_a_file(shallow_model, tmp_path):
+    with session(shallow_model, archive="disk", archive_ram=0, archive_dir=tmp_path) as chat, session(shallow_model) as other:
         assert ask(chat, ASKED) == ask(other, ASKED)
         chat.undo(3)
         other.undo(3)
