@@ -506,9 +506,9 @@ def test_an_archive_that_is_not_what_it_was_is_found_out(shallow_model, snapshot
     back_again(shallow_model, snapshots, messages)[0].close()
     with session(shallow_model, **RECALL | {"archive": "off"}) as chat, pytest.raises(SnapshotError, match="another archive"):
         snapshots.load(chat, messages)
-    with session(shallow_model, **RECALL | {"archive": "ram", "archive_ram": 2**19}) as chat:
-        with pytest.raises(SnapshotError, match="contradicts itself"):
-            snapshots.load(chat, messages)
+    small = RECALL | {"archive": "ram", "archive_ram": 2**19}
+    with session(shallow_model, **small) as chat, pytest.raises(SnapshotError, match="contradicts itself"):
+        snapshots.load(chat, messages)
 
 
 def test_arrays_of_an_archive_that_contradict_each_other_are_refused(shallow_model):
