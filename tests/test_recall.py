@@ -1,5 +1,7 @@
 """Recall: cells chosen among all tokens of a conversation, those that the cache has lost among them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from shallow_model import write_shallow_model
@@ -47,24 +49,38 @@ def test_the_newest_share_stays_and_the_rest_goes_by_attention():
     scores = np.zeros((1, 2, 20), np.float32)
     scores[0, 0, [3, 7, 9]] = 0.3, 0.2, 0.1
     scores[0, 1, [5, 17]] = 0.3, 0.9
-    keep = Recall(recent=0.5).plan(state(scores, n_pinned=1), 6).keep
+    keep = Recall(recent=0.5, blocks=1).plan(state(scores, n_pinned=1), 6).keep
     np.testing.assert_array_equal(keep[0, 0], [0, 3, 7, 17, 18, 19])
     assert set(keep[0, 1]) > {0, 5, 17, 18, 19}
     # where much is pinned the oldest of the newest go
-    np.testing.assert_array_equal(Recall(recent=1.0).plan(state(scores, n_pinned=3), 6).keep[0, 0], [0, 1, 2, 17, 18, 19])
+    np.testing.assert_array_equal(Recall(recent=1.0, blocks=1).plan(state(scores, n_pinned=3), 6).keep[0, 0], [0, 1, 2, 17, 18, 19])
     # the window stays whatever the share
-    np.testing.assert_array_equal(Recall(recent=0.0).plan(state(scores), 5).keep[0, 0], [3, 7, 9, 18, 19])
+    np.testing.assert_array_equal(Recall(recent=0.0, blocks=1).plan(state(scores), 5).keep[0, 0], [3, 7, 9, 18, 19])
 
 
 def test_blocks_are_chosen_by_their_largest_cell():
     scores = np.zeros((1, 1, 11), np.float32)
     scores[0, 0, [5, 10]] = 0.5, 0.7
-    np.testing.assert_array_equal(in_blocks(scores, 4)[0, 0], [0] * 4 + [0.5] * 4 + [np.float32(0.7)] * 3)
-    assert in_blocks(scores, 1) is scores
-    np.testing.assert_array_equal(Recall(recent=0.0, blocks=4).plan(state(scores, window=1), 7).keep[0, 0], np.arange(4, 11))
+    np.testing.assert_allclose(in_blocks(scores, 4)[0, 0], [0] * 4 + [0.5, 0.5005, 0.5, 0.5] + [0.7, 0.7, 0.7007], atol=1e-7)
+    keep = Recall(recent=0.0, blocks=4, whole=1.0).plan(state(scores, window=1), 7).keep
+    np.testing.assert_array_equal(keep[0, 0], np.arange(4, 11))
+    # of the last block that is taken in part the best cells are
+    assert Recall(recent=0.0, blocks=4, whole=1.0).plan(state(scores, window=1), 4).keep[0, 0].tolist()[0] == 5
 
 
-@pytest.mark.parametrize("wrong", [{"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}])
+def test_a_share_goes_by_blocks_and_the_rest_by_single_cells():
+    scores = np.zeros((1, 1, 40), np.float32)
+    scores[0, 0, [3, 12, 17, 22, 27]] = 0.9, 0.5, 0.4, 0.3, 0.2
+    # 2 pinned, 4 of the newest, 8 others: half of them are a block, the best of the rest single cells
+    keep = Recall(recent=4 / 14, blocks=4, whole=0.5).plan(state(scores, n_pinned=2), 14).keep[0, 0].tolist()
+    assert keep[:5] == [0, 1, 2, 3, 12] and {17, 22, 27} <= {*keep} and keep[-4:] == [36, 37, 38, 39] and len(keep) == 14
+    # two of the four that go by blocks are those beside the pinned ones
+    assert len({*keep} & {13, 14, 15}) == 1
+    single = Recall(recent=4 / 14, blocks=1).plan(state(scores, n_pinned=2), 14).keep[0, 0].tolist()
+    assert {3, 12, 17, 22, 27} <= {*single}
+
+
+@pytest.mark.parametrize("wrong", [{"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}, {"again": -1}, {"whole": 1.5}])
 def test_impossible_hyper_parameters_are_refused(wrong):
     with pytest.raises(ValueError):
         Recall(**wrong)
@@ -117,10 +133,11 @@ def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
             if turn:
                 assert archive.n_tokens == cache.ledger.n_tokens == (turn + 1) * 93
                 check(cache, archive)
+                n = cache.ledger.n_cells
+                assert 96 <= n < 96 + 32
                 scores = cache.native.row_scores(archive.key_chunks(), archive.n_tokens, 16)
-                expected = Recall().plan(state(scores, 8, 16), 96).keep
-                same = (cache.ledger.tokens[..., :96] == expected).all(axis=-1)
-                assert same.all()
+                expected = Recall().plan(state(scores, 8, 16), n).keep
+                np.testing.assert_array_equal(cache.ledger.tokens[..., :n], expected)
         assert cache.compressor.n_recalled > 1
 
 
@@ -128,25 +145,41 @@ def test_the_choice_is_made_behind_the_users_text_and_in_the_answer(model, monke
     with BudgetedCache(model, CONFIG) as cache:
         at = []
         choose = cache.compressor.choose_again
-        monkeypatch.setattr(cache.compressor, "choose_again", lambda ledger: (at.append(ledger.n_tokens), choose(ledger)))
+        monkeypatch.setattr(cache.compressor, "choose_again", lambda ledger, free: (at.append(ledger.n_tokens), choose(ledger, free))[1])
         cache.read([Passage("system", tokens(20)), *user(100)])
+        # all is in the cache: there is nothing to read again
+        assert at == [120]
         cache.read(user(30))
-        for token in tokens(40):
+        for token in tokens(48):
             cache.append(np.array([token]), "decode")
-        assert at == [120, 153, 156 + 16, 156 + 32]
-        # given answers are only read
+        # twice behind the text, and soon in an answer
+        assert at == [120, 153, 153, 157, 165, 181, 197]
+        # a given answer is read as one that is generated
         cache.read([Passage("assistant", tokens(40))])
-        assert len(at) == 4
-        # but one that is measured is read as it would be generated
-        assert cache.room_in_answer == 16 - 8
-        cache.append(tokens(8), "decode")
-        assert len(at) == 5 and cache.room_in_answer == 16
-        # where a compression has just chosen nothing is left to do
-        chosen = []
-        choice = cache.compressor.recaller.choose
-        monkeypatch.setattr(cache.compressor.recaller, "choose", lambda *args: (chosen.append(args[0].n_tokens), choice(*args))[1])
+        assert at[7:] == [213, 229] and cache.room_in_answer == 1
+        cache.append(tokens(1), "decode")
+        assert len(at) == 10 and cache.room_in_answer == 16
+        # what comes in one text finds its room at once
         cache.read(user(63, 8))
-        assert len(at) == 6 and chosen == sorted(set(chosen)) and cache.ledger.n_tokens - 3 in chosen
+        assert cache.ledger.n_cells <= 96 + 32 and len(at) == 12
+
+
+def test_what_a_question_recalled_is_there_when_its_end_is_evaluated_again(model, monkeypatch):
+    """Keys of the last layer depend on what the layers below have seen: they are those of the second time, in the cells and in the archive."""
+    found = {}
+    for again in (0, 24):
+        with BudgetedCache(model, replace(CONFIG, policy_args={"again": str(again)})) as cache:
+            cache.read([Passage("system", tokens(20)), *user(300)])
+            cache.read(user(40, 7))
+            archive = cache.compressor.recaller.archive
+            cache.choose_again()
+            check(cache, archive)
+            assert archive.n_tokens == cache.ledger.n_tokens == 366
+            found[again] = archive.rows(np.broadcast_to(np.arange(366), (*cache.ledger.tokens.shape[:2], 366)))
+    same = (found[0].k == found[24].k).all(axis=(1, 3))
+    # the end of the question ends three tokens before the end
+    assert same[:, : 366 - 3 - 24].all() and same[0].all()
+    assert not same[-1, 366 - 3 - 24 : 366 - 3].any()
 
 
 def test_going_back_forgets_what_was_archived_since(model):

@@ -41,7 +41,7 @@ def state(chat):
     return {
         "ids": ledger.ids, "tokens": ledger.tokens[..., :n], "positions": ledger.positions[..., :n], "next": ledger.next_position,
         "cells": cache.native.positions(), "k": rows.k, "v": rows.v, "queries": cache.native.read_queries(1), "at": cache.native.query_positions(),
-        "archived": archive.rows(every).k, "since": cache._since_choice, "recent": list(chat._sampler.recent), "marks": cache.marked,
+        "archived": archive.rows(every).k, "pace": cache.pace, "recent": list(chat._sampler.recent), "marks": cache.marked,
     }  # fmt: skip
 
 

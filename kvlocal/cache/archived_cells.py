@@ -26,16 +26,16 @@ class ArchivedCells(NotedCells):
     """
 
     compressor: Compressor
-    _since_choice = 0  # tokens of an answer since the cells were last chosen
+    _since_choice = _interval = 0
 
     @property
     def pace(self) -> tuple[int, ...]:
-        """Numbers that say when the cells are to be chosen again: tokens of an answer since they were last chosen."""
-        return (self._since_choice,)
+        """When the cells are chosen again: tokens of an answer that came since they were last chosen, and how many are to come."""
+        return self._since_choice, self._interval
 
     @pace.setter
     def pace(self, numbers: tuple[int, ...]) -> None:
-        (self._since_choice,) = numbers
+        self._since_choice, self._interval = numbers
 
     @property
     def archive(self) -> Archive | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -85,7 +86,7 @@ class BudgetedCache(ArchivedCells):
         self.budget, self.capacity, _ = check_budget(model, config)
         self._spare = spare
         # only this policy has an archive (CacheConfig)
-        self._refresh = self.policy.refresh if isinstance(self.policy, policies.Recall) else 0
+        self._recall = self.policy if isinstance(self.policy, policies.Recall) else policies.Recall()
         with ExitStack() as opened:
             context = make_context(
                 model,
@@ -135,7 +136,16 @@ class BudgetedCache(ArchivedCells):
         self.compressor.close_archive()
         if self.config.archive != "off":
             self.compressor.open_archive(self._empty_archive())
-        self._since_choice = 0
+        self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        """Tokens of an answer: how many came since the cells were chosen, and after how many they are chosen again."""
+        self._since_choice, self._interval = 0, self._recall.refresh
+
+    def mark(self) -> None:
+        """As ArchivedCells.mark, before a turn of the user: what is chosen in it does not depend on when it was in the last one."""
+        super().mark()
+        self._begin_turn()
 
     def _empty_archive(self) -> Archive:
         config = self.config
@@ -160,7 +170,7 @@ class BudgetedCache(ArchivedCells):
     @property
     def room_in_answer(self) -> int:
         """As `room`, for tokens of an answer that is given: no more than may come before the cells are chosen anew."""
-        return min(self.room, self._refresh - self._since_choice) if self.compressor.recaller else self.room
+        return min(self.room, self._interval - self._since_choice) if self.compressor.recaller else self.room
 
     # what comes
 
@@ -170,10 +180,10 @@ class BudgetedCache(ArchivedCells):
         progress: called with (tokens done, tokens in all) after each
         """
         ids = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)])
-        ends = np.cumsum([len(part.tokens) for part in parts])
+        ends = list(accumulate(len(part.tokens) for part in parts))
         start, breaks = 0, self._ends_of_user_text(parts)
         while True:
-            stop = min([start + self.room, len(ids), *breaks[:1]])
+            stop = min([start + self._room_at(start, parts, ends), len(ids), *breaks[:1]])
             # what of each part is in this chunk; one without tokens counts where it stands
             inside = [
                 (part, min(end, stop) - max(end - len(part.tokens), start))
@@ -187,7 +197,7 @@ class BudgetedCache(ArchivedCells):
             progress(stop, len(ids))
             if breaks and stop == breaks[0]:
                 del breaks[0]
-                self.choose_again()
+                self._recall_for_answer()
             if stop == len(ids):
                 return stop
             start = stop
@@ -203,11 +213,57 @@ class BudgetedCache(ArchivedCells):
             role, n = part.role, n + len(part.tokens)
         return found
 
-    def choose_again(self) -> None:
-        """Chooses the cells anew from the whole conversation, if there is an archive."""
+    def _room_at(self, start: int, parts: Sequence[Passage], ends: Sequence[int]) -> int:
+        """How many of the tokens of parts, which end at `ends`, may be evaluated at once from `start` on.
+
+        Where there is an archive, an answer that is given is read as one that is generated; and what else comes finds its room at once.
+        """
+        if not self.compressor.recaller:
+            return self.room
+        of_answer = 0
+        for part, end in zip(parts, ends, strict=True):
+            if end > start + of_answer:
+                if part.role != "assistant":
+                    break
+                of_answer = end - start
+        if of_answer > self.room_in_answer:
+            return self.room_in_answer
+        if self.n_free < min(max(ends, default=0) - start, self.context.n_ubatch):
+            self.compressor.compress(self.ledger)
+        return self.room
+
+    def choose_again(self) -> bool:
+        """Chooses the cells anew from the whole conversation; False without an archive, or where the cache holds all of it."""
         self.check_certain()
-        self._since_choice = 0
-        self.compressor.choose_again(self.ledger)
+        self._since_choice, self._interval = 0, min(2 * self._interval, self._recall.refresh)
+        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1)
+
+    def _recall_for_answer(self) -> None:
+        """Behind what the user says: brings what it is about into the cells.
+
+        Queries of deep layers only ask for what shallower ones have found. So the end of the text is evaluated a second time with what it recalled,
+        and then the cells are chosen once more. The queries of an answer's beginning say more again: what comes next is chosen for soon.
+        """
+        if self.choose_again():
+            self._evaluate_again(min(self._recall.again, self.ledger.n_tokens - self.ledger.segments[-1].start, self.context.n_ubatch))
+            self.choose_again()
+        self._interval = max(1, self._recall.refresh // 4)
+
+    def _evaluate_again(self, n: int) -> None:
+        """Evaluates the last n tokens a second time, or as many of them as every head has, with the cells that there are now."""
+        ledger, recaller = self.ledger, self.compressor.recaller
+        n = min(n, ledger.n_cells)
+        last = ledger.tokens[..., ledger.n_cells - n : ledger.n_cells] == np.arange(ledger.n_tokens - n, ledger.n_tokens)
+        n = int(last.all(axis=(0, 1))[::-1].cumprod().sum())
+        if not n or not recaller:
+            return
+        started = time.perf_counter()
+        with ledger.changing():
+            recaller.archive.truncate(ledger.n_tokens - n)
+            self.context.remove(0, ledger.next_position - n, -1)
+            self.context.decode(ledger.ids[ledger.n_tokens - n :], ledger.next_position - n)
+        self.compressor.chosen_at = 0
+        self._count("recall", started)
 
     def append(
         self,
@@ -218,8 +274,9 @@ class BudgetedCache(ArchivedCells):
     ) -> None:
         """Evaluates at most a micro-batch of tokens and compresses if that is due.
 
-        phase: what its time is counted as; "decode" for the tokens of an answer, after some of which the cells are chosen anew if there is an archive
-        parts: where they come from, with the number of tokens of each; if not given, they go on with the last segment
+        phase: what its time is counted as
+        parts: where they come from, with the number of tokens of each; if not given, they go on with the last segment. Where there is an archive the
+            cells are chosen anew after some tokens of an answer
 
         Raises:
             CacheError: there is no room for them and nothing can be removed.
@@ -234,9 +291,9 @@ class BudgetedCache(ArchivedCells):
         else:
             self.ledger.append(tokens)
         self._appended()
-        if self.compressor.recaller and phase == "decode":
-            self._since_choice += len(tokens)
-            if self._since_choice >= self._refresh:
+        if self.compressor.recaller:
+            self._since_choice += sum(n for part, n in parts if part.role == "assistant") if parts else len(tokens)
+            if self._since_choice >= self._interval:
                 self.choose_again()
 
     def append_vectors(self, vectors: npt.NDArray[np.float32], role: str, adapter: Adapter | None = None) -> int:

@@ -133,7 +133,7 @@ class Compressor:
         near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
         if near_end and self.positions == "auto":
             self.give_up_archive(_PAST_CONTEXT)
-        if self._recall(ledger):
+        if self._recall(ledger, self.target(ledger)):
             return
         started = time.perf_counter()
         state = self.observer.state(ledger)
@@ -150,23 +150,24 @@ class Compressor:
         give_back()
         self.seconds.compact += time.perf_counter() - trimming
 
-    def choose_again(self, ledger: Ledger) -> None:
-        """Chooses the cells anew from the whole conversation, if there is an archive and the cache does not hold all of it."""
-        if self.recaller is None or self.chosen_at == ledger.n_tokens:
-            return
-        if ledger.n_cells < ledger.n_tokens or (ledger.n_cells > self.target(ledger) and not self.held):
-            self.before(ledger)
-            self._recall(ledger)
+    def choose_again(self, ledger: Ledger, free: int) -> bool:
+        """Chooses the cells anew from the whole conversation, as many as leave `free` cells before the next compression.
 
-    def _recall(self, ledger: Ledger) -> bool:
-        """False without an archive, or if it had to be given up: nothing has changed then."""
+        While they are held their number stays. False if there is no archive, or nothing in it that the cache does not hold.
+        """
+        if self.recaller is None or ledger.n_tokens in (self.chosen_at, ledger.n_cells):
+            return False
+        self.before(ledger)
+        n_full = self.target(ledger) + max(0, self.stride - free)
+        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens))
+
+    def _recall(self, ledger: Ledger, n_keep: int) -> bool:
+        """Fills n_keep cells from the whole conversation. False without an archive, or if it had to be given up: nothing has changed then."""
         if self.recaller is None:
             return False
         started = time.perf_counter()
         try:
             self.recaller.write_through(ledger)
-            # what is held keeps its size
-            n_keep = ledger.n_cells if self.held else min(self.target(ledger), ledger.n_tokens)
             refill = self.recaller.choose(ledger, n_keep)
         except ArchiveFailed as error:
             self.give_up_archive(str(error))
@@ -176,7 +177,6 @@ class Compressor:
                 raise
             self.give_up_archive(str(error))
             return False
-        n_keep = refill.gather.shape[-1]
         self.compressions += n_keep < ledger.n_cells
         self.choices += 1
         with ledger.changing():

@@ -15,14 +15,16 @@ from kvlocal.policies.scoring import Scores, check_kernel, check_weight, pooled
 class Recall:
     """Half of the budget by age, half by attention.
 
-    With an archive its candidates are all tokens of the conversation, and it chooses anew every `refresh` tokens of an answer; without, it chooses
-    among the cells that are left. The scores are SnapKV's (section 3), the split of the budget is StreamingLLM's window beside it; choosing from an
-    archive is what InfLLM and ArkVale do.
+    With an archive its candidates are all tokens of the conversation, and it chooses anew behind what the user says and every `refresh` tokens of an
+    answer; without, it chooses among the cells that are left. The scores are SnapKV's (section 3), the split of the budget is StreamingLLM's window
+    beside it; choosing from an archive is what InfLLM and ArkVale do.
 
     recent: share of the budget for the newest cells
-    refresh: tokens of an answer after which it chooses again, where there is an archive
+    refresh: tokens of an answer after which it chooses again, where there is an archive; sooner at the beginning of an answer
+    again: tokens at the end of what the user says that are evaluated a second time, with what they recalled in the cells; 0 for none
     pool: each score is raised to the largest of so many cells around it, 1 for none
-    blocks: cells are taken in blocks of so many by the largest score of a block, 1 for single cells
+    blocks: size of the blocks in which cells are taken, by the largest score of a block, 1 for single cells
+    whole: share of what is neither pinned nor among the newest that goes by blocks, the rest by single cells
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
@@ -31,31 +33,46 @@ class Recall:
 
     recent: float = 0.5
     refresh: int = 16
+    again: int = 64
     pool: int = 1
-    blocks: int = 1
+    blocks: int = 16
+    whole: float = 0.5
 
     def __post_init__(self) -> None:
         check_weight("recent", self.recent)
+        check_weight("whole", self.whole)
         check_kernel("pool", self.pool)
-        for name in ("refresh", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("refresh", 1), ("again", 0), ("blocks", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     def plan(self, state: CacheState, budget: int) -> Plan:
-        scores = in_blocks(pooled(needed(state.scores), state.window, self.pool), self.blocks)
+        scores = pooled(needed(state.scores), state.window, self.pool)
         n_recent = max(state.window, round(self.recent * budget))
-        importance = scores.astype(np.float64)
-        # not all of the budget is left for the newest where much is pinned: they go by age
-        importance[..., importance.shape[-1] - n_recent :] = np.arange(2, n_recent + 2)
-        return Plan(keep_best(importance, state, budget))
+        by_cell = _newest_first(scores, n_recent)
+        n_free = budget - n_recent - int(np.count_nonzero(state.pinned[0, 0, : scores.shape[-1] - n_recent]))
+        n_single = max(0, n_free - round(self.whole * n_free))
+        if self.blocks > 1 and n_single < n_free:
+            by_block = _newest_first(in_blocks(scores, self.blocks), n_recent)
+            if n_single == 0:
+                return Plan(keep_best(by_block, state, budget))
+            chosen = keep_best(by_block, state, budget - n_single)
+            np.put_along_axis(by_cell, chosen, np.inf, axis=-1)
+        return Plan(keep_best(by_cell, state, budget))
+
+
+def _newest_first(scores: Scores, n_recent: int) -> Scores:
+    """Importance [L, H, C]: the scores, which are at most 1, but the newest cells are above all others and go by age, in case that much is pinned."""
+    importance = scores.copy()
+    importance[..., scores.shape[-1] - n_recent :] = np.arange(2, n_recent + 2)
+    return importance
 
 
 def in_blocks(scores: Scores, size: int) -> Scores:
-    """Scores [L, H, C], each cell raised to the largest of its block of `size` cells, counted from the first."""
-    if size == 1:
-        return scores
+    """Scores [L, H, C], each cell raised to the largest of its block of `size` cells, counted from the first, and a thousandth of its own above it:
+    where not all of a block is taken, its best cells are."""
     n = scores.shape[-1]
     padded = np.zeros((*scores.shape[:-1], -(-n // size) * size), scores.dtype)
     padded[..., :n] = scores
     largest = padded.reshape(*scores.shape[:-1], -1, size).max(axis=-1)
-    return np.repeat(largest, size, axis=-1)[..., :n]
+    return np.repeat(largest, size, axis=-1)[..., :n] + scores * np.float32(1e-3)
