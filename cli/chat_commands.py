@@ -12,6 +12,7 @@ import click
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.stats import SegmentStats
+from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
@@ -164,8 +165,25 @@ def _regen(chat: Chat, argument: str) -> None:
 
 
 def _undo(chat: Chat, argument: str) -> None:
-    taken = chat.undo()
-    chat.screen.note(f"taken back: {_start(taken[0]['content'])}")
+    n_turns = _number("/undo", argument, int) if argument else 1
+    taken = chat.undo(n_turns)
+    turns = f"{n_turns} turns, from: " if n_turns > 1 else ""
+    chat.screen.note(f"taken back: {turns}{_start(taken[0]['content'])}")
+
+
+def _edit(chat: Chat, argument: str) -> None:
+    number, _, text = argument.partition(" ")
+    if not text.strip():
+        raise KvlocalError("/edit needs the number of a turn, as /kv shows it, and another text for it")
+    chat.edit(_number("/edit", number, int), text.strip())
+
+
+def _fork(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise KvlocalError("/fork needs a name for the new session")
+    path = session_path(argument)
+    chat.fork(path)
+    chat.screen.note(f"this chat goes on in the session {path.stem}; the one until now stays as it is")
 
 
 def _clear(chat: Chat, argument: str) -> None:
@@ -321,7 +339,9 @@ _COMMANDS = {
     "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part, and what was recalled", _kv),
     "/why": Command("/why [all]", "which earlier turns the last answer looked at, by their share of its attention", _why),
     "/regen": Command("/regen", "another answer to the last turn", _regen),
-    "/undo": Command("/undo", "take the last turn and its answer back", _undo),
+    "/undo": Command("/undo [N]", "take the last turn and its answer back, or the last N", _undo),
+    "/edit": Command("/edit N TEXT", "say something else in turn N, as /kv numbers them; what follows is dropped", _edit),
+    "/fork": Command("/fork NAME", "go on in a new session; the one until now stays as it is", _fork),
     "/clear": Command("/clear", "forget everything but the system prompt", _clear),
     "/system": Command("/system [TEXT]", 'show the system prompt or change it; "" goes back to the model\'s own', _system),
     "/set": Command("/set [NAME VALUE]", f"show the settings or change one: {', '.join(_SETTABLE)}", _set),

@@ -84,11 +84,40 @@ def test_piped_commands(chat, state):
     assert "Unread" not in transcripts(state)[0].read_text()
 
 
+@pytest.mark.parametrize("archive", [(), ("--archive", "ram")])
+def test_turns_are_taken_back_and_put_otherwise(chat, state, archive):
+    lines = ["One.", "Two.", "Three.", "/undo 2", "Four.", "/edit 1 Five.", "Six.", "Seven.", "/edit 2  Eight nine.", "/regen"]
+    result = chat(*archive, "--kv-budget", "96", "--stride", "32", "--verbose", stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    assert "taken back: 2 turns, from: Two." in result.stderr
+    assert contents(state)[::2] == ["Five.", "Eight nine."]
+    again = chat(*archive, "--kv-budget", "96", "--stride", "32", "--no-transcript", stdin="Five.\nEight nine.")
+    assert contents(state)[1::2] == [answer.strip() for answer in again.stdout.splitlines()]
+    # nothing that was said is gone from the file
+    [path] = transcripts(state)
+    typed = [record["content"] for record in map(json.loads, path.read_text().splitlines()) if record["record"] == "user"]
+    assert typed == ["One.", "Two.", "Three.", "Four.", "Five.", "Six.", "Seven.", "Eight nine."]
+
+
+def test_a_chat_goes_on_in_a_session(chat, state):
+    session = state / "sessions" / "other.jsonl"
+    result = chat("--verbose", stdin="One.\n/fork other\nTwo.\n/fork other\nThree.")
+    assert result.returncode == 1 and result.stderr.count("kvlocal: ") == 1 and "is there already" in result.stderr
+    assert contents(state)[::2] == ["One."]
+    assert [message["content"] for message in Transcript.read(session).messages][::2] == ["One.", "Two.", "Three."]
+    result = chat("--session", "other", "--verbose", stdin="Four.")
+    assert "back in other: 6 messages" in result.stderr and "again" not in result.stderr
+    result = chat("--no-transcript", "--system", "Be kind.", stdin="One.\n/fork another\nTwo.")
+    kept = Transcript.read(session.with_name("another.jsonl"))
+    assert [message["content"] for message in kept.messages][::2] == ["One.", "Two."] and kept.system == "Be kind."
+
+
 def test_failed_commands_are_sentences_and_an_exit_code(chat, tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
     lines = ["/kvv", "/regen", "/undo", "/set temp warm", "/set temp -1", "/set tmp 1", "/set kv-budget 9", "/set policy none"]
-    lines += ["/set policy gkv lam", f"/load {other}", "/load", f"/save {other}", "/save /nowhere/at/all", "Hello"]
+    lines += ["/set policy gkv lam", f"/load {other}", "/load", f"/save {other}", "/save /nowhere/at/all"]
+    lines += ["/undo 0", "/undo x", "/edit", "/edit 1", "/edit x y", "/edit 1 y", "/fork", "/fork a:b", "/fork /proc/x.jsonl", "Hello"]
     result = chat(stdin="\n".join(lines))
     assert result.returncode == 1
     errors = result.stderr.splitlines()

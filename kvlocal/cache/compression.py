@@ -64,6 +64,7 @@ class Compressor:
     n_recalled: cells that came back when they were last chosen, mean over layers and heads
     chosen_at: how many tokens there were then
     looked: what the choices for the last answer saw
+    choices: how often they were
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
     """
@@ -89,6 +90,7 @@ class Compressor:
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0
+    choices: int = 0
     held: bool = False
 
     def target(self, ledger: Ledger) -> int:
@@ -117,7 +119,7 @@ class Compressor:
                 "choose the positions auto or cache, or start a new conversation"
             )
         if self.layout.can_rotate:
-            self._give_up_archive(_PAST_CONTEXT)
+            self.give_up_archive(_PAST_CONTEXT)
             self.before(ledger)
             self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
 
@@ -133,7 +135,7 @@ class Compressor:
         self.before(ledger)
         near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
         if near_end and self.positions == "auto":
-            self._give_up_archive(_PAST_CONTEXT)
+            self.give_up_archive(_PAST_CONTEXT)
         if self._recall(ledger, self.target(ledger), self.policy):
             return
         started = time.perf_counter()
@@ -171,21 +173,32 @@ class Compressor:
             self.recaller.write_through(ledger)
             refill = self.recaller.choose(ledger, n_keep, policy)
         except ArchiveFailed as error:
-            self._give_up_archive(str(error))
+            self.give_up_archive(str(error))
             return False
         except NativeError as error:
             if not error.unsupported:
                 raise
-            self._give_up_archive(str(error))
+            self.give_up_archive(str(error))
             return False
         self.looked.add(ledger, refill.tokens, refill.gather >= ledger.n_cells, refill.scores)
         self.compressions += n_keep < ledger.n_cells
+        self.choices += 1
         with ledger.changing():
             self.native.compact(refill.gather, np.arange(ledger.next_position - n_keep, ledger.next_position), rows=refill.rows)
             ledger.refill(refill.gather, refill.tokens, refill.positions)
         self.n_recalled, self.chosen_at = refill.n_recalled, ledger.n_tokens
         self.seconds.recall += time.perf_counter() - started
         return True
+
+    def write_through(self, ledger: Ledger) -> bool:
+        """All tokens are in the archive. False without one, or if it had to be given up."""
+        if self.recaller is None:
+            return False
+        try:
+            self.recaller.write_through(ledger)
+        except ArchiveFailed as error:
+            self.give_up_archive(str(error))
+        return self.recaller is not None
 
     def open_archive(self, archive: Archive) -> None:
         """From now on what is evicted can be recalled; nothing must have been evicted yet."""
@@ -197,7 +210,7 @@ class Compressor:
         self.recaller, self.lost, self.n_recalled, self.chosen_at = None, "", 0.0, 0
         self.looked.clear()
 
-    def _give_up_archive(self, reason: str) -> None:
+    def give_up_archive(self, reason: str) -> None:
         """What is evicted from now on is gone for good, and so is what was evicted."""
         if self.recaller:
             self.close_archive()

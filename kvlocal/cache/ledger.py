@@ -155,10 +155,26 @@ class Ledger:
     def truncate(self, n_tokens: int) -> int:
         """Forgets the tokens from n_tokens on; they must be the last cells of every head. Returns how many cells that frees."""
         n_drop = self.n_tokens - n_tokens
-        self.n_nexus -= int(np.count_nonzero(self.ids[n_tokens:] == NEXUS))
+        self._forget(n_tokens)
         self.n_cells -= n_drop
-        self.n_tokens = n_tokens
         self.next_position -= n_drop
+        return n_drop
+
+    def go_back(self, n_tokens: int, next_position: int, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> None:
+        """Forgets the tokens from n_tokens on, wherever they were; the cells hold tokens[l, h, j], with their keys at positions[l, h, j], both int32
+        [L, H, n], and carry no scores.
+        """
+        n = tokens.shape[-1]
+        self._forget(n_tokens)
+        self.tokens[..., :n], self.positions[..., :n] = tokens, positions
+        for array in self.carried.values():
+            array[..., :n] = np.nan
+        self.n_cells, self.next_position = n, next_position
+
+    def _forget(self, n_tokens: int) -> None:
+        """All that is noted of the tokens from n_tokens on, but for the cells."""
+        self.n_nexus -= int(np.count_nonzero(self.ids[n_tokens:] == NEXUS))
+        self.n_tokens = n_tokens
         self.n_summed = min(self.n_summed, n_tokens)
         self.n_reread = min(self.n_reread, n_tokens)
         self.block_of = self.block_of[:n_tokens]
@@ -166,7 +182,6 @@ class Ledger:
             self.segments.pop()
         if self.segments:
             self.segments[-1] = replace(self.segments[-1], end=min(self.segments[-1].end, n_tokens))
-        return n_drop
 
     def segment_of_tokens(self) -> npt.NDArray[np.int64]:
         """The number of the segment of each token of the conversation, int64 [n_tokens]."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.ledger import Ledger
+from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import NativeCache, Rows
 from kvlocal.policies import CacheState, Policy
 
@@ -57,6 +58,37 @@ class Recaller:
         if not 0 < n_new <= ledger.n_cells or (ledger.tokens[..., cells[0]] != self.archive.n_tokens).any():
             raise ArchiveFailed("tokens have left the cache before they were archived")
         self.archive.append(self._native.read_rows(cells), ledger.positions[0, 0, cells])
+
+    def go_back(self, ledger: Ledger, mark: ArchivedMark) -> None:
+        """Fills the cells, which are empty, with what they held at a mark: bit for bit what they were. What was archived since is forgotten.
+
+        Raises:
+            ValueError: the mark is none of this archive.
+            NativeError: the native layer refused it or failed.
+        """
+        tokens = mark.tokens(*ledger.tokens.shape[:2])
+        self.archive.truncate(mark.n_tokens)
+        if self.archive.n_tokens != mark.n_tokens:
+            raise ValueError("a mark is behind the end of the archive")
+        ledger.go_back(mark.n_tokens, mark.next_position, tokens, self.archive.positions[tokens])
+        self.fill(ledger)
+        self._native.set_ring_state(mark.ring)
+
+    def fill(self, ledger: Ledger) -> None:
+        """Fills the cells, which are empty, with what the ledger says.
+
+        Raises:
+            ValueError: that is not what the archive has.
+            NativeError: the native layer refused it or failed.
+        """
+        n, archive = ledger.n_cells, self.archive
+        tokens, positions = ledger.tokens[..., :n], ledger.positions[..., :n]
+        differ = archive.n_tokens != ledger.n_tokens or (archive.positions[tokens] != positions).any()
+        if differ or (positions[..., -1:] != ledger.next_position - 1).any():
+            raise ValueError("ledger and archive differ")
+        if n:
+            everything = np.broadcast_to(np.arange(n, dtype=np.int32), tokens.shape)
+            self._native.compact(everything, np.arange(ledger.next_position - n, ledger.next_position), rows=archive.rows(tokens))
 
     def choose(self, ledger: Ledger, n_keep: int, policy: Policy) -> Refill:
         """The n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`."""

@@ -28,7 +28,7 @@ class MemoryEstimate:
     """Bytes of main memory that one conversation takes, all in all.
 
     weights: of the model
-    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells
+    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells and no archive has them
     other: everything else
     """
 
@@ -43,7 +43,8 @@ class MemoryEstimate:
         attention = Attention.of(model)
         if attention is None:
             return None
-        copies = 2 if undo and allocation(config, attention.n_ctx_train).evicts else 1
+        has_way_back = config.archive != "off" and not attention.window
+        copies = 2 if undo and allocation(config, attention.n_ctx_train).evicts and not has_way_back else 1
         weights = sum(tensor.data.nbytes for tensor in model.tensors.values())
         cell = copies * attention.cell_bytes(config.type_k, config.type_v)
         return cls(weights, cell, _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * attention.n_embd * 4)

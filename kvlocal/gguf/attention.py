@@ -24,6 +24,7 @@ class Attention:
     n_head_kv: KV heads of the layer that has most
     n_head_kv_all: of all layers together
     size_k, size_v: numbers of a key and of a value of one head
+    window: of the sliding-window layers, 0 without any
     plain: whether it has neither a soft cap nor sinks in every layer
     """
 
@@ -34,6 +35,7 @@ class Attention:
     n_head_kv_all: int
     size_k: int
     size_v: int
+    window: int
     plain: bool
 
     @classmethod
@@ -61,7 +63,8 @@ class Attention:
         if min(n_embd, n_layer, n_head, n_head_kv_all, size_k, size_v) < 1 or len(each) not in (1, n_layer):
             raise ValueError("no attention")
         sinks = all(f"blk.{i}.attn_sinks.weight" in model.tensors for i in range(n_layer))
-        return cls(int(number("context_length")), n_embd, n_head, n_head_kv, n_head_kv_all, size_k, size_v, family != _SOFT_CAP and not sinks)
+        window, plain = int(number("attention.sliding_window", 0)), family != _SOFT_CAP and not sinks
+        return cls(int(number("context_length")), n_embd, n_head, n_head_kv, n_head_kv_all, size_k, size_v, window, plain)
 
     def cell_bytes(self, type_k: str, type_v: str) -> int:
         """What one cell takes in all layers and heads, with these types of cache."""
