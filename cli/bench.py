@@ -19,6 +19,8 @@ from kvlocal.benchmark.process import BenchmarkError
 from kvlocal.benchmark.report import COLUMNS, cells, record
 from kvlocal.benchmark.runner import names, run, select
 from kvlocal.benchmark.settings import QUICK, BenchSettings
+from kvlocal.cache.fitting import check_file
+from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.figure import check, is_figure
 from kvlocal.files.atomic import atomic_write
@@ -89,6 +91,7 @@ def bench_command(
         raise click.UsageError(str(error)) from error
     if not settings.stock.is_dir():
         raise BenchmarkError(f"there is no stock llama.cpp in {stock}: run `make stock` in the source tree, or give its path as --stock")
+    check_file(settings.model, SessionConfig(type_k=settings.type_k, type_v=settings.type_v), settings.gpu_layers)
     if plot:
         check(plot)
         check_replaceable(plot, is_figure, "a figure", force=force)

@@ -102,7 +102,6 @@ class Chat:
         self, name: str, model: Model, config: SessionConfig, nexus: NexusTokens | None, screen: Screen, loading: Loading
     ) -> None:
         self.name = name
-        self.config = config
         self.screen = screen
         self.failed = False
         self._model, self._nexus, self._loading = model, nexus, loading
@@ -111,6 +110,7 @@ class Chat:
         self.record = ChatRecord(screen)
         self._idle = Idle(lambda stop: self.record.save_snapshot(self.session, stop))
         self.session = self._open(config)
+        self.config = self.session.config
 
     def __enter__(self) -> Self:
         return self
@@ -127,8 +127,7 @@ class Chat:
             KvlocalError: that does not go together with the model or the configuration, or nothing can be written.
         """
         snapshots, earlier = Snapshots(snapshot_path(transcript.path)), transcript.conversation
-        # a file is found from anywhere
-        model = str(Path(self.name).absolute()) if Path(self.name).is_file() else self.name
+        model = self._lasting_name
         if earlier is None:
             transcript.begin(model=model, system=self.config.system)
         else:
@@ -142,6 +141,11 @@ class Chat:
             if earlier.messages:
                 self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
         self.record.go_on(transcript, snapshots)
+
+    @property
+    def _lasting_name(self) -> str:
+        """The model by a name that is found from anywhere."""
+        return str(Path(self.name).absolute()) if Path(self.name).is_file() else self.name
 
     def _take_up(self, earlier: Conversation, snapshots: Snapshots) -> None:
         try:
@@ -249,20 +253,47 @@ class Chat:
             self._show(pieces, turn)
         self._show_status(compressions)
 
-    def undo(self) -> list[dict[str, str]]:
-        """Take the last user turn and its answer back, and return them.
+    def undo(self, n_turns: int = 1) -> list[dict[str, str]]:
+        """Take the last user turns and their answers back, and return them.
 
         Raises:
-            KvlocalError: there is none.
+            KvlocalError: there are not so many.
         """
         messages = list(self.session.messages)
         try:
-            taken = self.session.undo()
+            taken = self.session.undo(n_turns)
         except BaseException:
             self.session.owe(messages)
             raise
-        self.record.add(Transcript.add_undo)
+        finally:
+            self._bar.close()
+        self.record.add(lambda transcript: transcript.add_undo(n_turns))
         return taken
+
+    def edit(self, turn: int, text: str) -> None:
+        """Send this in the place of a user turn, as if all that came from there on had not been, and show the answer.
+
+        Args:
+            turn: the number of the user turn, from 1 on.
+
+        Raises:
+            KvlocalError: as `ask` does, and if there is no such turn.
+        """
+        n_turns = sum(message["role"] == "user" for message in self.session.messages)
+        if not 1 <= turn <= n_turns:
+            raise KvlocalError(f"there is no turn {turn}: " + (f"give 1 to {n_turns}, as /kv numbers them" if n_turns else "nothing was said yet"))
+        self.undo(n_turns - turn + 1)
+        self.ask(text)
+
+    def fork(self, path: Path) -> None:
+        """Go on in a new session; what was said is there too, and where it was kept until now it stays as it is.
+
+        Raises:
+            KvlocalError: it cannot be kept there.
+        """
+        messages = [dict(message) for message in self.session.messages]
+        self.record.fork(path, self._lasting_name, Conversation(messages, self.config.system))
+        self.record.leave_others(self.session)
 
     def replace(self, config: SessionConfig, messages: Sequence[Message]) -> None:
         """Read this conversation under this configuration. If that fails, the chat stays as it was, and its conversation is read again: there is
@@ -291,7 +322,7 @@ class Chat:
         finally:
             self.session.n_answers = n_answers
             self._bar.close()
-        self.config = config
+        self.config = self.session.config
 
     def _open(self, config: SessionConfig) -> ChatSession:
         return ChatSession(self._model, config, progress=self._bar.show, nexus=self._nexus)
@@ -351,8 +382,8 @@ class Chat:
         ]
         if kv.compressions > compressions:
             parts[-1] += f" ({kv.compressions - compressions} in this turn)"
-        if kv.recalled:
-            parts.append(f"{kv.recalled:.0f} recalled")
+        if last.recalled:
+            parts.append(f"recalled from turn{'s' * (len(last.recalled) > 1)} {', '.join(map(str, last.recalled))}")
         if last.stop_reason == "stopped":
             parts.insert(0, "stopped")
         elif last.stop_reason == "length":

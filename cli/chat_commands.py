@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import click
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.stats import SegmentStats
+from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 24
 SHOWN_SEGMENTS = 24
+SHOWN_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,9 @@ def _kv(chat: Chat, argument: str) -> None:
     if argument not in ("", "all"):
         raise KvlocalError("/kv takes nothing, or all")
     chat.session.settle()
-    segments = chat.session.segments()
-    rows = _merged(segments) if argument != "all" else [_row(segment) for segment in segments]
-    rows.insert(0, ("turn", "role", "seen", "kept", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for turn, role, seen, kept, bar, text in rows:
-        line = (turn.rjust(widths[0]), role.ljust(widths[1]), seen.rjust(widths[2]), kept.rjust(widths[3]), bar.ljust(widths[4]))
-        chat.screen.show("  ".join((*line, text)).rstrip())
-    kv = chat.session.kv
+    segments, kv = chat.session.segments(), chat.session.kv
+    rows = _merged(segments, kv.archived) if argument != "all" else [_row(segment, kv.archived) for segment in segments]
+    _show_table(chat, [("turn", "role", "seen", *(("archived", "recalled") if kv.archived else ()), "kept", "", ""), *rows])
     nexus = f" ({kv.nexus:.1f} of them Nexus tokens)" if kv.nexus else ""
     chat.screen.show(
         f"total: {kv.history_tokens} tokens seen, {kv.used} cells kept{nexus} of a budget of {kv.budget}, "
@@ -93,33 +90,46 @@ def _kv(chat: Chat, argument: str) -> None:
         chat.screen.show(f"archive: {kv.archived} tokens, {in_memory} of memory, {on_disk} of disk; {kv.recalled:.1f} cells recalled just now")
 
 
-def _row(segment: SegmentStats) -> tuple[str, ...]:
-    text = " ".join(printable(segment.text).split())
+def _show_table(chat: Chat, rows: Sequence[Sequence[str]]) -> None:
+    """Rows of a turn, a role, numbers, a bar and a text."""
+    *columns, texts = zip(*rows, strict=True)
+    padded = []
+    for i, column in enumerate(columns):
+        pad = str.ljust if i in (1, len(columns) - 1) else str.rjust
+        padded.append([pad(cell, max(map(len, column))) for cell in column])
+    for line in zip(*padded, texts, strict=True):
+        chat.screen.show("  ".join(line).rstrip())
+
+
+def _row(segment: SegmentStats, archived: int) -> tuple[str, ...]:
+    text = _on_a_line(segment.text)
     return (
         str(segment.turn or ""),
         segment.role,
         str(segment.n_tokens),
+        *((str(segment.n_archived), f"{segment.n_recalled:.1f}") if archived else ()),
         f"{segment.n_cells:.1f}",
         _bar(segment.n_cells, segment.n_tokens),
         f"pinned  {text}" if segment.pinned else text,
     )
 
 
-def _merged(segments: list[SegmentStats]) -> list[tuple[str, ...]]:
+def _merged(segments: list[SegmentStats], archived: int) -> list[tuple[str, ...]]:
     """What is pinned and the last segments; those between in one row."""
     rows, old = [], []
     for i, segment in enumerate(segments):
         if segment.pinned or i >= len(segments) - SHOWN_SEGMENTS:
-            rows.append((i, _row(segment)))
+            rows.append((i, _row(segment, archived)))
         else:
             old.append((i, segment))
     if len(old) > 1:
-        n_tokens, n_cells = (sum(getattr(segment, name) for _, segment in old) for name in ("n_tokens", "n_cells"))
-        text = f"{len(old)} earlier parts, /kv all shows each"
-        row = ("", "earlier", str(n_tokens), f"{n_cells:.1f}", _bar(n_cells, n_tokens), text)
-        rows.append((old[0][0], row))
+        n_tokens, n_cells, n_archived, n_recalled = (
+            sum(getattr(segment, name) for _, segment in old) for name in ("n_tokens", "n_cells", "n_archived", "n_recalled")
+        )
+        together = SegmentStats("earlier", 0, n_tokens, n_cells, 0, False, f"{len(old)} earlier parts, /kv all shows each", n_archived, n_recalled)
+        rows.append((old[0][0], _row(together, archived)))
     else:
-        rows += [(i, _row(segment)) for i, segment in old]
+        rows += [(i, _row(segment, archived)) for i, segment in old]
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
@@ -128,13 +138,52 @@ def _bar(kept: float, seen: int) -> str:
     return "█" * full + "░" * (BAR_WIDTH - full)
 
 
+def _why(chat: Chat, argument: str) -> None:
+    if argument not in ("", "all"):
+        raise KvlocalError("/why takes nothing, or all")
+    looked = chat.session.looked_at()
+    # what was recalled need not have got the largest shares: heads that look far are few
+    recalled = chat.session.last.recalled if chat.session.last and looked.everything else ()
+    shown = [part for i, part in enumerate(looked.parts) if argument == "all" or i < SHOWN_PARTS or part.turn in recalled]
+    rows: list[tuple[str, ...]] = [("turn", "role", "share", *(("recalled",) if looked.everything else ()), "", "")]
+    for part in shown:
+        back = (f"{part.recalled:.1f}",) if looked.everything else ()
+        rows.append((str(part.turn or ""), part.role, f"{part.share:.0%}", *back, _bar(part.share, 1), _on_a_line(part.text)))
+    if shown:
+        _show_table(chat, rows)
+    if n_others := len(looked.parts) - len(shown):
+        chat.screen.show(f"and {n_others} others with {1 - sum(part.share for part in shown):.0%} together, /why all shows each")
+    span = "the whole conversation" if looked.everything else "what the cache holds"
+    chat.screen.show(
+        f"attention to {span}: {looked.earlier:.0%} to earlier turns, {looked.current:.0%} to this one, "
+        f"{looked.beginning:.0%} to the beginning that always stays"
+    )
+
+
 def _regen(chat: Chat, argument: str) -> None:
     chat.regenerate()
 
 
 def _undo(chat: Chat, argument: str) -> None:
-    taken = chat.undo()
-    chat.screen.note(f"taken back: {_start(taken[0]['content'])}")
+    n_turns = _number("/undo", argument, int) if argument else 1
+    taken = chat.undo(n_turns)
+    turns = f"{n_turns} turns, from: " if n_turns > 1 else ""
+    chat.screen.note(f"taken back: {turns}{_start(taken[0]['content'])}")
+
+
+def _edit(chat: Chat, argument: str) -> None:
+    number, _, text = argument.partition(" ")
+    if not text.strip():
+        raise KvlocalError("/edit needs the number of a turn, as /kv shows it, and another text for it")
+    chat.edit(_number("/edit", number, int), text.strip())
+
+
+def _fork(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise KvlocalError("/fork needs a name for the new session")
+    path = session_path(argument)
+    chat.fork(path)
+    chat.screen.note(f"this chat goes on in the session {path.stem}; the one until now stays as it is")
 
 
 def _clear(chat: Chat, argument: str) -> None:
@@ -153,8 +202,12 @@ def _system(chat: Chat, argument: str) -> None:
     chat.screen.note("system prompt changed; the conversation was read again")
 
 
+def _on_a_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
 def _start(text: str) -> str:
-    text = " ".join(printable(text).split())
+    text = _on_a_line(text)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
@@ -207,7 +260,7 @@ def _set(chat: Chat, argument: str) -> None:
         chat.session.max_tokens = config.max_tokens
         chat.config = config
     elif name == "kv-budget":
-        chat.replace(replace(config, budget=_number(name, value, int)), chat.session.messages)
+        chat.replace(replace(config, memory=None, budget=_number(name, value, int)), chat.session.messages)
     elif name == "policy":
         chat.replace(_with_policy(config, value), chat.session.messages)
     else:
@@ -283,9 +336,12 @@ def _bye(chat: Chat, argument: str) -> None:
 
 _COMMANDS = {
     "/help": Command("/help", "this list", _help),
-    "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part", _kv),
+    "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part, and what was recalled", _kv),
+    "/why": Command("/why [all]", "which earlier turns the last answer looked at, by their share of its attention", _why),
     "/regen": Command("/regen", "another answer to the last turn", _regen),
-    "/undo": Command("/undo", "take the last turn and its answer back", _undo),
+    "/undo": Command("/undo [N]", "take the last turn and its answer back, or the last N", _undo),
+    "/edit": Command("/edit N TEXT", "say something else in turn N, as /kv numbers them; what follows is dropped", _edit),
+    "/fork": Command("/fork NAME", "go on in a new session; the one until now stays as it is", _fork),
     "/clear": Command("/clear", "forget everything but the system prompt", _clear),
     "/system": Command("/system [TEXT]", 'show the system prompt or change it; "" goes back to the model\'s own', _system),
     "/set": Command("/set [NAME VALUE]", f"show the settings or change one: {', '.join(_SETTABLE)}", _set),

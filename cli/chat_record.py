@@ -1,10 +1,11 @@
 """How a chat outlives its program: its transcript, and in a session the snapshot beside it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from kvlocal.chat.session import ChatSession
-from kvlocal.conversations.records import TranscriptError
-from kvlocal.conversations.snapshot import Snapshots
+from kvlocal.conversations.records import Conversation, TranscriptError
+from kvlocal.conversations.snapshot import Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript, chat_path
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.chat_screen import Screen
@@ -24,6 +25,7 @@ class ChatRecord:
         self.transcript: Transcript | None = None
         self._screen = screen
         self._snapshots: Snapshots | None = None
+        self._left: list[Transcript] = []
         # of failures to write: what is to be said, and what has been
         self._unsaid = ""
         self._said: set[str] = set()
@@ -38,6 +40,42 @@ class ChatRecord:
     def go_on(self, transcript: Transcript, snapshots: Snapshots) -> None:
         """Go on with those of a session."""
         self.transcript, self._snapshots = transcript, snapshots
+
+    def fork(self, path: Path, model: str, conversation: Conversation) -> None:
+        """Go on in a new session at that path, with all there was until now, which stays where it is kept.
+
+        Args:
+            model: the one that answers, by a name that is found from anywhere.
+            conversation: what was said, for a chat without a transcript.
+
+        Raises:
+            KvlocalError: something is there already, or it cannot be written; the chat is kept where it was.
+        """
+        before = self.transcript
+        if before is None:
+            transcript = Transcript.open(path, model=model, system=conversation.system)
+        else:
+            transcript = before.fork(path)
+        try:
+            if before is None and conversation.messages:
+                transcript.add_load(conversation.messages, conversation.system)
+            elif transcript.conversation and transcript.conversation.model != model:
+                transcript.add_model(model)
+        except TranscriptError:
+            transcript.close()
+            raise
+        self.go_on(transcript, Snapshots(snapshot_path(path)))
+        if before is not None:
+            self._left.append(before)
+
+    def leave_others(self, session: ChatSession) -> None:
+        """Nothing that the session uses lies where it was kept before a fork, so that others may go on there."""
+        if not self._left:
+            return
+        if session.cache.archive is None or session.config.archive != "disk" or (self._snapshots and self._snapshots.holds(session)):
+            for transcript in self._left:
+                transcript.close()
+            self._left.clear()
 
     def add(self, add: Callable[[Transcript], None]) -> None:
         """Add to the transcript, as long as there is one. In a session, what cannot be written now is written with what comes next."""
@@ -81,6 +119,7 @@ class ChatRecord:
         try:
             if self._snapshots:
                 self._snapshots.save(session, stop)
+                self.leave_others(session)
         except KvlocalError as error:
             self._unsaid = f"{error}; the session goes on, but the way back to it will be slow"
 
@@ -96,8 +135,8 @@ class ChatRecord:
 
     def close(self) -> None:
         """Close the transcript. Closing twice is harmless."""
-        if self.transcript is not None:
-            self.transcript.close()
+        for transcript in (*self._left, *([self.transcript] if self.transcript else [])):
+            transcript.close()
 
     def _go_on_without(self, error: KvlocalError) -> None:
         self._screen.warn(f"{error}; the chat goes on without a transcript, /save keeps it")

@@ -1,4 +1,4 @@
-"""`kvlocal eval`: compares policies on the same chats."""
+"""What the commands of `kvlocal eval` take, and what they do with a task: measure, show and write."""
 
 import functools
 import json
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
 import kvlocal
+from kvlocal.cache.config import DEFAULT_BUDGET, check_budget
+from kvlocal.cache.fitting import check_file
 from kvlocal.chat.config import SessionConfig
-from kvlocal.conversations.dialogues import Data, load, shuffled
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
-from kvlocal.evaluation.dialogue import DialogueTask
 from kvlocal.evaluation.figure import check, is_figure
-from kvlocal.evaluation.recall import RecallTask
-from kvlocal.evaluation.reference import ReferenceCache, make_directory, references_dir
+from kvlocal.evaluation.reference import make_directory, references_dir
 from kvlocal.evaluation.runner import ChatFailure, Task, WorkFile, outcomes, pending
 from kvlocal.evaluation.variants import ALL, Variant, parse_all
 from kvlocal.files.atomic import atomic_write
@@ -27,7 +27,6 @@ from kvlocal.files.fingerprint import fingerprint, run_key
 from kvlocal.files.replaceable import check_replaceable, holds_results
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.context import KV_TYPES
-from kvlocal.llama.library import load as load_library
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
@@ -40,25 +39,20 @@ _SESSION = SessionConfig()
 _GREEDY = SamplingParams(temperature=0, seed=0)
 
 
-@click.group("eval")
-def eval_group() -> None:
-    """Compare policies: how much of a conversation is left in the compressed cache.
-
-    Every policy reads the same chats. A run that was interrupted goes on when the same command is given again; other policies and ratios
-    may then be asked for.
-    """
-
-
 _PATH = click.Path(dir_okay=False, path_type=Path)
 _OPTIONS = (
     click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file."),
     click.option(
         "--policy", "specs", default=ALL, show_default=True, metavar="LIST",
         help="Policies to compare, comma separated, each as name[:arg=value[:arg=value]]; an argument is a hyper-parameter of the policy, or "
-        "positions, window, stride or n_sink. all is every policy there is what it needs for. The full context is always measured, as the ceiling.",
+        "positions, window, stride, n_sink or archive. all is every policy there is what it needs for. The full context is always measured, as "
+        "the ceiling.",
     ),
     click.option("--ratio", "ratios", default="0.5,0.8", show_default=True, callback=parse_ratios, metavar="LIST",
                  help="Shares of the history to remove, comma separated."),
+    click.option("--kv-budget", type=click.IntRange(min=1), metavar="N",
+                 help="Cells that each layer and head keeps, however long the history is, in place of --ratio. eval memory keeps "
+                      f"{DEFAULT_BUDGET} if neither is given."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random."),
     click.option("--window", type=click.IntRange(min=1), default=_SESSION.window, show_default=True, metavar="N",
                  help="The most recent cells, which always stay and whose queries score the others."),
@@ -81,14 +75,18 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds what both commands take; they get it as `run: _Run`, made before anything is read."""
+def run_options(command: Callable[..., Any], budget: int | None = None) -> Callable[..., Any]:
+    """Adds what all commands take; they get it as `run: Run`, made before anything is read.
+
+    budget: cells of every policy but the full context, where neither --ratio nor --kv-budget is given; None for the default ratios
+    """
 
     @functools.wraps(command)
     def with_run(
         *,
         specs: str,
         ratios: tuple[float, ...],
+        kv_budget: int | None,
         window: int,
         stride: int,
         type_k: str,
@@ -100,9 +98,13 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "nexus", "json_path")}
+        if click.get_current_context().get_parameter_source("ratios") is ParameterSource.DEFAULT:
+            kv_budget = kv_budget or budget
+        elif kv_budget:
+            raise click.UsageError("--ratio and --kv-budget both say how many cells stay: give one of them")
         try:
-            variants = parse_all(specs, ratios)
-            base = SessionConfig(window=window, stride=stride, type_k=type_k, type_v=type_v, n_threads=threads, sampling=_GREEDY)
+            variants = parse_all(specs, [0.0] if kv_budget else ratios)
+            base = SessionConfig(window=window, stride=stride, type_k=type_k, type_v=type_v, n_threads=threads, sampling=_GREEDY, budget=kv_budget)
             for variant in variants:
                 variant.config(base)
             if plot_path:
@@ -113,76 +115,14 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             check_replaceable(plot_path, is_figure, "a figure", force=force)
         if json_path := own["json_path"]:
             check_replaceable(json_path, lambda path: holds_results(path, "task"), "results of an evaluation", force=force)
-        return command(run=_Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
+        return command(run=Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
 
     for option in reversed(_OPTIONS):
         with_run = option(with_run)
     return with_run
 
 
-@eval_group.command("dialogue")
-@click.option("--data", "data_path", type=_PATH, required=True, metavar="FILE",
-              help='Dialogues, one JSON object a line: {"history": [{"user", "bot"}]} (MT-Bench-101) or {"messages": [{"role", "content"}]}.')
-@click.option("--concat", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Dialogues joined into one chat.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take N dialogues, chosen by the seed.  [default: all]")
-@_run_options
-def dialogue_command(run: "_Run", data_path: Path, concat: int, limit: int | None) -> None:
-    """Measure how far predictions move when the history is compressed.
-
-    The history of each chat is read turn by turn with compression on; then the last turn is read, its answer given, and what the model
-    predicts for each token of it is compared with what it predicts with the full context. Of answers longer than 256 tokens the first 256
-    are taken. Chats that are longer than the model's trained context are left out.
-
-    \b
-    kl             KL(full || compressed), mean per token, in nats
-    agreement      how often both contexts find the same token most likely
-    cross_entropy  of the answer, mean per token, in nats
-    removed        share of the history's cells that were really removed
-    """
-    data = load(data_path)
-    with run.loaded() as model:
-        dialogues = shuffled(data.dialogues, run.seed)[:limit]
-        depends = {"llama.cpp": load_library().bindings_version, "model": run.fingerprint, "types": [run.base.type_k, run.base.type_v]}
-        with waiting("reading the dialogues"):
-            task = DialogueTask(model, run.base, dialogues, concat, ReferenceCache(run.cache), depends, run.nexus)
-        left_out = {"empty": data.n_empty, "too_long": task.n_too_long, "without_history": task.n_without_history}
-        run.note(data.n_empty, "dialogue", "left out because a text is empty or there is no answer")
-        run.note(task.n_too_long, "chat", f"left out as too long for a model trained on {model.n_ctx_train} tokens")
-        run.note(task.n_without_history, "chat", "left out because nothing comes before the last turn")
-        run.measure(task, {**_source(data_path, data), "concat": concat, "limit": limit}, left_out)
-
-
-@eval_group.command("recall")
-@click.option("--data", "data_path", type=_PATH, metavar="FILE",
-              help="Dialogues for the talk between the facts, as for eval dialogue.  [default: generated]")
-@click.option("--questions", type=click.IntRange(min=1), default=200, show_default=True, metavar="N", help="Questions in all, 8 to a chat.")
-@click.option("--tokens", type=click.IntRange(min=1), default=1500, show_default=True, metavar="N", help="Length of a chat's history.")
-@_run_options
-def recall_command(run: "_Run", data_path: Path | None, questions: int, tokens: int) -> None:
-    """Measure how well facts from early turns are recalled from the compressed cache.
-
-    Chats are generated from the seed: the user states facts (names, numbers, dates, places, preferences, code words, corrections of something
-    said before), talks about other things, and asks about every fact in the end.
-
-    \b
-    choice         share of questions where the right answer is more likely than three others of its kind
-    greedy         share of questions where the answer that the model writes names the right value, and no other
-    removed        share of the history's cells that were really removed
-
-    Both are also given by the tokens between the fact and the end of the history.
-    """
-    data = load(data_path) if data_path else None
-    with run.loaded() as model:
-        with waiting("making the chats"):
-            task = RecallTask(model, run.base, questions, tokens, run.seed, data.dialogues if data else (), run.nexus)
-        run.measure(task, {**(_source(data_path, data) if data_path and data else {}), "questions": questions, "tokens": tokens}, {})
-
-
-def _source(path: Path, data: Data) -> dict[str, str]:
-    return {"data": path.name, "data_sha256": data.digest}
-
-
-class _Run:
+class Run:
     """One call of a command: measures, shows and writes."""
 
     def __init__(
@@ -209,7 +149,10 @@ class _Run:
     def loaded(self) -> Model:
         """The model; its Nexus tokens, if there is a use for them, are then in `nexus`, and variants that lack them are left out."""
         with waiting(f"loading {self._name}"):
+            check_file(self._path, self.base, self._gpu_layers)
             model = Model(self._path, n_gpu_layers=self._gpu_layers)
+        if self.base.budget is not None:
+            check_budget(model, self.base)
         if any(variant.wants_nexus for variant in self._variants):
             self.nexus = nexus_for(model, self._nexus_choice, _say)
             if not self.nexus:
@@ -238,6 +181,7 @@ class _Run:
             **own,
             **({"nexus_sha256": fingerprint(Path(self.nexus.path))} if self.nexus else {}),
             "seed": self.seed,
+            **({"budget": self.base.budget} if self.base.budget else {}),
             **{name: getattr(self.base, name) for name in ("window", "stride", "n_sink", "n_ubatch", "type_k", "type_v")},
         }
         key = run_key(settings)

@@ -12,7 +12,7 @@ from kvlocal_cli.batch import batch_command
 from kvlocal_cli.bench import bench_command
 from kvlocal_cli.chat import chat_command
 from kvlocal_cli.doctor import doctor_command
-from kvlocal_cli.evaluate import eval_group
+from kvlocal_cli.evaluations import eval_group
 from kvlocal_cli.models import models_command, pull_command
 from kvlocal_cli.nexus import nexus_group
 from kvlocal_cli.run import run_command

@@ -1,17 +1,19 @@
 """The options of every command that holds a conversation, turned into one SessionConfig."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import click
 
 from kvlocal import policies
 from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
-from kvlocal.cache.config import DEFAULT_BUDGET, DEFAULT_FULL
+from kvlocal.cache.config import AUTO, DEFAULT_BUDGET, DEFAULT_FULL
+from kvlocal.cache.fitting import check_file, fitted
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.memory_limits import available_memory
@@ -46,6 +48,25 @@ def split_policy_arg(text: str) -> tuple[str, str]:
     return name.replace("-", "_"), value
 
 
+class SizeInBytes(click.ParamType):
+    """A number of bytes such as 200M, 1.5G or 64MiB."""
+
+    name = "size"
+    _PREFIXES: ClassVar[dict[str, int]] = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Raises BadParameter if it is something else, or less than a byte."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *([kmgt]?)(i?)b?", value.strip(), re.IGNORECASE | re.ASCII)
+        if found is None or (found[3] and not found[2]):
+            self.fail(f"{value!r} is no size such as 200M or 1.5G", param, ctx)
+        n_bytes = int(float(found[1]) * (1024 if found[3] else 1000) ** self._PREFIXES[found[2].lower()])
+        if not 1 <= n_bytes < 2**60:
+            self.fail(f"{value!r} is no memory that a cache could have", param, ctx)
+        return n_bytes
+
+
 def parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[float, ...]:
     """`0.5,0.8` as numbers, each more than 0 and less than 1.
 
@@ -66,6 +87,11 @@ _OPTIONS = (
         "--kv-budget", type=click.IntRange(min=1), metavar="N",
         help="Cells of the KV cache that each layer and head keeps.  "
         f"[default: {DEFAULT_BUDGET}; with --kv-ratio or the policy full as many as the model was trained for, up to {DEFAULT_FULL}]",
+    ),
+    click.option(
+        "--kv-memory", type=SizeInBytes(), metavar="SIZE",
+        help="Memory for the KV cache in place of --kv-budget, such as 200M or 1.5G: as many cells as fit in, of f16 if that holds all that "
+        "the model was trained for, else of q8_0 unless --ctk or --ctv say otherwise.",
     ),
     click.option(
         "--kv-ratio", type=click.FloatRange(0, 1, max_open=True), metavar="X",
@@ -135,12 +161,12 @@ _OPTIONS = (
         help="Longest answer, in tokens.",
     ),
     click.option(
-        "--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_k, show_default=True,
-        help="Type of the keys in the cache.",
+        "--ctk", "type_k", type=click.Choice(tuple(KV_TYPES)),
+        help=f"Type of the keys in the cache.  [default: {_SESSION.type_k}; with --kv-memory what fits]",
     ),
     click.option(
-        "--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_v, show_default=True,
-        help="Type of the values in the cache.",
+        "--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)),
+        help=f"Type of the values in the cache.  [default: {_SESSION.type_v}; with --kv-memory what fits]",
     ),
     click.option(
         "--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
@@ -179,12 +205,14 @@ class Loading:
     def check(
         self, path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None
     ) -> None:
-        """Whether so many conversations with the model of this file, with undo or without, fit into the memory that is free, or that is once a
-        conversation kept otherwise has ended.
+        """Whether the model of this file can have such a cache, and so many conversations with it, with undo or without, fit into the memory that
+        is free, or that is once a conversation kept otherwise has ended.
 
         Raises:
             KvlocalError: they do not.
         """
+        check_file(path, config, self.gpu_layers)
+        config = fitted(path, config, self.gpu_layers)
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
             memory_estimate.check(path, config, parallel, undo, instead_of)
 
@@ -211,6 +239,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_config(
         *args: Any,
         kv_budget: int | None,
+        kv_memory: int | None,
         kv_ratio: float | None,
         policy: str | None,
         policy_args: dict[str, str],
@@ -230,8 +259,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         repeat_penalty: float | None,
         seed: int | None,
         max_tokens: int,
-        type_k: str,
-        type_v: str,
+        type_k: str | None,
+        type_v: str | None,
         threads: int | None,
         **others: Any,
     ) -> Any:
@@ -241,8 +270,11 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             loading = Loading(gpu_layers, nexus, may_change_policy=policy is None)
             policy = policy or (_SESSION.policy if nexus == OFF else policies.WITH_NEXUS)
             policies.make(policy, policy_args)
+            if kv_memory is not None and kv_budget is not None:
+                raise click.UsageError("--kv-budget and --kv-memory say the same in two ways: give one of them")
             config = SessionConfig(
                 budget=kv_budget,
+                memory=kv_memory,
                 ratio=kv_ratio,
                 policy=policy,
                 policy_args=policy_args,
@@ -250,8 +282,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 positions=positions,
                 idle=idle == "on",
                 system=system,
-                type_k=type_k,
-                type_v=type_v,
+                type_k=type_k or (_SESSION.type_k if kv_memory is None else AUTO),
+                type_v=type_v or (_SESSION.type_v if kv_memory is None else AUTO),
                 n_threads=threads,
                 sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed),
                 max_tokens=max_tokens,

@@ -108,6 +108,7 @@ def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[s
         "prompt": prompt,
         "answer": answer,
         "kv": session.kv.report(),
+        "recalled": list(last.recalled),
         "timings": {
             "prompt_tokens": last.prompt_tokens,
             "answer_tokens": last.answer_tokens,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from kvlocal.conversations.named_sessions import Session, delete, existing_path, markdown, rename, session, session_path, sessions
+from kvlocal.conversations.named_sessions import Session, delete, existing_path, fork, markdown, rename, session, session_path, sessions
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import saved
 from kvlocal.errors import KvlocalError
@@ -27,7 +27,7 @@ _EXPORTS: dict[str, Callable[[str, Conversation], bytes]] = {
 
 @click.group("sessions")
 def sessions_group() -> None:
-    """List, show, rename, export and delete the conversations that `kvlocal chat --session` keeps.
+    """List, show, rename, fork, export and delete the conversations that `kvlocal chat --session` keeps.
 
     A session is NAME, one that `list` shows, or FILE, a path with a directory or with the ending .jsonl.
     """
@@ -64,6 +64,15 @@ def show_command(name: str) -> None:
 def rename_command(name: str, new_name: str) -> None:
     """Give a session another name."""
     rename(existing_path(name), session_path(new_name))
+
+
+@sessions_group.command("fork")
+@click.argument("name", metavar="NAME|FILE")
+@click.argument("new_name", metavar="NEW_NAME|FILE")
+@click.option("--turns", type=click.IntRange(min=0), metavar="N", help="Take over your first N turns and their answers; all of them if not given.")
+def fork_command(name: str, new_name: str, turns: int | None) -> None:
+    """Begin another session with what was said in one, which stays as it is."""
+    fork(existing_path(name), session_path(new_name), turns)
 
 
 @sessions_group.command("export")

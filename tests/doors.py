@@ -27,6 +27,8 @@ from kvlocal.conversations.saved_chat import load, save
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.gsm8k import load_problems
+from kvlocal.evaluation.memory_data import load_memory
 from kvlocal.gguf.container import Container
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
@@ -37,13 +39,23 @@ from kvlocal.template.chat_template import ChatTemplate
 from kvlocal_cli.main import main
 
 NAMES = (
-    "gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues", "template", "arguments",
+    "gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues", "conversations",
+    "problems", "template", "arguments",
 )  # fmt: skip
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+LOCOMO = {
+    "conversation": {"session_1_date_time": "8 May", "session_1": [{"speaker": "Ada", "dia_id": "D1:1", "text": "I moved to Cork."}]},
+    "qa": [{"question": "Where does Ada live?", "answer": "Cork", "evidence": ["D1:1"], "category": 4}],
+}
+LONGMEMEVAL = {
+    "question_id": "q", "question_type": "multi-session", "question": "Where do I live?", "answer": "Cork", "haystack_dates": ["8 May"],
+    "haystack_session_ids": ["s"], "haystack_sessions": [[{"role": "user", "content": "I moved to Cork.", "has_answer": True}]],
+    "answer_session_ids": ["s"],
+}  # fmt: skip
 LONGER = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}"
     "{% else %}{% set system = '' %}{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -95,6 +107,10 @@ def doors(directory: Path) -> Iterator[list[Door]]:
             Door("batch line", [json.dumps({"id": 1, "messages": MESSAGES}).encode()], _line, JSON_WORDS),
             Door("dialogues", [_lines([{"messages": MESSAGES}] * 3), _lines([{"history": [{"user": "a", "bot": "b"}]}] * 3)],
                  file_door(directory / "e.jsonl", dialogues.load), JSON_WORDS),
+            Door("conversations", [json.dumps([LOCOMO]).encode(), json.dumps([LONGMEMEVAL]).encode()],
+                 file_door(directory / "m.json", load_memory), JSON_WORDS),
+            Door("problems", [_lines([{"question": "Ann has two pens. How many?", "answer": "It is two. #### 2"}] * 3)],
+                 file_door(directory / "p.jsonl", load_problems), JSON_WORDS),
             Door("template", [CHATML.encode(), LONGER.encode()], _template, TEMPLATE_WORDS),
             Door("arguments", [b"\n".join((b"run", b"--kv-budget", b"64", b"no-such-model", b"Hello")), b"models"], _command(directory),
                  [b"\n" + word + b"\n" for word in ARGUMENTS], whole=False),

@@ -1,5 +1,6 @@
 """The archive: what it holds, how it grows, and what it does when it cannot."""
 
+import dataclasses
 import errno
 import os
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvlocal.cache.archive import CHUNK, Archive, ArchiveFailed
+from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import Layout, Rows
 
 LAYOUT = Layout(2, 6, 3, 32, 32, 1, 512, 16, False, True, 34, 22)
@@ -87,5 +89,93 @@ def test_blocks_are_taken_before_they_are_used(tmp_path):
     """A file that only promised its blocks would end the process when the disk is full."""
     archive = Archive(LAYOUT, 0, tmp_path)
     filled(archive, [1])
-    assert os.fstat(archive._file).st_blocks * 512 >= archive.chunk_bytes
-    assert os.fstat(archive._file).st_mode & 0o777 == 0o600 and os.fstat(archive._file).st_nlink == 0
+    status = os.fstat(archive._memory._file)
+    assert status.st_blocks * 512 >= archive.chunk_bytes
+    assert status.st_mode & 0o777 == 0o600 and status.st_nlink == 0
+
+
+@pytest.mark.parametrize("ram", [2**30, 0])
+def test_marks_that_are_gone_leave_their_place_to_others(tmp_path, ram):
+    archive = Archive(LAYOUT, ram, tmp_path)
+    filled(archive, [300])
+    rng, taken = np.random.default_rng(0), []
+    for n in (70_000, 1000, 60_000, 70_000, 1000, 3000):
+        data = rng.integers(0, 256, n, dtype=np.uint8)
+        if len(archive.marks) == 3:
+            archive.keep_marks(0)
+        archive.add_mark(ArchivedMark(len(archive.marks), 1, 0, (0,), 0, data))
+        np.testing.assert_array_equal(archive.marks[-1].data, data)
+        taken.append(archive.bytes_in_memory + archive.bytes_on_disk)
+    assert taken[5] == taken[2] and (ram or taken[2:] == taken[2:3] * 4)
+    archive.truncate(1)
+    assert [mark.n_tokens for mark in archive.marks] == [0, 1]
+    archive.add_mark(ArchivedMark(1, 7, 0, (0,), 0, np.zeros(3, np.uint8)))
+    assert [(mark.n_tokens, mark.n_cells) for mark in archive.marks] == [(0, 1), (1, 7)]
+    archive.close()
+    assert not archive.marks
+
+
+def check_equal(archive, rows):
+    tokens = np.broadcast_to(np.arange(archive.n_tokens), (2, 3, archive.n_tokens))
+    found = archive.rows(tokens)
+    np.testing.assert_array_equal(found.k, rows.k[:, :, : archive.n_tokens])
+    np.testing.assert_array_equal(found.v, rows.v[:, :, : archive.n_tokens])
+
+
+def test_what_changes_is_another_part(tmp_path):
+    archive = Archive(LAYOUT, 2**30, None)
+    filled(archive, [300])
+    archive.add_mark(ArchivedMark(300, 1, 300, (0,), 0, np.arange(100, dtype=np.uint8)))
+    first = archive.parts()
+    assert [len(part.data) for part in first] == [CHUNK_BYTES, CHUNK_BYTES, 100] and archive.parts() == first
+    archive.append(some_rows(10), np.arange(10, dtype=np.int32))
+    second = archive.parts()
+    assert second[0].key == first[0].key and second[1].key != first[1].key and second[2].key == first[2].key
+    archive.truncate(200)
+    assert [part.key for part in archive.parts()] == [first[0].key]
+    archive.append(some_rows(10), np.arange(10, dtype=np.int32))
+    assert not {part.key for part in archive.parts()} & {part.key for part in first + second}
+
+
+def test_exchanged_parts_are_not_written_to_and_leave_the_memory(tmp_path):
+    archive = Archive(LAYOUT, 2**30, None)
+    rows = filled(archive, [300])
+    archive.add_mark(ArchivedMark(300, 1, 300, (0,), 0, np.arange(100, dtype=np.uint8)))
+    data = {part.key: part.data.copy() for part in archive.parts()}
+    for array in data.values():
+        array.flags.writeable = False
+    archive.exchange(data)
+    assert archive.bytes_in_memory == 0 and archive.bytes_on_disk == 2 * CHUNK_BYTES
+    check_equal(archive, rows)
+    archive.truncate(270)
+    new = some_rows(50, seed=3)
+    archive.append(new, np.arange(50, dtype=np.int32))
+    assert archive.bytes_in_memory == archive.bytes_on_disk == CHUNK_BYTES
+    check_equal(archive, Rows(*(np.concatenate([a[:, :, :270], b], axis=2) for a, b in ((rows.k, new.k), (rows.v, new.v)))))
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_another_archive_takes_over_what_one_had(copy):
+    archive, other = Archive(LAYOUT, 2**30, None), Archive(LAYOUT, 2**30, None)
+    rows = filled(archive, [300])
+    archive.add_mark(ArchivedMark(300, 1, 300, (0,), 0, np.arange(100, dtype=np.uint8)))
+    marks, data = [dataclasses.replace(archive.marks[0], data=None)], [part.data for part in archive.parts()]
+    for positions, wrong_marks, wrong in (
+        (archive.positions, marks, data[:-1]),
+        (archive.positions, [], data),
+        (archive.positions, marks, [data[0], data[1][1:], data[2]]),
+        (archive.positions[:200], marks, data[:1] + data[2:]),
+        (archive.positions, [dataclasses.replace(marks[0], n_ring=101)], data),
+        (archive.positions, [dataclasses.replace(marks[0], n_cells=-1)], data),
+        (archive.positions, [dataclasses.replace(marks[0], n_cells=301)], data),
+        (archive.positions, marks * 2, [*data, data[2]]),
+    ):
+        with pytest.raises(ValueError):
+            other.restore(positions, wrong_marks, wrong, copy)
+    other.restore(archive.positions, marks, data, copy)
+    check_equal(other, rows)
+    np.testing.assert_array_equal(other.positions, archive.positions)
+    np.testing.assert_array_equal(other.marks[0].data, np.arange(100))
+    assert (other.bytes_in_memory >= 2 * CHUNK_BYTES) == copy
+    with pytest.raises(ArchiveFailed):
+        Archive(LAYOUT, CHUNK_BYTES, None).restore(archive.positions, marks, data, True)

@@ -178,12 +178,27 @@ def test_every_open_turn_is_answered_in_order(model):
         assert result.messages == chat.messages
         assert result.kv == {name: getattr(chat.kv, name) for name in result.kv}
     assert [message["role"] for message in result.messages] == ["user", "assistant"] * 2
-    assert result.id == "x" and result.stop_reasons == ["length", "length"]
+    assert result.id == "x" and result.stop_reasons == ["length", "length"] and result.recalled == [[], []]
     timings = result.timings
     assert timings["answer_tokens"] == 16
     assert timings["prompt_tokens"] + 16 == result.kv["history_tokens"]
     assert timings["seconds"] == pytest.approx(timings["prompt_seconds"] + timings["answer_seconds"], abs=1e-3)
     assert timings["tokens_per_second"] == pytest.approx(16 / timings["answer_seconds"], rel=0.05)
+
+
+def test_the_turns_that_were_recalled_for_each_answer(model):
+    """As in a chat, also of conversations that decode together."""
+    questions = [f"Question {i}: name some things that start with the letter {letter}, and say why." for i, letter in enumerate("abcd")]
+    recall = {"policy": "recall", "archive": "ram", "budget": 96, "max_tokens": 20}
+    one, other = run(model, line(*map(user, questions)), line(*map(user, questions[:1])), parallel=2, ordered=True, **recall)
+    with ChatSession(model, dataclasses.replace(SMALL, **recall)) as chat:
+        recalled = []
+        for question in questions:
+            "".join(chat.send(question))
+            recalled.append(chat.last.recalled)
+        assert one.messages == chat.messages
+    assert one.recalled == recalled and recalled[0] == [] and recalled[-1] and other.recalled == [[]]
+    assert one.record()["recalled"] == recalled
 
 
 def test_given_answers_are_taken_as_they_are(smollm2):
@@ -527,7 +542,7 @@ def test_command(smollm2, tmp_path):
     assert [message["role"] for message in records[0]["messages"]] == ["user", "assistant", "user", "assistant"]
     assert records[2]["messages"][0] == user("Grüße 👋")
     for record in records[::2]:
-        assert set(record) == {"line", "key", "id", "messages", "stop_reasons", "seed", "kv", "timings"}
+        assert set(record) == {"line", "key", "id", "messages", "stop_reasons", "recalled", "seed", "kv", "timings"}
         assert set(record["kv"]) == {"budget", "peak_cells", "history_tokens", "compressions", "evicted", "nexus"}
         assert record["kv"]["budget"] == 128
 

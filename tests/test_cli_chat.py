@@ -84,11 +84,40 @@ def test_piped_commands(chat, state):
     assert "Unread" not in transcripts(state)[0].read_text()
 
 
+@pytest.mark.parametrize("archive", [(), ("--archive", "ram")])
+def test_turns_are_taken_back_and_put_otherwise(chat, state, archive):
+    lines = ["One.", "Two.", "Three.", "/undo 2", "Four.", "/edit 1 Five.", "Six.", "Seven.", "/edit 2  Eight nine.", "/regen"]
+    result = chat(*archive, "--kv-budget", "96", "--stride", "32", "--verbose", stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    assert "taken back: 2 turns, from: Two." in result.stderr
+    assert contents(state)[::2] == ["Five.", "Eight nine."]
+    again = chat(*archive, "--kv-budget", "96", "--stride", "32", "--no-transcript", stdin="Five.\nEight nine.")
+    assert contents(state)[1::2] == [answer.strip() for answer in again.stdout.splitlines()]
+    # nothing that was said is gone from the file
+    [path] = transcripts(state)
+    typed = [record["content"] for record in map(json.loads, path.read_text().splitlines()) if record["record"] == "user"]
+    assert typed == ["One.", "Two.", "Three.", "Four.", "Five.", "Six.", "Seven.", "Eight nine."]
+
+
+def test_a_chat_goes_on_in_a_session(chat, state):
+    session = state / "sessions" / "other.jsonl"
+    result = chat("--verbose", stdin="One.\n/fork other\nTwo.\n/fork other\nThree.")
+    assert result.returncode == 1 and result.stderr.count("kvlocal: ") == 1 and "is there already" in result.stderr
+    assert contents(state)[::2] == ["One."]
+    assert [message["content"] for message in Transcript.read(session).messages][::2] == ["One.", "Two.", "Three."]
+    result = chat("--session", "other", "--verbose", stdin="Four.")
+    assert "back in other: 6 messages" in result.stderr and "again" not in result.stderr
+    result = chat("--no-transcript", "--system", "Be kind.", stdin="One.\n/fork another\nTwo.")
+    kept = Transcript.read(session.with_name("another.jsonl"))
+    assert [message["content"] for message in kept.messages][::2] == ["One.", "Two."] and kept.system == "Be kind."
+
+
 def test_failed_commands_are_sentences_and_an_exit_code(chat, tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
     lines = ["/kvv", "/regen", "/undo", "/set temp warm", "/set temp -1", "/set tmp 1", "/set kv-budget 9", "/set policy none"]
-    lines += ["/set policy gkv lam", f"/load {other}", "/load", f"/save {other}", "/save /nowhere/at/all", "Hello"]
+    lines += ["/set policy gkv lam", f"/load {other}", "/load", f"/save {other}", "/save /nowhere/at/all"]
+    lines += ["/undo 0", "/undo x", "/edit", "/edit 1", "/edit x y", "/edit 1 y", "/fork", "/fork a:b", "/fork /proc/x.jsonl", "Hello"]
     result = chat(stdin="\n".join(lines))
     assert result.returncode == 1
     errors = result.stderr.splitlines()
@@ -115,6 +144,39 @@ def test_kv_shows_what_was_kept_after_a_compression(chat):
     assert 128 <= used[0] <= 160
     assert re.search(r"cells kept .*of a budget of 96", result.stdout)
     assert re.search(r"^policy +streaming$", result.stdout, re.MULTILINE) and re.search(r"^kv-budget +96$", result.stdout, re.MULTILINE)
+
+
+def test_an_archive_shows_what_it_gave_back(chat):
+    asked = [f"Name three {things} and say where they live or grow, and what they are good for." for things in ("birds", "fish", "trees")]
+    lines = ["/why", *asked, "/kv", "/why", "/why all", "/why not"]
+    result = chat("--archive", "ram", "--kv-budget", "64", "--stride", "16", "--max-tokens", "40", "--verbose", stdin="\n".join(lines))
+    assert result.returncode == 1
+    assert result.stderr.startswith("kvlocal: there is no answer yet") and "kvlocal: /why takes nothing, or all" in result.stderr
+    last = [line for line in result.stderr.splitlines() if re.search(STATUS, line)][-1]
+    assert re.search(r" · recalled from turns? [123](, [123])*$", last)
+    kv, why, more = re.split("^turn  role .*\n", result.stdout, flags=re.MULTILINE)[1:]
+    assert re.search(r"^turn  role +seen  archived  recalled  +kept$", result.stdout, re.MULTILINE)
+    rows = re.findall(r"^ +(\d) +(\w+) +(\d+) +(\d+) +([\d.]+) +([\d.]+)  [█░]{24}", kv, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(str(i), role) for i in (1, 2, 3) for role in ("user", "assistant")]
+    assert all(int(archived) == int(seen) for *_, seen, archived, _, _ in rows[:4]) and sum(float(row[4]) for row in rows) > 1
+    assert all(float(recalled) <= float(kept) for *_, recalled, kept in rows)
+    assert re.search(r"^turn  role +share  recalled$", result.stdout, re.MULTILINE)
+    rows = re.findall(r"^ +(\d)  (\w+) +(\d+)% +([\d.]+)  [█░]{24}  (.+)", why, re.MULTILINE)
+    assert sorted(row[:2] for row in rows) == [(i, role) for i in "12" for role in ("assistant", "user")]
+    assert 97 <= sum(int(row[2]) for row in rows) <= 103 and {row[4] for row in rows} >= {text[:60].strip() for text in asked[:2]}
+    assert re.search(r"^attention to the whole conversation: \d+% to earlier turns, \d+% to this one, \d+% to the beginning", why, re.MULTILINE)
+    assert more.startswith(why.partition("\nturn")[0])
+
+
+def test_why_without_an_archive(chat):
+    asked = [f"Name a {thing}." for thing in ("bird", "fish", "tree", "river", "town", "star")]
+    result = chat("--policy", "snapkv", stdin="\n".join([*asked, "/why", "/why all", "/set policy streaming", "/why"]))
+    first, both = result.stdout.split("/why all shows each\n")
+    shown, rest = (re.findall(r"^ +(\d)  (\w+) +(\d+)%  [█░]{24}", text, re.MULTILINE) for text in (first, both))
+    assert len(shown) == 8 and len(rest) == 10 and sorted({row[0] for row in rest}) == list("12345")
+    (n, share) = re.findall(r"^and (\d) others with (\d+)% together", first, re.MULTILINE)[0]
+    assert n == "2" and abs(sum(int(row[2]) for row in shown) + int(share) - 100) < 6 and both.count("attention to what the cache holds: ") == 2
+    assert result.returncode == 1 and "streaming does not look at attention" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_save_and_load(chat, state, tmp_path):

@@ -55,7 +55,8 @@ def test_one_answer_on_clean_stdout(kvlocal_run):
 def test_json(kvlocal_run, smollm2):
     result = kvlocal_run("run", str(smollm2), "Sum this up:", *GREEDY, "--json", "--seed", "7", stdin="Cats ☃ sleep.\n")
     report = json.loads(result.stdout)
-    assert list(report) == ["model", "prompt", "answer", "kv", "timings", "seed", "stop_reason"]
+    assert list(report) == ["model", "prompt", "answer", "kv", "recalled", "timings", "seed", "stop_reason"]
+    assert report["recalled"] == []
     assert report["model"] == str(smollm2)
     assert report["prompt"] == "Sum this up:\n\nCats ☃ sleep."
     assert report["answer"]
@@ -100,6 +101,13 @@ def test_a_long_prompt_is_compressed(kvlocal_run):
     kv = json.loads(result.stdout)["kv"]
     assert kv["history_tokens"] > 600 and kv["compressions"] > 1
     assert kv["evicted"] > 400 and kv["peak_cells"] <= 128 + 64 + 256
+
+
+def test_what_was_recalled_of_a_long_prompt(kvlocal_run):
+    """There is one turn, and what came back is of it."""
+    text = "The quick brown fox jumps over the lazy dog. " * 60
+    result = kvlocal_run("run", "--archive", "ram", "--kv-budget", "128", "--stride", "64", "--json", *GREEDY, stdin=text + "Who jumps?")
+    assert json.loads(result.stdout)["recalled"] == [1]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from kvlocal_cli.main import main
 
 
 @pytest.mark.parametrize(("type_k", "type_v"), [("f16", "f16"), ("q8_0", "f16")])
-@pytest.mark.parametrize(("policy", "copies"), [("gkv", 2), ("full", 1)])
-def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_v: str, policy: str, copies: int) -> None:
-    config = SessionConfig(budget=512, policy=policy, type_k=type_k, type_v=type_v)
+@pytest.mark.parametrize(("policy", "archive", "copies"), [("gkv", "off", 2), ("full", "off", 1), ("recall", "ram", 1)])
+def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_v: str, policy: str, archive: str, copies: int) -> None:
+    config = SessionConfig(budget=512, policy=policy, archive=archive, type_k=type_k, type_v=type_v)
     with Model(smollm2) as model, ChatSession(model, config) as session:
         allocated = session.cache.context.kv_bytes()
     n_cells = -(-memory_estimate.allocation(config, 8192).n_cells // 256) * 256

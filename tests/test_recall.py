@@ -15,7 +15,7 @@ from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.config import CacheConfig, CacheError
 from kvlocal.cache.frames import stretches
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.session import ChatSession, SessionError
+from kvlocal.chat.session import ChatSession
 from kvlocal.llama.cells import BLOCK, NativeError
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
@@ -83,7 +83,7 @@ def test_a_share_goes_by_blocks_and_the_rest_by_single_cells():
     assert {3, 12, 17, 22, 27} <= {*single}
 
 
-@pytest.mark.parametrize("wrong", [{"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}, {"again": -1}, {"whole": 1.5}])
+@pytest.mark.parametrize("wrong", [{"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}, {"again": -1}, {"whole": 1.5}, {"asked": -0.1}])
 def test_impossible_hyper_parameters_are_refused(wrong):
     with pytest.raises(ValueError):
         Recall(**wrong)
@@ -148,6 +148,7 @@ def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
                 assert 96 <= n < 96 + 32
                 scores = cache.native.row_scores(archive.key_chunks(), archive.n_tokens, 16)
                 expected = Recall().plan(state(scores, 8, 16), n).keep
+                assert (expected != Recall().for_question.plan(state(scores, 8, 16), n).keep).any()
                 np.testing.assert_array_equal(cache.ledger.tokens[..., :n], expected)
         assert cache.compressor.n_recalled > 1
 
@@ -156,7 +157,7 @@ def test_the_choice_is_made_behind_the_users_text_and_in_the_answer(model, monke
     with BudgetedCache(model, CONFIG) as cache:
         at = []
         choose = cache.compressor.choose_again
-        monkeypatch.setattr(cache.compressor, "choose_again", lambda ledger, free: (at.append(ledger.n_tokens), choose(ledger, free))[1])
+        monkeypatch.setattr(cache.compressor, "choose_again", lambda ledger, *rest: (at.append(ledger.n_tokens), choose(ledger, *rest))[1])
         cache.read([Passage("system", tokens(20)), *user(100)])
         # all is in the cache: there is nothing to read again
         assert at == [120]
@@ -387,5 +388,3 @@ def test_a_chat_with_an_archive(smollm2):
         assert [message["role"] for message in taken] == ["user", "assistant"] and chat.kv.archived <= chat.kv.history_tokens
         assert "".join(chat.send(taken[0]["content"])) == text
         check(chat.cache, chat.cache.compressor.recaller.archive)
-        with pytest.raises(SessionError, match="a snapshot does not hold"):
-            chat.resume(chat.messages, chat.snapshot())

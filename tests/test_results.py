@@ -21,7 +21,7 @@ TIMINGS = {"answer_tokens": 1}
 
 
 def result(number, text="Hello"):
-    return Result(number, f"id {number}", [{"role": "assistant", "content": text}], ["end"], 1, {}, TIMINGS)
+    return Result(number, f"id {number}", [{"role": "assistant", "content": text}], ["end"], [[]], 1, {}, TIMINGS)
 
 
 def fill(path, numbers, settings=KEY):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvlocal.cache.config import CacheError
+from kvlocal.cache.ledger import Ledger
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
@@ -169,7 +170,7 @@ def test_without_undo_nothing_is_kept_for_it_and_turns_are_taken_back_by_reading
     with ChatSession(model, SMALL, undo=False) as chat, session(model) as usual:
         for text in ("Name a bird.", STORY * 8, "Name a tree."):
             assert "".join(chat.send(text)) == "".join(usual.send(text))
-        assert chat.kv.compressions and not len(chat.cache._way_back.copy) and chat.cache.marked is None
+        assert chat.kv.compressions and not len(chat.cache._way_back.copy) and chat.cache.marked == []
         messages = list(chat.messages)
         chat.cache.ledger.compact = raise_interrupt
         with pytest.raises(KeyboardInterrupt):
@@ -197,7 +198,7 @@ def test_a_stopped_answer_stays_as_far_as_it_came(model):
         assert "".join(chat.send("And now?"))
 
 
-def test_an_exception_in_an_answer_leaves_the_session_usable(model):
+def test_an_exception_in_an_answer_leaves_the_session_usable(model, monkeypatch):
     with session(model, max_tokens=200) as chat:
         answer = chat.send("Count to one hundred.")
         next(answer)
@@ -211,7 +212,7 @@ def test_an_exception_in_an_answer_leaves_the_session_usable(model):
         chat.undo()
         chat.add_turn("user", "Go on." + " on" * (due - 2 - used - n_other))
         assert chat.kv.used == due - 2
-        chat.cache.ledger.compact = raise_interrupt
+        monkeypatch.setattr(Ledger, "compact", once_interrupted(monkeypatch))
         with pytest.raises(KeyboardInterrupt):
             "".join(chat.answer())
         check_ledger(chat)
@@ -232,6 +233,14 @@ def test_a_token_that_says_more_than_the_answer_is_read_again_in_part(model, mon
 
 def raise_interrupt(*_):
     raise KeyboardInterrupt
+
+
+def once_interrupted(monkeypatch):
+    def interrupted(*_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    return interrupted
 
 
 def test_given_turns_and_generated_ones_make_the_same_cache(whole_model):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
+from kvlocal.conversations.archive_file import archive_path
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import snapshot_path
@@ -72,6 +73,21 @@ def test_two_processes_say_what_one_says(chat, path, tmp_path):
     assert path.stat().st_mode & 0o777 == snapshot_path(path).stat().st_mode & 0o777 == 0o600
 
 
+def test_a_session_with_an_archive_goes_on_where_it_was(chat, path):
+    """Turns of the process before are taken back at once too; nothing is read again."""
+    options = ("--archive", "disk", "--session")
+    first = chat(*options, "trip", stdin=ASKED)
+    said = messages(path)
+    second = chat(*options, "trip", "--verbose", stdin=["/undo 3", *ASKED[1:], "/kv"])
+    assert first.returncode == second.returncode == 0 and "back in trip: 8 messages" in second.stderr and "again" not in second.stderr
+    assert messages(path) == said
+    assert int(re.search(r"archive: (\d+) tokens", second.stdout)[1]) > 150
+    beside = archive_path(snapshot_path(path))
+    assert beside.stat().st_mode & 0o777 == 0o600
+    chat("--session", "trip", stdin=["/undo"])
+    assert not beside.exists()
+
+
 def test_without_its_snapshot_or_with_other_options_it_is_read_again(chat, path):
     chat("--session", "trip", stdin=ASKED[:2])
     said = messages(path)
@@ -113,7 +129,7 @@ def test_a_second_process_is_told(chat, path):
         result = chat("--session", "trip", stdin=["Hello"])
         assert result.returncode == 1 and result.stdout == ""
         assert re.fullmatch(r"kvlocal: .*trip\.jsonl is in use by another kvlocal: leave that chat first, or .*\n", result.stderr)
-        for args in (["delete", "trip", "--yes"], ["rename", "trip", "other"]):
+        for args in (["delete", "trip", "--yes"], ["rename", "trip", "other"], ["fork", "trip", "other"]):
             assert failure(*args).startswith(f"kvlocal: {path} is in use")
         assert path.read_bytes() == content
     assert chat("--session", "trip", stdin=["Hello"]).returncode == 0
@@ -258,9 +274,11 @@ def test_what_is_written_does_not_hold_up_the_next_turn():
     assert told.is_set()
 
 
-def test_a_few_kills(short_smollm2):
+@pytest.mark.parametrize("archive", ["off", "disk"])
+def test_a_few_kills(short_smollm2, archive):
     script = Path(__file__).parent / "measure" / "kill_chat.py"
-    result = subprocess.run([sys.executable, script, "3", "--model", short_smollm2], capture_output=True, text=True, timeout=580)
+    command = [sys.executable, script, "3", "--model", short_smollm2, "--archive", archive]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout)["kills"] == 3
 
@@ -332,6 +350,7 @@ def test_show_and_export(path, capsys, tmp_path):
 
 def test_rename(path):
     make(path, "a")
+    archive_path(snapshot_path(path)).write_bytes(bytes(500))
     content = path.read_bytes()
     make(path.with_name("taken.jsonl"), "b")
     assert "is there already" in failure("rename", "trip", "taken")
@@ -341,11 +360,54 @@ def test_rename(path):
     assert run("rename", "trip", "new name") == 0
     new = path.with_name("new name.jsonl")
     assert new.read_bytes() == content and snapshot_path(new).stat().st_size == 1000
-    assert not path.exists() and not snapshot_path(path).exists()
+    assert archive_path(snapshot_path(new)).stat().st_size == 500
+    assert not path.exists() and not snapshot_path(path).exists() and not archive_path(snapshot_path(path)).exists()
+
+
+def test_fork(path):
+    make(path, "a", "b", "c")
+    archive_path(snapshot_path(path)).write_bytes(bytes(500))
+    content, other = path.read_bytes(), path.with_name("other.jsonl")
+    assert run("fork", "trip", "other") == 0
+    assert other.read_bytes() == content == path.read_bytes() and snapshot_path(other).read_bytes() == bytes(1000)
+    assert archive_path(snapshot_path(other)).read_bytes() == bytes(500)
+    for file in (other, snapshot_path(other), archive_path(snapshot_path(other))):
+        assert file.stat().st_mode & 0o777 == 0o600
+    for n in (0, 2, 3):
+        assert run("fork", "trip", f"first {n}", "--turns", str(n)) == 0
+        new = path.with_name(f"first {n}.jsonl")
+        assert messages(new) == messages(path)[: 2 * n] and new.read_bytes().startswith(content)
+    assert "3 turns of you: give --turns 0 to 3" in failure("fork", "trip", "more", "--turns", "4")
+    assert "is there already" in failure("fork", "trip", "other") and "is there already" in failure("fork", "trip", "trip")
+    assert "is no name" in failure("fork", "trip", ".hidden")
+    assert "there is no session none" in failure("fork", "none", "more")
+    with Transcript.resume(path):
+        assert "is in use" in failure("fork", "trip", "more")
+    assert not path.with_name("more.jsonl").exists() and path.read_bytes() == content
+
+
+def test_a_fork_goes_on_from_the_snapshot(chat, path):
+    """With all of it, or where it parts; in the chat too, and the session that it came from is as it was."""
+    options = ("--archive", "disk", "--session")
+    said = chat(*options, "trip", stdin=ASKED[:3])
+    assert said.returncode == 0, said.stderr
+    content = path.read_bytes()
+    assert run("fork", "trip", "other", "--turns", "1") == 0
+    result = chat(*options, "other", "--verbose", stdin=[*ASKED[1:3], "/fork third", ASKED[3], "/fork other", "/undo 3"])
+    assert result.returncode == 1 and "back in other: 2 messages" in result.stderr and "again" not in result.stderr
+    assert "is there already" in result.stderr and "this chat goes on in the session third" in result.stderr
+    assert messages(path.with_name("other.jsonl")) == messages(path) and path.read_bytes() == content
+    third = path.with_name("third.jsonl")
+    assert archive_path(snapshot_path(third)).stat().st_size > 10**6
+    assert messages(third) == messages(path)[:2] and all(json.dumps(text)[1:-1] in third.read_text() for text in ASKED)
+    result = chat(*options, "third", "--verbose", stdin=ASKED[1:3])
+    assert "back in third: 2 messages" in result.stderr and "again" not in result.stderr
+    assert messages(third) == messages(path)
 
 
 def test_delete_asks_first(path):
     make(path, "a")
+    archive_path(snapshot_path(path)).write_bytes(bytes(500))
     assert "confirm with --yes" in failure("delete", "trip") and path.exists()
     for answer, stays in (("n\r", True), ("y\r", False)):
         with Terminal("sessions", "delete", "trip", env=os.environ) as terminal:

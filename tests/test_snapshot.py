@@ -13,6 +13,7 @@ from random_nexus import nexus_file
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations import snapshot as module
+from kvlocal.conversations.archive_file import archive_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import EXACT, read_on
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots
@@ -63,11 +64,24 @@ def ask(chat, texts, keep=lambda: None):
 
 def check_equal(one, other):
     assert one.messages == other.messages and one.segments() == other.segments()
-    assert dataclasses.replace(one.kv, nexus=0.0) == dataclasses.replace(other.kv, nexus=0.0)
+    # what was recalled before, and where the archive is, is another matter
+    known = {"nexus": 0.0, "recalled": 0.0, "archived": 0, "archive_bytes": (0, 0)}
+    assert dataclasses.replace(one.kv, **known) == dataclasses.replace(other.kv, **known)
     arrays, others = one.snapshot(), other.snapshot()
     assert arrays.keys() == others.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, others[name], err_msg=name)
+    if one.cache.archive:
+        check_archives(one.cache.archive, other.cache.archive)
+
+
+def check_archives(one, other):
+    shape = one.key_chunks()[0].shape[:2]
+    every = np.broadcast_to(np.arange(one.n_tokens), (*shape, one.n_tokens))
+    np.testing.assert_array_equal(one.rows(every).k, other.rows(every).k)
+    np.testing.assert_array_equal(one.rows(every).v, other.rows(every).v)
+    for mark, another in zip(one.marks, other.marks, strict=True):
+        np.testing.assert_array_equal(mark.data, another.data)
 
 
 KINDS = {
@@ -77,6 +91,7 @@ KINDS = {
     "blocks": {"policy": "dynsplit"},
     "ratio": {"ratio": 0.6, "budget": 400},
     "nexus": {"policy": "hybrid", "budget": 192},
+    "archive": {"policy": "recall", "archive": "ram"},
 }
 
 
@@ -249,7 +264,7 @@ def test_no_part_of_the_file_can_be_lost_or_changed(model, snapshots, kept):
 
 
 FORGED = [
-    {"format": 1}, {"version": 2}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
+    {"format": 1}, {"version": 3}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
     {"conversations": [[True, "x"]]}, {"conversations": [["4"]]}, {"arrays": None}, {"arrays": {}}, {"arrays": [["cache", "|u1"]]},
     {"arrays": [["cache", "|u1", [2**62]]]}, {"arrays": [["cache", "|u1", [-1]]]}, {"arrays": [["cache", "|O", [1]]]},
     {"arrays": [["cache", "|u1", 1]]}, {"arrays": [["ledger.tokens", "<i4", [30, 3, 2**40]]]}, {"arrays": [["ledger.tokens", "<i4", [2**31, 3, 1]]]},
@@ -375,3 +390,186 @@ def test_caches_that_are_not_what_the_ledger_says(family, tmp_path):
                 with pytest.raises(SessionError, match="no state of such a session"):
                     chat.resume(messages, arrays | {name: with_position(arrays[name], cell, position)})
                 assert not chat.messages
+
+
+RECALL = {"policy": "recall", "archive": "disk"}
+
+
+
+def back_again(model, snapshots, messages, **changes):
+    """Another process that finds the snapshot; returns the session and how many messages it has."""
+    chat = session(model, **RECALL | changes)
+    try:
+        n = Snapshots(snapshots.path).load(chat, messages)
+    except BaseException:
+        chat.close()
+        raise
+    chat._begin = chat.restore = None  # nothing is read again
+    return chat, n
+
+
+@pytest.mark.parametrize("stores", [("ram", "ram"), ("disk", "disk"), ("ram", "disk"), ("disk", "ram")])
+def test_every_turn_can_be_taken_back_after_a_restore(shallow_model, snapshots, stores):
+    with session(shallow_model, **RECALL | {"archive": stores[0]}) as through:
+        ask(through, ASKED, lambda: snapshots.save(through))
+        chat, n = back_again(shallow_model, snapshots, through.messages, archive=stores[1])
+        with chat:
+            assert n == 10 and chat.messages == through.messages
+            check_equal(through, chat)
+            assert through.kv.archive_bytes[0] == 0 or stores[0] == "ram"
+            for depth in (2, 3):
+                assert chat.undo(depth) == through.undo(depth)
+                check_equal(through, chat)
+                assert ask(chat, ASKED[1:3]) == ask(through, ASKED[1:3])
+                check_equal(through, chat)
+
+
+def test_a_conversation_that_went_another_way_is_found_where_they_part(shallow_model, snapshots):
+    """As after /undo 2 or /edit, and a crash before the next snapshot."""
+    with session(shallow_model, **RECALL) as through:
+        ask(through, ASKED, lambda: snapshots.save(through))
+        through.undo(3)
+        messages = list(through.messages)
+        for more in ([], [{"role": "user", "content": "Another?"}, {"role": "assistant", "content": "Yes."}]):
+            chat, n = back_again(shallow_model, snapshots, [*messages, *more])
+            with chat:
+                assert n == 4 and chat.messages == messages
+                check_equal(through, chat)
+
+
+def test_at_any_moment_the_last_snapshot_can_be_gone_on_with(shallow_model, snapshots):
+    """Turns are taken back, others come, and snapshots are begun that do not come to their end: the process may end in between."""
+    with session(shallow_model, **RECALL) as through, session(shallow_model, **RECALL) as twin:
+        for chat in (through, twin):
+            ask(chat, ASKED[:4])
+        snapshots.save(through)
+        kept = [list(twin.messages), snapshots.path.read_bytes()]
+
+        def check():
+            assert snapshots.path.read_bytes() == kept[1]
+            chat, n = back_again(shallow_model, snapshots, kept[0])
+            with chat:
+                assert n == len(kept[0])
+                check_equal(twin, chat)
+
+        check()
+        for depth, text in ((1, ASKED[1]), (3, ASKED[3] * 4), (2, ASKED[1] * 3)):
+            through.undo(depth)
+            check()
+            ask(through, [text])
+            check()
+            for n_asked in range(1, 6):
+                asked = iter([False] * n_asked)
+                snapshots.save(through, lambda asked=asked: next(asked, True))
+                check()
+            snapshots.save(through)
+            chat, _ = back_again(shallow_model, snapshots, through.messages)
+            with chat:
+                check_equal(through, chat)
+            twin.close()
+            twin = back_again(shallow_model, snapshots, through.messages)[0]
+            kept = [list(through.messages), snapshots.path.read_bytes()]
+        twin.close()
+
+
+def test_a_conversation_that_is_kept_elsewhere_uses_nothing_of_where_it_was(shallow_model, snapshots, tmp_path):
+    """As after /fork: others may go on there."""
+    with session(shallow_model, **RECALL) as through, session(shallow_model, **RECALL) as twin:
+        for chat in (through, twin):
+            ask(chat, ASKED[:4])
+        snapshots.save(through)
+        Snapshots(tmp_path / "two.snapshot").save(through)
+        archive_path(snapshots.path).write_bytes(bytes(archive_path(snapshots.path).stat().st_size))
+        check_equal(through, twin)
+        chat, n = back_again(shallow_model, Snapshots(tmp_path / "two.snapshot"), through.messages)
+        with chat:
+            assert n == 8
+            check_equal(twin, chat)
+            assert ask(chat, ASKED[4:]) == ask(through, ASKED[4:]) == ask(twin, ASKED[4:])
+
+
+def test_an_archive_that_is_not_what_it_was_is_found_out(shallow_model, snapshots):
+    path = archive_path(snapshots.path)
+    with session(shallow_model, **RECALL) as through:
+        ask(through, ASKED[:2], lambda: snapshots.save(through))
+        messages = list(through.messages)
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[::4096] = bytes(255 - byte for byte in changed[::4096])
+    for wrong, match in ((bytes(changed), "archive is damaged"), (content[:-1], "archive is incomplete"), (None, "archive is gone")):
+        path.unlink() if wrong is None else path.write_bytes(wrong)
+        with session(shallow_model, **RECALL) as chat:
+            with pytest.raises(SnapshotError, match=match):
+                snapshots.load(chat, messages)
+            assert chat.messages == [] and ask(chat, ASKED[:1])
+    path.write_bytes(content)
+    back_again(shallow_model, snapshots, messages)[0].close()
+    with session(shallow_model, **RECALL | {"archive": "off"}) as chat, pytest.raises(SnapshotError, match="another archive"):
+        snapshots.load(chat, messages)
+    small = RECALL | {"archive": "ram", "archive_ram": 2**19}
+    with session(shallow_model, **small) as chat, pytest.raises(SnapshotError, match="contradicts itself"):
+        snapshots.load(chat, messages)
+
+
+def test_arrays_of_an_archive_that_contradict_each_other_are_refused(shallow_model):
+    with session(shallow_model, **RECALL) as chat, session(shallow_model, **RECALL) as other:
+        ask(chat, ASKED[:3])
+        arrays, data = chat.snapshot(), [part.data for part in chat.cache.archive.parts()]
+        marks, numbers, tokens = (arrays[name] for name in ("archive.marks", "marks.numbers", "ledger.tokens"))
+        swapped = tokens.copy()
+        swapped[..., 20] -= 1
+        for changes in (
+            {"archive.positions": arrays["archive.positions"][:-1]},
+            {"archive.positions": arrays["archive.positions"] + 1},
+            {"archive.marks": marks[:, ::-1]},
+            {"archive.marks": marks[:3]},
+            {"archive.marks": marks + 2**30},
+            {"archive.pace": np.zeros(3, np.int64)},
+            {"marks.numbers": numbers[:, :1]},
+            {"marks.numbers": numbers + np.array([[0], [99]])},
+            {"marks.n_recent": arrays["marks.n_recent"] - 1},
+            {"ledger.tokens": tokens[..., :-1]},
+            {"cache": None},
+        ):
+            if "cache" in changes:
+                wrong, wrong_data = {name: array for name, array in arrays.items() if not name.startswith("archive.")}, ()
+            else:
+                wrong, wrong_data = arrays | changes, data
+            with pytest.raises(SessionError, match="no state of such a session"):
+                other.resume(chat.messages, wrong, wrong_data)
+            assert other.messages == [] and other.kv.used == other.segments()[0].n_tokens
+        for wrong_data in (data[:-1], data[::-1], ()):
+            with pytest.raises(SessionError, match="no state of such a session"):
+                other.resume(chat.messages, arrays, wrong_data)
+        # a mark that lies is found out when it is gone back to, and the conversation is read again
+        lying = marks.copy()
+        lying[1] -= 1
+        other.resume(chat.messages, arrays | {"archive.marks": lying}, data)
+        other.undo(2)
+        assert other.messages == chat.messages[:2] and ask(other, ASKED[1:2])
+        other.resume(chat.messages, arrays, data)
+        check_equal(chat, other)
+
+
+def test_an_archive_that_was_given_up_stays_so(shallow_model, snapshots):
+    with session(shallow_model, **RECALL | {"archive": "ram", "archive_ram": 2**20}) as through:
+        ask(through, ASKED[:4], lambda: snapshots.save(through))
+        assert through.cache.archive is None and not archive_path(snapshots.path).exists()
+        with session(shallow_model, **RECALL) as chat:
+            snapshots.load(chat, through.messages)
+            assert chat.cache.archive is None and chat.kv.archive_lost
+            assert ask(chat, ASKED[2:]) == ask(through, ASKED[2:])
+
+
+def test_a_sliding_window_comes_back_with_its_archive(tmp_path, snapshots):
+    write_chat_model(tmp_path / "tiny.gguf", family="gemma3", n_layer=12)
+    changes = RECALL | {"budget": 64, "stride": 16, "n_ubatch": 32, "max_tokens": 4, "system": None}
+    asked = ["The keeper wrote down the birds. " * 4, "Who wrote down what?", "And when? " * 3]
+    with Model(tmp_path / "tiny.gguf") as tiny, session(tiny, **changes) as through, session(tiny, **changes) as back:
+        ask(through, asked, lambda: snapshots.save(through))
+        assert through.cache.archive and through.kv.evicted
+        assert Snapshots(snapshots.path).load(back, through.messages) == 6
+        check_equal(through, back)
+        assert through.undo() == back.undo()
+        assert ask(through, asked[1:]) == ask(back, asked[1:])
+        check_equal(through, back)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.records import Conversation, TranscriptError
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.conversations.transcript import Transcript, chat_path
 from kvlocal.errors import KvlocalError
@@ -76,6 +76,45 @@ def test_undo_takes_a_turn_that_was_never_answered(transcript, path):
     transcript.add_user("b")
     transcript.add_undo()
     assert texts(Transcript.read(path)) == ["a", "1"]
+
+
+def test_undo_takes_several_turns(transcript, path):
+    for text in "abc":
+        say(transcript, text, text.upper())
+    transcript.add_user("d")
+    transcript.add_undo(3)
+    assert texts(Transcript.read(path)) == ["a", "A"]
+
+
+def test_a_fork_has_what_was_said_and_leaves_it(transcript, path, tmp_path):
+    for text in "abc":
+        say(transcript, text, text.upper())
+    content = path.read_bytes()
+    with transcript.fork(tmp_path / "new" / "two.jsonl") as fork:
+        assert fork.conversation.messages == Transcript.read(path).messages and not fork.awaits_answer
+        say(fork, "d", "D")
+        with pytest.raises(TranscriptError, match="in use"):
+            Transcript.resume(fork.path)
+    say(transcript, "e", "E")
+    assert path.read_bytes().startswith(content) and fork.path.read_bytes().startswith(content)
+    assert texts(Transcript.read(fork.path))[::2] == list("abcd") and texts(Transcript.read(path))[::2] == list("abce")
+    assert fork.path.stat().st_mode & 0o777 == 0o600
+    for there in (path, fork.path):
+        with pytest.raises(TranscriptError, match="is there already"):
+            transcript.fork(there)
+
+
+def test_a_fork_of_what_cannot_be_written_is_none(transcript, path, tmp_path, monkeypatch):
+    say(transcript, "a", "A")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        with pytest.raises(TranscriptError):
+            transcript.add_undo()
+        with pytest.raises(TranscriptError, match="make room"):
+            transcript.fork(tmp_path / "two.jsonl")
+    assert not (tmp_path / "two.jsonl").exists()
+    transcript.fork(tmp_path / "two.jsonl").close()
+    assert texts(Transcript.read(tmp_path / "two.jsonl")) == texts(Transcript.read(path)) == []
 
 
 def test_an_empty_answer_is_an_answer(transcript, path):

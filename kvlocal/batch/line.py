@@ -124,7 +124,7 @@ OPTIONS = {
     "seed": LineOption(int, "a whole number", lambda config, value: replace(config, sampling=replace(config.sampling, seed=value))),
     "system": LineOption(str, "a text", lambda config, value: replace(config, system=value)),
     "policy": LineOption(str, "the name of a policy", _with_policy),
-    "kv_budget": LineOption(int, "a whole number", lambda config, value: replace(config, budget=value)),
+    "kv_budget": LineOption(int, "a whole number", lambda config, value: replace(config, memory=None, budget=value)),
 }
 
 
@@ -135,6 +135,7 @@ class Result:
     number, id: of its line
     messages: the given ones, with the answers in their places
     stop_reasons: of each answer, "end" or "length" (cut off at max_tokens)
+    recalled: of each answer, the turns that were recalled for it (kvlocal.chat.looked_at.recalled_turns)
     seed: of the random numbers; None for a conversation with nothing to answer, which is not read
     kv: budget, peak_cells, history_tokens, compressions, evicted (KvStats)
     timings: seconds in all; prompt_tokens, and prompt_seconds for them and for setting up; answer_tokens, answer_seconds, tokens_per_second;
@@ -145,6 +146,7 @@ class Result:
     id: Identity
     messages: list[Message]
     stop_reasons: Sequence[str]
+    recalled: Sequence[Sequence[int]]
     seed: int | None
     kv: dict[str, float]
     timings: dict[str, float]

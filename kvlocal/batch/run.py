@@ -12,6 +12,7 @@ from typing import Any
 
 from kvlocal.batch.line import Failure, Line, LineError, Result
 from kvlocal.cache.compression import Seconds
+from kvlocal.cache.fitting import fitted
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import REPORTED
@@ -63,6 +64,7 @@ def run_batch(
     """
     if not 1 <= parallel <= MAX_SEQUENCES:
         raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_SEQUENCES}")
+    config = fitted(model.path, config, model.n_gpu_layers)
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
     asked: dict[str, Any] = {}
 
@@ -176,11 +178,11 @@ class _Batch:
         if not unanswered:
             kv: dict[str, float] = dict.fromkeys(REPORTED, 0)
             kv["budget"] = config.budget or self._budget
-            return Result(line.number, line.id, line.messages, [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
+            return Result(line.number, line.id, line.messages, [], [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()
         first, end = (0 if line.system is None else 1), unanswered[-1] + 1
-        messages, stop_reasons = line.messages[:first], []
+        messages, stop_reasons, recalled = line.messages[:first], [], []
         answer_tokens, answer_seconds = 0, 0.0
         with self._session(config) as session:
             for i in range(first, end):
@@ -194,6 +196,7 @@ class _Batch:
                     last = session.last
                     assert last is not None  # after an answer
                     stop_reasons.append(last.stop_reason)
+                    recalled.append(last.recalled)
                     answer_tokens += last.answer_tokens
                     answer_seconds += last.answer_seconds
                 if i < end - 1:
@@ -202,7 +205,7 @@ class _Batch:
             kv = session.kv.report()
             prompt_tokens = int(kv["history_tokens"]) - answer_tokens
             timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
-            return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, session.seed, kv, timings)
+            return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, recalled, session.seed, kv, timings)
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a slot."""

@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.errors import KvlocalError
+from kvlocal.cache.archive_memory import ArchiveFailed, ArchiveMemory, Block
+from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import Layout, Rows
+
+__all__ = ["CHUNK", "STORES", "Archive", "ArchiveFailed", "ArchivePart", "Store"]
 
 Store = Literal["off", "ram", "disk"]
 STORES: tuple[Store, ...] = get_args(Store)
 
 CHUNK = 256  # tokens that memory is taken for at once
+_MARK_UNIT = 2**16  # marks take whole multiples of so many bytes, so that one finds room where another was
 
 
-class ArchiveFailed(KvlocalError):
-    """The archive can take no more; what was in it is given up."""
+_keys = count()
+
+
+class ArchivePart(NamedTuple):
+    """Something in the archive, to be written to a file.
+
+    key: of this content; what changes gets another one, and no two archives of a process have the same
+    data: uint8 [bytes]
+    """
+
+    key: int
+    data: npt.NDArray[np.uint8]
+
+
+@dataclass
+class _Chunk:
+    """CHUNK tokens, zero where nothing is stored yet.
+
+    k, v: uint8 [L, H, CHUNK, row size] each, which are the data
+    block: that has them; None if they are somebody else's and may not be written to
+    """
+
+    key: int
+    data: npt.NDArray[np.uint8]
+    k: npt.NDArray[np.uint8]
+    v: npt.NDArray[np.uint8]
+    block: Block | None
+
+
+@dataclass
+class _StoredMark:
+    key: int
+    mark: ArchivedMark
+    block: Block | None
 
 
 class Archive:
     """Rows of the cache by token number, bit for bit as they were stored; never copied as it grows.
-
-    The file has no name, so that nobody else can read it and nothing stays behind, however the process ends. Its blocks are taken before they are
-    used: a full disk is an error, not a signal.
 
     layout: of the cache that the rows come from
     ram: how many bytes of memory it may take
@@ -39,11 +72,10 @@ class Archive:
     """
 
     def __init__(self, layout: Layout, ram: int, directory: Path | None) -> None:
-        self._layout, self._ram, self._directory = layout, ram, directory
+        self._layout, self._memory = layout, ArchiveMemory(ram, directory)
         self._shapes = [(layout.n_layer, layout.n_head_kv, CHUNK, size) for size in (layout.row_size_k, layout.row_size_v)]
-        self._chunks: list[Rows] = []  # CHUNK tokens each, zero where nothing is stored yet
-        self._maps: list[mmap.mmap] = []
-        self._file: int | None = None
+        self._chunks: list[_Chunk] = []
+        self._marks: list[_StoredMark] = []
         self._positions = np.zeros(0, np.int32)
         self.n_tokens = 0
 
@@ -52,17 +84,22 @@ class Archive:
         return self._positions[: self.n_tokens]
 
     @property
+    def marks(self) -> list[ArchivedMark]:
+        """Lengths that the cells can be filled for again, ascending."""
+        return [stored.mark for stored in self._marks]
+
+    @property
     def chunk_bytes(self) -> int:
         """What CHUNK tokens take."""
         return sum(int(np.prod(shape)) for shape in self._shapes)
 
     @property
     def bytes_in_memory(self) -> int:
-        return (len(self._chunks) - len(self._maps)) * self.chunk_bytes
+        return self._memory.bytes_in_memory
 
     @property
     def bytes_on_disk(self) -> int:
-        return len(self._maps) * self.chunk_bytes
+        return self._memory.bytes_on_disk + sum(len(chunk.data) for chunk in self._chunks if not chunk.block)
 
     def append(self, rows: Rows, positions: npt.NDArray[np.int32]) -> None:
         """Stores the next tokens, with the positions of their keys, int32 [n].
@@ -72,24 +109,43 @@ class Archive:
         """
         end = self.n_tokens + rows.n
         while len(self._chunks) * CHUNK < end:
-            self._chunks.append(self._grow())
+            self._chunks.append(self._chunk(self._memory.take(self.chunk_bytes)))
         if end > len(self._positions):
             self._positions = np.concatenate([self._positions, np.zeros(len(self._chunks) * CHUNK, np.int32)])
         self._positions[self.n_tokens : end] = positions
         done = 0
         while self.n_tokens < end:
-            chunk, at = divmod(self.n_tokens, CHUNK)
-            n = min(CHUNK - at, end - self.n_tokens)
-            for stored, given in ((self._chunks[chunk].k, rows.k), (self._chunks[chunk].v, rows.v)):
+            number, at = divmod(self.n_tokens, CHUNK)
+            chunk, n = self._writable(number), min(CHUNK - at, end - self.n_tokens)
+            for stored, given in ((chunk.k, rows.k), (chunk.v, rows.v)):
                 stored[:, :, at : at + n] = given[:, :, done : done + n]
             done += n
             self.n_tokens += n
 
-    def truncate(self, n_tokens: int) -> None:
-        """Forgets the tokens from n_tokens on; their memory stays, for those that come next."""
-        self.n_tokens = min(self.n_tokens, n_tokens)
+    def _chunk(self, block: Block) -> _Chunk:
+        k, v = self._rows_of(block.data)
+        return _Chunk(next(_keys), block.data, k, v, block)
 
-    def rows(self, tokens: npt.NDArray[np.intp]) -> Rows:
+    def _rows_of(self, data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        n_k = int(np.prod(self._shapes[0]))
+        return data[:n_k].reshape(self._shapes[0]), data[n_k:].reshape(self._shapes[1])
+
+    def _writable(self, number: int) -> _Chunk:
+        """A chunk that is about to change, or a copy of it in its place if it is somebody else's."""
+        chunk = self._chunks[number]
+        if chunk.block:
+            chunk.key = next(_keys)
+            return chunk
+        copy = self._chunks[number] = self._chunk(self._memory.take(self.chunk_bytes))
+        copy.data[:] = chunk.data
+        return copy
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forgets the tokens from n_tokens on, and the marks behind it; their memory stays, for those that come next."""
+        self.n_tokens = min(self.n_tokens, n_tokens)
+        self.keep_marks(sum(stored.mark.n_tokens <= n_tokens for stored in self._marks))
+
+    def rows(self, tokens: npt.NDArray[np.integer[Any]]) -> Rows:
         """The rows of token tokens[l, h, j] of each layer and head, int [L, H, n]."""
         n_layer, n_head, n = tokens.shape
         out = Rows(*(np.empty((n_layer * n_head * n, shape[-1]), np.uint8) for shape in self._shapes))
@@ -106,55 +162,93 @@ class Archive:
 
     def chunks(self) -> list[Rows]:
         """All rows, CHUNK tokens each; zero where nothing is stored yet."""
-        return self._chunks[: -(-self.n_tokens // CHUNK)]
+        return [Rows(chunk.k, chunk.v) for chunk in self._chunks[: -(-self.n_tokens // CHUNK)]]
 
     def key_chunks(self) -> list[npt.NDArray[np.uint8]]:
         """The keys, [L, H, CHUNK, row size] for every CHUNK tokens."""
-        return [chunk.k for chunk in self.chunks()]
+        return [chunk.k for chunk in self._chunks[: -(-self.n_tokens // CHUNK)]]
 
-    def _grow(self) -> Rows:
-        if self.bytes_in_memory + self.chunk_bytes <= self._ram:
-            try:
-                return Rows(*(np.zeros(shape, np.uint8) for shape in self._shapes))
-            except MemoryError:
-                raise ArchiveFailed("there is not enough memory for the archive") from None
-        if self._directory is None:
-            raise ArchiveFailed(f"the archive has filled the {self._ram / 1e6:,.0f} MB of memory that it may take")
-        try:
-            return self._grow_on_disk()
-        except (OSError, ValueError) as error:
-            raise ArchiveFailed(f"the archive cannot be written in {self._directory} ({error})") from error
+    # marks
 
-    def _grow_on_disk(self) -> Rows:
-        if self._file is None:
-            with tempfile.TemporaryFile(dir=self._directory, prefix="kvlocal-archive-") as file:
-                self._file = os.dup(file.fileno())
-        # a mapping begins at a multiple of the granularity
-        stride = -(-self.chunk_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        start = len(self._maps) * stride
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._file, start, stride)
-        else:
-            _fill(self._file, start, stride)
-        self._maps.append(mmap.mmap(self._file, stride, offset=start))
-        flat = np.frombuffer(self._maps[-1], np.uint8, self.chunk_bytes)
-        n_k = int(np.prod(self._shapes[0]))
-        return Rows(flat[:n_k].reshape(self._shapes[0]), flat[n_k:].reshape(self._shapes[1]))
+    def add_mark(self, mark: ArchivedMark) -> None:
+        """The cells can be filled again as they are at the end of what is stored. It takes the place of a mark that was there already.
+
+        Raises:
+            ArchiveFailed: there is no room for what that takes.
+        """
+        self.keep_marks(sum(stored.mark.n_tokens < mark.n_tokens for stored in self._marks))
+        block = self._memory.take(-(-len(mark.data) // _MARK_UNIT) * _MARK_UNIT)
+        data = block.data[: len(mark.data)]
+        data[:] = mark.data
+        self._marks.append(_StoredMark(next(_keys), replace(mark, data=data), block))
+
+    def keep_marks(self, n: int) -> None:
+        """Forgets all marks but the first n."""
+        for stored in self._marks[n:]:
+            self._let_go(stored)
+        del self._marks[n:]
+
+    # a copy that outlives the process
+
+    def parts(self) -> list[ArchivePart]:
+        """All that is stored, besides positions and what a mark says of itself: first the chunks, then the data of the marks."""
+        chunks = self._chunks[: -(-self.n_tokens // CHUNK)]
+        return [*(ArchivePart(chunk.key, chunk.data) for chunk in chunks), *(ArchivePart(stored.key, stored.mark.data) for stored in self._marks)]
+
+    def exchange(self, data: Mapping[int, npt.NDArray[np.uint8]]) -> None:
+        """Uses these data, by the keys of the parts that they are copies of, in place of what it has, whose memory becomes free."""
+        for chunk in self._chunks:
+            if chunk.key in data:
+                self._let_go(chunk)
+                chunk.data, chunk.block = data[chunk.key], None
+                chunk.k, chunk.v = self._rows_of(chunk.data)
+        for stored in self._marks:
+            if stored.key in data:
+                self._let_go(stored)
+                stored.mark, stored.block = replace(stored.mark, data=data[stored.key]), None
+
+    def restore(self, positions: npt.NDArray[np.int32], marks: Sequence[ArchivedMark], data: Sequence[npt.NDArray[np.uint8]], copy: bool) -> None:
+        """An empty archive takes over what another one held.
+
+        positions, marks: of the other; the marks without their data
+        data: of its `parts`, in order
+        copy: take memory for all of it, and do not use it where it is
+
+        Raises:
+            ArchiveFailed: there is no room for the copy.
+            ValueError: they do not go together, and cannot have come from an archive.
+        """
+        n_chunks, lengths = -(-len(positions) // CHUNK), [mark.n_tokens for mark in marks]
+        of_chunks, of_marks = data[:n_chunks], data[n_chunks:]
+        if len(of_marks) != len(marks) or any(len(array) != self.chunk_bytes for array in of_chunks):
+            raise ValueError("these are not all parts of an archive")
+        fits = all(0 <= mark.n_cells <= mark.n_tokens and 0 <= mark.n_ring <= len(array) for mark, array in zip(marks, of_marks, strict=True))
+        if not fits or lengths != sorted({*lengths}) or not all(0 <= n <= len(positions) for n in lengths):
+            raise ValueError("the marks contradict each other")
+        self._positions, self.n_tokens = positions.copy(), len(positions)
+        for array in of_chunks:
+            block = self._copy(array) if copy else None
+            array = block.data if block else array
+            k, v = self._rows_of(array)
+            self._chunks.append(_Chunk(next(_keys), array, k, v, block))
+        for mark, array in zip(marks, of_marks, strict=True):
+            if copy:
+                self.add_mark(replace(mark, data=array))
+            else:
+                self._marks.append(_StoredMark(next(_keys), replace(mark, data=array), None))
+
+    def _copy(self, data: npt.NDArray[np.uint8]) -> Block:
+        block = self._memory.take(len(data))
+        block.data[:] = data
+        return block
+
+    def _let_go(self, stored: _Chunk | _StoredMark) -> None:
+        if stored.block:
+            self._memory.give_back(stored.block)
 
     def close(self) -> None:
         """Gives everything up. Closing twice is harmless."""
         self.n_tokens = 0
         self._chunks.clear()
-        # a map is unmapped when its last array has gone
-        self._maps.clear()
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-
-def _fill(file: int, start: int, n_bytes: int) -> None:
-    """Takes blocks of the disk where the system has no call for it."""
-    block = bytes(2**20)
-    while n_bytes:
-        n = os.pwrite(file, block[:n_bytes], start)
-        start, n_bytes = start + n, n_bytes - n
+        self._marks.clear()
+        self._memory.close()

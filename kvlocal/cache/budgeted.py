@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 from kvlocal import policies
 from kvlocal.cache.archive import Archive
+from kvlocal.cache.archived_cells import ArchivedCells
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
+from kvlocal.cache.fitting import fitted
 from kvlocal.cache.ledger import NEXUS
-from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
+from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.cache.score_sources import ScoreSources, carried_scores
 from kvlocal.llama.adapter import Adapter
 from kvlocal.llama.context import Context, Outputs
@@ -44,7 +46,7 @@ class Passage(NamedTuple):
     text: str = ""
 
 
-class BudgetedCache(NotedCells):
+class BudgetedCache(ArchivedCells):
     """The cache of one conversation, token by token.
 
     Every token is evaluated once. The cache is compressed when it exceeds the budget by the stride, also in the middle of a long text; what is
@@ -58,7 +60,7 @@ class BudgetedCache(NotedCells):
     config: budget and policy
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept
-    undo: mark() keeps what the way back needs, a copy of the cache among it
+    undo: mark() keeps what the way back needs: with an archive what was in the cells, without one a copy of them
     make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
 
     budget: the most cells of each layer and head after a compression
@@ -80,7 +82,8 @@ class BudgetedCache(NotedCells):
         undo: bool = True,
         make_context: Callable[..., SequenceDecoder] = Context,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
+        config = self.config
         self.policy = policies.make(config.policy, config.policy_args)
         self.budget, self.capacity, _ = check_budget(model, config)
         self._spare = spare
@@ -99,7 +102,14 @@ class BudgetedCache(NotedCells):
                 n_recorded=queries_to_record(config),
             )
             opened.callback(context.close)
-            super().__init__(context, self.capacity + spare, carried_scores(self.policy), undo=undo, copies=self.policy.evicts)
+            super().__init__(
+                context,
+                self.capacity + spare,
+                carried_scores(self.policy),
+                undo=undo,
+                copies=self.policy.evicts,
+                archived=config.archive != "off",
+            )
             self.observer = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
                 self.native,
@@ -135,7 +145,7 @@ class BudgetedCache(NotedCells):
         self._since_choice, self._interval = 0, self._recall.refresh
 
     def mark(self) -> None:
-        """As NotedCells.mark, before a turn of the user: what is chosen in it does not depend on when it was in the last one."""
+        """As ArchivedCells.mark, before a turn of the user: what is chosen in it does not depend on when it was in the last one."""
         super().mark()
         self._begin_turn()
 
@@ -226,9 +236,14 @@ class BudgetedCache(NotedCells):
 
     def choose_again(self) -> bool:
         """Chooses the cells anew from the whole conversation; False without an archive, or where the cache holds all of it."""
+        self._interval = min(2 * self._interval, self._recall.refresh)
+        return self._choose()
+
+    def _choose(self) -> bool:
         self.check_certain()
-        self._since_choice, self._interval = 0, min(2 * self._interval, self._recall.refresh)
-        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1)
+        self._since_choice = 0
+        policy = self._recall.for_question if self._interval < self._recall.refresh else self._recall
+        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1, policy)
 
     def _recall_for_answer(self) -> None:
         """Behind what the user says: brings what it is about into the cells.
@@ -236,10 +251,10 @@ class BudgetedCache(NotedCells):
         Queries of deep layers only ask for what shallower ones have found. So the end of the text is evaluated a second time with what it recalled,
         and then the cells are chosen once more. The queries of an answer's beginning say more again: what comes next is chosen for soon.
         """
-        if self.choose_again():
-            self._evaluate_again(min(self._recall.again, self.ledger.n_tokens - self.ledger.segments[-1].start, self.context.n_ubatch))
-            self.choose_again()
         self._interval = max(1, self._recall.refresh // 4)
+        if self._choose():
+            self._evaluate_again(min(self._recall.again, self.ledger.n_tokens - self.ledger.segments[-1].start, self.context.n_ubatch))
+            self._choose()
 
     def _evaluate_again(self, n: int) -> None:
         """Evaluates the last n tokens a second time, or as many of them as every head has, with the cells that there are now."""
@@ -361,73 +376,31 @@ class BudgetedCache(NotedCells):
         self.check_certain()
         self.compressor.compress(self.ledger)
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Nothing is compressed inside, and on exit cells and ledger are as they were. Can be nested.
-
-        What is read inside must fit into the free and the spare cells. Where there is an archive cells may be exchanged, but their number stays.
-        """
-        self.check_certain()
-        ledger, compressor, way_back = self.ledger, self.compressor, self._way_back
-        outer, checkpoint, copy = compressor.held, way_back.checkpoint, way_back.copy
-        if not outer:
-            compressor.make_room(ledger, min(self.n_free, self.model.n_ctx_train // 2))
-            self.observer.before_removal(ledger)
-        # what is copied inside is not to overwrite the copy there is
-        n_tokens, way_back.checkpoint, way_back.copy = ledger.n_tokens, None, copy[:0]
-        compressor.held = way_back.held = True
-        segments, begun, since = ledger.segments_now(), self._begun, (self._since_choice, self._interval)
-        ring = self.native.ring_state() if compressor.recaller else None
-        outside, way_back.exchanged = way_back.exchanged, None
-        try:
-            with self.taken_back():
-                yield
-        finally:
-            exchanged, way_back.exchanged = way_back.exchanged, outside
-            compressor.held = way_back.held = outer
-            self._since_choice, self._interval = since
-            way_back.checkpoint, way_back.copy = checkpoint, copy
-            if exchanged and self._begun == begun:
-                state, self.ledger = exchanged
-                self._restore(state, n_tokens, ring)
-            if not self.uncertain:
-                self._truncate(n_tokens)
-                self.ledger.segments[:] = segments
-
-    def _truncate(self, n_tokens: int) -> None:
-        super()._truncate(n_tokens)
-        self.compressor.chosen_at = 0
-        if self.compressor.recaller:
-            self.compressor.recaller.archive.truncate(n_tokens)
-
     # a copy that outlives the process
 
     @property
     def signature(self) -> dict[str, Any]:
         """All settings that decide what is in the cells besides the model and the tokens, as JSON can hold them."""
-        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch", "archive")
-        settings = {name: getattr(self.config, name) for name in names}
+        names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
+        settings = {name: getattr(self.config, name) for name in names} | {"archive": self.config.archive != "off"}
         return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
 
     def snapshot(self) -> Arrays:
         """All that the tokens to come depend on, besides `signature`, the model and what is pinned; `resume` takes it.
 
-        As NotedCells.snapshot, and numbers: int64 [3]
+        As ArchivedCells.snapshot, and numbers: int64 [3]
         """
         numbers = np.array([self.compressor.compressions, self.compressor.rotations, self.peak], np.int64)
         return {"numbers": numbers} | super().snapshot()
 
     def snapshot_limits(self, n_text: int) -> Limits:
-        """As NotedCells.snapshot_limits."""
+        """As ArchivedCells.snapshot_limits."""
         return {"numbers": ("<i8", (3,))} | super().snapshot_limits(n_text)
 
-    def resume(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """As NotedCells.resume, for a cache with the same signature."""
-        if self.compressor.recaller:
-            self.doubt()
-            raise CacheError("a snapshot does not hold what the archive had")
+    def resume(self, arrays: Mapping[str, npt.NDArray[Any]], parts: Sequence[npt.NDArray[np.uint8]] = (), copy: bool = True) -> None:
+        """As ArchivedCells.resume, for a cache with the same signature."""
         compressions, rotations, peak = arrays["numbers"].tolist()
-        super().resume(arrays)
+        super().resume(arrays, parts, copy)
         self.compressor.compressions, self.compressor.rotations, self.peak = compressions, rotations, peak
 
     # the end

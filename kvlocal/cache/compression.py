@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
+from kvlocal.cache.attention_of_answer import AttentionOfAnswer
 from kvlocal.cache.frames import first_position
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
@@ -61,6 +62,8 @@ class Compressor:
     recaller: chooses from the archive, None without one
     n_recalled: cells that came back when they were last chosen, mean over layers and heads
     chosen_at: how many tokens there were then
+    looked: what the choices for the last answer saw
+    choices: how often they were
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
     """
@@ -82,9 +85,11 @@ class Compressor:
     lost: str = ""
     n_recalled: float = 0.0
     chosen_at: int = 0
+    looked: AttentionOfAnswer = field(default_factory=AttentionOfAnswer)
     seconds: Seconds = field(default_factory=Seconds)
     compressions: int = 0
     rotations: int = 0
+    choices: int = 0
     held: bool = False
 
     def target(self, ledger: Ledger) -> int:
@@ -128,7 +133,7 @@ class Compressor:
             return
         self.before(ledger)
         near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
-        if self._recall(ledger, self.target(ledger)):
+        if self._recall(ledger, self.target(ledger), self.policy):
             if near_end and self.positions == "auto" and self.layout.can_rotate:
                 self._begin_frame(ledger, 0)
             return
@@ -147,8 +152,8 @@ class Compressor:
         give_back()
         self.seconds.compact += time.perf_counter() - trimming
 
-    def choose_again(self, ledger: Ledger, free: int) -> bool:
-        """Chooses the cells anew from the whole conversation, as many as leave `free` cells before the next compression.
+    def choose_again(self, ledger: Ledger, free: int, policy: Policy) -> bool:
+        """A policy chooses the cells anew from the whole conversation, as many as leave `free` cells before the next compression.
 
         While they are held their number stays. False if there is no archive, or nothing in it that the cache does not hold,
         or, where keys were rotated and no token came since, no query to choose by.
@@ -157,25 +162,27 @@ class Compressor:
             return False
         self.before(ledger)
         n_full = self.target(ledger) + max(0, self.stride - free)
-        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens))
+        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens), policy)
 
-    def _recall(self, ledger: Ledger, n_keep: int) -> bool:
+    def _recall(self, ledger: Ledger, n_keep: int, policy: Policy) -> bool:
         """Fills n_keep cells from the whole conversation. False without an archive, or if it had to be given up: nothing has changed then."""
         if self.recaller is None:
             return False
         started = time.perf_counter()
         try:
             self.recaller.write_through(ledger)
-            refill = self.recaller.choose(ledger, n_keep)
+            refill = self.recaller.choose(ledger, n_keep, policy)
         except ArchiveFailed as error:
-            self._give_up_archive(str(error))
+            self.give_up_archive(str(error))
             return False
         except NativeError as error:
             if not error.unsupported:
                 raise
-            self._give_up_archive(str(error))
+            self.give_up_archive(str(error))
             return False
+        self.looked.add(ledger, refill.tokens, refill.gather >= ledger.n_cells, refill.scores, refill.attention)
         self.compressions += n_keep < ledger.n_cells
+        self.choices += 1
         self._fill(ledger, refill, self.recaller.archive, ledger.next_position)
         self.n_recalled, self.chosen_at = refill.n_recalled, ledger.n_tokens
         self.seconds.recall += time.perf_counter() - started
@@ -193,10 +200,7 @@ class Compressor:
         first = first_position(ledger.n_pinned, self.n_ctx_train, room, least)
         if first >= ledger.next_position:
             return True
-        try:
-            self.recaller.write_through(ledger)
-        except ArchiveFailed as error:
-            self._give_up_archive(str(error))
+        if not self.write_through(ledger):
             return False
         self._fill(ledger, self.recaller.move(ledger, first), self.recaller.archive, first)
         self.rotations += 1
@@ -212,16 +216,27 @@ class Compressor:
             self.native.shift_window_cache(next_position - ledger.next_position)
             ledger.refill(refill.gather, refill.tokens, refill.positions, next_position)
 
+    def write_through(self, ledger: Ledger) -> bool:
+        """All tokens are in the archive. False without one, or if it had to be given up."""
+        if self.recaller is None:
+            return False
+        try:
+            self.recaller.write_through(ledger)
+        except ArchiveFailed as error:
+            self.give_up_archive(str(error))
+        return self.recaller is not None
+
     def open_archive(self, archive: Archive) -> None:
         """From now on what is evicted can be recalled; nothing must have been evicted yet."""
-        self.recaller = Recaller(self.native, self.policy, self.window, archive, self.n_ctx_train)
+        self.recaller = Recaller(self.native, self.window, archive, self.n_ctx_train)
 
     def close_archive(self) -> None:
         if self.recaller:
             self.recaller.archive.close()
         self.recaller, self.lost, self.n_recalled, self.chosen_at = None, "", 0.0, 0
+        self.looked.clear()
 
-    def _give_up_archive(self, reason: str) -> None:
+    def give_up_archive(self, reason: str) -> None:
         """What is evicted from now on is gone for good, and so is what was evicted."""
         if self.recaller:
             self.close_archive()

@@ -16,6 +16,7 @@ from kvlocal.llama.model import Model
 
 DEFAULT_BUDGET = 1024
 DEFAULT_FULL = 8192
+AUTO = "auto"  # the type of cache that memory chooses
 
 
 class CacheError(KvlocalError):
@@ -28,6 +29,8 @@ class CacheConfig:
 
     budget: cells each layer and head holds after a compression, DEFAULT_BUDGET if None; for the policy "full", all there ever are, and if
         None as many as the model was trained for, up to DEFAULT_FULL
+    memory: bytes for the cells in place of a budget, which becomes what fits in (kvlocal.cache.fitting); where layers have a sliding window, as if
+        they had none
     ratio: the share of the history to remove, 0 to 1: the budget grows with the conversation, (1 - ratio) of its tokens, up to `budget`, which
         is then as large as for "full" if None
     policy, policy_args: what to keep (kvlocal.policies), and its hyper-parameters
@@ -35,7 +38,7 @@ class CacheConfig:
     stride: the cache may grow by this many cells before it is compressed again
     window: the most recent cells, which always stay, and whose queries score the others
     n_sink: the first cells, which always stay
-    type_k, type_v: types of the cache, of kvlocal.llama.context.KV_TYPES
+    type_k, type_v: types of the cache, of kvlocal.llama.context.KV_TYPES, or with memory AUTO
     n_ubatch: tokens evaluated at once
     n_threads: threads; None for all cores
     archive: whether what is evicted can be recalled: "off", "ram" with an archive in memory, "disk" with one that goes on in a file
@@ -47,6 +50,7 @@ class CacheConfig:
     """
 
     budget: int | None = None
+    memory: int | None = None
     ratio: float | None = None
     policy: str = policies.DEFAULT_POLICY
     policy_args: Mapping[str, Any] = field(default_factory=dict)
@@ -63,10 +67,14 @@ class CacheConfig:
     archive_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "stride", "window", "n_ubatch"):
+        for name in ("budget", "memory", "stride", "window", "n_ubatch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CacheError(f"{name} is {value}: it must be at least 1")
+        if self.memory is not None and self.budget is not None:
+            raise CacheError("a budget of cells and memory for them are given: leave one of them out")
+        if self.memory is None and AUTO in (self.type_k, self.type_v):
+            raise CacheError("a cache of the type auto needs memory to choose by: name a type")
         if self.n_sink < 0:
             raise CacheError(f"n_sink is {self.n_sink}: it must be at least 0")
         if self.ratio is not None and not 0 <= self.ratio < 1:
@@ -114,11 +122,16 @@ def allocation(config: CacheConfig, n_ctx_train: int) -> Allocation:
 
 def check_budget(model: Model, config: CacheConfig) -> Allocation:
     """The allocation for a model; CacheError if the budget is too large for it."""
-    asked = allocation(config, model.n_ctx_train)
-    if asked.n_cells > model.n_ctx_train:
+    return check_allocation(model.n_ctx_train, config)
+
+
+def check_allocation(n_ctx_train: int, config: CacheConfig) -> Allocation:
+    """As check_budget, for a model that was trained on so many positions."""
+    asked = allocation(config, n_ctx_train)
+    if asked.n_cells > n_ctx_train:
         raise CacheError(
-            f"a budget of {asked.budget} cells is too large for a model trained on {model.n_ctx_train} positions: "
-            f"give at most {model.n_ctx_train - (asked.n_cells - asked.budget)}"
+            f"a budget of {asked.budget} cells is too large for a model trained on {n_ctx_train} positions: "
+            f"give at most {n_ctx_train - (asked.n_cells - asked.budget)}"
         )
     return asked
 

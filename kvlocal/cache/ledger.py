@@ -39,6 +39,7 @@ class Ledger:
     positions: int32 [L, H, capacity], the RoPE position its key is rotated to
     carried: scores that cells carry along, each float32 [L, H, capacity], NaN for none: "history" (Plan.history), "sums" (the attention of
         all queries so far), "reread" (the largest attention of a second read); only those that were asked for
+    returned: bool [L, H, capacity], whether the token had left the head's cells and came back; not part of a snapshot
     n_pinned: the first n_pinned tokens of the conversation are never evicted
     n_summed: the queries of the first n_summed tokens are in "sums"
     n_reread: the first n_reread tokens were read a second time, or need not be
@@ -52,6 +53,7 @@ class Ledger:
         self.tokens = np.zeros(shape, np.int32)
         self.positions = np.zeros(shape, np.int32)
         self.carried = {name: np.full(shape, np.nan, np.float32) for name in carries}
+        self.returned = np.zeros(shape, np.bool_)
         self.n_pinned = 0
         self.n_summed = 0
         self.n_reread = 0
@@ -90,6 +92,7 @@ class Ledger:
         self.positions[..., cells] = np.arange(self.next_position, self.next_position + n)
         for array in self.carried.values():
             array[..., cells] = np.nan
+        self.returned[..., cells] = False
         if self.n_tokens + n > len(self._ids):
             self._ids = np.concatenate([self._ids, np.zeros(len(self._ids) + n, np.int32)])
         self._ids[self.n_tokens : self.n_tokens + n] = ids
@@ -129,7 +132,7 @@ class Ledger:
         positions: int32 [n_keep], where the kept keys were rotated to, the same for all heads; None if they stayed
         """
         n_keep = keep.shape[-1]
-        for array in (self.tokens, self.positions, *self.carried.values()):
+        for array in (self.tokens, self.positions, self.returned, *self.carried.values()):
             array[..., :n_keep] = np.take_along_axis(array, keep, axis=-1)
         if positions is not None:
             self.positions[..., :n_keep] = positions
@@ -148,16 +151,33 @@ class Ledger:
         cells = np.where(here, gather, 0)
         for array in self.carried.values():
             array[..., :n] = np.where(here, np.take_along_axis(array, cells, axis=-1), np.nan)
+        self.returned[..., :n] = ~here | np.take_along_axis(self.returned, cells, axis=-1)
         self.tokens[..., :n], self.positions[..., :n] = tokens, positions
         self.n_cells, self.next_position = n, next_position
 
     def truncate(self, n_tokens: int) -> int:
         """Forgets the tokens from n_tokens on; they must be the last cells of every head. Returns how many cells that frees."""
         n_drop = self.n_tokens - n_tokens
-        self.n_nexus -= int(np.count_nonzero(self.ids[n_tokens:] == NEXUS))
+        self._forget(n_tokens)
         self.n_cells -= n_drop
-        self.n_tokens = n_tokens
         self.next_position -= n_drop
+        return n_drop
+
+    def go_back(self, n_tokens: int, next_position: int, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> None:
+        """Forgets the tokens from n_tokens on, wherever they were; the cells hold tokens[l, h, j], with their keys at positions[l, h, j], both int32
+        [L, H, n], and carry no scores.
+        """
+        n = tokens.shape[-1]
+        self._forget(n_tokens)
+        self.tokens[..., :n], self.positions[..., :n] = tokens, positions
+        for array in self.carried.values():
+            array[..., :n] = np.nan
+        self.n_cells, self.next_position = n, next_position
+
+    def _forget(self, n_tokens: int) -> None:
+        """All that is noted of the tokens from n_tokens on, but for the cells."""
+        self.n_nexus -= int(np.count_nonzero(self.ids[n_tokens:] == NEXUS))
+        self.n_tokens = n_tokens
         self.n_summed = min(self.n_summed, n_tokens)
         self.n_reread = min(self.n_reread, n_tokens)
         self.block_of = self.block_of[:n_tokens]
@@ -165,17 +185,28 @@ class Ledger:
             self.segments.pop()
         if self.segments:
             self.segments[-1] = replace(self.segments[-1], end=min(self.segments[-1].end, n_tokens))
-        return n_drop
+
+    def segment_of_tokens(self) -> npt.NDArray[np.int64]:
+        """The number of the segment of each token of the conversation, int64 [n_tokens]."""
+        return np.repeat(np.arange(len(self.segments)), [segment.end - segment.start for segment in self.segments])
+
+    def sums_per_segment(self, of_tokens: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The sums over the tokens of each segment of what each token of the conversation has, float [n_tokens]: [n_segments]."""
+        sums = np.concatenate([[0.0], np.cumsum(of_tokens, dtype=np.float64)])
+        return np.diff(sums[[*(segment.start for segment in self.segments), self.n_tokens]])
+
+    def returned_per_segment(self) -> npt.NDArray[np.float64]:
+        """Cells of each segment that had left and are here again, mean over layers and heads: [n_segments]."""
+        back = self.tokens[..., : self.n_cells][self.returned[..., : self.n_cells]]
+        return self.sums_per_segment(np.bincount(back, minlength=self.n_tokens)) / (self.tokens.shape[0] * self.tokens.shape[1])
 
     def cells_per_segment(self) -> npt.NDArray[np.int64]:
         """Cells each segment still holds, by layer and head: [n_segments, L, H]."""
-        lengths = [segment.end - segment.start for segment in self.segments]
-        segment_of = np.repeat(np.arange(len(lengths)), lengths)
-        n_layer, n_head = self.tokens.shape[:2]
+        (n_layer, n_head), n = self.tokens.shape[:2], len(self.segments)
         # each layer and head counts in numbers of its own
-        heads = np.arange(n_layer * n_head).reshape(n_layer, n_head, 1) * len(lengths)
-        counts = np.bincount((heads + segment_of[self.tokens[..., : self.n_cells]]).ravel(), minlength=n_layer * n_head * len(lengths))
-        return np.moveaxis(counts.reshape(n_layer, n_head, len(lengths)), -1, 0)
+        heads = np.arange(n_layer * n_head).reshape(n_layer, n_head, 1) * n
+        counts = np.bincount((heads + self.segment_of_tokens()[self.tokens[..., : self.n_cells]]).ravel(), minlength=n_layer * n_head * n)
+        return np.moveaxis(counts.reshape(n_layer, n_head, n), -1, 0)
 
     def segments_now(self) -> list[Segment]:
         """The segments as they are: what comes later changes none of these. Only the last of a ledger ever changes, so the others are shared."""
@@ -186,6 +217,7 @@ class Ledger:
         other = object.__new__(Ledger)
         other.__dict__.update(self.__dict__)
         other.tokens, other.positions, other._ids = self.tokens.copy(), self.positions.copy(), self._ids.copy()
+        other.returned = self.returned.copy()
         other.carried = {name: array.copy() for name, array in self.carried.items()}
         other.segments = self.segments_now()
         return other
@@ -231,5 +263,6 @@ class Ledger:
         self.n_summed, self.n_reread, self.next_position = n_summed, n_reread, next_position
         self.n_cells, self.n_tokens, self._ids, self.block_of, self.segments = n_cells, n_tokens, ids.copy(), arrays["block_of"].copy(), segments
         self.n_nexus = int(np.count_nonzero(ids == NEXUS))
+        self.returned[..., :n_cells] = False
         for name, array in {"tokens": self.tokens, "positions": self.positions, **self.carried}.items():
             array[..., :n_cells] = arrays[name]

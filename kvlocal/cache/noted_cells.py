@@ -38,28 +38,21 @@ class _Checkpoint:
 
 
 class _WayBack:
-    """Keeps the checkpoint, with the one copy of the cache that it may need, and while the cells are held a copy of what they were.
+    """Keeps the checkpoint, with the one copy of the cache that it may need.
 
     n_bytes: what is allocated for the copy now, so that memory stays what it is from the first turn on
-
-    held: whether what is exchanged is to be brought back
-    exchanged: while held, cells and ledger before any were exchanged; None if none were
     """
 
     def __init__(self, context: SequenceDecoder, n_bytes: int) -> None:
         self._context = context
         self.copy = np.full(n_bytes, 0, np.uint8)
         self.checkpoint: _Checkpoint | None = None
-        self.held = False
-        self.exchanged: tuple[npt.NDArray[np.uint8], Ledger] | None = None
 
     def keep(self, ledger: Ledger) -> None:
-        """Copies the cache, once for a checkpoint and once while it is held, before something that cutting off the tail could not bring back."""
+        """Copies the cache, once for a checkpoint, before something that cutting off the tail could not bring back."""
         checkpoint = self.checkpoint
         if checkpoint and checkpoint.state is None and ledger.n_cells:
             checkpoint.state, checkpoint.ledger = self._context.state_get(out=self.copy), ledger.copy()
-        if self.held and self.exchanged is None:
-            self.exchanged = self._context.state_get(), ledger.copy()
 
 
 class NotedCells:
@@ -72,17 +65,18 @@ class NotedCells:
     carries: scores that cells carry along (kvlocal.cache.ledger.Ledger)
     undo: mark() keeps what the way back needs
     copies: allocate memory for a copy of the cells at once
+    archived: what leaves the cells can be had again, so that a copy is needed only where there is a sliding window
 
     native, layout: the cells as our own library sees them
     ledger: which token is in which cell
     """
 
-    def __init__(self, context: SequenceDecoder, capacity: int, carries: Collection[str], *, undo: bool, copies: bool) -> None:
+    def __init__(self, context: SequenceDecoder, capacity: int, carries: Collection[str], *, undo: bool, copies: bool, archived: bool) -> None:
         self.context = context
         self.native = NativeCache(context.pointer, context.seq, context.call)
         self.layout = self.native.layout()
         self._capacity, self._carries, self._undo = capacity, carries, undo
-        self._way_back = _WayBack(context, _copy_bytes(context) if undo and copies else 0)
+        self._way_back = _WayBack(context, _copy_bytes(context) if undo and copies and (self.layout.is_swa or not archived) else 0)
         self._begun = 0  # how often a conversation was
         self.empty(0)
 
@@ -135,9 +129,9 @@ class NotedCells:
             self._way_back.keep(self.ledger)
 
     @property
-    def marked(self) -> int | None:
-        """The length that was marked last, in tokens."""
-        return self._way_back.checkpoint.n_tokens if self._way_back.checkpoint else None
+    def marked(self) -> list[int]:
+        """The lengths that were marked and can be had again, in tokens, ascending."""
+        return [self._way_back.checkpoint.n_tokens] if self._way_back.checkpoint else []
 
     def set_length(self, n_tokens: int) -> bool:
         """The conversation is now n_tokens long. Returns False where the cells of that time cannot be had any more: they are then uncertain, and the
@@ -243,7 +237,7 @@ class NotedCells:
                 pass
         checkpoint = self._way_back.checkpoint
         arrays = {
-            "cache": self.context.state_get(),
+            **self._cells(),
             "ring": self.native.ring_state(),
             **_named("ledger", self.ledger),
         }
@@ -252,6 +246,10 @@ class NotedCells:
             if checkpoint.ledger:
                 arrays |= {"checkpoint.cache": checkpoint.state, **_named("checkpoint.ledger", checkpoint.ledger)}
         return {name: array for name, array in arrays.items() if array is not None}
+
+    def _cells(self) -> Arrays:
+        """The cells themselves, for a snapshot."""
+        return {"cache": self.context.state_get()}
 
     def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
@@ -275,14 +273,16 @@ class NotedCells:
         # first, because whether it can be gone back to shows in the cells
         checkpoint = self._checkpoint_of(arrays) if "checkpoint.numbers" in arrays else None
         self.ledger.take(_of("ledger", arrays))
-        self._fill(self.ledger, arrays["cache"], arrays.get("ring"))
+        self._fill(self.ledger, arrays.get("cache"), arrays.get("ring"))
         if checkpoint and not checkpoint.ledger:
             _check_tail(checkpoint, self.ledger)
         self._way_back.checkpoint = checkpoint
         self.ledger.certain = True
 
-    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8], ring: npt.NDArray[np.uint8] | None) -> None:
+    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8] | None, ring: npt.NDArray[np.uint8] | None) -> None:
         """Puts into the cells what a snapshot holds of them; ValueError, or an error of the engine, if that is not what the ledger says."""
+        if cache is None:
+            raise ValueError("there are no cells")
         self.context.state_set(0, cache)
         self.native.set_ring_state(ring)
         end = ledger.next_position

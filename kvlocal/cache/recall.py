@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.frames import Frame, stretches
 from kvlocal.cache.key_boxes import KeyBoxes
 from kvlocal.cache.ledger import Ledger
+from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import BLOCK, NativeCache
 from kvlocal.policies import CacheState, Policy
 
@@ -28,6 +29,8 @@ class Refill:
     positions: int32 [L, H, n], the positions of their keys
     delta: int32 [L, H, n], by how many positions the keys are rotated on their way; None for none
     n_recalled: how many come from the archive, mean over layers and heads
+    scores: float32 [L, H, n], the attention to each of the tokens that they were chosen by; None if all are wanted
+    attention: float64 [n_tokens], the attention to each token of the conversation that was looked at, mean over layers and heads; None as before
     """
 
     gather: npt.NDArray[np.int32]
@@ -35,20 +38,21 @@ class Refill:
     positions: npt.NDArray[np.int32]
     delta: npt.NDArray[np.int32] | None
     n_recalled: float
+    scores: npt.NDArray[np.float32] | None = None
+    attention: npt.NDArray[np.float64] | None = None
 
 
 class Recaller:
     """Looks up what the last queries attend to in the whole conversation.
 
     native: the cache
-    policy: chooses; it needs no more than scores
     window: the queries that score
     archive: keys and values of all tokens
     n_ctx_train: positions the model was trained for
     """
 
-    def __init__(self, native: NativeCache, policy: Policy, window: int, archive: Archive, n_ctx_train: int) -> None:
-        self._native, self._policy, self._window, self.archive, self._n_ctx_train = native, policy, window, archive, n_ctx_train
+    def __init__(self, native: NativeCache, window: int, archive: Archive, n_ctx_train: int) -> None:
+        self._native, self._window, self.archive, self._n_ctx_train = native, window, archive, n_ctx_train
         self._boxes = KeyBoxes(native)
         # int32 [L * H, tokens and more], the cell that a token is in while a refill is made, -1 for none
         self._cell_of = np.zeros((0, 0), np.int32)
@@ -69,17 +73,51 @@ class Recaller:
         self._boxes.cut(self.archive.n_tokens)
         self.archive.append(self._native.read_rows(cells), ledger.positions[0, 0, cells])
 
-    def choose(self, ledger: Ledger, n_keep: int) -> Refill:
-        """The n_keep tokens of each layer and head that the policy wants, after `write_through`."""
+    def go_back(self, ledger: Ledger, mark: ArchivedMark) -> None:
+        """Fills the cells, which are empty, with what they held at a mark: bit for bit what they were. What was archived since is forgotten.
+
+        Raises:
+            ValueError: the mark is none of this archive.
+            NativeError: the native layer refused it or failed.
+        """
+        tokens = mark.tokens(*ledger.tokens.shape[:2])
+        self.archive.truncate(mark.n_tokens)
+        if self.archive.n_tokens != mark.n_tokens:
+            raise ValueError("a mark is behind the end of the archive")
+        frame = Frame.at(ledger.n_pinned, self._n_ctx_train, mark.n_tokens, mark.next_position)
+        ledger.go_back(mark.n_tokens, mark.next_position, tokens, frame.positions(self.archive.positions)[tokens])
+        self.fill(ledger)
+        self._native.set_ring_state(mark.ring)
+
+    def fill(self, ledger: Ledger) -> None:
+        """Fills the cells, which are empty, with what the ledger says.
+
+        Raises:
+            ValueError: that is not what the archive has.
+            NativeError: the native layer refused it or failed.
+        """
+        n, archive = ledger.n_cells, self.archive
+        tokens, positions = ledger.tokens[..., :n], ledger.positions[..., :n]
+        if archive.n_tokens != ledger.n_tokens or (positions[..., -1:] != ledger.next_position - 1).any():
+            raise ValueError("ledger and archive differ")
+        if (self.positions(ledger, ledger.next_position)[tokens] != positions).any():
+            raise ValueError("ledger and archive differ")
+        if n:
+            delta = positions - archive.positions[tokens]
+            self._native.compact(tokens, np.arange(ledger.next_position - n, ledger.next_position), delta if delta.any() else None, archive.chunks())
+
+    def choose(self, ledger: Ledger, n_keep: int, policy: Policy) -> Refill:
+        """The n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`."""
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         positions = self.positions(ledger, ledger.next_position)
         if n_keep < n_tokens:
             candidates, scores = self._candidates(ledger, n_keep, positions)
             state = CacheState(candidates < ledger.n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
-            tokens = np.take_along_axis(candidates, self._policy.plan(state, n_keep).keep, axis=-1)
-        else:
-            tokens = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
-        return self._refill(ledger, tokens, positions)
+            keep = policy.plan(state, n_keep).keep
+            attention = np.bincount(candidates.ravel(), scores.ravel(), n_tokens) / (shape[0] * shape[1])
+            refill = self._refill(ledger, np.take_along_axis(candidates, keep, axis=-1), positions)
+            return replace(refill, scores=np.take_along_axis(scores, keep, axis=-1), attention=attention)
+        return self._refill(ledger, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)), positions)
 
     def move(self, ledger: Ledger, next_position: int) -> Refill:
         """The tokens that are in the cells, with their keys where they have to be for a next token at this position, after `write_through`."""

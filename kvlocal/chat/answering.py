@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kvlocal.chat.config import SessionError
+from kvlocal.chat.looked_at import recalled_turns
 from kvlocal.chat.stats import StopReason, TurnStats
 from kvlocal.chat.turn_reader import TurnReader
 from kvlocal.llama.sampling import Sampler
@@ -118,7 +119,8 @@ class AnswerInProgress:
 
     def _close(self, n_tokens: int, reason: StopReason) -> None:
         self._cache.describe(self._begun["content"])
-        self.stats = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, time.perf_counter() - self._started, reason, self._drawn)
+        seconds, recalled = time.perf_counter() - self._started, recalled_turns(self._cache)
+        self.stats = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, seconds, reason, self._drawn, recalled)
 
 
 def ended_by_model(drawn: Sequence[int], template: ChatTemplate) -> bool:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from kvlocal import policies
 from kvlocal.cache.config import allocation, check_budget, least_budget
+from kvlocal.cache.fitting import fitted
 from kvlocal.cache.second_read import EXCHANGE, INSTRUCTION
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.llama.model import Model
@@ -24,6 +25,7 @@ def checked_template(model: Model, config: SessionConfig, nexus: NexusTokens | N
         SessionError, CacheError: such a session cannot be made.
         TemplateError: the template is broken.
     """
+    config = fitted(model.path, config, model.n_gpu_layers)
     if "nexus" in policies.make(config.policy, config.policy_args).needs and nexus is None:
         raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
     check_budget(model, config)

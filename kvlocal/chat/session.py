@@ -14,6 +14,7 @@ from kvlocal.cache.compression import Seconds
 from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.chat.answering import AnswerInProgress, ended_by_model, keep_said, text_of
 from kvlocal.chat.config import SessionError
+from kvlocal.chat.looked_at import LookedAt, looked_at
 from kvlocal.chat.state import SessionState, limits, with_state, without_state
 from kvlocal.chat.stats import KvStats, SegmentStats, segment_stats
 from kvlocal.chat.turns import Turns
@@ -133,15 +134,19 @@ class ChatSession(Turns):
         """
         self._end_answer()
         self.settle()
-        messages, last, mark, prediction, answer = list(self.messages), self.last, self._mark, self.prediction, self._answer
-        n_answers = self.n_answers
-        self._mark = None
+        messages, last, marks, prediction, answer = list(self.messages), self.last, self._marks, self.prediction, self._answer
+        n_answers, recent = self.n_answers, list(self._sampler.recent)
+        self._marks = []
         try:
             with self.cache.hold():
                 yield
         finally:
-            self._mark, self.last, self.prediction, self._answer, self.messages[:] = mark, last, prediction, answer, messages
+            # a conversation that was begun anew inside has others
+            self._marks = [] if self.cache.uncertain else marks
+            self.last, self.prediction, self._answer, self.messages[:] = last, prediction, answer, messages
             self.n_answers = n_answers
+            self._sampler.recent.clear()
+            self._sampler.recent.extend(recent)
 
     # a copy of the cache that outlives the process
 
@@ -155,14 +160,19 @@ class ChatSession(Turns):
 
         As BudgetedCache.snapshot, with what kvlocal.chat.state adds.
         """
-        return with_state(self.cache.snapshot(), SessionState(self.n_answers, list(self._sampler.recent), self._mark))
+        return with_state(self.cache.snapshot(), SessionState(self.n_answers, list(self._sampler.recent), self._marks))
 
     def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
-        return limits(self.cache.snapshot_limits(n_text), self._sampler.params.repeat_last_n)
+        return limits(self.cache.snapshot_limits(n_text), self._sampler.params.repeat_last_n, n_text)
 
-    def resume(self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def resume(
+        self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[Any]], parts: Sequence[npt.NDArray[np.uint8]] = (), copy: bool = True
+    ) -> None:
         """Goes on from a `snapshot` that a session with the same signature, model and system prompt gave after these messages.
+
+        parts: the data of the parts that its archive had (kvlocal.cache.archive.Archive.parts), if there was one
+        copy: take memory for them, and do not use them where they are
 
         Raises:
             SessionError: it does not fit; the session is then at its beginning.
@@ -170,13 +180,16 @@ class ChatSession(Turns):
         self._reset()
         try:
             of_cache, state = without_state(arrays)
-            for token in (*state.recent, *(state.mark.recent if state.mark else ())):
+            for token in {token for recent in (state.recent, *(mark.recent for mark in state.marks)) for token in recent}:
                 self.model.check_token(token)
-            self.cache.resume(of_cache)
+            if any(not 0 <= mark.n_messages < len(messages) for mark in state.marks):
+                raise ValueError("a mark is of another conversation")
+            self.cache.resume(of_cache, parts, copy)
         except (KvlocalError, LookupError, TypeError, ValueError, AttributeError) as error:
             self._begin()
             raise SessionError(f"this is no state of such a session ({error}): read the messages again") from error
-        self.n_answers, self._mark = state.n_answers, state.mark
+        there = {*self.cache.marked}
+        self.n_answers, self._marks = state.n_answers, [mark for mark in state.marks if mark.n_tokens in there]
         self._sampler.recent.extend(state.recent)
         self.messages[:] = [dict(message) for message in messages]
 
@@ -213,4 +226,16 @@ class ChatSession(Turns):
 
     def segments(self) -> list[SegmentStats]:
         """What is left of each turn, in order."""
-        return segment_stats(self.cache.ledger)
+        return segment_stats(self.cache)
+
+    def looked_at(self) -> LookedAt:
+        """What the last answer looked at.
+
+        Raises:
+            SessionError: there is no answer, or its attention is not known.
+        """
+        self._end_answer()
+        self.settle()
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise SessionError("there is no answer yet: send something first")
+        return looked_at(self.cache)

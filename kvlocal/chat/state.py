@@ -12,7 +12,7 @@ from kvlocal.cache.noted_cells import Arrays, Limits
 
 
 class Mark(NamedTuple):
-    """Where the conversation stood before the last user turn, to go back to.
+    """Where the conversation stood before a user turn, to go back to.
 
     n_tokens, n_messages: how long it was
     recent: tokens the repeat penalty looked at
@@ -24,22 +24,25 @@ class Mark(NamedTuple):
 
 
 class SessionState(NamedTuple):
-    """n_answers: answers so far; recent: tokens the repeat penalty looks at; mark: None where the last turn cannot be taken back at once."""
+    """n_answers: answers so far; recent: tokens the repeat penalty looks at; marks: of the turns that can be taken back at once."""
 
     n_answers: int
     recent: Sequence[int]
-    mark: Mark | None
+    marks: Sequence[Mark]
 
 
 def with_state(arrays: Arrays, state: SessionState) -> Arrays:
-    """The arrays of a cache (BudgetedCache.snapshot) with this besides: a number more in numbers, n_answers, and in checkpoint.numbers, n_messages;
-    recent and checkpoint.recent, int32 [n].
+    """The arrays of a cache (BudgetedCache.snapshot) with this besides: a number more in numbers, n_answers; recent, int32 [n]; marks.numbers, int64
+    [2, n_marks], n_tokens and n_messages; marks.recent, int32 [n_marks * n], and marks.n_recent, int64 [n_marks], how many each has of them.
     """
-    arrays = arrays | {"numbers": np.append(arrays["numbers"], state.n_answers), "recent": np.array(state.recent, np.int32)}
-    if state.mark and "checkpoint.numbers" in arrays:
-        arrays["checkpoint.numbers"] = np.append(arrays["checkpoint.numbers"], state.mark.n_messages)
-        arrays["checkpoint.recent"] = np.array(state.mark.recent, np.int32)
-    return arrays
+    marks = [(mark.n_tokens, mark.n_messages) for mark in state.marks]
+    return arrays | {
+        "numbers": np.append(arrays["numbers"], state.n_answers),
+        "recent": np.array(state.recent, np.int32),
+        "marks.numbers": np.array(marks, np.int64).reshape(-1, 2).T,
+        "marks.recent": np.array([token for mark in state.marks for token in mark.recent], np.int32),
+        "marks.n_recent": np.array([len(mark.recent) for mark in state.marks], np.int64),
+    }
 
 
 def without_state(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Arrays, SessionState]:
@@ -50,15 +53,22 @@ def without_state(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Arrays, Sessi
     """
     *numbers, n_answers = arrays["numbers"].tolist()
     of_cache = {**arrays, "numbers": np.array(numbers, np.int64)}
-    mark = None
-    if "checkpoint.numbers" in arrays:
-        n_tokens, n_messages = arrays["checkpoint.numbers"].tolist()
-        mark = Mark(n_tokens, n_messages, arrays["checkpoint.recent"].tolist())
-        of_cache["checkpoint.numbers"] = np.array([n_tokens], np.int64)
-    return of_cache, SessionState(n_answers, arrays["recent"].tolist(), mark)
+    n_recent, recent = arrays["marks.n_recent"], arrays["marks.recent"]
+    if (n_recent < 0).any() or n_recent.sum() != len(recent):
+        raise ValueError("the marks contradict each other")
+    each = np.split(recent, np.cumsum(n_recent)[:-1]) if len(n_recent) else []
+    marks = [
+        Mark(n_tokens, n_messages, tokens.tolist()) for (n_tokens, n_messages), tokens in zip(arrays["marks.numbers"].T.tolist(), each, strict=True)
+    ]
+    return of_cache, SessionState(n_answers, arrays["recent"].tolist(), marks)
 
 
-def limits(of_cache: Limits, n_recent: int) -> Limits:
+def limits(of_cache: Limits, n_recent: int, n_text: int) -> Limits:
     """The type and the largest shape of each array; of_cache: BudgetedCache.snapshot_limits, n_recent: tokens the repeat penalty looks at at most."""
-    recent = ("<i4", (n_recent,))
-    return of_cache | {"numbers": ("<i8", (4,)), "checkpoint.numbers": ("<i8", (2,)), "recent": recent, "checkpoint.recent": recent}
+    return of_cache | {
+        "numbers": ("<i8", (4,)),
+        "recent": ("<i4", (n_recent,)),
+        "marks.numbers": ("<i8", (2, n_text)),
+        "marks.recent": ("<i4", (n_recent * n_text,)),
+        "marks.n_recent": ("<i8", (n_text,)),
+    }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvlocal.cache.budgeted import BudgetedCache
-from kvlocal.cache.ledger import Ledger
+from kvlocal.chat.looked_at import turn_numbers
 
 StopReason = Literal["end", "length", "stopped"]
 
@@ -82,6 +82,7 @@ class TurnStats:
 
     stop_reason: "end" by itself, "length" at max_tokens, "stopped" by the caller
     drawn: its tokens, with the one that ended it
+    recalled: turns that cells came back from the archive of for it, as SegmentStats numbers them (kvlocal.chat.looked_at.recalled_turns)
     """
 
     prompt_tokens: int
@@ -90,6 +91,7 @@ class TurnStats:
     answer_seconds: float
     stop_reason: StopReason
     drawn: Sequence[int]
+    recalled: Sequence[int] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,7 +101,14 @@ class TurnStats:
 
 @dataclass(frozen=True)
 class SegmentStats:
-    """What is left of one segment. n_cells: mean over layers and heads; n_cells_min: the smallest of them."""
+    """What is left of one segment.
+
+    turn: 0 for the system prompt; each text of the user begins the next, and its answer belongs to it
+    n_tokens: how many there were
+    n_cells: how many are in the cache, mean over layers and heads; n_cells_min: the smallest of them
+    n_archived: how many are in the archive
+    n_recalled: of the cells those whose token had left and came back from the archive, mean over layers and heads
+    """
 
     role: str
     turn: int
@@ -108,16 +117,19 @@ class SegmentStats:
     n_cells_min: int
     pinned: bool
     text: str
+    n_archived: int = 0
+    n_recalled: float = 0.0
 
 
-def segment_stats(ledger: Ledger) -> list[SegmentStats]:
+def segment_stats(cache: BudgetedCache) -> list[SegmentStats]:
     """What is left of each segment, in order."""
+    ledger, recaller = cache.ledger, cache.compressor.recaller
+    n_archived = recaller.archive.n_tokens if recaller else 0
     counts = ledger.cells_per_segment().reshape(len(ledger.segments), -1)
-    stats, turn, before = [], 0, ""
-    for segment, mean, least in zip(ledger.segments, counts.mean(axis=1).tolist(), counts.min(axis=1).tolist(), strict=True):
-        # Nexus tokens divide a long text
-        turn += segment.role == "user" != before
-        before = before if segment.role == "nexus" else segment.role
-        n_tokens, pinned = segment.end - segment.start, segment.end <= ledger.n_pinned
-        stats.append(SegmentStats(segment.role, turn, n_tokens, mean, least, pinned, segment.text))
+    columns = counts.mean(axis=1).tolist(), counts.min(axis=1).tolist(), ledger.returned_per_segment().tolist()
+    stats = []
+    for segment, turn, mean, least, back in zip(ledger.segments, turn_numbers(ledger.segments), *columns, strict=True):
+        archived = min(max(n_archived - segment.start, 0), segment.end - segment.start)
+        pinned = segment.end <= ledger.n_pinned
+        stats.append(SegmentStats(segment.role, turn, segment.end - segment.start, mean, least, pinned, segment.text, archived, back))
     return stats

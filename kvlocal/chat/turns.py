@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.budgeted import BudgetedCache, Progress
+from kvlocal.cache.fitting import fitted
 from kvlocal.cache.second_read import SecondRead
 from kvlocal.chat.answering import AnswerInProgress
 from kvlocal.chat.config import SessionConfig, SessionError
@@ -19,6 +20,7 @@ from kvlocal.chat.state import Mark
 from kvlocal.chat.stats import TurnStats
 from kvlocal.chat.turn_reader import TurnReader
 from kvlocal.errors import KvlocalError
+from kvlocal.interrupts import CtrlCWaits
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler
@@ -37,7 +39,8 @@ class Turns:
     spare: cells beyond those that budget and stride need, for what is read in hold()
     n_outputs: tokens of a micro-batch whose logits are kept
     nexus: for the policies that need Nexus tokens: read behind every finished turn
-    undo: keep what the last turn is taken back with at once, a copy of the cache among it; without, what came before is read again
+    undo: keep what the last turn is taken back with at once, a copy of the cache among it; with an archive, what every turn is taken back with;
+        without, what came before is read again
     make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
 
     cache: the tokens of the conversation (kvlocal.cache.budgeted)
@@ -64,7 +67,7 @@ class Turns:
         make_context: Callable[..., SequenceDecoder] = Context,
     ):
         self.model = model
-        self.config = config
+        self.config = config = fitted(model.path, config, model.n_gpu_layers)
         self.template = checked_template(model, config, nexus)
         self.messages: list[Message] = []
         self.last: TurnStats | None = None
@@ -92,7 +95,7 @@ class Turns:
     def _reset(self) -> Sequence[Piece]:
         """An empty cache; returns what a conversation begins with."""
         self._leave_answer()
-        self._mark: Mark | None = None
+        self._marks: list[Mark] = []
         self.prediction: npt.NDArray[np.float32] | None = None
         self.messages.clear()
         self.last = None
@@ -114,9 +117,7 @@ class Turns:
         self.settle()
         self._answer = AnswerInProgress(self._reader) if role == "user" else None
         if role == "user":
-            if self._undo:
-                self._mark = Mark(self.cache.ledger.n_tokens, len(self.messages), list(self._sampler.recent))
-            self.cache.mark()
+            self._note_mark()
             pieces = self.template.user_turn(self._history_for_template(), content)
         else:
             pieces = self.template.given_assistant(self._history_for_template(), content)
@@ -132,13 +133,18 @@ class Turns:
         self.prediction = self.cache.context.logits()
         self.n_answers += role == "assistant"
 
+    def _note_mark(self) -> None:
+        """What the conversation is now can be had again, as long as the cache has the way back to it."""
+        self.cache.mark()
+        now = Mark(self.cache.ledger.n_tokens, len(self.messages), list(self._sampler.recent))
+        there = {*self.cache.marked}
+        self._marks = [mark for mark in (*self._marks, now) if mark.n_tokens in there]
+
     def _take_back(self, role: str) -> None:
         """A turn that could not be read to its end is as if it had not been given."""
         self._answer = None
-        if role == "user" and self._mark:
-            self._rewind()
-        else:
-            self._try_to_read_again(self.messages[:-1])
+        with suppress(KvlocalError):
+            self._go_back(len(self.messages) - 1)
 
     def _history_for_template(self, n: int | None = None) -> list[Message]:
         """What the template has to know of the first n messages, of all if None."""
@@ -198,29 +204,36 @@ class Turns:
 
     # the way back
 
-    def undo(self) -> list[Message]:
-        """Takes the last user turn and what follows it out of the conversation and the cache, and returns them."""
+    def undo(self, n_turns: int = 1) -> list[Message]:
+        """Takes the last turns of the user and what follows them out of the conversation and the cache, and returns all these messages."""
         self._end_answer()
         users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not users:
             raise SessionError("there is nothing to undo: send something first")
-        taken = self.messages[users[-1] :]
+        if not 1 <= n_turns <= len(users):
+            raise SessionError(f"{n_turns} turns cannot be taken back: give 1 to {len(users)}")
+        taken = self.messages[users[-n_turns] :]
         self._answer = None
-        if self._mark and self._mark.n_messages == users[-1]:
-            self._rewind()
-        else:
-            self._read_again(self.messages[: users[-1]])
+        self._go_back(users[-n_turns])
         return taken
 
-    def _rewind(self) -> None:
-        """The cache and the messages as they were before the last user turn."""
-        mark, self._mark = self._mark, None
-        assert mark is not None
-        del self.messages[mark.n_messages :]
-        self._sampler.recent.clear()
-        self._sampler.recent.extend(mark.recent)
-        if not self.cache.set_length(mark.n_tokens):
-            self._try_to_read_again(self.messages)
+    def _go_back(self, n_messages: int) -> None:
+        """The conversation is its first n_messages again."""
+        if not self._rewind(n_messages):
+            self._read_again(self.messages[:n_messages])
+
+    def _rewind(self, n_messages: int) -> bool:
+        """Cache and messages as they were when there were so many. False without a mark there, or where the cache cannot bring it back; all that is
+        certain then is the messages, which are as they were.
+        """
+        at = next((i for i, mark in enumerate(self._marks) if mark.n_messages == n_messages), None)
+        with CtrlCWaits():
+            if at is None or not self.cache.set_length(self._marks[at].n_tokens):
+                return False
+            self._sampler.recent.clear()
+            self._sampler.recent.extend(self._marks[at].recent)
+            del self.messages[n_messages:], self._marks[at:]
+        return True
 
     def settle(self) -> None:
         """Reads the conversation again if the cache may hold something else."""
@@ -230,10 +243,17 @@ class Turns:
             self._answer = answer or self._answer
 
     def _read_again(self, messages: Sequence[Message]) -> None:
-        """As restore, in the same conversation. Where it fails nothing of it is lost: it has these messages, and the next call tries again."""
+        """The conversation is these messages: it goes back to its last mark among those it has already and reads the others, or all of them without a
+        mark. Where that fails nothing is lost: it has these messages, and the next call tries again.
+        """
         n_answers, messages = self.n_answers, [dict(message) for message in messages]
         try:
-            self.restore(messages)
+            self._leave_answer()
+            n_known = _n_common(self.messages, messages)
+            if any(self._rewind(mark.n_messages) for mark in reversed(self._marks) if mark.n_messages <= n_known):
+                self._add_turns(messages[len(self.messages) :])
+            else:
+                self.restore(messages)
         except BaseException:
             self.owe(messages)
             raise
@@ -249,13 +269,17 @@ class Turns:
         """Forgets everything and reads these turns; the last may be a user turn, to be answered with answer()."""
         messages = [dict(message) for message in messages]
         self._begin()
+        self._add_turns(messages)
+
+    def _add_turns(self, messages: Sequence[Message]) -> None:
         for message in messages:
             self.add_turn(message["role"], message["content"])
 
     def owe(self, messages: Sequence[Message]) -> None:
         """These turns are the conversation; they are read when it goes on."""
         self._leave_answer()
-        self._mark = None
+        n_known = _n_common(self.messages, messages)
+        self._marks = [mark for mark in self._marks if mark.n_messages <= n_known]
         self.messages[:] = [dict(message) for message in messages]
         self.cache.doubt()
 
@@ -268,10 +292,13 @@ class Turns:
         self._end_answer()
         before, self._system = self._system, text
         messages = list(self.messages)
+        # what comes before them is another
+        self._marks.clear()
         try:
             self._read_again(messages)
         except BaseException:
             self._system = before
+            self._marks.clear()
             self._try_to_read_again(messages)
             raise
 
@@ -291,3 +318,8 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _n_common(one: Sequence[Message], other: Sequence[Message]) -> int:
+    """How many messages two conversations begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

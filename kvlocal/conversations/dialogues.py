@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ class DataError(KvlocalError):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """User turns and their answers, in order; at least one pair, no text empty."""
+    """User turns and their answers, in order; at least one pair, no text empty.
+
+    labels: what else its line says of it in texts, such as MT-Bench-101's `task`, by their names
+    """
 
     turns: tuple[tuple[str, str], ...]
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def messages(self) -> list[Message]:
@@ -50,7 +54,8 @@ class Data:
 def load(path: Path) -> Data:
     """Reads `{"task", "id", "history": [{"user", "bot"}]}` and `{"messages": [{"role", "content"}]}` lines, also mixed.
 
-    Blank lines are skipped, a system message and a last user turn without an answer are left out.
+    The former are MT-Bench-101's and, with more fields, SafeDialBench's. Blank lines are skipped, a system message and a last user turn without an
+    answer are left out.
 
     Raises:
         DataError: the file cannot be read, one of its lines is no dialogue, or it holds none.
@@ -64,11 +69,12 @@ def load(path: Path) -> Data:
         if is_blank(line):
             continue
         try:
-            turns = _turns(line)
+            record = json_value(line)
+            turns = _turns(record)
         except (JsonError, MessageError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
         if turns and all(text.strip() for turn in turns for text in turn):
-            dialogues.append(Dialogue(tuple(turns)))
+            dialogues.append(Dialogue(tuple(turns), {name: value for name, value in record.items() if isinstance(value, str)}))
         else:
             n_empty += 1
     if not dialogues:
@@ -83,8 +89,7 @@ def shuffled(dialogues: Sequence[Dialogue], seed: int) -> list[Dialogue]:
     return order
 
 
-def _turns(line: bytes) -> list[tuple[str, str]]:
-    record = json_value(line)
+def _turns(record: Any) -> list[tuple[str, str]]:
     if isinstance(record, dict) and "history" in record:
         return _from_history(record["history"])
     if not isinstance(record, dict) or "messages" not in record:

@@ -7,19 +7,23 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from kvlocal.conversations.archive_file import archive_path
 from kvlocal.conversations.records import (
     Conversation,
     TranscriptError,
     is_remnant,
     is_transcript,
+    read_bytes,
+    replay,
+    text_of_file,
 )
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Transcript, in_use
+from kvlocal.conversations.transcript import Transcript, in_use, write_fork
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, remedy, replacing, staging_of
 from kvlocal.files.lock import Busy, open_locked
@@ -55,7 +59,7 @@ class Session:
     name: in the state directory, else the path
     path: of its transcript
     last_used: when something was said last
-    n_bytes: of the transcript and the snapshot
+    n_bytes: of the transcript, the snapshot and the archive
     conversation: None if the transcript cannot be read
     """
 
@@ -115,25 +119,24 @@ def _skimmed(path: Path) -> Conversation | None:
 
 def _describe(path: Path, conversation: Conversation | None) -> Session:
     status = path.stat()
-    snapshot = snapshot_path(path)
-    n_bytes = status.st_size + (snapshot.stat().st_size if snapshot.is_file() else 0)
+    n_bytes = status.st_size + sum(part.stat().st_size for part in _beside(path) if part.is_file())
     name = path.stem if path.parent == sessions_dir() else str(path)
     return Session(name, path, datetime.fromtimestamp(status.st_mtime), n_bytes, conversation)
 
 
 def delete(path: Path) -> None:
-    """Removes a session with its snapshot.
+    """Removes a session with its snapshot and its archive.
 
     Raises:
         KvlocalError: it is none, it is in use, or it cannot be removed.
     """
     with _alone(path):
-        for part in (snapshot_path(path), staging_of(snapshot_path(path)), path):
+        for part in (*_beside(path), staging_of(snapshot_path(path)), path):
             part.unlink(missing_ok=True)
 
 
 def rename(path: Path, target: Path) -> None:
-    """Gives a session and its snapshot another name, on another file system too.
+    """Gives a session, its snapshot and its archive another name, on another file system too.
 
     Raises:
         KvlocalError: it is none, it is in use, something has that name, or it cannot be moved; all is then as it was.
@@ -152,12 +155,37 @@ def rename(path: Path, target: Path) -> None:
             target.unlink()
             raise
         staging_of(snapshot_path(path)).unlink(missing_ok=True)
-        if snapshot_path(path).is_file():
-            try:
-                _move(snapshot_path(path), snapshot_path(target))
-            except (OSError, KvlocalError):
-                # without it the conversation is read again
-                snapshot_path(path).unlink()
+        for part, new in zip(_beside(path), _beside(target), strict=True):
+            # without one of them the conversation is read again
+            with suppress(OSError, KvlocalError):
+                _move(part, new)
+            part.unlink(missing_ok=True)
+
+
+def fork(path: Path, target: Path, n_turns: int | None = None) -> None:
+    """Copies a session to another name, which then has the first n_turns turns of the user and their answers, or all of them if None. The session
+    itself stays as it is.
+
+    Raises:
+        KvlocalError: it is none, it is in use, it has fewer turns, something has that name, or it cannot be written.
+    """
+    with _alone(path):
+        content = read_bytes(path)
+        there = sum(message["role"] == "user" for message in replay(path, text_of_file(content)).messages) if content else 0
+        n_turns = there if n_turns is None else n_turns
+        if not 0 <= n_turns <= there:
+            raise KvlocalError(f"{path.stem} has {there} turns of you: give --turns 0 to {there}")
+        write_fork(content, target, there - n_turns)
+        for part, new in zip(_beside(path), _beside(target), strict=True):
+            # without one of them the conversation is read again
+            with suppress(OSError, KvlocalError), replacing(new, PRIVATE) as staged:
+                shutil.copyfile(part, staged)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """What may lie beside a transcript: the archive, and the snapshot that names its parts."""
+    snapshot = snapshot_path(path)
+    return archive_path(snapshot), snapshot
 
 
 def _move(path: Path, target: Path) -> None:

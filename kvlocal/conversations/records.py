@@ -24,6 +24,8 @@ CUT = "cut"  # the reason an answer ended that a crash cut off
 _ROLES = ("user", "assistant")
 # records after which the last user turn has no answer
 UNANSWERED = ("user", "regen")
+# takes the last user turn and its answer out
+UNDO = {"record": "undo"}
 
 
 class TranscriptError(KvlocalError):

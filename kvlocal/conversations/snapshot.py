@@ -1,7 +1,8 @@
 """Snapshots: the cache of a conversation in a file, with all that the answers to come depend on.
 
-A line of JSON, the arrays that it names one after another as they are, and the SHA-256 of all that. Nothing in such a file is trusted: it can be
-foreign, outdated, cut off or made by somebody else, and the conversation is then read again from its transcript.
+A line of JSON, the arrays that it names one after another as they are, and the SHA-256 of all that. What an archive holds is in a file of its own
+(kvlocal.conversations.archive_file), of which the snapshot names the parts. Nothing in such a file is trusted: it can be foreign, outdated, cut off
+or made by somebody else, and the conversation is then read again from its transcript.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 import kvlocal
+from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.session import ChatSession
+from kvlocal.conversations.archive_file import ArchiveFile, Extent, archive_path
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import replace_at_leisure
 from kvlocal.files.fingerprint import fingerprint
@@ -28,9 +31,10 @@ from kvlocal.llama.library import load as load_library
 from kvlocal.template.markup import Message
 
 FORMAT = "kvlocal-snapshot"
-VERSION = 1
+VERSION = 2
 
-_MAX_HEADER = 2**16  # bytes
+_MAX_HEADER = 2**20  # bytes
+_MAX_LENGTHS = 2000  # of the conversation that a header names
 _CHUNK = 2**22  # bytes that are written before the next look at whether to stop
 _N_DIGEST = hashlib.sha256().digest_size
 
@@ -49,13 +53,14 @@ def snapshot_path(transcript: Path) -> Path:
 
 
 class Snapshots:
-    """The snapshot of one conversation, of which a file holds the latest.
+    """The snapshot of one conversation, of which a file holds the latest, and one beside it the archive, if there is one.
 
-    path: of the file; whoever writes it has the transcript locked
+    path: of the snapshot; whoever writes it has the transcript locked
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._archive_file = ArchiveFile(archive_path(path))
         # what the file is known to hold
         self._kept: tuple[str, str] | None = None
 
@@ -68,21 +73,32 @@ class Snapshots:
             KvlocalError: it cannot be written; the older one is as it was.
         """
         key = _key(session)
-        # without what the archive holds it could not go on as before
-        if session.cache.uncertain or session.cache.compressor.recaller:
-            return
-        if key == self._kept or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
+        if key == self._kept or session.cache.uncertain or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
             return
         arrays = session.snapshot()
+        archive = session.cache.archive
+        parts = archive.parts() if archive else []
+        extents = self._archive_file.write(parts, stop)
+        if extents is None:
+            return
+        if archive:
+            arrays |= _table(extents)
         try:
             replace_at_leisure(self.path, _chunks(_header(session, arrays), arrays, stop))
         except _Stopped:
             return
         self._kept = key
+        self._archive_file.keep(extents)
+        if archive and session.config.archive == "disk":
+            archive.exchange(self._archive_file.mapped(parts))
+
+    def holds(self, session: ChatSession) -> bool:
+        """Whether the file is known to hold the conversation as it is."""
+        return self._kept == _key(session)
 
     def load(self, session: ChatSession, messages: Sequence[Message]) -> int:
         """Puts a fresh session where the snapshot was taken, if the conversation came past that point, and returns how many of its messages it has
-        then. Where only the last turn of the snapshot is another than in the conversation, that turn is taken back.
+        then. Where the last turns of the snapshot are others than in the conversation, they are taken back, as far as it has marks.
 
         Raises:
             SnapshotError: there is none, or it does not fit; the session is at its beginning.
@@ -91,24 +107,34 @@ class Snapshots:
             with open(self.path, "rb") as file:
                 header, n_header = _read_header(file)
                 _check_made_with(header.get("made_with"), session)
-                n, takes_back = _common(header.get("conversations"), session.system, messages)
-                limits = session.snapshot_limits(_text_limit(session.system, messages))
+                n, n_turns = _common(header.get("conversations"), session.system, messages)
+                limits = session.snapshot_limits(_text_limit(session.system, messages)) | _TABLE_LIMITS
                 arrays = _read_arrays(file, n_header, header.get("arrays"), limits)
+                extents = _extents(arrays)
+                data = self._read_archive(extents)
         except FileNotFoundError:
             raise SnapshotError("there is no snapshot") from None
         except OSError as error:
             raise SnapshotError(f"the snapshot cannot be read ({error.strerror})") from error
-        # the words of a turn that is taken back do not matter
-        turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] if takes_back else []
+        # the words of turns that are taken back do not matter
+        turns = n_turns * [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         try:
-            session.resume([*messages[:n], *turn], arrays)
+            session.resume([*messages[:n], *turns], arrays, data, copy=session.config.archive == "ram")
         except SessionError as error:
             raise SnapshotError("the snapshot contradicts itself") from error
-        if takes_back:
-            session.undo()
+        if session.cache.archive:
+            self._archive_file.take_up(session.cache.archive.parts(), extents)
+        if n_turns:
+            session.undo(n_turns)
         else:
             self._kept = _key(session)
         return n
+
+    def _read_archive(self, extents: Sequence[Extent]) -> list[npt.NDArray[np.uint8]]:
+        try:
+            return self._archive_file.read(extents)
+        except KvlocalError as error:
+            raise SnapshotError(str(error)) from error
 
 
 def _fingerprint(path: Path) -> str:
@@ -143,24 +169,27 @@ def _check_made_with(made_with: object, session: ChatSession) -> None:
             raise SnapshotError(f"the snapshot was made with another {name.replace('_', ' ')}")
 
 
-def _digest(system: str | None, messages: Sequence[Message]) -> str:
-    turns = [[message["role"], message["content"]] for message in messages]
-    return hashlib.sha256(json.dumps([system, turns]).encode()).hexdigest()
+def _digests(system: str | None, messages: Sequence[Message]) -> list[str]:
+    """Of the first n messages, for every n from 0 on."""
+    digests = [hashlib.sha256(json.dumps(system).encode()).hexdigest()]
+    for message in messages:
+        digests.append(hashlib.sha256(json.dumps([digests[-1], message["role"], message["content"]]).encode()).hexdigest())
+    return digests
 
 
 def _key(session: ChatSession) -> tuple[str, str]:
-    return json.dumps(session.cache.signature), _digest(session.system, session.messages)
+    return json.dumps(session.cache.signature), _digests(session.system, session.messages)[-1]
 
 
 def _header(session: ChatSession, arrays: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
-    messages = session.messages
-    # of the conversation now, and of that before its last turn
-    lengths = [len(messages), *arrays.get("checkpoint.numbers", np.zeros(0, np.int64))[1:].tolist()]
+    # of the conversation now, and of that before each turn that can be taken back, from the last
+    lengths = [len(session.messages), *arrays["marks.numbers"][1, ::-1].tolist()][:_MAX_LENGTHS]
+    digests = _digests(session.system, session.messages)
     header = {
         "format": FORMAT,
         "version": VERSION,
         "made_with": _made_with(session),
-        "conversations": [[n, _digest(session.system, messages[:n])] for n in lengths],
+        "conversations": [[n, digests[n]] for n in lengths],
         "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
     }
     return json.dumps(header).encode() + b"\n"
@@ -192,18 +221,49 @@ def _read_header(file: BufferedReader) -> tuple[dict[str, Any], int]:
     return header, len(line)
 
 
-def _common(conversations: object, system: str | None, messages: Sequence[Message]) -> tuple[int, bool]:
-    """How many messages the snapshot has in common with these, and whether its last turn is none of them.
+def _common(conversations: object, system: str | None, messages: Sequence[Message]) -> tuple[int, int]:
+    """How many messages the snapshot has in common with these, and how many turns it has besides.
 
     Raises:
         SnapshotError: it is of another conversation.
     """
     pairs = conversations if isinstance(conversations, list) else []
-    for i, pair in enumerate(pairs[:2]):
+    digests, longest = _digests(system, messages), None
+    for pair in pairs[:_MAX_LENGTHS]:
         n = pair[0] if isinstance(pair, list) and len(pair) == 2 else None
-        if type(n) is int and 0 < n <= len(messages) and pair[1] == _digest(system, messages[:n]):
-            return n, i > 0
+        if type(n) is not int or not 0 <= n < 2**31:
+            break
+        longest = n if longest is None else longest
+        if 0 < n <= len(messages) and pair[1] == digests[n]:
+            n_turns, rest = divmod(longest - n, 2)
+            if 0 <= n_turns <= len(pairs) and not rest:
+                return n, n_turns
     raise SnapshotError("the snapshot is of another conversation")
+
+
+def _table(extents: Sequence[Extent]) -> Arrays:
+    """Where the parts of the archive are. archive.extents: int64 [2, n], starts and sizes; archive.digests: uint8 [32, n]"""
+    places = np.array([extent[:2] for extent in extents], np.int64).reshape(-1, 2).T
+    digests = np.frombuffer(b"".join(extent.digest for extent in extents), np.uint8).reshape(-1, _N_DIGEST).T
+    return {"archive.extents": places, "archive.digests": digests}
+
+
+_TABLE_LIMITS: Limits = {"archive.extents": ("<i8", (2, 2**20)), "archive.digests": ("u1", (_N_DIGEST, 2**20))}
+
+
+def _extents(arrays: Mapping[str, npt.NDArray[np.generic]]) -> list[Extent]:
+    """What `_table` was given, nothing without one.
+
+    Raises:
+        SnapshotError: it is damaged.
+    """
+    if "archive.extents" not in arrays:
+        return []
+    starts, sizes = arrays["archive.extents"].tolist()
+    digests = arrays.get("archive.digests", np.zeros((_N_DIGEST, 0), np.uint8)).T
+    if len(digests) != len(starts):
+        raise SnapshotError("the snapshot is damaged")
+    return [Extent(start, size, digest.tobytes()) for start, size, digest in zip(starts, sizes, digests, strict=True)]
 
 
 def _text_limit(system: str | None, messages: Sequence[Message]) -> int:

@@ -13,6 +13,7 @@ from kvlocal.conversations.records import (
     CUT,
     TRANSCRIPT_FORMAT,
     UNANSWERED,
+    UNDO,
     VERSION,
     Conversation,
     TranscriptError,
@@ -25,7 +26,7 @@ from kvlocal.conversations.records import (
     text_of_file,
     to_json,
 )
-from kvlocal.files.atomic import PRIVATE, cannot_write
+from kvlocal.files.atomic import PRIVATE, atomic_write, cannot_write
 from kvlocal.files.lock import Busy, NoLocks, open_locked
 from kvlocal.files.places import state_dir
 from kvlocal.interrupts import CtrlCWaits
@@ -173,9 +174,21 @@ class Transcript:
         """The last answer is given up; another one follows."""
         self._append({"record": "regen"})
 
-    def add_undo(self) -> None:
-        """The last user turn and its answer are taken out."""
-        self._append({"record": "undo"}, durable=True)
+    def add_undo(self, n_turns: int = 1) -> None:
+        """The last user turns and their answers are taken out."""
+        self._append(*n_turns * [UNDO], durable=True)
+
+    def fork(self, path: Path) -> "Transcript":
+        """A copy at another path, which is open as this one is and stays so.
+
+        Raises:
+            TranscriptError: something is there already, or what was said is not in this file yet and cannot be written there either.
+            KvlocalError: it cannot be written.
+        """
+        if self._unwritten:
+            self._flush(durable=True)
+        write_fork(read_bytes(self.path)[: self._size], path)
+        return Transcript.resume(path)
 
     def add_clear(self) -> None:
         """All turns are taken out."""
@@ -232,11 +245,11 @@ class Transcript:
         """
         return replay(Path(path), read_text(Path(path)))
 
-    def _append(self, record: Mapping[str, Any], *, durable: bool = False, may_be_refused: bool = False) -> None:
+    def _append(self, *records: Mapping[str, Any], durable: bool = False, may_be_refused: bool = False) -> None:
         with CtrlCWaits():
             before = self._unwritten, self.awaits_answer
-            self._unwritten += to_json(record) + b"\n"
-            self.awaits_answer = record["record"] in UNANSWERED
+            self._unwritten += _lines(records)
+            self.awaits_answer = records[-1]["record"] in UNANSWERED
             try:
                 self._flush(durable=durable)
             except TranscriptError:
@@ -263,6 +276,32 @@ class Transcript:
         # what has no size, as /dev/full, has nothing to cut off
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, self._size)
+
+
+def write_fork(content: bytes, path: Path, n_undone: int = 0) -> None:
+    """Writes the records of a transcript to another file, and that the last user turns and their answers are taken out there.
+
+    Raises:
+        TranscriptError: something is there already.
+        KvlocalError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # so that nobody else takes the name meanwhile
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
+    except FileExistsError:
+        raise TranscriptError(f"{path} is there already: choose another name") from None
+    except OSError as error:
+        raise TranscriptError(cannot_write(path, error)) from error
+    try:
+        atomic_write(path, content[: content.rfind(b"\n") + 1] + _lines(n_undone * [UNDO]))
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(to_json(record) + b"\n" for record in records)
 
 
 def in_use(path: Path) -> TranscriptError:

@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import cffi
-
 import kvlocal
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor.memory_estimate import largest_budget
@@ -19,30 +17,12 @@ from kvlocal.files.places import models_dir
 from kvlocal.hub.catalogue import Catalogue, HubFile
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
+from kvlocal.llama.ggml import DEVICE_KINDS, functions
 from kvlocal.llama.library import Library, load
 from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
 
 _T = TypeVar("_T")
-
-# libllama links ggml, so these are found through its handle.
-_GGML = """
-typedef struct ggml_backend_device * ggml_backend_dev_t;
-typedef struct ggml_backend_reg * ggml_backend_reg_t;
-size_t ggml_backend_reg_count(void);
-ggml_backend_reg_t ggml_backend_reg_get(size_t index);
-const char * ggml_backend_reg_name(ggml_backend_reg_t reg);
-size_t ggml_backend_dev_count(void);
-ggml_backend_dev_t ggml_backend_dev_get(size_t index);
-ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t device);
-const char * ggml_backend_dev_name(ggml_backend_dev_t device);
-const char * ggml_backend_dev_description(ggml_backend_dev_t device);
-int ggml_backend_dev_type(ggml_backend_dev_t device);
-void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total);
-int64_t ggml_blck_size(int type);
-size_t ggml_row_size(int type, int64_t n);
-"""
-_DEVICE_KINDS = ("cpu", "gpu", "integrated gpu", "accelerator", "meta")  # enum ggml_backend_dev_type
 
 
 def diagnose(model: str | None = None) -> dict[str, Any]:
@@ -86,14 +66,8 @@ def _attempt(problems: list[str], find_out: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _ggml(library: Library) -> tuple[cffi.FFI, Any]:
-    ffi = cffi.FFI()
-    ffi.cdef(_GGML)
-    return ffi, ffi.dlopen(library.llama_cpp.llama_cpp._lib._name)
-
-
 def _describe_library(library: Library) -> dict[str, Any]:
-    ffi, ggml = _ggml(library)
+    ffi, ggml = functions()
 
     def text(pointer: Any) -> str:
         return ffi.string(pointer).decode("utf-8", "replace")
@@ -107,7 +81,7 @@ def _describe_library(library: Library) -> dict[str, Any]:
             "name": text(ggml.ggml_backend_dev_name(pointer)),
             "description": text(ggml.ggml_backend_dev_description(pointer)).strip(),
             "backend": text(ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(pointer))),
-            "kind": _DEVICE_KINDS[kind] if kind < len(_DEVICE_KINDS) else "unknown",
+            "kind": DEVICE_KINDS[kind] if kind < len(DEVICE_KINDS) else "unknown",
             "memory_free": free[0],
             "memory_total": total[0],
         }
@@ -176,7 +150,7 @@ def _describe_model(problems: list[str], library: Library, name: str) -> dict[st
                 layout = None
         cost = None
         if layout is not None:
-            _, ggml = _ggml(library)
+            _, ggml = functions()
             cost = {}
             for kind in KV_TYPES:
                 ggml_type = getattr(library.llama_cpp, f"GGML_TYPE_{kind.upper()}")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from typing import Self
 
 from kvlocal.cache.config import allocation
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
+from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
 from kvlocal.llama.context import CELL_BLOCK
 
@@ -30,7 +28,7 @@ class MemoryEstimate:
     """Bytes of main memory that one conversation takes, all in all.
 
     weights: of the model
-    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells
+    cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells and no archive has them
     other: everything else
     """
 
@@ -39,25 +37,17 @@ class MemoryEstimate:
     other: int
 
     @classmethod
-    def of(cls, model: Container, config: SessionConfig, undo: bool = True) -> Self:
-        """An estimate from the metadata; where some layers have a sliding window, as if they had none."""
-        metadata = model.metadata
-        family = metadata["general.architecture"]
-
-        def number(name: str, default: Any = None) -> Any:
-            return metadata.get(f"{family}.{name}", default)
-
-        n_embd, n_layer = number("embedding_length"), number("block_count")
-        n_head = int(np.max(number("attention.head_count")))
-        # one number for all layers, or one for each
-        n_head_kv = np.broadcast_to(number("attention.head_count_kv", n_head), n_layer)
-        row = sum(
-            size * number(f"attention.{name}_length", n_embd // n_head)
-            for name, size in (("key", _bytes_of(config.type_k)), ("value", _bytes_of(config.type_v)))
-        )
-        copies = 2 if undo and allocation(config, number("context_length")).evicts else 1
+    def of(cls, model: Container, config: SessionConfig, undo: bool = True) -> Self | None:
+        """An estimate from the metadata; where some layers have a sliding window, as if they had none. None if they do not say enough; what is
+        missing is for llama.cpp to complain about."""
+        attention = Attention.of(model)
+        if attention is None:
+            return None
+        has_way_back = config.archive != "off" and not attention.window
+        copies = 2 if undo and allocation(config, attention.n_ctx_train).evicts and not has_way_back else 1
         weights = sum(tensor.data.nbytes for tensor in model.tensors.values())
-        return cls(weights, int(n_head_kv.sum() * row * copies), _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * n_embd * 4)
+        cell = copies * attention.cell_bytes(config.type_k, config.type_v)
+        return cls(weights, cell, _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * attention.n_embd * 4)
 
     def total(self, n_cells: int) -> int:
         return self.weights + self.other + self.cell * -(-n_cells // CELL_BLOCK) * CELL_BLOCK
@@ -65,11 +55,6 @@ class MemoryEstimate:
     def most_cells(self, free: int) -> int:
         """The most cells that fit into so many bytes, 0 if the model alone does not."""
         return max(0, (free - self.weights - self.other) // self.cell // CELL_BLOCK * CELL_BLOCK)
-
-
-def _bytes_of(kind: str) -> float:
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
-    return size / block
 
 
 def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None) -> None:
@@ -119,12 +104,10 @@ def largest_budget(path: Path, config: SessionConfig) -> int | None:
 
 
 def _estimate(path: Path, config: SessionConfig, undo: bool) -> tuple[MemoryEstimate, int] | None:
-    """With the model's trained context. None where the metadata do not say enough; what is missing is for llama.cpp to complain about."""
+    """With the model's trained context. None where the metadata do not say enough."""
     model = Container(path)
-    try:
-        return MemoryEstimate.of(model, config, undo), int(model.metadata[f"{model.metadata['general.architecture']}.context_length"])
-    except (KeyError, TypeError, ValueError):
-        return None
+    attention, estimate = Attention.of(model), MemoryEstimate.of(model, config, undo)
+    return (estimate, attention.n_ctx_train) if attention and estimate else None
 
 
 def _megabytes(n: int) -> str:

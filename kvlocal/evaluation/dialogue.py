@@ -33,6 +33,7 @@ class MeasuredChat:
     user, answer: the last turn; the answer cut to about MAX_ANSWER tokens
     tokens: int32 [n], of all of it
     n_prefix, n_history: how many of them come before the first turn, and before the last user turn
+    group: how the group of chats that it belongs to is called behind a metric's name, "" for none
     """
 
     history: list[Message]
@@ -41,6 +42,7 @@ class MeasuredChat:
     tokens: npt.NDArray[np.int32]
     n_prefix: int
     n_history: int
+    group: str = ""
 
 
 class DialogueTask:
@@ -48,21 +50,21 @@ class DialogueTask:
 
     For each, the history is read turn by turn with compression on, and then the last turn with nothing more removed. Metrics, each the mean
     over the answer's tokens: `kl`, KL(full || compressed) over the whole vocabulary in nats; `agreement`, how often both find the same token
-    most likely; `cross_entropy` of the answer, in nats.
+    most likely; `cross_entropy` of the answer, in nats. Where chats are told apart by a label, such as the `task` of the dialogue that the last turn
+    is from, each is also given for those that have it in common, as `kl@task=AR`.
 
     n_too_long: chats that were left out because the full context would not fit what the model was trained for
     n_without_history: chats that were left out because nothing comes before their last turn
     """
 
     name = "dialogue"
-    metrics = METRICS
 
     def __init__(
         self, model: Model, base: SessionConfig, dialogues: Sequence[Dialogue], concat: int, cache: ReferenceCache, depends: object,
-        nexus: NexusTokens | None = None,
+        nexus: NexusTokens | None = None, by: str | None = None,
     ) -> None:
         """depends: what the full context's predictions depend on besides the tokens, see ReferenceCache.get. nexus: for the policies that
-        need Nexus tokens."""
+        need Nexus tokens. by: the label of dialogues (Dialogue.labels) by which metrics are given too."""
         self._model, self._base, self._cache, self._depends, self._nexus = model, base, cache, depends, nexus
         self._template = ChatTemplate.from_model(model)
         self._chats: list[MeasuredChat] = []
@@ -72,19 +74,22 @@ class DialogueTask:
             if len(turns) == 1:
                 self.n_without_history += 1
                 continue
-            chat = self._chat(Dialogue(tuple(turns)).messages)
+            label = dialogues[start : start + concat][-1].labels.get(by) if by else None
+            chat = self._chat(Dialogue(tuple(turns)).messages, "" if label is None else f"@{by}={label}")
             if len(chat.tokens) + margin(base) > model.n_ctx_train:
                 self.n_too_long += 1
             else:
                 self._chats.append(chat)
         self.n_chats = len(self._chats)
+        groups = ["", *sorted({chat.group for chat in self._chats} - {""})]
+        self.metrics = tuple(f"{metric}{group}" for group in groups for metric in METRICS)
         self._current: tuple[int, Reference, npt.NDArray[np.float32]] | None = None
 
-    def _chat(self, messages: list[Message]) -> MeasuredChat:
+    def _chat(self, messages: list[Message], group: str) -> MeasuredChat:
         answer = _cut(self._model, messages[-1]["content"])
         turns = turn_tokens(self._model, self._template, [*messages[:-1], {"role": "assistant", "content": answer}])
         lengths = [len(tokens) for tokens in turns]
-        return MeasuredChat(messages[:-2], messages[-2]["content"], answer, np.concatenate(turns), lengths[0], sum(lengths[:-2]))
+        return MeasuredChat(messages[:-2], messages[-2]["content"], answer, np.concatenate(turns), lengths[0], sum(lengths[:-2]), group)
 
     def measure(self, index: int, variant: Variant) -> Measurement:
         """Reads chat `index` with one variant.
@@ -92,12 +97,14 @@ class DialogueTask:
         Raises:
             KvlocalError: the chat cannot be read so.
         """
-        reference, full = self._reference(index)
+        (reference, full), chat = self._reference(index), self._chats[index]
         if variant == FULL:
-            return Measurement(0.0, {"kl": [0.0], "agreement": [1.0], "cross_entropy": [float(reference.loss.mean())]})
-        compression, tokens, logits = self._read(self._chats[index], variant)
-        assert np.array_equal(tokens, reference.tokens)
-        return Measurement(compression, {name: [value] for name, value in compare(reference, full, logits).items()})
+            compression, found = 0.0, {"kl": 0.0, "agreement": 1.0, "cross_entropy": float(reference.loss.mean())}
+        else:
+            compression, tokens, logits = self._read(chat, variant)
+            assert np.array_equal(tokens, reference.tokens)
+            found = compare(reference, full, logits)
+        return Measurement(compression, {f"{name}{group}": [value] for group in dict.fromkeys(["", chat.group]) for name, value in found.items()})
 
     def _reference(self, index: int) -> tuple[Reference, npt.NDArray[np.float32]]:
         """What the full context predicts, and its log-probabilities as float32 [n, n_vocab]; kept for one chat."""

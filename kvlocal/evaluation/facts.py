@@ -57,12 +57,22 @@ class Facts:
 @cache
 def load_facts() -> Facts:
     """The facts of facts.toml, read at the first call."""
-    data = tomllib.loads(files("kvlocal.evaluation").joinpath("facts.toml").read_text(encoding="utf-8"))
-    values = {name: tuple(listed) for name, listed in data["values"].items()}
+    data = _texts()
+    topics = tuple(topic for entry in data["topics"] for topic in _topics(entry, load_values(), data))
+    return Facts(topics, tuple(data["corrections"]), tuple(data["acknowledgments"]))
+
+
+@cache
+def load_values() -> dict[str, tuple[str, ...]]:
+    """What facts may be, by the names that facts.toml gives to these lists."""
+    values = {name: tuple(listed) for name, listed in _texts()["values"].items()}
     values["dates"] = tuple(f"{month} {day}" for month in values["months"] for day in range(2, 29))
     values["numbers"] = tuple(str(number) for number in range(2113, 9973, 37))  # four digits that are no year
-    topics = tuple(topic for entry in data["topics"] for topic in _topics(entry, values, data))
-    return Facts(topics, tuple(data["corrections"]), tuple(data["acknowledgments"]))
+    return values
+
+
+def _texts() -> dict[str, Any]:
+    return tomllib.loads(files("kvlocal.evaluation").joinpath("facts.toml").read_text(encoding="utf-8"))
 
 
 def _topics(entry: dict[str, Any], values: dict[str, tuple[str, ...]], data: dict[str, Any]) -> list[Topic]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
-from kvlocal.evaluation.variants import Variant
+from kvlocal.evaluation.variants import FULL, Variant
 from kvlocal.llama.model import Model
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.chat_template import ChatTemplate
@@ -40,16 +40,17 @@ def read_history(
     """A session that has read the history and compressed it, and the share of the history's cells that were removed.
 
     Args:
-        base: what all variants have in common.
+        base: what all variants have in common; a budget in it is that of every variant but the full context.
         history: whole turns, the last of them an answer.
         n_history, n_prefix: its tokens, with what comes before the first turn, and those of that alone.
         spare: tokens to be read in `ChatSession.hold`.
         nexus: for the policies that need Nexus tokens.
     """
     config = variant.config(base)
-    # no more than it will ever hold, instead of a cache for the longest conversation
-    budget = max(max(n_prefix, config.n_sink) + 2 * config.window, round((1 - variant.ratio) * n_history))
-    with ChatSession(model, replace(config, budget=budget), spare=spare, n_outputs=config.n_ubatch, nexus=nexus) as session:
+    if config.budget is None or variant == FULL:
+        # no more than it will ever hold, instead of a cache for the longest conversation
+        config = replace(config, budget=max(max(n_prefix, config.n_sink) + 2 * config.window, round((1 - variant.ratio) * n_history)))
+    with ChatSession(model, config, spare=spare, n_outputs=config.n_ubatch, nexus=nexus) as session:
         for message in history:
             session.add_turn(message["role"], message["content"])
             if message["role"] == "assistant":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain
 
-from kvlocal.conversations.dialogues import Dialogue, shuffled
+from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.evaluation.facts import Topic, load_facts
-from kvlocal.evaluation.small_talk import small_talk
+from kvlocal.evaluation.other_talk import Lengths, fill, messages_of, other_talk
 from kvlocal.template.markup import Message
 
 FACTS_PER_CHAT = 8
@@ -18,11 +17,6 @@ N_DISTRACTORS = 3
 N_EXAMPLES = 2
 
 _EARLY = 0.75  # facts are stated in this part of the other talk, and the examples asked for in the rest
-_MISSES = 8  # so many dialogues in a row whose first turn cannot be taken mean that the chat is long enough
-
-# The tokens of what comes before the first turn, and of each message.
-Lengths = Callable[[Sequence[Message]], list[int]]
-
 
 @dataclass(frozen=True)
 class Question:
@@ -78,7 +72,7 @@ def recall_chats(n_questions: int, n_tokens: int, seed: int, lengths: Lengths, d
         lengths: counts the tokens of messages.
         dialogues: what else is talked about; without them small talk.
     """
-    talk = _talk(seed, dialogues)
+    talk = other_talk(seed, dialogues)
     chats = []
     for start in range(0, n_questions, FACTS_PER_CHAT):
         rng = random.Random(f"recall {seed} {start}")
@@ -118,14 +112,15 @@ def _chat(
 ) -> RecallChat:
     told = [[(statement, rng.choice(load_facts().acknowledgments)) for statement in fact.statements] for fact in (*facts, *examples)]
     asked = [(_question(rng, fact), f"{fact.topic.lead} {fact.value}.") for fact in examples]
-    other = _fill([*facts, *examples], n_tokens - sum(lengths(_messages([*chain(*told), *asked]))), lengths, talk)
+    values = [value for fact in (*facts, *examples) for value in (fact.value, *fact.distractors)]
+    other = fill(values, n_tokens - sum(lengths(messages_of([*chain(*told), *asked]))), lengths, talk)
     # places among the other turns; the second number decides at one place
     placed = [((i, 2.0), pair) for i, pair in enumerate(other)]
     early = int(_EARLY * len(other))
     for pairs in told:
         placed += zip(sorted((rng.randint(0, max(0, early - 1)), rng.random()) for _ in pairs), pairs, strict=True)
     placed += [((rng.randint(early, max(early, len(other) - 1)), 1 + rng.random()), pair) for pair in asked]
-    history = _messages([pair for _, pair in sorted(placed)])
+    history = messages_of([pair for _, pair in sorted(placed)])
     sizes = lengths(history)
     ends = {message["content"]: sum(sizes[: i + 2]) for i, message in enumerate(history)}
     questions = tuple(
@@ -139,39 +134,3 @@ def _chat(
 
 def _question(rng: random.Random, fact: _ToldFact) -> str:
     return fact.topic.say(rng.choice(fact.topic.questions))
-
-
-def _fill(facts: list[_ToldFact], n_tokens: int, lengths: Lengths, talk: Iterator[list[tuple[str, str]]]) -> list[tuple[str, str]]:
-    """Turns of other talk with at most, and about, `n_tokens` tokens, which name none of the facts' values."""
-    values = re.compile("|".join(rf"\b{re.escape(value)}\b" for fact in facts for value in (fact.value, *fact.distractors)), re.IGNORECASE)
-    # what a later turn takes, as every dialogue but the first one begins with one
-    before = [("Hello.", "Hello.")]
-    n_before = sum(lengths(_messages(before)))
-    pairs: list[tuple[str, str]] = []
-    misses = 0
-    while misses < _MISSES:
-        misses += 1
-        for pair in next(talk):
-            n = sum(lengths(_messages([*before, pair]))) - n_before
-            if n > n_tokens or values.search("\n".join(pair)):
-                # what follows would refer to it
-                break
-            misses = 0
-            n_tokens -= n
-            pairs.append(pair)
-    return pairs
-
-
-def _talk(seed: int, dialogues: Sequence[Dialogue]) -> Iterator[list[tuple[str, str]]]:
-    """Dialogues as lists of turns, without end."""
-    if dialogues:
-        for again in count():
-            for dialogue in shuffled(dialogues, seed + again):
-                yield list(dialogue.turns)
-    else:
-        for pair in small_talk(random.Random(f"small talk {seed}")):
-            yield [pair]
-
-
-def _messages(pairs: Iterable[tuple[str, str]]) -> list[Message]:
-    return Dialogue(tuple(pairs)).messages

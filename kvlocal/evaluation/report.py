@@ -56,16 +56,17 @@ def document(found: Sequence[MetricRow], settings: dict[str, Any]) -> dict[str, 
 
 
 def tables(found: Sequence[MetricRow]) -> list[tuple[list[str], list[list[str]]]]:
-    """Headers and lines of tables: one of the metrics over everything, and one for each metric that is split by distance.
+    """Headers and lines of tables: one of the metrics over everything, one for each metric that is split as `choice@<500`, with a column for each
+    part, and one for each way in which metrics are split as `choice@category=date`, with a line for each part.
 
     A cell is the mean with its interval.
     """
     metrics = list(dict.fromkeys(row.metric for row in found))
     whole = [metric for metric in metrics if "@" not in metric]
-    split = [[metric for metric in metrics if metric.startswith(f"{name}@")] for name in whole]
+    split = [[metric for metric in metrics if metric.startswith(f"{name}@") and "=" not in metric] for name in whole]
     cells = {(row.policy, row.ratio, row.metric): f"{row.mean:.3f} [{row.lo:.3f}, {row.hi:.3f}]" for row in found}
     lines = {(row.policy, row.ratio): f"{row.compression:.1%}" for row in found}
-    return [
+    in_columns = [
         (
             ["policy", "ratio", "removed", *columns],
             [[policy, f"{ratio:g}", removed, *(cells.get((policy, ratio, metric), "") for metric in columns)]
@@ -73,6 +74,29 @@ def tables(found: Sequence[MetricRow]) -> list[tuple[list[str], list[list[str]]]
         )
         for columns in [whole, *filter(None, split)]
     ]  # fmt: skip
+    return in_columns + [_in_lines(found, by, whole, cells) for by in dict.fromkeys(map(_way, metrics)) if by]
+
+
+def _way(metric: str) -> str:
+    """The way in which a metric is split by lines, "" for none."""
+    name, equals, _ = metric.partition("@")[2].partition("=")
+    return name if equals else ""
+
+
+def _in_lines(
+    found: Sequence[MetricRow], by: str, whole: Sequence[str], cells: dict[tuple[str, float, str], str]
+) -> tuple[list[str], list[list[str]]]:
+    """A table with a line for each part, all policies of one part together."""
+    rows = [row for row in found if _way(row.metric) == by]
+    parts = dict.fromkeys(row.metric.partition("=")[2] for row in rows)
+    columns = [name for name in whole if any(row.metric.startswith(f"{name}@") for row in rows)]
+    lines = []
+    for part in parts:
+        of_part = [row for row in rows if row.metric.partition("=")[2] == part]
+        for policy, ratio in dict.fromkeys((row.policy, row.ratio) for row in of_part):
+            n = max(row.n for row in of_part if (row.policy, row.ratio) == (policy, ratio))
+            lines.append([part, policy, f"{ratio:g}", str(n), *(cells.get((policy, ratio, f"{name}@{by}={part}"), "") for name in columns)])
+    return [by, "policy", "ratio", "n", *columns], lines
 
 
 def plain(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -13,13 +13,14 @@ from kvlocal.policies.scoring import Scores, check_kernel, check_weight, pooled
 
 @dataclass(frozen=True)
 class Recall:
-    """Half of the budget by age, half by attention.
+    """A share of the budget by age, the rest by attention.
 
     With an archive its candidates are all tokens of the conversation, and it chooses anew behind what the user says and every `refresh` tokens of an
     answer; without, it chooses among the cells that are left. The scores are SnapKV's (section 3), the split of the budget is StreamingLLM's window
     beside it; choosing from an archive is what InfLLM and ArkVale do.
 
     recent: share of the budget for the newest cells
+    asked: the same behind what the user says and at the beginning of an answer, when what was asked for counts more than the thread
     refresh: tokens of an answer after which it chooses again, where there is an archive; sooner at the beginning of an answer
     again: tokens at the end of what the user says that are evaluated a second time, with what they recalled in the cells; 0 for none
     pool: each score is raised to the largest of so many cells around it, 1 for none
@@ -31,7 +32,8 @@ class Recall:
     evicts: ClassVar[bool] = True
     rotates: ClassVar[bool] = False
 
-    recent: float = 0.5
+    recent: float = 0.7
+    asked: float = 0.3
     refresh: int = 16
     again: int = 64
     pool: int = 1
@@ -40,11 +42,17 @@ class Recall:
 
     def __post_init__(self) -> None:
         check_weight("recent", self.recent)
+        check_weight("asked", self.asked)
         check_weight("whole", self.whole)
         check_kernel("pool", self.pool)
         for name, least in (("refresh", 1), ("again", 0), ("blocks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
+    @property
+    def for_question(self) -> Recall:
+        """The choice when something was just asked."""
+        return replace(self, recent=self.asked)
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         scores = pooled(needed(state.scores), state.window, self.pool)

@@ -1,6 +1,7 @@
 """Kills a chat at random moments and goes on with it, until its script is done; then nothing is missing and nothing is different.
 
     python tests/measure/kill_chat.py 200
+    python tests/measure/kill_chat.py 200 --archive disk
 
 A greedy chat with compressions reads its turns from a pipe. Each process gets what remains of the script: how far it came is read from the
 transcript, and a turn without a whole answer is answered with /regen first. After every kill, all that was shown must be in the transcript;
@@ -106,8 +107,10 @@ def main() -> int:
     parser.add_argument("kills", type=int)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--archive", choices=["off", "ram", "disk"], default="off")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     args = parser.parse_args()
+    OPTIONS.extend(["--archive", args.archive])
     rng, number = random.Random(args.seed), getattr(signal, f"SIG{args.signal}")
 
     with tempfile.TemporaryDirectory() as directory:

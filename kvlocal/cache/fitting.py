@@ -1,0 +1,104 @@
+"""Whether a configuration goes together with a model, and how many cells its memory holds, from the model's file before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from kvlocal import policies
+from kvlocal.cache.config import AUTO, CacheConfig, CacheError, check_allocation
+from kvlocal.gguf.attention import Attention, block_of
+from kvlocal.gguf.container import Container
+from kvlocal.llama.context import CELL_BLOCK
+from kvlocal.llama.ggml import device_without_attention
+
+C = TypeVar("C", bound=CacheConfig)
+
+# what `memory` chooses from: it holds about twice the cells of f16, at a small loss
+_SMALLER = "q8_0"
+
+
+def check_file(path: Path, config: CacheConfig, n_gpu_layers: int) -> None:
+    """Whether the model of this file can have such a cache; nothing where its metadata do not say enough.
+
+    n_gpu_layers: as for Model
+
+    Raises:
+        CacheError: it cannot.
+        ContainerError: the file cannot be read.
+    """
+    attention = Attention.of(Container(path))
+    if attention is None:
+        return
+    config = _fitted(path, attention, config, n_gpu_layers)
+    check_allocation(attention.n_ctx_train, config)
+    type_k, type_v = config.type_k, config.type_v
+    for option, kind, size, what in (("--ctk", type_k, attention.size_k, "keys"), ("--ctv", type_v, attention.size_v, "values")):
+        if size % block_of(kind):
+            raise CacheError(
+                f"the {what} of {path.name} have {size} numbers in each head, which is no multiple of the {block_of(kind)} that {kind} "
+                f"stores together: give {option} f16"
+            )
+    if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
+        raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
+    if config.archive != "off" and not attention.plain:
+        raise CacheError(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
+
+
+def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
+    """The configuration with as many cells as its memory holds in place of the memory, and with types in place of AUTO; as it is without memory.
+
+    The type is f16 where that holds all that the model was trained for; else q8_0 where heads and devices take it. That is provisional: which type is
+    best for a given memory has to be measured.
+
+    n_gpu_layers: as for Model
+
+    Raises:
+        CacheError: it holds too little, or nobody knows how much.
+        ContainerError: the file cannot be read.
+    """
+    if config.memory is None:
+        return config
+    attention = Attention.of(Container(path))
+    if attention is None:
+        raise CacheError(f"{path.name} does not say how much memory a cell takes: give a budget of cells instead of memory")
+    return _fitted(path, attention, config, n_gpu_layers)
+
+
+def _fitted(path: Path, attention: Attention, config: C, n_gpu_layers: int) -> C:
+    if config.memory is None:
+        return config
+    kinds = [config.type_k, config.type_v]
+    if AUTO in kinds:
+        f16, smaller = ([given if given != AUTO else kind for given in kinds] for kind in ("f16", _SMALLER))
+        holds_all = config.memory // attention.cell_bytes(f16[0], f16[1]) >= attention.n_ctx_train
+        kinds = smaller if not holds_all and _takes(attention, smaller, n_gpu_layers) else f16
+    cell = attention.cell_bytes(kinds[0], kinds[1])
+    slack = config.stride if policies.make(config.policy, config.policy_args).evicts else 0
+    budget = min(config.memory // cell // CELL_BLOCK * CELL_BLOCK, attention.n_ctx_train) - slack
+    if budget < config.least_budget:
+        need = -(-(config.least_budget + slack) // CELL_BLOCK) * CELL_BLOCK * cell
+        raise CacheError(
+            f"{config.memory / 1e6:,.1f} MB are too little for the cache of {path.name} with {kinds[0]} keys and {kinds[1]} values: "
+            f"give at least {need / 1e6:,.1f} MB"
+        )
+    return replace(config, memory=None, budget=budget, type_k=kinds[0], type_v=kinds[1])
+
+
+def _takes(attention: Attention, kinds: list[str], n_gpu_layers: int) -> bool:
+    sizes = (attention.size_k, attention.size_v)
+    stores = all(size % block_of(kind) == 0 for size, kind in zip(sizes, kinds, strict=True))
+    return stores and _without_attention(attention, kinds[0], kinds[1], n_gpu_layers) is None
+
+
+def _without_attention(attention: Attention, type_k: str, type_v: str, n_gpu_layers: int) -> str | None:
+    return device_without_attention(
+        type_k,
+        type_v,
+        n_head=attention.n_head,
+        n_head_kv=attention.n_head_kv,
+        size_k=attention.size_k,
+        size_v=attention.size_v,
+        n_gpu_layers=n_gpu_layers,
+    )
