@@ -326,10 +326,10 @@ def test_past_the_trained_context_the_archive_stays(short_model, kind):
         now = compressor.recaller.positions(cache.ledger, cache.ledger.next_position)
         found = cache.native.row_scores(archive.key_chunks(), len(now), n_query, stretches=stretches(now - archive.positions))
         np.testing.assert_allclose(found, expected, atol=1e-4)
-        # by boxes, so that a few of the best are missed
+        # by boxes and each second query, so that a few of the best are missed, as in dialogues (docs/results.md); here tokens are any
         n_keep, exact = cache.ledger.n_cells, Recall().plan(state(found, 8, 16), cache.ledger.n_cells).keep
         held = np.take_along_axis(found, cache.ledger.tokens[..., :n_keep], axis=-1)
-        assert held.sum() > 0.97 * np.take_along_axis(found, exact, axis=-1).sum()
+        assert held.sum() > 0.93 * np.take_along_axis(found, exact, axis=-1).sum()
 
 
 def test_going_back_to_before_positions_ran_out(short_model):
