@@ -39,7 +39,7 @@ class Ledger:
     positions: int32 [L, H, capacity], the RoPE position its key is rotated to
     carried: scores that cells carry along, each float32 [L, H, capacity], NaN for none: "history" (Plan.history), "sums" (the attention of
         all queries so far), "reread" (the largest attention of a second read); only those that were asked for
-    returned: bool [L, H, capacity], whether the token had left the head's cells and came back; not part of a snapshot
+    returned: bool [L, H, capacity], whether the token had left the head's cells and came back; neither marks nor snapshots know
     n_pinned: the first n_pinned tokens of the conversation are never evicted
     n_summed: the queries of the first n_summed tokens are in "sums"
     n_reread: the first n_reread tokens were read a second time, or need not be
@@ -169,7 +169,7 @@ class Ledger:
         """
         n = tokens.shape[-1]
         self._forget(n_tokens)
-        self.tokens[..., :n], self.positions[..., :n] = tokens, positions
+        self.tokens[..., :n], self.positions[..., :n], self.returned[..., :n] = tokens, positions, False
         for array in self.carried.values():
             array[..., :n] = np.nan
         self.n_cells, self.next_position = n, next_position
