@@ -149,7 +149,7 @@ def test_kv_shows_what_was_kept_after_a_compression(chat):
 def test_an_archive_shows_what_it_gave_back(chat):
     asked = [f"Name three {things} and say where they live or grow, and what they are good for." for things in ("birds", "fish", "trees")]
     lines = ["/why", *asked, "/kv", "/why", "/why all", "/why not"]
-    result = chat("--archive", "ram", "--kv-budget", "64", "--stride", "16", "--max-tokens", "40", "--verbose", stdin="\n".join(lines))
+    result = chat("--archive", "ram", "--kv-budget", "96", "--stride", "16", "--max-tokens", "40", "--verbose", stdin="\n".join(lines))
     assert result.returncode == 1
     assert result.stderr.startswith("kvlocal: there is no answer yet") and "kvlocal: /why takes nothing, or all" in result.stderr
     last = [line for line in result.stderr.splitlines() if re.search(STATUS, line)][-1]

@@ -11,6 +11,7 @@ from kvlocal import policies
 from kvlocal.chat.config import SessionConfig
 
 _SESSION = SessionConfig()
+_LEAST = 64  # cells
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ class BenchSettings:
     piece: int = 16
 
     def budget(self, history: int) -> int:
-        """Cells that stay of so many tokens: with the stride they grow by and the recorded queries they take (1 - ratio) of the history at most."""
+        """Cells that stay of so many tokens: with the stride they grow by and the recorded queries they take (1 - ratio) of the history at most.
+
+        A short history, as in a trial run, keeps what a system prompt and the windows need all the same.
+        """
         room = round((1 - self.ratio) * history)
-        return max(room // 2, room - self.stride * 3 // 2)
+        return max(room // 2, room - self.stride * 3 // 2, _LEAST)
 
     def session(self, budget: int, ratio: float | None) -> dict[str, Any]:
         """The fields of a SessionConfig."""
