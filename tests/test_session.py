@@ -493,7 +493,7 @@ def test_h2o_adds_up_the_attention_of_every_query(model):
     largest of a group of heads, a little more."""
     with session(model, policy="h2o", budget=300) as chat:
         chat.add_turn("user", STORY * 12)
-        state = chat.cache.observer.state(chat.cache.ledger)
+        state = chat.cache.sources.state(chat.cache.ledger)
         assert chat.kv.evicted == 0 and chat.cache.ledger.n_summed == chat.kv.history_tokens
         total = state.sums.sum(axis=-1)
         assert (total >= chat.kv.history_tokens - 0.5).all() and (total <= 3 * chat.kv.history_tokens).all()

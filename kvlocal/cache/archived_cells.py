@@ -103,7 +103,7 @@ class ArchivedCells(NotedCells):
         outer, checkpoint, copy = compressor.held, way_back.checkpoint, way_back.copy
         if not outer:
             compressor.make_room(ledger, min(self.n_free, compressor.n_ctx_train // 2))
-            compressor.observer.before_removal(ledger)
+            compressor.sources.before_removal(ledger)
         restore = self._before_exchange()
         # what is copied inside is not to overwrite the copy there is
         n_tokens, way_back.checkpoint, way_back.copy = ledger.n_tokens, None, copy[:0]

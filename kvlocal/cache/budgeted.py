@@ -49,9 +49,9 @@ class Passage(NamedTuple):
 class BudgetedCache(ArchivedCells):
     """The cache of one conversation, token by token.
 
-    Every token is evaluated once. The cache is compressed when it exceeds the budget by the stride, also in the middle of a long text; what is
-    pinned always stays. When positions come near the end of the trained context, kept keys are rotated back to low positions and the
-    conversation goes on.
+    Every token is evaluated once, but the end of what the user says a second time where there is an archive. The cache is compressed when it
+    exceeds the budget by the stride, also in the middle of a long text; what is pinned always stays. When positions come near the end of the
+    trained context, kept keys are rotated back to low positions and the conversation goes on.
 
     After a failure in the middle of a change the cells are uncertain: every method that computes with them raises UncertainCache until `begin`
     or `resume`.
@@ -110,11 +110,11 @@ class BudgetedCache(ArchivedCells):
                 copies=self.policy.evicts,
                 archived=config.archive != "off",
             )
-            self.observer = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
+            self.sources = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
                 self.native,
                 self.layout,
-                self.observer,
+                self.sources,
                 self.policy,
                 self.budget,
                 config.ratio,

@@ -47,7 +47,7 @@ class Compressor:
     """Keeps one sequence within its budget.
 
     native, layout: the cache
-    observer: what the policy wants to know
+    sources: what the policy wants to know
     policy: what to keep
     budget: the most cells of each layer and head after a compression
     ratio: the share of the history to remove, as long as what stays is less than the budget; None for the budget alone
@@ -70,7 +70,7 @@ class Compressor:
 
     native: NativeCache
     layout: Layout
-    observer: ScoreSources
+    sources: ScoreSources
     policy: Policy
     budget: int
     ratio: float | None
@@ -108,7 +108,7 @@ class Compressor:
         if self.held:
             return
         started = time.perf_counter()
-        self.observer.before_append(ledger, n)
+        self.sources.before_append(ledger, n)
         self.seconds.score += time.perf_counter() - started
         if ledger.next_position + n <= self.n_ctx_train or not self.policy.evicts:
             return
@@ -138,7 +138,7 @@ class Compressor:
                 self._begin_frame(ledger, 0)
             return
         started = time.perf_counter()
-        state = self.observer.state(ledger)
+        state = self.sources.state(ledger)
         observed = time.perf_counter()
         plan = self.policy.plan(state, self.target(ledger))
         self.seconds.score += observed - started
@@ -252,7 +252,7 @@ class Compressor:
             delta = positions - np.take_along_axis(ledger.positions, keep, axis=-1)
             shift = int(positions[-1]) + 1 - ledger.next_position
             # rotating empties the ring
-            self.observer.before_removal(ledger)
+            self.sources.before_removal(ledger)
             # cells are moved in place, layer by layer
             with ledger.changing():
                 self.native.compact(keep, positions, delta)

@@ -27,9 +27,9 @@ from kvlocal.template.markup import Message
 class ChatSession(Turns):
     """A conversation that never ends, in a cache that never grows.
 
-    Every token is evaluated once. The cache is compressed when it exceeds the budget by the stride, also in the middle of a long prompt or
-    answer; the system prompt and the sinks always stay. When positions come near the end of the trained context, kept keys are rotated back
-    to low positions and the conversation goes on.
+    Every token is evaluated once, but the end of what the user says a second time where there is an archive. The cache is compressed when it
+    exceeds the budget by the stride, also in the middle of a long prompt or answer; the system prompt and the sinks always stay. When positions
+    come near the end of the trained context, kept keys are rotated back to low positions and the conversation goes on.
 
     After a failure in the middle of a change the cache is not used any more: the next call reads the conversation again.
 
