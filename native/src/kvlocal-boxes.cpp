@@ -3,8 +3,6 @@
 
 #include "kvlocal-panels.h"
 
-#include "ggml-cpu.h"
-
 #include <numeric>
 
 namespace {
@@ -125,27 +123,9 @@ private:
             float * x = bounds.data() + (r0 + g)*n_wide;
 
             std::fill(x + n, x + n_wide, -INFINITY);
-
-            vector top = vector{} - INFINITY;
-            for (int64_t j = 0; j < n; j += LANES) {
-                top = larger(top, load(x + j));
-            }
-
-            const float max = largest_of(top);
-
-            vector sum = {};
-            for (int64_t j = 0; j < n; j += LANES) {
-                const vector e = exp_of(load(x + j) - max);
-                store(x + j, e);
-                sum += e;
-            }
-
-            const float share = 1.0f/sum_of(sum);
-            for (int64_t j = 0; j < n; j += LANES) {
-                const vector w = load(x + j)*share;
-                store(x + j, g > 0 ? larger(w, load(x + j - n_wide)) : w);
-            }
         }
+
+        softmax_largest(bounds.data() + r0*n_wide, n_group, n_wide, GGML_PAD(n, LANES), nullptr);
 
         const float * x = bounds.data() + (r0 + n_group - 1)*n_wide;
         for (int64_t j = 0; j < n; j += LANES) {
@@ -160,8 +140,6 @@ void kvl_fill_boxes(ggml_type type, int64_t n_embd_head, int64_t n_head, const u
     const size_t  size  = ggml_row_size(type, n_embd_head);
     const int64_t n_box = chunk_size/KVL_BLOCK;
 
-    const auto to_float = ggml_get_type_traits(type)->to_float;
-
     std::vector<float> key(n_embd_head);
     std::vector<float> least(n_embd_head);
     std::vector<float> largest(n_embd_head);
@@ -171,13 +149,7 @@ void kvl_fill_boxes(ggml_type type, int64_t n_embd_head, int64_t n_head, const u
             for (int64_t i = 0; i < KVL_BLOCK; ++i) {
                 const uint8_t * stored = keys + (h*chunk_size + b*KVL_BLOCK + i)*size;
 
-                if (type == GGML_TYPE_F16) {
-                    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) stored, key.data(), n_embd_head);
-                } else if (type == GGML_TYPE_F32) {
-                    memcpy(key.data(), stored, size);
-                } else {
-                    to_float(stored, key.data(), n_embd_head);
-                }
+                to_floats(type, stored, key.data(), n_embd_head);
 
                 for (int64_t c = 0; c < n_embd_head; ++c) {
                     least  [c] = i > 0 ? std::min(least  [c], key[c]) : key[c];

@@ -35,6 +35,49 @@ void multiply_panel(const float * panel, int64_t d, const float * rows, int64_t 
     }
 }
 
+// the softmax of each row, [n_row, stride] of which n numbers count, a multiple of LANES, and in the last row the largest of all
+// mask: F32 [n] is added first, unless it is NULL
+void softmax_largest(float * rows, int64_t n_row, int64_t stride, int64_t n, const float * mask) {
+    for (int64_t r = 0; r < n_row; ++r) {
+        float * x = rows + r*stride;
+
+        vector top = vector{} - INFINITY;
+        for (int64_t j = 0; j < n; j += LANES) {
+            const vector v = mask ? load(x + j) + load(mask + j) : load(x + j);
+            store(x + j, v);
+            top = larger(top, v);
+        }
+
+        const float max = largest_of(top);
+
+        vector sum = {};
+        for (int64_t j = 0; j < n; j += LANES) {
+            const vector e = exp_of(load(x + j) - max);
+            store(x + j, e);
+            sum += e;
+        }
+
+        const float share = 1.0f/sum_of(sum);
+        for (int64_t j = 0; j < n; j += LANES) {
+            const vector w = load(x + j)*share;
+            store(x + j, r > 0 ? larger(w, load(x + j - stride)) : w);
+        }
+    }
+}
+
+// d numbers as they are stored
+inline void to_floats(ggml_type type, const void * stored, float * key, int64_t d) {
+    if (type == GGML_TYPE_F16 && LOADS_HALF && d%LANES == 0) {
+        for (int64_t c = 0; c < d; c += LANES) {
+            store(key + c, load_half((const char *) stored + c*sizeof(ggml_fp16_t)));
+        }
+    } else if (type == GGML_TYPE_F32) {
+        memcpy(key, stored, d*sizeof(float));
+    } else {
+        ggml_get_type_traits(type)->to_float(stored, key, d);
+    }
+}
+
 // one panel of keys of a head, as they are read
 struct key_panel {
     const int64_t d;
@@ -51,7 +94,7 @@ struct key_panel {
             float * key = staged.data() + i*n_pad;
 
             if (i < n) {
-                to_floats(k.type, k.at(order ? order[first + i] : first + i, head), key);
+                to_floats(k.type, k.at(order ? order[first + i] : first + i, head), key, d);
             } else {
                 std::fill_n(key, d, 0.0f);
             }
@@ -69,19 +112,6 @@ struct key_panel {
                     store(data.data() + (c + t)*COLUMNS + i, block[t]);
                 }
             }
-        }
-    }
-
-private:
-    void to_floats(ggml_type type, const char * stored, float * key) const {
-        if (type == GGML_TYPE_F16 && LOADS_HALF && d%LANES == 0) {
-            for (int64_t c = 0; c < d; c += LANES) {
-                store(key + c, load_half(stored + c*sizeof(ggml_fp16_t)));
-            }
-        } else if (type == GGML_TYPE_F32) {
-            memcpy(key, stored, d*sizeof(float));
-        } else {
-            ggml_get_type_traits(type)->to_float(stored, key, d);
         }
     }
 };
@@ -192,31 +222,7 @@ struct attention {
     void add(int64_t query, int64_t r0, float * out) {
         const float * mask = task.mask.data() + query*task.n_mask;
 
-        for (int64_t g = 0; g < n_group; ++g) {
-            float * x = row(r0 + g);
-
-            vector top = vector{} - INFINITY;
-            for (int64_t j = 0; j < n_column; j += LANES) {
-                const vector v = load(x + j) + load(mask + j);
-                store(x + j, v);
-                top = larger(top, v);
-            }
-
-            const float max = largest_of(top);
-
-            vector sum = {};
-            for (int64_t j = 0; j < n_column; j += LANES) {
-                const vector e = exp_of(load(x + j) - max);
-                store(x + j, e);
-                sum += e;
-            }
-
-            const float share = 1.0f/sum_of(sum);
-            for (int64_t j = 0; j < n_column; j += LANES) {
-                const vector w = load(x + j)*share;
-                store(x + j, g > 0 ? larger(w, load(row(r0 + g - 1) + j)) : w);
-            }
-        }
+        softmax_largest(row(r0), n_group, n_column, n_column, mask);
 
         const float * x = row(r0 + n_group - 1);
         for (int64_t j = 0; j < n_column; j += LANES) {
