@@ -13,7 +13,7 @@ from kvlocal import policies
 from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.config import AUTO, DEFAULT_BUDGET, DEFAULT_FULL
-from kvlocal.cache.fitting import check_file, fitted
+from kvlocal.cache.fitting import check_file
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.memory_limits import available_memory
@@ -211,8 +211,7 @@ class Loading:
         Raises:
             KvlocalError: they do not.
         """
-        check_file(path, config, self.gpu_layers)
-        config = fitted(path, config, self.gpu_layers)
+        config = check_file(path, config, self.gpu_layers)
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
             memory_estimate.check(path, config, parallel, undo, instead_of)
 

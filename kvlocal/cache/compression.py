@@ -169,12 +169,10 @@ class Compressor:
         if self.recaller is None:
             return False
         started = time.perf_counter()
-        try:
-            self.recaller.write_through(ledger)
-            refill = self.recaller.choose(ledger, n_keep, policy)
-        except ArchiveFailed as error:
-            self.give_up_archive(str(error))
+        if not self.write_through(ledger):
             return False
+        try:
+            refill = self.recaller.choose(ledger, n_keep, policy)
         except NativeError as error:
             if not error.unsupported:
                 raise

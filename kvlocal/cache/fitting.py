@@ -19,8 +19,8 @@ C = TypeVar("C", bound=CacheConfig)
 _SMALLER = "q8_0"
 
 
-def check_file(path: Path, config: CacheConfig, n_gpu_layers: int) -> None:
-    """Whether the model of this file can have such a cache; nothing where its metadata do not say enough.
+def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
+    """The configuration as `fitted` gives it, if the model of this file can have such a cache. Where its metadata do not say enough, nobody knows.
 
     n_gpu_layers: as for Model
 
@@ -29,9 +29,9 @@ def check_file(path: Path, config: CacheConfig, n_gpu_layers: int) -> None:
         ContainerError: the file cannot be read.
     """
     attention = Attention.of(Container(path))
-    if attention is None:
-        return
     config = _fitted(path, attention, config, n_gpu_layers)
+    if attention is None:
+        return config
     check_allocation(attention.n_ctx_train, config)
     type_k, type_v = config.type_k, config.type_v
     for option, kind, size, what in (("--ctk", type_k, attention.size_k, "keys"), ("--ctv", type_v, attention.size_v, "values")):
@@ -44,6 +44,7 @@ def check_file(path: Path, config: CacheConfig, n_gpu_layers: int) -> None:
         raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
     if config.archive != "off" and not attention.plain:
         raise CacheError(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
+    return config
 
 
 def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
@@ -58,17 +59,14 @@ def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
         CacheError: it holds too little, or nobody knows how much.
         ContainerError: the file cannot be read.
     """
+    return config if config.memory is None else _fitted(path, Attention.of(Container(path)), config, n_gpu_layers)
+
+
+def _fitted(path: Path, attention: Attention | None, config: C, n_gpu_layers: int) -> C:
     if config.memory is None:
         return config
-    attention = Attention.of(Container(path))
     if attention is None:
         raise CacheError(f"{path.name} does not say how much memory a cell takes: give a budget of cells instead of memory")
-    return _fitted(path, attention, config, n_gpu_layers)
-
-
-def _fitted(path: Path, attention: Attention, config: C, n_gpu_layers: int) -> C:
-    if config.memory is None:
-        return config
     kinds = [config.type_k, config.type_v]
     if AUTO in kinds:
         f16, smaller = ([given if given != AUTO else kind for given in kinds] for kind in ("f16", _SMALLER))
