@@ -9,12 +9,13 @@ import pytest
 
 from kvlocal import policies
 from kvlocal.chat.config import SessionConfig
-from kvlocal.conversations.dialogues import DataError, load, shuffled
+from kvlocal.conversations.data_file import DataError
+from kvlocal.conversations.dialogues import load, shuffled
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import figure, plot, report
 from kvlocal.evaluation.dialogue import compare
 from kvlocal.evaluation.facts import load_facts
-from kvlocal.evaluation.recall import bucket, mean_log_probabilities, names
+from kvlocal.evaluation.recall import DISTANCES, mean_log_probabilities, names
 from kvlocal.evaluation.recall_chats import FACTS_PER_CHAT, N_EXAMPLES, recall_chats
 from kvlocal.evaluation.reference import (
     Reference,
@@ -453,7 +454,7 @@ def test_values_named_in_a_text(text, value, found):
 
 
 def test_buckets():
-    assert [bucket(n) for n in (0, 499, 500, 999, 1000, 1999, 2000, 9999)] == [
+    assert [DISTANCES.name(n) for n in (0, 499, 500, 999, 1000, 1999, 2000, 9999)] == [
         "<500", "<500", "500-1000", "500-1000", "1000-2000", "1000-2000", ">2000", ">2000",
     ]  # fmt: skip
 

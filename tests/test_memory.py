@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from kvlocal.cache.ledger import NEXUS, Ledger
-from kvlocal.conversations.dialogues import DataError, load
+from kvlocal.conversations.data_file import DataError
+from kvlocal.conversations.dialogues import load
 from kvlocal.evaluation import report
 from kvlocal.evaluation.evidence import in_cache, survival
 from kvlocal.evaluation.facts import load_facts
 from kvlocal.evaluation.gsm8k import Problem, gsm8k_chats, load_problems, nearest
-from kvlocal.evaluation.memory import bucket
+from kvlocal.evaluation.memory import DISTANCES
 from kvlocal.evaluation.memory_chats import Evidence, draw_distractors
 from kvlocal.evaluation.memory_data import load_memory
 from kvlocal.evaluation.memory_generator import CATEGORIES, FACTS_PER_CATEGORY, memory_chats
@@ -274,7 +275,7 @@ def test_survival_is_a_share_of_the_attention():
 
 
 def test_ranges_of_distances():
-    assert [bucket(n) for n in (0, 1999, 2000, 8000, 20_000, 49_999, 50_000)] == [
+    assert [DISTANCES.name(n) for n in (0, 1999, 2000, 8000, 20_000, 49_999, 50_000)] == [
         "<2000", "<2000", "2000-8000", "8000-20000", "20000-50000", "20000-50000", ">50000",
     ]  # fmt: skip
 

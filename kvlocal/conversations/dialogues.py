@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal.chat.messages import MessageError, check_order, parse_messages
-from kvlocal.errors import KvlocalError
-from kvlocal.files.json_line import JsonError, json_value
-from kvlocal.files.text import is_blank
+from kvlocal.conversations.data_file import DataError, read_data, records
 from kvlocal.template.markup import Message
-
-
-class DataError(KvlocalError):
-    """A file of dialogues cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +54,12 @@ def load(path: Path) -> Data:
     Raises:
         DataError: the file cannot be read, one of its lines is no dialogue, or it holds none.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give a file of dialogues, one JSON object a line") from error
+    content = read_data(path, "a file of dialogues, one JSON object a line")
     dialogues, n_empty = [], 0
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if is_blank(line):
-            continue
+    for number, record in records(path, content):
         try:
-            record = json_value(line)
             turns = _turns(record)
-        except (JsonError, MessageError) as error:
+        except MessageError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
         if turns and all(text.strip() for turn in turns for text in turn):
             dialogues.append(Dialogue(tuple(turns), {name: value for name, value in record.items() if isinstance(value, str)}))

@@ -11,12 +11,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from kvlocal.conversations.dialogues import DataError
+from kvlocal.conversations.data_file import DataError, read_data, records
 from kvlocal.evaluation.facts import load_facts
 from kvlocal.evaluation.memory_chats import Evidence, MemoryChat, MemoryQuestion
 from kvlocal.evaluation.other_talk import messages_of
-from kvlocal.files.json_line import JsonError, json_value
-from kvlocal.files.text import is_blank
 
 N_DISTRACTORS = 4
 
@@ -58,18 +56,11 @@ def load_problems(path: Path) -> Problems:
     Raises:
         DataError: the file cannot be read, one of its lines is no such problem, or it holds none that can be told in turns.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give GSM8K's problems, one JSON object a line") from error
+    content = read_data(path, "GSM8K's problems, one JSON object a line")
     found, n_left_out = [], 0
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if is_blank(line):
-            continue
+    for number, record in records(path, content):
         try:
-            problem = _problem(json_value(line))
-        except JsonError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
+            problem = _problem(record)
         except _BadProblem as error:
             raise DataError(f'{path}, line {number}: {error}: write {{"question": ..., "answer": "... {_LEAD} 18"}}') from None
         if problem:

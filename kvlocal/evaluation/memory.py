@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.evaluation.dialogue import compare
+from kvlocal.evaluation.distances import Distances
 from kvlocal.evaluation.evidence import evidence_tokens, in_cache, survival
 from kvlocal.evaluation.given_answer import read_answer
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
@@ -34,8 +35,7 @@ _RECORDED = Variant("snapkv", 0.0, "snapkv")
 _CUT = 2048  # tokens of a conversation that are read for the attention to the evidence, where all of it is too long
 _SLACK = 8  # tokens between an answer and the next turn
 
-_DISTANCES = ((2000, "<2000"), (8000, "2000-8000"), (20_000, "8000-20000"), (50_000, "20000-50000"))
-_FARTHEST = ">50000"
+DISTANCES = Distances(2000, 8000, 20_000, 50_000)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class MemoryTask:
         self.n_chats = len(chats)
         self.n_too_long = sum(not self._fits(chat) for chat in self._chats)
         categories = sorted({question.category for chat in chats for question in chat.questions})
-        groups = [f"@category={name}" for name in categories] + [f"@distance={name}" for name in (*(name for _, name in _DISTANCES), _FARTHEST)]
+        groups = [f"@category={name}" for name in categories] + [f"@distance={name}" for name in DISTANCES.names]
         self.metrics = tuple(f"{metric}{group}" for group in ("", *groups) for metric in METRICS)
         self._current: tuple[int, list[_Expected]] | None = None
 
@@ -165,7 +165,7 @@ class MemoryTask:
                     for question, tokens, reading in zip(chat.questions, chat.evidence, expected, strict=True)
                 ]
         for question, distance, metrics in zip(chat.questions, chat.distances, found, strict=True):
-            groups = ["", f"@category={question.category}", *([] if distance is None else [f"@distance={bucket(distance)}"])]
+            groups = ["", f"@category={question.category}", *([] if distance is None else [f"@distance={DISTANCES.name(distance)}"])]
             for name, value in metrics.items():
                 for group in groups:
                     values.setdefault(f"{name}{group}", []).append(value)
@@ -244,11 +244,6 @@ def _with_newest(turns: set[int], sizes: Sequence[int], n_tokens: int) -> list[i
                 break
             newest.append(turn)
     return sorted([*turns, *newest])
-
-
-def bucket(distance: int) -> str:
-    """The name of a range of distances."""
-    return next((name for end, name in _DISTANCES if distance < end), _FARTHEST)
 
 
 def ask(session: ChatSession, question: MemoryQuestion, evidence: npt.NDArray[np.intp], weigh: bool = False) -> _Answered:

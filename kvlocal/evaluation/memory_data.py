@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvlocal.conversations.dialogues import DataError
+from kvlocal.conversations.data_file import DataError, read_data
 from kvlocal.evaluation.memory_chats import Evidence, History, MemoryChat, MemoryQuestion, draw_distractors
 from kvlocal.files.text import text_of
 
@@ -55,10 +55,7 @@ def load_memory(path: Path, seed: int = 0) -> MemoryData:
     Raises:
         DataError: the file cannot be read, or is of no such format.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give a JSON file of LoCoMo's or LongMemEval's format") from error
+    content = read_data(path, "a JSON file of LoCoMo's or LongMemEval's format")
     try:
         records = json.loads(text_of(content))
     except (ValueError, RecursionError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.evaluation.facts import Topic, load_facts, load_values
 from kvlocal.evaluation.memory_chats import Evidence, MemoryChat, MemoryQuestion
-from kvlocal.evaluation.other_talk import Lengths, fill, messages_of, other_talk
+from kvlocal.evaluation.other_talk import Lengths, fill, messages_of, other_talk, scattered
 
 CATEGORIES = ("single fact", "updated fact", "two-hop", "date")
 FACTS_PER_CATEGORY = 6
@@ -66,8 +66,7 @@ def _chat(rng: random.Random, n_tokens: int, lengths: Lengths, talk: Iterator[li
     other = fill(values.used, n_tokens - sum(lengths(messages_of(pair for pairs in told for pair in pairs))), lengths, talk)
     # places among the other turns; the second number decides at one place
     placed: list[tuple[tuple[float, float], tuple[str, str]]] = [((i, 1.0), pair) for i, pair in enumerate(other)]
-    for pairs in told:
-        placed += zip(sorted((rng.randint(0, len(other)), rng.random()) for _ in pairs), pairs, strict=True)
+    placed += scattered(rng, told, len(other))
     pairs = [pair for _, pair in sorted(placed)]
     place = {statement: 2 * i for i, (statement, _) in enumerate(pairs)}
     questions = tuple(

@@ -49,6 +49,17 @@ def fill(values: Collection[str], n_tokens: int, lengths: Lengths, talk: Iterato
     return pairs
 
 
+def scattered(
+    rng: random.Random, told: Iterable[Sequence[tuple[str, str]]], last: int
+) -> Iterator[tuple[tuple[float, float], tuple[str, str]]]:
+    """Turns with places among other ones, numbered from 0: those of a fact in their order, before turn `last` or another one ahead of it.
+
+    The second number of a place decides between turns at one place; it is less than 1.
+    """
+    for pairs in told:
+        yield from zip(sorted((rng.randint(0, last), rng.random()) for _ in pairs), pairs, strict=True)
+
+
 def messages_of(pairs: Iterable[tuple[str, str]]) -> list[Message]:
     """User turns and answers as messages."""
     return Dialogue(tuple(pairs)).messages

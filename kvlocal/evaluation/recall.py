@@ -13,6 +13,7 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.errors import KvlocalError
+from kvlocal.evaluation.distances import Distances
 from kvlocal.evaluation.given_answer import read_answer
 from kvlocal.evaluation.history import margin, read_history, turn_tokens
 from kvlocal.evaluation.recall_chats import Question, recall_chats
@@ -25,8 +26,7 @@ from kvlocal.template.chat_template import ChatTemplate
 MAX_ANSWER = 24  # tokens that the model writes
 _SPARE = 160  # tokens of a question and an answer, more than any of them has
 
-_BUCKETS = ((500, "<500"), (1000, "500-1000"), (2000, "1000-2000"))
-_FARTHEST = ">2000"
+DISTANCES = Distances(500, 1000, 2000)
 
 
 class RecallTask:
@@ -39,7 +39,7 @@ class RecallTask:
     """
 
     name = "recall"
-    metrics = tuple(f"{metric}{at}" for at in ("", *(f"@{bucket}" for bucket in (*(name for _, name in _BUCKETS), _FARTHEST)))
+    metrics = tuple(f"{metric}{at}" for at in ("", *(f"@{name}" for name in DISTANCES.names))
                     for metric in ("choice", "greedy"))  # fmt: skip
 
     def __init__(
@@ -70,14 +70,9 @@ class RecallTask:
             session.max_tokens = MAX_ANSWER
             for question in chat.questions:
                 for metric, right in (("choice", chooses(session, question)), ("greedy", answers(session, question))):
-                    for name in (metric, f"{metric}@{bucket(question.distance)}"):
+                    for name in (metric, f"{metric}@{DISTANCES.name(question.distance)}"):
                         values.setdefault(name, []).append(float(right))
         return Measurement(compression, values)
-
-
-def bucket(distance: int) -> str:
-    """The name of a range of distances."""
-    return next((name for end, name in _BUCKETS if distance < end), _FARTHEST)
 
 
 def chooses(session: ChatSession, question: Question) -> bool:

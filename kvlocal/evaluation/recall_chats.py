@@ -9,7 +9,7 @@ from itertools import chain
 
 from kvlocal.conversations.dialogues import Dialogue
 from kvlocal.evaluation.facts import Topic, load_facts
-from kvlocal.evaluation.other_talk import Lengths, fill, messages_of, other_talk
+from kvlocal.evaluation.other_talk import Lengths, fill, messages_of, other_talk, scattered
 from kvlocal.template.markup import Message
 
 FACTS_PER_CHAT = 8
@@ -115,10 +115,9 @@ def _chat(
     values = [value for fact in (*facts, *examples) for value in (fact.value, *fact.distractors)]
     other = fill(values, n_tokens - sum(lengths(messages_of([*chain(*told), *asked]))), lengths, talk)
     # places among the other turns; the second number decides at one place
-    placed = [((i, 2.0), pair) for i, pair in enumerate(other)]
+    placed: list[tuple[tuple[float, float], tuple[str, str]]] = [((i, 2.0), pair) for i, pair in enumerate(other)]
     early = int(_EARLY * len(other))
-    for pairs in told:
-        placed += zip(sorted((rng.randint(0, max(0, early - 1)), rng.random()) for _ in pairs), pairs, strict=True)
+    placed += scattered(rng, told, max(0, early - 1))
     placed += [((rng.randint(early, max(early, len(other) - 1)), 1 + rng.random()), pair) for pair in asked]
     history = messages_of([pair for _, pair in sorted(placed)])
     sizes = lengths(history)
