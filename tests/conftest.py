@@ -54,6 +54,14 @@ def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def three_layers(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first three layers in float32."""
+    path = tmp_path_factory.mktemp("shallow") / "three-layers.gguf"
+    write_shallow_model(smollm2, path, 3)
+    return path
+
+
+@pytest.fixture(scope="session")
 def shallow_file(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its first four layers in float32, see shallow_model.py."""
     path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from recalling import rows_of
 
 from kvlocal.cache.archive import CHUNK, Archive, ArchiveFailed
 from kvlocal.cache.marks import ArchivedMark
@@ -38,10 +39,10 @@ def test_tokens_come_back_as_they_were(tmp_path, n_in_memory):
     assert archive.bytes_in_memory == min(n_in_memory, 6) * CHUNK_BYTES and archive.bytes_on_disk == max(0, 6 - n_in_memory) * CHUNK_BYTES
     np.testing.assert_array_equal(archive.positions, np.arange(1319) + 5)
     tokens = np.random.default_rng(1).integers(0, 1319, (2, 3, 400))
-    found = archive.rows(tokens)
+    found = rows_of(archive, tokens)
     for array, stored in ((found.k, rows.k), (found.v, rows.v)):
         np.testing.assert_array_equal(array, np.take_along_axis(stored, tokens[..., None], axis=2))
-    assert archive.rows(tokens[..., :0]).n == 0
+    assert rows_of(archive, tokens[..., :0]).n == 0
     np.testing.assert_array_equal(np.concatenate(archive.key_chunks(), axis=2)[:, :, :1319], rows.k)
     assert list(tmp_path.iterdir()) == []  # the file has no name
     archive.close(), archive.close()
@@ -63,7 +64,7 @@ def test_what_was_cut_off_is_written_over():
     assert archive.n_tokens == len(archive.positions) == 300 and len(archive.key_chunks()) == 2
     new = some_rows(100, seed=9)
     archive.append(new, np.arange(100, dtype=np.int32))
-    found = archive.rows(np.broadcast_to(np.r_[299:400], (2, 3, 101)))
+    found = rows_of(archive, np.broadcast_to(np.r_[299:400], (2, 3, 101)))
     np.testing.assert_array_equal(found.k[:, :, 0], rows.k[:, :, 299])
     np.testing.assert_array_equal(found.v[:, :, 1:], new.v)
 
@@ -117,7 +118,7 @@ def test_marks_that_are_gone_leave_their_place_to_others(tmp_path, ram):
 
 def check_equal(archive, rows):
     tokens = np.broadcast_to(np.arange(archive.n_tokens), (2, 3, archive.n_tokens))
-    found = archive.rows(tokens)
+    found = rows_of(archive, tokens)
     np.testing.assert_array_equal(found.k, rows.k[:, :, : archive.n_tokens])
     np.testing.assert_array_equal(found.v, rows.v[:, :, : archive.n_tokens])
 

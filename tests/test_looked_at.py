@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from shallow_model import write_shallow_model
+from recalling import CONFIG, tokens
 
 from kvlocal.cache.attention_of_answer import of_cells
 from kvlocal.cache.budgeted import BudgetedCache, Passage
@@ -16,22 +16,14 @@ from kvlocal.chat.stats import segment_stats
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 
-# one thread: two that wait for each other crawl when the machine is busy
-CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram")
 CHAT = SessionConfig(**vars(CONFIG) | {"sampling": SamplingParams(temperature=0), "max_tokens": 20})
 ASKED = [f"Question {i}: name some things that start with the letter {letter}, and say what they are good for." for i, letter in enumerate("abcd")]
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, 3)
-    with Model(path) as m:
+def model(three_layers):
+    with Model(three_layers) as m:
         yield m
-
-
-def tokens(n, seed=0):
-    return np.random.default_rng(seed).integers(100, 40000, n).astype(np.int32)
 
 
 def turn(n, seed=0):

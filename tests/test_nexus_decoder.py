@@ -73,20 +73,13 @@ def test_random_weights(family: str, tied: bool, tmp_path: Path) -> None:
     assert_tokens_agree(path, tokens)
 
 
-@pytest.fixture(scope="module")
-def shallow(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shallow") / "smollm2.gguf"
-    write_shallow_model(smollm2, path, 3)
-    return path
-
-
 def tokens_of(path: Path) -> np.ndarray:
     with Model(path) as model:
         return model.tokenize(TEXT, parse_special=False, add_special=True)
 
 
-def test_smollm2(shallow: Path) -> None:
-    assert_tokens_agree(shallow, tokens_of(shallow))
+def test_smollm2(three_layers: Path) -> None:
+    assert_tokens_agree(three_layers, tokens_of(three_layers))
 
 
 def test_gemma3(gemma3: Path, tmp_path: Path) -> None:
@@ -147,8 +140,8 @@ def assert_injection_agrees(path: Path, tokens: np.ndarray, tmp_path: Path, half
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_injection_into_smollm2(shallow: Path, tmp_path: Path, half: bool) -> None:
-    assert_injection_agrees(shallow, tokens_of(shallow), tmp_path, half)
+def test_injection_into_smollm2(three_layers: Path, tmp_path: Path, half: bool) -> None:
+    assert_injection_agrees(three_layers, tokens_of(three_layers), tmp_path, half)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gguf_copy import Source, copy
+from recalling import CONFIG, rows_of, tokens
 from shallow_model import write_shallow_model
 from test_native import hadamard_matrix, rotate
 from test_rows import STEP, numbers
@@ -23,20 +24,11 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.policies.base import CacheState
 from kvlocal.policies.recall import Recall, in_blocks
 
-# one thread: two that wait for each other crawl when the machine is busy
-CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram")
-
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("shallow") / "shallow.gguf"
-    write_shallow_model(smollm2, path, 3)
-    with Model(path) as m:
+def model(three_layers):
+    with Model(three_layers) as m:
         yield m
-
-
-def tokens(n, seed=0):
-    return np.random.default_rng(seed).integers(100, 40000, n).astype(np.int32)
 
 
 def user(n, seed=0):
@@ -116,7 +108,7 @@ def check(cache, archived):
     assert (np.diff(held, axis=-1) > 0).all() and (held[..., : ledger.n_pinned] == np.arange(ledger.n_pinned)).all()
     assert cache.native.n_cells() == n and (places[..., -1] == ledger.next_position - 1).all()
     rows, tokens = cache.native.read_rows(np.arange(n)), np.minimum(held, archived.n_tokens - 1)
-    stored, known = archived.rows(tokens), held < archived.n_tokens
+    stored, known = rows_of(archived, tokens), held < archived.n_tokens
     moved = known & (places != archived.positions[tokens])
     np.testing.assert_array_equal(rows.k[known & ~moved], stored.k[known & ~moved])
     np.testing.assert_array_equal(rows.v[known], stored.v[known])
@@ -187,7 +179,7 @@ def test_what_a_question_recalled_is_there_when_its_end_is_evaluated_again(model
             cache.choose_again()
             check(cache, archive)
             assert archive.n_tokens == cache.ledger.n_tokens == 366
-            found[again] = archive.rows(np.broadcast_to(np.arange(366), (*cache.ledger.tokens.shape[:2], 366)))
+            found[again] = rows_of(archive, np.broadcast_to(np.arange(366), (*cache.ledger.tokens.shape[:2], 366)))
     same = (found[0].k == found[24].k).all(axis=(1, 3))
     # the end of the question ends three tokens before the end
     assert same[:, : 366 - 3 - 24].all() and same[0].all()
@@ -219,7 +211,7 @@ def test_boxes_are_those_of_the_keys_that_are_archived_now(model):
             boxes, before = recaller._boxes.of(recaller.archive), cache.ledger.n_tokens
             n = recaller.archive.n_tokens // BLOCK
             every = np.broadcast_to(np.arange(n * BLOCK), (3, 3, n * BLOCK))
-            blocks = numbers(recaller.archive.rows(every).k, "f16").reshape(3, 3, n, BLOCK, 64)
+            blocks = numbers(rows_of(recaller.archive, every).k, "f16").reshape(3, 3, n, BLOCK, 64)
             found = np.concatenate(boxes, axis=-1)[..., :n]
             np.testing.assert_array_equal(found, np.stack([np.swapaxes(blocks.min(3), 2, 3), np.swapaxes(blocks.max(3), 2, 3)], axis=2))
             # what comes next is written over what was taken back
@@ -285,7 +277,7 @@ def reference_scores(cache, n_query, layer):
     every = np.arange(archive.n_tokens)
     delta = (recaller.positions(ledger, ledger.next_position) - archive.positions).astype(np.float64)
     hadamard = np.eye(64) if kind == "f16" else hadamard_matrix(64)
-    stored = archive.rows(np.broadcast_to(every, (*ledger.tokens.shape[:2], len(every)))).k[layer]
+    stored = rows_of(archive, np.broadcast_to(every, (*ledger.tokens.shape[:2], len(every)))).k[layer]
     keys = rotate(numbers(stored, kind) @ hadamard, np.broadcast_to(delta, stored.shape[:2]), 100000.0, 64) @ hadamard
     queries = cache.native.read_queries(layer).astype(np.float64)[-n_query:]
     logits = np.einsum("whd,hcd->hwc", queries, np.repeat(keys, 3, axis=0)) * cache.native.kq_scale(layer)

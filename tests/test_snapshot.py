@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from doors import write_chat_model
 from random_nexus import nexus_file
+from recalling import lasting, rows_of
 
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.session import ChatSession
@@ -62,11 +63,6 @@ def ask(chat, texts, keep=lambda: None):
     return answers
 
 
-def lasting(segments):
-    """Without which cells came back from the archive, and how much was written there already: that may differ."""
-    return [dataclasses.replace(segment, n_recalled=0.0, n_archived=0) for segment in segments]
-
-
 def check_equal(one, other):
     assert one.messages == other.messages and lasting(one.segments()) == lasting(other.segments())
     # what was recalled before, and where the archive is, is another matter
@@ -83,8 +79,8 @@ def check_equal(one, other):
 def check_archives(one, other):
     shape = one.key_chunks()[0].shape[:2]
     every = np.broadcast_to(np.arange(one.n_tokens), (*shape, one.n_tokens))
-    np.testing.assert_array_equal(one.rows(every).k, other.rows(every).k)
-    np.testing.assert_array_equal(one.rows(every).v, other.rows(every).v)
+    np.testing.assert_array_equal(rows_of(one, every).k, rows_of(other, every).k)
+    np.testing.assert_array_equal(rows_of(one, every).v, rows_of(other, every).v)
     for mark, another in zip(one.marks, other.marks, strict=True):
         np.testing.assert_array_equal(mark.data, another.data)
 

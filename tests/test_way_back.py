@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from recalling import lasting, rows_of
 from tiny_model import write_tiny_model
 
 from kvlocal.cache.budgeted import BudgetedCache, Passage
@@ -41,13 +42,8 @@ def state(chat):
     return {
         "ids": ledger.ids, "tokens": ledger.tokens[..., :n], "positions": ledger.positions[..., :n], "next": ledger.next_position,
         "cells": cache.native.positions(), "k": rows.k, "v": rows.v, "queries": cache.native.read_queries(1), "at": cache.native.query_positions(),
-        "archived": archive.rows(every).k, "pace": cache.pace, "recent": list(chat._sampler.recent), "marks": cache.marked,
+        "archived": rows_of(archive, every).k, "pace": cache.pace, "recent": list(chat._sampler.recent), "marks": cache.marked,
     }  # fmt: skip
-
-
-def lasting(segments):
-    """Without which cells came back from the archive, and how much was written there already: that may differ."""
-    return [dataclasses.replace(segment, n_recalled=0.0, n_archived=0) for segment in segments]
 
 
 def check_equal(one, other):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -144,21 +144,6 @@ class Archive:
         """Forgets the tokens from n_tokens on, and the marks behind it; their memory stays, for those that come next."""
         self.n_tokens = min(self.n_tokens, n_tokens)
         self.keep_marks(sum(stored.mark.n_tokens <= n_tokens for stored in self._marks))
-
-    def rows(self, tokens: npt.NDArray[np.integer[Any]]) -> Rows:
-        """The rows of token tokens[l, h, j] of each layer and head, int [L, H, n]."""
-        n_layer, n_head, n = tokens.shape
-        out = Rows(*(np.empty((n_layer * n_head * n, shape[-1]), np.uint8) for shape in self._shapes))
-        chunk, at = np.divmod(tokens.ravel(), CHUNK)
-        head = np.repeat(np.arange(n_layer * n_head), n)
-        order = np.argsort(chunk, kind="stable")
-        bounds = np.searchsorted(chunk[order], np.arange(len(self._chunks) + 1))
-        for stored, start, stop in zip(self._chunks, bounds[:-1], bounds[1:], strict=True):
-            if start < stop:
-                which = order[start:stop]
-                for target, source in ((out.k, stored.k), (out.v, stored.v)):
-                    target[which] = source.reshape(-1, *source.shape[2:])[head[which], at[which]]
-        return Rows(*(array.reshape(n_layer, n_head, n, array.shape[-1]) for array in (out.k, out.v)))
 
     def chunks(self) -> list[Rows]:
         """All rows, CHUNK tokens each; zero where nothing is stored yet."""

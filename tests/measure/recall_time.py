@@ -49,8 +49,7 @@ def lengthen(cache: BudgetedCache, n_tokens: int) -> None:
     cache.compress()
     old, n_old = compressor.recaller.archive, ledger.n_tokens
     more = n_tokens - n_old
-    every = np.broadcast_to(np.arange(n_old), (cache.layout.n_layer, cache.layout.n_head_kv, n_old))
-    rows = old.rows(every)
+    rows = Rows(*(np.concatenate([getattr(chunk, name) for chunk in old.chunks()], axis=2)[:, :, :n_old] for name in ("k", "v")))
     compressor.open_archive(Archive(cache.layout, 2**40, None))
     archive, next_position = compressor.recaller.archive, 0
     while archive.n_tokens < n_tokens:
