@@ -1,0 +1,117 @@
+"""Generation: the answers that one request asks an engine for, as events in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import suppress
+from typing import Self, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from kvlocal.errors import KvlocalError
+from kvlocal.server.errors import ApiError, invalid, of_failure
+from kvlocal.server.metrics import Metrics
+from kvlocal.serving.answering import Answering
+from kvlocal.serving.engine import Engine
+from kvlocal.serving.request import AnswerRequest, Busy, Event, Finished
+
+_Result = TypeVar("_Result")
+
+
+class Generation:
+    """Answers on their way; leaving the block of this context manager cancels those that are not finished.
+
+    Args:
+        requests: one for each answer; all of them are taken, or none.
+        metrics: counts what it took.
+
+    Raises:
+        ApiError: the engine is busy, or closing, or cannot answer this.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[AnswerRequest], metrics: Metrics) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._metrics, self._started = metrics, time.perf_counter()
+        self._answerings: list[Answering] = []
+        self._first = True
+        try:
+            for request in requests:
+                self._answerings.append(engine.submit(request))
+        except Busy as error:
+            self.cancel()
+            raise ApiError(503, str(error), code="busy", retry_after=error.retry_after) from None
+        except KvlocalError as error:
+            self.cancel()
+            raise submission_failure(error) from None
+        for index, answering in enumerate(self._answerings):
+            answering.on_event(lambda event, index=index: self._pass_on(index, event))  # type: ignore[misc]
+
+    def _pass_on(self, index: int, event: Event) -> None:
+        """Called in the thread that computes."""
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """The events of all answers as they come, each with the index of its answer, until all are finished.
+
+        Raises:
+            ApiError: an answer failed.
+        """
+        for _ in self._answerings:
+            while True:
+                index, event = await self._queue.get()
+                if self._first:
+                    self._first = False
+                    self._metrics.first_token.observe(time.perf_counter() - self._started)
+                if isinstance(event, Finished):
+                    self._metrics.count(event.usage)
+                    if event.error is not None:
+                        raise of_failure(event.error)
+                    yield index, event
+                    break
+                yield index, event
+
+    def cancel(self) -> None:
+        """Nobody wants the answers any more."""
+        for answering in self._answerings:
+            answering.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+
+def submission_failure(error: KvlocalError) -> ApiError:
+    """Why an engine did not take a request."""
+    failure = of_failure(error)
+    return invalid(str(error)) if failure.status == 500 else failure
+
+
+async def unless_gone(request: Request, work: Awaitable[_Result]) -> _Result:
+    """The result of work for a client, which is cancelled when the client goes away. The body has to be read already.
+
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
