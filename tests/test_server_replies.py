@@ -2,7 +2,7 @@
 
 import math
 
-from kvlocal.chat.piece import Piece, TokenLogprob, ToolCallDelta
+from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob, ToolCallDelta
 from kvlocal.server.chat_reply import ChatReply, Choice, logprobs, usage
 from kvlocal.serving.request import Finished, Usage
 
@@ -20,14 +20,14 @@ def choice(*pieces, end=None):
 
 
 CALLS = (
-    Piece(tool_calls=(ToolCallDelta(0, "call_1", "weather", ""),)),
-    Piece(tool_calls=(ToolCallDelta(0, "", "", '{"city":'),)),
-    Piece(tool_calls=(ToolCallDelta(0, "", "", '"Rome"}'), ToolCallDelta(1, "call_2", "time", "{}"))),
+    AnswerPiece(tool_calls=(ToolCallDelta(0, "call_1", "weather", ""),)),
+    AnswerPiece(tool_calls=(ToolCallDelta(0, "", "", '{"city":'),)),
+    AnswerPiece(tool_calls=(ToolCallDelta(0, "", "", '"Rome"}'), ToolCallDelta(1, "call_2", "time", "{}"))),
 )
 
 
 def test_a_whole_answer():
-    body = ChatReply("m").whole([choice(Piece("Hel"), Piece("lo"), end=finished(conversation="c1"))])
+    body = ChatReply("m").whole([choice(AnswerPiece("Hel"), AnswerPiece("lo"), end=finished(conversation="c1"))])
     assert body["object"] == "chat.completion" and body["model"] == "m" and body["id"].startswith("chatcmpl-")
     (answer,) = body["choices"]
     assert answer == {"index": 0, "message": {"role": "assistant", "content": "Hello"}, "logprobs": None, "finish_reason": "stop"}
@@ -42,7 +42,7 @@ def test_why_it_ended():
 
 
 def test_a_thought_is_apart():
-    message = choice(Piece(reasoning="Hm"), Piece(reasoning="m."), Piece("Yes")).message
+    message = choice(AnswerPiece(reasoning="Hm"), AnswerPiece(reasoning="m."), AnswerPiece("Yes")).message
     assert message == {"role": "assistant", "content": "Yes", "reasoning_content": "Hmm."}
 
 
@@ -65,7 +65,7 @@ def test_tool_calls_in_chunks():
 
 def test_chunks():
     reply = ChatReply("m", with_usage=True)
-    begin, piece, end, use = reply.begin(1), reply.piece(1, Piece("a")), reply.end(1, finished("length")), reply.usage([finished()])
+    begin, piece, end, use = reply.begin(1), reply.piece(1, AnswerPiece("a")), reply.end(1, finished("length")), reply.usage([finished()])
     assert [chunk["object"] for chunk in (begin, piece, end, use)] == ["chat.completion.chunk"] * 4
     assert len({chunk["id"] for chunk in (begin, piece, end, use)}) == 1
     assert begin["choices"] == [{"index": 1, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}]

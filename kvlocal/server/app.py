@@ -16,19 +16,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvlocal.errors import KvlocalError
 from kvlocal.server import conversation_endpoints, model_endpoints
+from kvlocal.server.anthropic_endpoint import messages
 from kvlocal.server.chat_endpoint import chat_completions
 from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.guard import ANY, LOCAL_ORIGIN, Guard
 from kvlocal.server.metrics import Metrics
+from kvlocal.server.responses_endpoint import responses
 from kvlocal.server.service import Service
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
-# what OpenAI's clients call, with and without /v1 before it, as their base addresses have it or not
-_OPENAI: dict[str, tuple[str, _Endpoint]] = {
+# what OpenAI's and Anthropic's clients call, with and without /v1 before it, as their base addresses have it or not
+_APIS: dict[str, tuple[str, _Endpoint]] = {
     "/models": ("GET", model_endpoints.models),
     "/models/{name:path}": ("GET", model_endpoints.model),
     "/chat/completions": ("POST", chat_completions),
+    "/responses": ("POST", responses),
+    "/messages": ("POST", messages),
 }
 _OTHERS: dict[str, tuple[str, _Endpoint]] = {
     "/health": ("GET", model_endpoints.health),
@@ -45,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 def make_app(service: Service) -> ASGIApp:
     """The application of a service."""
-    paths = {f"{prefix}{path}": endpoint for prefix in ("/v1", "") for path, endpoint in _OPENAI.items()} | _OTHERS
+    paths = {f"{prefix}{path}": endpoint for prefix in ("/v1", "") for path, endpoint in _APIS.items()} | _OTHERS
     app = Starlette(
         routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in paths.items()],
         middleware=[

@@ -9,10 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kvlocal.server.body import body_of, fields_of
-from kvlocal.server.chat_reply import ChatReply, Choice
-from kvlocal.server.chat_request import answer_requests
+from kvlocal.server.chat_reply import ChatReply
 from kvlocal.server.errors import ApiError
-from kvlocal.server.generation import Generation, unless_gone
+from kvlocal.server.generation import Generation, chat_generation, collected, unless_gone
 from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import service_of
 from kvlocal.server.streaming import DONE, Stream, event
@@ -24,43 +23,30 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     owner = service.owner(request)
     fields = fields_of(ChatRequest, await body_of(request))
-    requests = answer_requests(fields, owner, service.sampling, keep_trimmed=service.keep_trimmed)
+    generation = chat_generation(service, fields, owner)
     with_usage = fields.stream_options is not None and fields.stream_options.include_usage is True
     reply = ChatReply(service.name, with_logprobs=fields.logprobs is True, with_usage=with_usage)
-    generation = Generation(service.engine, requests, service.metrics)
     if fields.stream:
-        return Stream(_chunks(generation, reply, len(requests)))
+        return Stream(_chunks(generation, reply), generation.cancel)
     with generation:
-        choices = await unless_gone(request, collected(generation, len(requests)))
+        choices = await unless_gone(request, collected(generation))
     return JSONResponse(reply.whole(choices))
 
 
-async def collected(generation: Generation, n: int) -> list[Choice]:
-    """All n answers."""
-    choices = [Choice() for _ in range(n)]
-    async for index, piece in generation.events():
-        if isinstance(piece, Finished):
-            choices[index].finished = piece
-        else:
-            choices[index].add(piece)
-    return choices
-
-
-async def _chunks(generation: Generation, reply: ChatReply, n: int) -> AsyncIterator[ServerSentEvent]:
+async def _chunks(generation: Generation, reply: ChatReply) -> AsyncIterator[ServerSentEvent]:
     ends = []
-    with generation:
-        for index in range(n):
-            yield event(reply.begin(index))
-        try:
-            async for index, piece in generation.events():
-                if isinstance(piece, Finished):
-                    ends.append(piece)
-                    yield event(reply.end(index, piece))
-                else:
-                    yield event(reply.piece(index, piece))
-        except ApiError as error:
-            yield event(error.body())
-            return
-        if reply.with_usage:
-            yield event(reply.usage(ends))
-        yield DONE
+    for index in range(generation.n):
+        yield event(reply.begin(index))
+    try:
+        async for index, piece in generation.events():
+            if isinstance(piece, Finished):
+                ends.append(piece)
+                yield event(reply.end(index, piece))
+            else:
+                yield event(reply.piece(index, piece))
+    except ApiError as error:
+        yield event(error.body())
+        return
+    if reply.with_usage:
+        yield event(reply.usage(ends))
+    yield DONE

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvlocal.chat.piece import Piece, TokenLogprob
+from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob
 from kvlocal.serving.request import Finished, Usage
 
 # why an answer ended, in OpenAI's words: "end" is the model's own end, "stop" a stop text, "stopped" somebody who wanted no more
@@ -28,7 +28,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: AnswerPiece) -> None:
         """What is new in it."""
         self.text += piece.text
         self.reasoning += piece.reasoning
@@ -91,7 +91,7 @@ class ChatReply:
         """The first chunk of an answer."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
         """The chunk of a piece."""
         delta: dict[str, Any] = {}
         if piece.text:

@@ -18,12 +18,15 @@ from kvlocal.serving.request import AnswerRequest
 _LEAST_TOP_P = 1e-6
 
 
-def answer_requests(fields: ChatRequest, owner: str, defaults: SamplingParams, *, keep_trimmed: bool = False) -> list[AnswerRequest]:
+def answer_requests(
+    fields: ChatRequest, owner: str, defaults: SamplingParams, *, system: str | None = None, keep_trimmed: bool = False
+) -> list[AnswerRequest]:
     """What an engine is asked for, once for each of the `n` answers that are wanted; each has a seed of its own.
 
     Args:
         owner: whose conversation it is.
         defaults: how tokens are drawn where the request does not say it.
+        system: the system prompt of a conversation that has none.
         keep_trimmed: as AnswerRequest has it.
 
     Raises:
@@ -37,6 +40,8 @@ def answer_requests(fields: ChatRequest, owner: str, defaults: SamplingParams, *
         raise of_failure(error) from None
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise invalid("the last message is none that can be answered: end with one of the user or of a tool", "messages")
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     return [AnswerRequest(owner, messages, each, options, keep_trimmed) for each in params]
 
 

@@ -11,8 +11,12 @@ from typing import Self, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from kvlocal.errors import KvlocalError
+from kvlocal.server.chat_reply import Choice
+from kvlocal.server.chat_request import answer_requests
 from kvlocal.server.errors import ApiError, invalid, of_failure
 from kvlocal.server.metrics import Metrics
+from kvlocal.server.schemas import ChatRequest
+from kvlocal.server.service import Service
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import AnswerRequest, Busy, Event, Finished
@@ -27,6 +31,9 @@ class Generation:
         requests: one for each answer; all of them are taken, or none.
         metrics: counts what it took.
 
+    Attributes:
+        requests: as they were given.
+
     Raises:
         ApiError: the engine is busy, or closing, or cannot answer this.
     """
@@ -35,6 +42,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._metrics, self._started = metrics, time.perf_counter()
+        self.requests = requests
         self._answerings: list[Answering] = []
         self._first = True
         try:
@@ -53,6 +61,11 @@ class Generation:
         """Called in the thread that computes."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    @property
+    def n(self) -> int:
+        """How many answers."""
+        return len(self.requests)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """The events of all answers as they come, each with the index of its answer, until all are finished.
@@ -84,6 +97,31 @@ class Generation:
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
+
+
+def chat_generation(service: Service, fields: ChatRequest, owner: str) -> Generation:
+    """The answers that the body of a request asks for.
+
+    Raises:
+        ApiError: a field has a value that is not possible, or the engine does not take it.
+    """
+    requests = answer_requests(fields, owner, service.sampling, system=service.engine.config.system, keep_trimmed=service.keep_trimmed)
+    return Generation(service.engine, requests, service.metrics)
+
+
+async def collected(generation: Generation) -> list[Choice]:
+    """All answers, once they are whole.
+
+    Raises:
+        ApiError: one failed.
+    """
+    choices = [Choice() for _ in range(generation.n)]
+    async for index, piece in generation.events():
+        if isinstance(piece, Finished):
+            choices[index].finished = piece
+        else:
+            choices[index].add(piece)
+    return choices
 
 
 def submission_failure(error: KvlocalError) -> ApiError:

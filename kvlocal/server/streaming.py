@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
@@ -16,10 +16,14 @@ DONE = ServerSentEvent("[DONE]", sep="\n")
 
 
 class Stream(EventSourceResponse):
-    """Sends the events of an iterator. A client that takes nothing for SEND_SECONDS is given up, and the iterator closed, as when it goes away."""
+    """Sends the events of an iterator. A client that takes nothing for SEND_SECONDS is given up, as if it had gone away.
 
-    def __init__(self, events: AsyncIterator[ServerSentEvent]) -> None:
+    over: called when the stream is over, however that came
+    """
+
+    def __init__(self, events: AsyncIterator[ServerSentEvent], over: Callable[[], None]) -> None:
         super().__init__(events, ping=PING_SECONDS, sep="\n", send_timeout=SEND_SECONDS)
+        self._over = over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -27,6 +31,8 @@ class Stream(EventSourceResponse):
         except SendTimeoutError:
             # uvicorn closes a connection whose response is not complete
             return
+        finally:
+            self._over()
 
 
 def event(value: dict[str, Any], name: str | None = None) -> ServerSentEvent:
