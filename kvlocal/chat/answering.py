@@ -12,8 +12,9 @@ from kvlocal.chat.looked_at import recalled_turns
 from kvlocal.chat.stats import StopReason, TurnStats
 from kvlocal.chat.turn_reader import TurnReader
 from kvlocal.llama.sampling import Sampler
-from kvlocal.template.answer import AnswerStream
+from kvlocal.template.answer import AnswerStream, Told
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
 
 
@@ -33,25 +34,25 @@ class AnswerInProgress:
     def __init__(self, reader: TurnReader) -> None:
         self._reader, self._cache = reader, reader.cache
         self.stopped = self.over = False
-        self.message: dict[str, str] | None = None
+        self.message: Message | None = None
         self.stats: TurnStats | None = None
-        self._stream = reader.template.answer_stream(reader.cache.model)
         self._fed: list[int] = []
         self._drawn: list[int] = []
 
-    def begin(self, sampler: Sampler, start: Sequence[Piece], prompt_tokens: int, prompt_seconds: float) -> dict[str, str]:
+    def begin(self, sampler: Sampler, stream: AnswerStream, start: Sequence[Piece], prompt_tokens: int, prompt_seconds: float) -> Message:
         """The answer is part of the conversation from now on; returns its message.
 
+        stream: makes what it says of its tokens
         start: what only generated answers begin with (ChatTemplate.answer_start)
         prompt_tokens, prompt_seconds: what the turn took to read
         """
-        self._sampler, self._start, self._started = sampler, start, time.perf_counter()
+        self._sampler, self._stream, self._start, self._started = sampler, stream, start, time.perf_counter()
         self._prompt_tokens, self._prompt_seconds = prompt_tokens, prompt_seconds
         self.message = {"role": "assistant", "content": ""}
         return self.message
 
-    def texts(self, max_tokens: int) -> Iterator[str]:
-        """The text as it comes, never half a character. Closing the iterator ends the answer, as does an exception inside it.
+    def told(self, max_tokens: int) -> Iterator[Told]:
+        """What it says as it comes, never half a character. Closing the iterator ends the answer, as does an exception inside it.
 
         Raises:
             SessionError: it is over.
@@ -76,25 +77,25 @@ class AnswerInProgress:
                     break
                 cache.append(np.array([token], np.int32), "decode")
                 self._fed.append(token)
-                text = stream.push(token)
-                if text:
-                    message["content"] += text
-                    yield text
+                told = stream.take(token)
+                if any(told):
+                    message["content"] += told.text
+                    yield told
                     self._check_current()
                 if stream.stopped:
-                    reason = "end"
+                    reason = "stop" if stream.stopped_as_asked else "end"
                     break
-            rest = stream.flush(cut=not ended_by_model(self._drawn, template))
-            message["content"] += rest
+            rest = stream.finish(cut=not ended_by_model(self._drawn, template))
+            message["content"] += rest.text
             self.end(reason)
         except GeneratorExit:
             self.end()
             raise
-        if rest:
+        if any(rest):
             yield rest
 
     @property
-    def _begun(self) -> dict[str, str]:
+    def _begun(self) -> Message:
         assert self.message is not None, "the answer is not begun"
         return self.message
 

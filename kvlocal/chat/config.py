@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvlocal.cache.config import CacheConfig, CacheError
 from kvlocal.llama.sampling import SamplingParams
@@ -20,6 +22,7 @@ class SessionConfig(CacheConfig):
     system: system prompt; None for the template's own default
     sampling: how the next token is drawn
     max_tokens: the longest answer, in tokens
+    tools: the tools that the model is told of, as OpenAI's chat completions have them; they stand before the first turn
 
     Raises:
         CacheError: a value is out of range.
@@ -29,8 +32,10 @@ class SessionConfig(CacheConfig):
     system: str | None = None
     sampling: SamplingParams = SamplingParams()
     max_tokens: int = 1024
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "tools", tuple(self.tools))
         if self.max_tokens < 1:
             raise SessionError(f"max_tokens is {self.max_tokens}: it must be at least 1")

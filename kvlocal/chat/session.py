@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,21 @@ import numpy.typing as npt
 from kvlocal.cache.budgeted import Passage
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.noted_cells import Arrays, Limits
+from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.answering import AnswerInProgress, ended_by_model, keep_said, text_of
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.looked_at import LookedAt, looked_at
+from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.state import SessionState, limits, with_state, without_state
 from kvlocal.chat.stats import KvStats, SegmentStats, segment_stats
 from kvlocal.chat.turns import Turns
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.answer import Told
 from kvlocal.template.markup import Message
+
+T = TypeVar("T")
 
 
 class ChatSession(Turns):
@@ -36,30 +41,39 @@ class ChatSession(Turns):
     It is made as Turns is.
     """
 
-    def send(self, text: str) -> Iterator[str]:
+    def send(self, text: str, options: AnswerOptions = AnswerOptions()) -> Iterator[str]:
         """Appends a user turn and generates the answer: yields its text as it comes, never half a character."""
         self.add_turn("user", text)
-        return self.answer()
+        return self.answer(options)
 
-    def answer(self) -> Iterator[str]:
-        """Generates the answer to the last user turn: yields its text as it comes.
+    def answer(self, options: AnswerOptions = AnswerOptions()) -> Iterator[str]:
+        """Generates the answer to the last user turn: yields its text as it comes, with its thought as kvlocal.template.answer writes it.
 
         The answer is part of the conversation from this call on. Closing the iterator, stop(), or an exception inside it, ends the answer; what
         there is of it stays. So does the next call that changes the conversation; the iterator raises SessionError after that.
         """
+        return self._until_end(self._begin_answer(options), options, lambda told: told.text)
+
+    def pieces(self, options: AnswerOptions = AnswerOptions()) -> Iterator[AnswerPiece]:
+        """As `answer`, for programs: thought, text and tool calls are told apart."""
+        return self._until_end(self._begin_answer(options), options, lambda told: AnswerPiece(told.content, told.reasoning))
+
+    def _begin_answer(self, options: AnswerOptions) -> AnswerInProgress:
         self.settle()
         if not self.messages or self.messages[-1]["role"] != "user":
             raise SessionError("there is no user turn to answer: send one first")
         answer = self._answer = self._answer or AnswerInProgress(self._reader)
         start = self.template.answer_start(self._history_for_template(len(self.messages) - 1))
-        self.messages.append(answer.begin(self._sampler, start, *self._prompt))
+        stream = self.template.answer_stream(self.model, options.stop)
+        self.messages.append(answer.begin(self._sampler, stream, start, *self._prompt))
         self._sampler.begin(self.n_answers)
         self.n_answers += 1
-        return self._texts(answer)
+        return answer
 
-    def _texts(self, answer: AnswerInProgress) -> Iterator[str]:
+    def _until_end(self, answer: AnswerInProgress, options: AnswerOptions, form: Callable[[Told], T]) -> Iterator[T]:
+        """What the answer says as it comes, each time in a form that may be empty, which is then left out."""
         try:
-            yield from answer.texts(self.max_tokens)
+            yield from filter(None, map(form, answer.told(options.max_tokens or self.max_tokens)))
         except (Exception, KeyboardInterrupt):
             if not answer.over:
                 self._mend(answer)

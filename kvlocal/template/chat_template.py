@@ -212,9 +212,9 @@ class ChatTemplate:
         """What ends an answer: the first part of what the next `user_turn` appends."""
         return pieces_of(ASSISTANT, ("assistant", self._markup.closing, "markup"))
 
-    def answer_stream(self, model: Model) -> AnswerStream:
-        """What makes the text of a generated answer from its tokens."""
-        return AnswerStream(model, self.stop_strings, self._format, self._markup.last_closing or self._markup.closing)
+    def answer_stream(self, model: Model, stop: Sequence[str] = ()) -> AnswerStream:
+        """What makes the text of a generated answer from its tokens; stop: texts that end what it says to the user."""
+        return AnswerStream(model, self.stop_strings, self._format, self._markup.last_closing or self._markup.closing, stop)
 
     def tokens(self, model: Model, pieces: Sequence[Piece]) -> list[tuple[Role, npt.NDArray[np.int32]]]:
         """The tokens of each piece: one (role, [n] int32) for each, in order; n may be 0.
