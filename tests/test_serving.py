@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.options import AnswerOptions
-from kvlocal.chat.piece import Piece
 from kvlocal.chat.session import ChatSession
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -42,7 +42,7 @@ def ask(engine, *messages, owner="me", **options):
 
 def finished(answering):
     *pieces, last = answering.events()
-    assert isinstance(last, Finished) and all(isinstance(piece, Piece) for piece in pieces)
+    assert isinstance(last, Finished) and all(isinstance(piece, AnswerPiece) for piece in pieces)
     assert "".join(piece.text for piece in pieces) == last.message["content"]
     return last
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.piece import Piece
 from kvlocal.chat.session import ChatSession
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -68,12 +67,10 @@ class LiveConversation:
     def _answer(self, answering: Answering, said: Callable[[Event], None]) -> None:
         session, request = self.session, answering.request
         self._draw_as(request)
-        session.max_tokens = request.options.max_tokens or session.config.max_tokens
-        texts = session.answer()
+        pieces = session.pieces(request.options)
         answering.can_stop(session.stop)
         try:
-            for text in texts:
-                piece = Piece(text)
+            for piece in pieces:
                 said(piece)
                 answering.emit(piece)
         finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.options import AnswerOptions
-from kvlocal.chat.piece import Piece
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.template.markup import Message
@@ -75,4 +75,4 @@ class Finished:
     error: KvlocalError | None = None
 
 
-Event = Piece | Finished
+Event = AnswerPiece | Finished
