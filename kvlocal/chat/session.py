@@ -210,9 +210,10 @@ class ChatSession(Turns):
     # how tokens are drawn
 
     def set_sampling(self, sampling: SamplingParams) -> None:
-        """Draws tokens in another way from the next answer on."""
+        """Draws tokens in another way from the next answer on; the repeat penalty still looks at those of the last ones."""
         self._end_answer()
         sampler = Sampler(self.model, sampling)
+        sampler.recent.extend(self._sampler.recent)
         self._sampler.close()
         self._sampler = sampler
 

@@ -217,6 +217,19 @@ class Turns:
         self._go_back(users[-n_turns])
         return taken
 
+    def go_back_to(self, n_messages: int) -> int:
+        """Takes back what follows the first n messages, and more where the way back goes only further: to the last mark, or to the beginning. Returns
+        how many it has then, which are to be gone on with.
+        """
+        self._end_answer()
+        if n_messages < len(self.messages):
+            self._answer = None
+            if not any(self._rewind(mark.n_messages) for mark in reversed(self._marks) if mark.n_messages <= n_messages):
+                n_answers = self.n_answers
+                self._begin()
+                self.n_answers = n_answers
+        return len(self.messages)
+
     def _go_back(self, n_messages: int) -> None:
         """The conversation is its first n_messages again."""
         if not self._rewind(n_messages):

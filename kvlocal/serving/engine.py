@@ -1,0 +1,181 @@
+"""Engine: answers requests, several at once, each in the conversation that it belongs to."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import replace
+from typing import Self
+
+from kvlocal.cache.fitting import fitted
+from kvlocal.chat.beside import slots_for
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.model import Model
+from kvlocal.llama.scheduler import Stopped
+from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.serving.answering import Answering
+from kvlocal.serving.live import Cancelled, LiveConversation
+from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, Usage
+
+_POLL_SECONDS = 0.1  # of the driver while nothing happens
+_LEAVE_SECONDS = 5.0  # for answers that were stopped to end
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers requests with one model, `parallel` of them at once, the others in the order in which they came.
+
+    One thread computes, as kvlocal.llama.scheduler says; each request that is worked on has one more, in which it takes turns with the others. A
+    long prompt is read micro-batch by micro-batch, and between two of them all others get their next token. What goes wrong with a request is told
+    in its Finished, and concerns no other.
+
+    model: the weights; must outlive the engine
+    config: of every conversation, but for the system prompt, which is the conversation's own
+    parallel: conversations that are in slots at once
+    waiting: requests that may wait for one
+    nexus: for the policies that need Nexus tokens
+
+    Raises:
+        KvlocalError: no conversation is possible with this configuration, or there is not enough memory. Nothing is left open then.
+    """
+
+    def __init__(self, model: Model, config: SessionConfig, *, parallel: int = 1, waiting: int = 16, nexus: NexusTokens | None = None) -> None:
+        self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
+        self._nexus, self._n_waiting = nexus, waiting
+        self._slots, self.budget = slots_for(parallel, model, self.config, nexus)
+        # guards what follows
+        self._changed = threading.Condition()
+        self._queue: deque[Answering] = deque()
+        self._running: set[Answering] = set()
+        self._closing = False
+        self._seconds = 1.0  # that a request takes, a moving average
+        self._driving = True
+        self._driver = threading.Thread(target=self._drive, name="kvlocal-driver", daemon=True)
+        self._workers = [threading.Thread(target=self._work, name=f"kvlocal-{i}", daemon=True) for i in range(parallel)]
+        for thread in (self._driver, *self._workers):
+            thread.start()
+
+    def submit(self, request: AnswerRequest) -> Answering:
+        """Takes a request; the answer comes as events of what it returns.
+
+        Raises:
+            EngineBusy: too many wait already.
+            KvlocalError: the engine is closed, or the last message is none that can be answered.
+        """
+        if not request.messages or request.messages[-1]["role"] not in ("user", "tool"):
+            raise SessionError("there is no turn to answer: the last message must be one of the user")
+        answering = Answering(request, self._leave_queue)
+        with self._changed:
+            if self._closing:
+                raise SessionError("the engine is closing: start it again")
+            free = len(self._workers) - len(self._running)
+            if len(self._queue) >= self._n_waiting + free:
+                raise EngineBusy(max(1.0, self._seconds * (len(self._queue) + 1) / len(self._workers)))
+            self._queue.append(answering)
+            self._changed.notify()
+        return answering
+
+    def _leave_queue(self, answering: Answering) -> None:
+        """A request that waits does so no more."""
+        with self._changed:
+            if answering not in self._queue:
+                return
+            self._queue.remove(answering)
+        answering.emit(_without_answer())
+
+    # the threads
+
+    def _drive(self) -> None:
+        scheduler = self._slots.scheduler
+        while self._driving:
+            scheduler.advance(_POLL_SECONDS)
+        scheduler.stop()
+
+    def _work(self) -> None:
+        while (answering := self._next()) is not None:
+            started = time.perf_counter()
+            try:
+                answering.emit(self._finished(answering))
+            finally:
+                with self._changed:
+                    self._running.discard(answering)
+                    self._seconds += (time.perf_counter() - started - self._seconds) / 8
+                    self._changed.notify_all()
+
+    def _next(self) -> Answering | None:
+        """The request that has waited longest; None when there will be none any more."""
+        with self._changed:
+            while not self._queue:
+                if self._closing:
+                    return None
+                self._changed.wait()
+            answering = self._queue.popleft()
+            self._running.add(answering)
+            return answering
+
+    def _finished(self, answering: Answering) -> Finished:
+        """Carries a request out; what goes wrong is in the result."""
+        try:
+            with self._slots.scheduler.turn():
+                return self._answer(answering)
+        except (Stopped, Cancelled):
+            return _without_answer()
+        except KvlocalError as error:
+            return _without_answer(error)
+        except Exception as error:  # noqa: BLE001 - a fault in the program concerns this request alone
+            _log.exception("a request failed")
+            return _without_answer(KvlocalError(f"the answer failed by a fault in kvlocal ({type(error).__name__}): try again"))
+
+    def _answer(self, answering: Answering) -> Finished:
+        first, *others = answering.request.messages
+        has_system = first["role"] == "system"
+        config = replace(self.config, system=first["content"] if has_system else None)
+        live = LiveConversation(self._slots, self.model, config, self._nexus)
+        try:
+            live.work(answering, others if has_system else [first, *others], 0, lambda piece: None)
+            last = live.session.last
+            assert last is not None  # after an answer
+            return Finished(dict(live.session.messages[-1]), last.stop_reason, live.usage, "", len(live.session.messages))
+        finally:
+            live.close()
+
+    # the end
+
+    def close(self, grace_seconds: float = 0.0) -> None:
+        """Takes no more requests, gives the running answers so much time, stops them where they are, and frees everything. Those that wait end
+        without an answer. Closing twice is harmless."""
+        with self._changed:
+            self._closing = True
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._changed.notify_all()
+        for answering in waiting:
+            answering.emit(_without_answer(SessionError("the engine is closing: ask again when it has started anew")))
+        if not self._wait_until_idle(grace_seconds):
+            with self._changed:
+                running = list(self._running)
+            for answering in running:
+                answering.cancel()
+            self._wait_until_idle(_LEAVE_SECONDS)
+        self._driving = False
+        for thread in (self._driver, *self._workers):
+            thread.join()
+        self._slots.close()
+
+    def _wait_until_idle(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._running, seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _without_answer(error: KvlocalError | None = None) -> Finished:
+    return Finished({"role": "assistant", "content": ""}, "error" if error else "stopped", Usage(), error=error)
