@@ -74,6 +74,7 @@ def main(ctx: click.Context) -> None:
 
 
 for command in (
-    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group, nexus_group,
+    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group,
+    nexus_group,
 ):  # fmt: skip
     main.add_command(command)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,11 +86,9 @@ class ServerProcess:
             if half_close:
                 connection.shutdown(socket.SHUT_WR)
             pieces = []
-            try:
+            with suppress(ConnectionResetError):
                 while piece := connection.recv(65536):
                     pieces.append(piece)
-            except ConnectionResetError:
-                pass
         return b"".join(pieces)
 
     def resident_bytes(self) -> int:
@@ -121,10 +120,8 @@ class ServerProcess:
     def __exit__(self, *_: object) -> None:
         if self.running:
             self._process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
 
 

@@ -19,7 +19,7 @@ from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import Service
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.engine import Engine
-from kvlocal.serving.request import AnswerRequest, Busy, Event, Finished
+from kvlocal.serving.request import AnswerRequest, EngineBusy, Event, Finished
 
 _Result = TypeVar("_Result")
 
@@ -48,7 +48,7 @@ class Generation:
         try:
             for request in requests:
                 self._answerings.append(engine.submit(request))
-        except Busy as error:
+        except EngineBusy as error:
             self.cancel()
             raise ApiError(503, str(error), code="busy", retry_after=error.retry_after) from None
         except KvlocalError as error:
