@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import replace
+from pathlib import Path
 from typing import Self
 
 from kvlocal.cache.fitting import fitted
@@ -17,7 +17,8 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
-from kvlocal.serving.live import Cancelled, LiveConversation
+from kvlocal.serving.keeper import Keeper
+from kvlocal.serving.live import Cancelled
 from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, Usage
 
 _POLL_SECONDS = 0.1  # of the driver while nothing happens
@@ -37,16 +38,35 @@ class Engine:
     config: of every conversation, but for the system prompt, which is the conversation's own
     parallel: conversations that are in slots at once
     waiting: requests that may wait for one
+    directory: where the conversations are kept, so that another engine goes on with them; None for in memory alone
+    idle_ram: bytes that conversations may take in memory while they are in no slot; beyond that the oldest are on the disk alone, or gone
+    disk: bytes that all may take on the disk; beyond that the oldest are deleted
     nexus: for the policies that need Nexus tokens
 
     Raises:
         KvlocalError: no conversation is possible with this configuration, or there is not enough memory. Nothing is left open then.
     """
 
-    def __init__(self, model: Model, config: SessionConfig, *, parallel: int = 1, waiting: int = 16, nexus: NexusTokens | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: SessionConfig,
+        *,
+        parallel: int = 1,
+        waiting: int = 16,
+        directory: Path | None = None,
+        idle_ram: int = 2**31,
+        disk: int = 2**34,
+        nexus: NexusTokens | None = None,
+    ) -> None:
         self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
-        self._nexus, self._n_waiting = nexus, waiting
+        self._n_waiting = waiting
         self._slots, self.budget = slots_for(parallel, model, self.config, nexus)
+        try:
+            self._keeper = Keeper(self._slots, parallel, model, self.config, nexus, directory, idle_ram, disk)
+        except BaseException:
+            self._slots.close()
+            raise
         # guards what follows
         self._changed = threading.Condition()
         self._queue: deque[Answering] = deque()
@@ -120,8 +140,7 @@ class Engine:
     def _finished(self, answering: Answering) -> Finished:
         """Carries a request out; what goes wrong is in the result."""
         try:
-            with self._slots.scheduler.turn():
-                return self._answer(answering)
+            return self._answer(answering)
         except (Stopped, Cancelled):
             return _without_answer()
         except KvlocalError as error:
@@ -131,17 +150,31 @@ class Engine:
             return _without_answer(KvlocalError(f"the answer failed by a fault in kvlocal ({type(error).__name__}): try again"))
 
     def _answer(self, answering: Answering) -> Finished:
-        first, *others = answering.request.messages
-        has_system = first["role"] == "system"
-        config = replace(self.config, system=first["content"] if has_system else None)
-        live = LiveConversation(self._slots, self.model, config, self._nexus)
+        keeper, turn = self._keeper, self._slots.scheduler.turn
+        task = keeper.take(answering)
+        conversation, error = task.conversation, None
         try:
-            live.work(answering, others if has_system else [first, *others], 0, lambda piece: None)
-            last = live.session.last
-            assert last is not None  # after an answer
-            return Finished(dict(live.session.messages[-1]), last.stop_reason, live.usage, "", len(live.session.messages))
+            with turn():
+                try:
+                    live = keeper.seat(task)
+                    live.read(answering, task.turns, task.n_known)
+                except BaseException:
+                    keeper.give_up(task)
+                    raise
+            keeper.note_turns(task)
+            with turn():
+                try:
+                    live.answer(answering, conversation.record.add_piece if conversation.record else lambda text: None)
+                except KvlocalError as failure:
+                    error = failure
+                last, message = live.session.last, dict(live.session.messages[-1])
+                keeper.capture(conversation)
+            reason = "error" if error or not last else last.stop_reason
+            if conversation.record:
+                conversation.record.end_answer(reason, last.drawn if last else (), conversation.n_tokens)
         finally:
-            live.close()
+            keeper.release(conversation)
+        return Finished(message, reason, live.usage, conversation.id, len(conversation.turns), error)
 
     # the end
 
@@ -164,6 +197,7 @@ class Engine:
         self._driving = False
         for thread in (self._driver, *self._workers):
             thread.join()
+        self._keeper.close()
         self._slots.close()
 
     def _wait_until_idle(self, seconds: float) -> bool:
