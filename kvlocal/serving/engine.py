@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
@@ -17,9 +18,13 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
+from kvlocal.serving.chain import owner_digest
+from kvlocal.serving.conversation import ConversationInfo, KeptConversation
 from kvlocal.serving.keeper import Keeper
 from kvlocal.serving.live import Cancelled
-from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, Usage
+from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, UnknownConversation, Usage
+from kvlocal.serving.stats import EngineStats, Totals
+from kvlocal.template.markup import Message
 
 _POLL_SECONDS = 0.1  # of the driver while nothing happens
 _LEAVE_SECONDS = 5.0  # for answers that were stopped to end
@@ -72,6 +77,7 @@ class Engine:
         self._queue: deque[Answering] = deque()
         self._running: set[Answering] = set()
         self._closing = False
+        self._totals = Totals()
         self._seconds = 1.0  # that a request takes, a moving average
         self._driving = True
         self._driver = threading.Thread(target=self._drive, name="kvlocal-driver", daemon=True)
@@ -99,6 +105,53 @@ class Engine:
             self._changed.notify()
         return answering
 
+    def conversations(self, owner: str | None = None) -> list[ConversationInfo]:
+        """What is kept, the last used first: of one owner, or of all if None."""
+        kept = [one for one in self._keeper.conversations if owner is None or one.owner == owner_digest(owner)]
+        return [ConversationInfo.of(one) for one in sorted(kept, key=lambda one: -one.last_used)]
+
+    def messages(self, conversation: str, owner: str) -> list[Message]:
+        """What was said in a conversation, its system prompt first if it has one.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+        """
+        found = self._of(conversation, owner)
+        system: list[Message] = [] if found.system is None else [{"role": "system", "content": found.system}]
+        return system + [dict(turn) for turn in found.turns]
+
+    def delete(self, conversation: str, owner: str) -> None:
+        """Removes a conversation, in memory and on the disk.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+            KvlocalError: it is being answered, or it cannot be removed.
+        """
+        found = self._of(conversation, owner)
+        with self._slots.scheduler.turn():
+            self._keeper.delete(found)
+
+    def _of(self, conversation: str, owner: str) -> KeptConversation:
+        found = self._keeper.conversations.get(conversation, owner_digest(owner))
+        if found is None:
+            raise UnknownConversation(f"there is no conversation {conversation[:60]}: the list of conversations shows those there are")
+        return found
+
+    def stats(self) -> EngineStats:
+        """The engine in numbers."""
+        infos = self.conversations()
+        with self._changed:
+            return EngineStats(
+                parallel=len(self._workers),
+                running=len(self._running),
+                waiting=len(self._queue),
+                conversations=len(infos),
+                in_slots=sum(info.in_slot for info in infos),
+                bytes_in_memory=self._keeper.conversations.bytes_in_memory(),
+                bytes_on_disk=sum(info.bytes_on_disk for info in infos),
+                **asdict(self._totals),
+            )
+
     def _leave_queue(self, answering: Answering) -> None:
         """A request that waits does so no more."""
         with self._changed:
@@ -118,13 +171,13 @@ class Engine:
     def _work(self) -> None:
         while (answering := self._next()) is not None:
             started = time.perf_counter()
-            try:
-                answering.emit(self._finished(answering))
-            finally:
-                with self._changed:
-                    self._running.discard(answering)
-                    self._seconds += (time.perf_counter() - started - self._seconds) / 8
-                    self._changed.notify_all()
+            finished = self._finished(answering)
+            with self._changed:
+                self._running.discard(answering)
+                self._seconds += (time.perf_counter() - started - self._seconds) / 8
+                self._totals.count(finished)
+                self._changed.notify_all()
+            answering.emit(finished)
 
     def _next(self) -> Answering | None:
         """The request that has waited longest; None when there will be none any more."""

@@ -16,6 +16,7 @@ from kvlocal.conversations.records import TranscriptError
 from kvlocal.conversations.snapshot import Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
+from kvlocal.files.atomic import staging_of
 from kvlocal.files.lock import Busy, NoLocks, open_locked
 from kvlocal.template.markup import Message
 
@@ -85,6 +86,10 @@ class Record:
         self.close()
         if self.path.exists():
             delete(self.path)
+        # what was just being written when the transcript went
+        for path in (*beside(self.path), staging_of(snapshot_path(self.path))):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def n_bytes(self) -> int:
         """What it takes on the disk."""
