@@ -27,6 +27,7 @@ from kvlocal.serving.stats import EngineStats, Totals
 from kvlocal.template.markup import Message
 
 _POLL_SECONDS = 0.1  # of the driver while nothing happens
+_TOKEN_SHARE = 0.5  # of the time that answers get while prompts are read beside them
 _LEAVE_SECONDS = 5.0  # for answers that were stopped to end
 
 _log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ class Engine:
     """Answers requests with one model, `parallel` of them at once, the others in the order in which they came.
 
     One thread computes, as kvlocal.llama.scheduler says; each request that is worked on has one more, in which it takes turns with the others. A
-    long prompt is read micro-batch by micro-batch, and between two of them all others get their next token. What goes wrong with a request is told
-    in its Finished, and concerns no other.
+    long prompt is read micro-batch by micro-batch, and after each of them the others get tokens for as long as it took. What goes wrong
+    with a request is told in its Finished, and concerns no other.
 
     model: the weights; must outlive the engine
     config: of every conversation, but for the system prompt, which is the conversation's own
@@ -66,7 +67,7 @@ class Engine:
     ) -> None:
         self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
         self._n_waiting = waiting
-        self._slots, self.budget = slots_for(parallel, model, self.config, nexus)
+        self._slots, self.budget = slots_for(parallel, model, self.config, nexus, _TOKEN_SHARE)
         try:
             self._keeper = Keeper(self._slots, parallel, model, self.config, nexus, directory, idle_ram, disk)
         except BaseException:
