@@ -98,15 +98,13 @@ class Archive:
 
     @property
     def bytes_in_memory(self) -> int:
-        return self._memory.bytes_in_memory + self._bytes_of_others(in_memory=True)
+        return self._memory.bytes_in_memory
 
     @property
     def bytes_on_disk(self) -> int:
-        return self._memory.bytes_on_disk + self._bytes_of_others(in_memory=False)
-
-    def _bytes_of_others(self, *, in_memory: bool) -> int:
-        """Of the chunks that are somebody else's; those in a file can't be written to."""
-        return sum(len(chunk.data) for chunk in self._chunks if not chunk.block and chunk.data.flags.writeable == in_memory)
+        # what others have in memory can be written to, though not by us
+        of_files = (len(chunk.data) for chunk in self._chunks if not chunk.block and not chunk.data.flags.writeable)
+        return self._memory.bytes_on_disk + sum(of_files)
 
     def append(self, rows: Rows, positions: npt.NDArray[np.int32]) -> None:
         """Stores the next tokens, with the positions of their keys, int32 [n].

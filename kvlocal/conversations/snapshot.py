@@ -154,7 +154,7 @@ class Snapshots:
         if self.holds(session) or not can_be_captured(session) or stop():
             return
         captured = Captured.of(session)
-        if self.write(captured, stop) and session.cache.archive and session.config.archive == "disk":
+        if self.write(captured, stop) and session.cache.archive and session.config.store == "disk":
             session.cache.archive.exchange(self._archive_file.mapped(captured.parts))
 
     def write(self, captured: Captured, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -202,7 +202,7 @@ class Snapshots:
         # the words of turns that are taken back do not matter
         turns = n_turns * [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         try:
-            session.resume([*messages[:n], *turns], arrays, data, session.config.archive == "ram" if copy is None else copy)
+            session.resume([*messages[:n], *turns], arrays, data, session.config.store == "ram" if copy is None else copy)
         except SessionError as error:
             raise SnapshotError("the snapshot contradicts itself") from error
         if session.cache.archive:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """What is to be done for a request.
 
     conversation: where it belongs
@@ -82,7 +82,7 @@ class Keeper:
 
     # where a request belongs
 
-    def take(self, answering: Answering) -> Task:
+    def take(self, answering: Answering) -> Assignment:
         """The conversation that a request belongs to, an old one or a new one, which nobody else has until `release`."""
         request, (system, turns) = answering.request, _split(answering.request.messages)
         owner, tools = owner_digest(request.owner), _tools(answering)
@@ -101,11 +101,11 @@ class Keeper:
                 conversation.record = self._directory.record(owner, conversation.id) if self._directory else None
                 self.conversations.add(conversation)
             conversation.answering = answering
-            return Task(conversation, found, all_turns)
+            return Assignment(conversation, found, all_turns)
 
     # into a slot, and out of it
 
-    def seat(self, task: Task) -> LiveConversation:
+    def seat(self, task: Assignment) -> LiveConversation:
         """The conversation of a task in a slot, as far as its source goes.
 
         Raises:
@@ -125,7 +125,7 @@ class Keeper:
     def _config_of(self, conversation: KeptConversation) -> SessionConfig:
         return replace(self._config, system=conversation.system)
 
-    def _go_on_from(self, task: Task, live: LiveConversation) -> None:
+    def _go_on_from(self, task: Assignment, live: LiveConversation) -> None:
         """Without anything that fits, all is read."""
         if task.source is None:
             return
@@ -162,7 +162,7 @@ class Keeper:
 
     # what becomes of it
 
-    def note_turns(self, task: Task) -> None:
+    def note_turns(self, task: Assignment) -> None:
         """What is to be answered is on the disk. It waits for the disk, so it is not called in a turn.
 
         Raises:
@@ -187,7 +187,7 @@ class Keeper:
         conversation.captured = Captured.of(live.session, lasting=True) if can_be_captured(live.session) else None
         conversation.n_tokens = live.session.kv.history_tokens
 
-    def give_up(self, task: Task) -> None:
+    def give_up(self, task: Assignment) -> None:
         """What was read for a request is of no use, and the conversation is what it was before; in a turn."""
         self._leave_slot(task.conversation)
         if task.is_new:
