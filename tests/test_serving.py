@@ -1,7 +1,12 @@
 """An engine answers requests side by side, each in its conversation, and reads only what is new."""
 
+import ast
+import dataclasses
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +14,11 @@ from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
+from kvlocal.errors import KvlocalError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.serving.engine import Engine
-from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished
+from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, UnknownConversation
 
 GREEDY = SamplingParams(temperature=0)
 CONFIG = SessionConfig(budget=256, stride=64, n_ubatch=64, policy="recall", archive="ram", n_threads=1, sampling=GREEDY, max_tokens=8)
@@ -49,7 +55,7 @@ def finished(answering):
 
 def answer(engine, *messages, **options):
     last = finished(ask(engine, *messages, **options))
-    assert last.error is None
+    assert last.error is None, last.error
     return last
 
 
@@ -112,3 +118,254 @@ def test_closing_ends_what_runs_and_what_waits(model):
     assert finished(running).stop_reason == "stopped" and "closing" in str(finished(waiting).error)
     with pytest.raises(Exception, match="closing"):
         ask(engine, user("Hello"))
+
+
+# which conversation it is
+
+
+def said(last):
+    return {"role": "assistant", "content": last.message["content"]}
+
+
+def n_read(last):
+    return last.usage.prompt_tokens - last.usage.cached_tokens
+
+
+def chat(engine, *texts, history=(SYSTEM,), **options):
+    """Asks one text after another; the messages, and what became of each."""
+    messages, results = list(history), []
+    for text in texts:
+        messages.append(user(text))
+        results.append(answer(engine, *messages, **options))
+        messages.append(said(results[-1]))
+    return messages, results
+
+
+@pytest.fixture(scope="module")
+def n_tokens(model):
+    """Of a text."""
+    return lambda text: len(model.tokenize(text, parse_special=False))
+
+
+def test_a_later_turn_reads_what_is_new(engine, n_tokens):
+    _, results = chat(engine, LONG * 20, "Which ships?", "And which birds?")
+    assert {one.conversation for one in results} == {results[0].conversation} and [one.n_messages for one in results] == [2, 4, 6]
+    assert results[0].usage.cached_tokens == 0 and n_read(results[0]) > n_tokens(LONG * 20)
+    assert all(n_read(one) < 20 for one in results[1:])
+
+
+def test_white_space_around_answers_does_not_matter(engine):
+    messages, _ = chat(engine, LONG * 10)
+    messages[-1]["content"] = f" {messages[-1]['content'].strip()}\n"
+    assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
+def test_answers_are_those_of_a_session_that_goes_on(model, engine):
+    """Whatever came between, and wherever the conversation was meanwhile."""
+    asked = [LONG * 20, "Which ships?", "Name a bird.", "Why?"]
+    with ChatSession(model, CONFIG) as alone:
+        alone.set_system(SYSTEM["content"])
+        expected = ["".join(alone.send(text)) for text in asked]
+    messages = [SYSTEM]
+    for text, content in zip(asked, expected, strict=True):
+        messages.append(user(text))
+        last = answer(engine, *messages)
+        assert last.message["content"] == content
+        messages.append(said(last))
+        chat(engine, "A title, please", history=())
+        chat(engine, "Some tags, please", history=())
+
+
+def test_an_edit_reads_what_comes_after_it_and_leaves_the_old_conversation(engine):
+    messages, results = chat(engine, LONG * 10, "Which ships?", LONG * 10, "And which birds?")
+    edited, others = chat(engine, "Which storms?", history=messages[:3])
+    assert others[0].conversation != results[0].conversation and n_read(others[0]) < 20
+    assert n_read(answer(engine, *messages, user("And then?"))) < 20
+    assert n_read(answer(engine, *edited, user("And then?"))) < 20
+    assert engine.messages(results[0].conversation, "me")[:9] == messages and engine.messages(others[0].conversation, "me")[:5] == edited
+
+
+def test_another_answer_to_the_same_is_a_conversation_of_its_own(engine):
+    messages, results = chat(engine, LONG * 10, "Which ships?")
+    again = answer(engine, *messages[:-1])
+    assert again.message == results[-1].message and again.conversation != results[-1].conversation
+    assert n_read(again) < 20
+
+
+def test_an_answer_that_the_client_changed_is_read_as_it_is_now(engine):
+    messages, _ = chat(engine, LONG * 10, "Which ships?")
+    messages[-1]["content"] = "None at all."
+    last = answer(engine, *messages, user("Really?"))
+    assert n_read(last) < 40 and engine.messages(last.conversation, "me")[:6] == [*messages, user("Really?")]
+
+
+def test_owners_never_meet(engine):
+    messages, results = chat(engine, LONG * 10)
+    last = answer(engine, *messages, user("And then?"), owner="you")
+    assert last.usage.cached_tokens == 0
+    assert [one.id for one in engine.conversations("you")] == [last.conversation]
+    for forbidden in (engine.messages, engine.delete):
+        with pytest.raises(UnknownConversation):
+            forbidden(results[0].conversation, "you")
+
+
+def test_what_stands_before_the_first_turn_is_read_once(engine, n_tokens):
+    history = [{"role": "system", "content": LONG * 6}]
+    _, results = chat(engine, "Hello!", history=history)
+    _, others = chat(engine, "Good morning!", history=history)
+    assert others[0].conversation != results[0].conversation
+    assert results[0].usage.cached_tokens == 0 and others[0].usage.cached_tokens >= n_tokens(LONG * 6)
+
+
+def test_questions_beside_leave_the_slot_first(model):
+    with Engine(model, CONFIG, parallel=2) as engine:
+        _, results = chat(engine, "Hello!", "Which ships?")
+        for i in range(3):
+            chat(engine, f"Title {i}", history=())
+        assert results[0].conversation in [one.id for one in engine.conversations() if one.in_slot]
+
+
+@pytest.mark.parametrize("keep_trimmed", [False, True])
+def test_a_history_that_the_client_trimmed(engine, keep_trimmed):
+    messages, results = chat(engine, LONG * 10, "Which ships?", "Which birds?")
+    request = AnswerRequest("me", [SYSTEM, *messages[3:], user("And then?")], keep_trimmed=keep_trimmed)
+    last = finished(engine.submit(request))
+    assert (last.conversation == results[0].conversation) == keep_trimmed and (last.n_messages == 8) == keep_trimmed
+    assert (last.usage.prompt_tokens > 200) == keep_trimmed
+
+
+def test_two_requests_for_one_conversation_at_once(engine):
+    messages, _ = chat(engine, LONG * 10)
+    both = [ask(engine, *messages, user("And then?")) for _ in range(2)]
+    one, other = (finished(answering) for answering in both)
+    assert one.message == other.message and one.conversation != other.conversation
+    assert n_read(one) < 20 and n_read(other) < 20
+
+
+def test_a_prompt_that_was_given_up_leaves_the_conversation_as_it_was(engine):
+    messages, results = chat(engine, LONG * 10)
+    answering = ask(engine, *messages, user(LONG * 100))
+    time.sleep(0.3)
+    answering.cancel()
+    assert finished(answering).stop_reason == "stopped"
+    assert engine.messages(results[0].conversation, "me") == messages
+    assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
+def test_an_answer_that_was_stopped_can_be_gone_on_with(engine):
+    events, pieces = ask(engine, SYSTEM, user(LONG * 10), max_tokens=400), []
+    for event in (iterator := events.events()):
+        pieces.append(event)
+        if len(pieces) == 3:
+            events.cancel()
+    assert isinstance(pieces[-1], Finished) and pieces[-1].stop_reason == "stopped" and iterator
+    messages = [SYSTEM, user(LONG * 10), said(pieces[-1]), user("Go on.")]
+    assert n_read(answer(engine, *messages)) < 20
+
+
+def test_a_conversation_can_be_deleted(engine):
+    messages, results = chat(engine, LONG * 10)
+    engine.delete(results[0].conversation, "me")
+    assert engine.conversations() == []
+    assert answer(engine, *messages, user("And then?")).usage.cached_tokens == 0
+
+
+def test_without_an_archive_what_was_compressed_is_read_again(model):
+    config = dataclasses.replace(CONFIG, archive="off", policy="snapkv")
+    with Engine(model, config, parallel=1) as engine:
+        messages, _ = chat(engine, LONG * 20, "Which ships?")
+        chat(engine, "A title, please", history=())
+        last = answer(engine, *messages, user("And then?"))
+        assert n_read(last) < 20
+        last = answer(engine, *messages[:3], user("Which storms?"))
+        assert last.usage.prompt_tokens > 300 and engine.messages(last.conversation, "me")[3] == user("Which storms?")
+
+
+def test_idle_conversations_are_bounded_in_memory(model):
+    with Engine(model, CONFIG, parallel=1, idle_ram=1) as engine:
+        messages, _ = chat(engine, LONG * 10)
+        chat(engine, "Hello!", history=())
+        chat(engine, "Good morning!", history=())
+        wait_for(lambda: len(engine.conversations()) == 1)
+        assert answer(engine, *messages, user("And then?")).usage.cached_tokens == 0
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# on the disk
+
+
+def test_another_engine_goes_on(model, tmp_path):
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        messages, results = chat(engine, LONG * 20, "Which ships?")
+        expected = answer(engine, *messages, user("And then?")).message
+        fork = answer(engine, *messages[:3], user("Which storms?"))
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        assert {one.id for one in engine.conversations("me")} == {results[0].conversation, fork.conversation}
+        assert engine.messages(results[0].conversation, "me")[:5] == messages
+        again = answer(engine, *messages[:3], user("Which storms?"), said(fork), user("And then?"))
+        assert again.conversation == fork.conversation and n_read(again) < 20
+        last = answer(engine, *messages, user("And then?"))
+        assert n_read(last) < 20 and last.message == expected
+
+
+def test_one_engine_at_a_time_has_a_directory(model, tmp_path):
+    with Engine(model, CONFIG, directory=tmp_path), pytest.raises(KvlocalError, match="stop it, or give another directory"):
+        Engine(model, CONFIG, directory=tmp_path)
+
+
+def test_what_the_disk_has_can_leave_memory(model, tmp_path):
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path, idle_ram=1) as engine:
+        messages, _ = chat(engine, LONG * 20)
+        chat(engine, "Hello!", history=())
+        chat(engine, "Good morning!", history=())
+        wait_for(lambda: sum(one.bytes_in_memory > 0 for one in engine.conversations()) == 1)
+        assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
+@pytest.mark.parametrize("archive", ["ram", "disk", "off"])
+def test_what_a_killed_process_delivered_is_in_its_conversation(short_smollm2, model, tmp_path, archive):
+    """A process answers, says what it has passed on, and is killed in the middle of the next answer."""
+    script = f"""
+import sys, time
+from test_serving import *
+config = dataclasses.replace(CONFIG, archive={archive!r}, archive_ram=0 if {archive!r} == "disk" else 2**30)
+with Model({str(short_smollm2)!r}) as model, Engine(model, config, directory=Path({str(tmp_path)!r})) as engine:
+    messages, results = chat(engine, LONG * 20, "Which ships?")
+    wait_for(lambda: any(Path({str(tmp_path)!r}).glob("*/*.snapshot")))
+    time.sleep(0.5)
+    print(results[-1].conversation, flush=True)
+    for piece in ask(engine, *messages, user("And which birds?"), max_tokens=4000).events():
+        print(repr(piece.text), flush=True)
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as process:
+        conversation, *texts = (process.stdout.readline() for _ in range(8))
+        process.kill()
+        texts += process.stdout.readlines()
+    received = "".join(ast.literal_eval(text) for text in texts if text.endswith("\n"))
+    with Engine(model, dataclasses.replace(CONFIG, archive=archive), directory=tmp_path) as engine:
+        messages = engine.messages(conversation.strip(), "me")
+        assert len(messages) == 7 and received and messages[-1]["content"].startswith(received)
+        last = answer(engine, *messages, user("Go on."))
+        assert last.conversation == conversation.strip() and n_read(last) < 60 + 2 * len(messages[-1]["content"])
+
+
+def test_conversations_are_bounded_on_the_disk(model, tmp_path):
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path, disk=1) as engine:
+        chat(engine, "Hello!", history=())
+        _, results = chat(engine, "Good morning!", history=())
+        wait_for(lambda: [one.id for one in engine.conversations()] == [results[0].conversation])
+        wait_for(lambda: [path.stem for path in tmp_path.glob("*/*.jsonl")] == [results[0].conversation])
+
+
+def test_a_deleted_conversation_leaves_nothing_on_the_disk(model, tmp_path):
+    with Engine(model, CONFIG, directory=tmp_path) as engine:
+        _, results = chat(engine, LONG * 10)
+        engine.delete(results[0].conversation, "me")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]

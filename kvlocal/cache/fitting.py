@@ -15,6 +15,11 @@ from kvlocal.llama.ggml import device_without_attention
 
 C = TypeVar("C", bound=CacheConfig)
 
+
+class CannotRecall(CacheError):
+    """The attention of a model is none that an archive can be looked up by."""
+
+
 # what `memory` chooses from: it holds about twice the cells of f16, at a small loss
 _SMALLER = "q8_0"
 
@@ -25,7 +30,8 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
     n_gpu_layers: as for Model
 
     Raises:
-        CacheError: it cannot.
+        CannotRecall: it cannot have an archive.
+        CacheError: it cannot have such a cache.
         ContainerError: the file cannot be read.
     """
     attention = Attention.of(Container(path))
@@ -42,8 +48,8 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
             )
     if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
         raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
-    if config.archive != "off" and not attention.plain:
-        raise CacheError(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
+    if config.store != "off" and not attention.plain:
+        raise CannotRecall(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
     return config
 
 

@@ -13,10 +13,14 @@ from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 
 
-def slots_for(n: int, model: Model, config: SessionConfig, nexus: NexusTokens | None = None) -> tuple[Slots, int]:
+def slots_for(
+    n: int, model: Model, config: SessionConfig, nexus: NexusTokens | None = None, token_share: float = 0.0
+) -> tuple[Slots, int]:
     """Slots for n sessions with a configuration, and the budget of each, in cells.
 
     A session is made once for it, so that what is wrong with the configuration itself is said at once.
+
+    token_share: as for kvlocal.llama.slots.Rounds
 
     Raises:
         KvlocalError: no session is possible with this configuration, or there is not enough memory for n of them.
@@ -31,4 +35,4 @@ def slots_for(n: int, model: Model, config: SessionConfig, nexus: NexusTokens | 
 
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.cache.budget
-    return Slots(n, model, **asked), budget
+    return Slots(n, model, token_share=token_share, **asked), budget

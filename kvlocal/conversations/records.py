@@ -46,6 +46,7 @@ class Conversation:
         n_tokens: tokens of the whole conversation after its last answer, if that is known.
         n_answers: answers since it began or was cleared, those that were taken back too.
         started: when, in ISO 8601.
+        tools: that may be called in all of it.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Conversation:
     n_tokens: int | None = None
     n_answers: int = 0
     started: str | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
@@ -72,7 +74,8 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
                 raise not_a_chat(path)
             check_version(path, record)
             system, model, started = (text_or_none(record.get(name)) for name in ("system", "model", "started"))
-            chat = Conversation(system=system, model=model, started=started)
+            tools = record.get("tools")
+            chat = Conversation(system=system, model=model, started=started, tools=tools if isinstance(tools, list) else [])
             continue
         try:
             if kind in ("piece", "end"):

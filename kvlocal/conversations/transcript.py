@@ -64,8 +64,8 @@ class Transcript:
         self._unwritten = b""
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, model: str, system: str | None) -> Self:
-        """Begin a new transcript; its directory is made if need be, and only the owner can read either.
+    def open(cls, path: str | os.PathLike[str], *, model: str, system: str | None, tools: Sequence[Mapping[str, Any]] = ()) -> Self:
+        """Begin a new transcript; its directory is made if need be, and only the owner can read either. tools: that may be called in all of it.
 
         Raises:
             TranscriptError: there is such a file already, or it cannot be written.
@@ -77,7 +77,7 @@ class Transcript:
             # nobody else has what was made just now, and nobody can resume it there
             transcript = cls(path, os.open(path, os.O_WRONLY | os.O_APPEND))
         try:
-            transcript.begin(model=model, system=system)
+            transcript.begin(model=model, system=system, tools=tools)
         except BaseException:
             transcript.close()
             raise
@@ -134,8 +134,9 @@ class Transcript:
             if last == "piece":
                 self._append({"record": "end", "reason": CUT}, durable=True)
 
-    def begin(self, *, model: str, system: str | None) -> None:
+    def begin(self, *, model: str, system: str | None, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """The first record of a new transcript."""
+        with_tools = {"tools": list(tools)} if tools else {}
         self._append(
             {
                 "record": "header",
@@ -145,6 +146,7 @@ class Transcript:
                 "model": model,
                 "system": system,
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+                **with_tools,
             },
             durable=True,
         )

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict
+from pathlib import Path
 from typing import Self
 
 from kvlocal.cache.fitting import fitted
@@ -17,10 +18,16 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
-from kvlocal.serving.live import Cancelled, LiveConversation
-from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, Usage
+from kvlocal.serving.chain import owner_digest
+from kvlocal.serving.conversation import ConversationInfo, KeptConversation
+from kvlocal.serving.keeper import Keeper
+from kvlocal.serving.live import Cancelled
+from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, UnknownConversation, Usage
+from kvlocal.serving.stats import EngineStats, Totals
+from kvlocal.template.markup import Message
 
 _POLL_SECONDS = 0.1  # of the driver while nothing happens
+_TOKEN_SHARE = 0.5  # of the time that answers get while prompts are read beside them
 _LEAVE_SECONDS = 5.0  # for answers that were stopped to end
 
 _log = logging.getLogger(__name__)
@@ -30,28 +37,48 @@ class Engine:
     """Answers requests with one model, `parallel` of them at once, the others in the order in which they came.
 
     One thread computes, as kvlocal.llama.scheduler says; each request that is worked on has one more, in which it takes turns with the others. A
-    long prompt is read micro-batch by micro-batch, and between two of them all others get their next token. What goes wrong with a request is told
-    in its Finished, and concerns no other.
+    long prompt is read micro-batch by micro-batch, and after each of them the others get tokens for as long as it took. What goes wrong
+    with a request is told in its Finished, and concerns no other.
 
     model: the weights; must outlive the engine
     config: of every conversation, but for the system prompt, which is the conversation's own
     parallel: conversations that are in slots at once
     waiting: requests that may wait for one
+    directory: where the conversations are kept, so that another engine goes on with them; None for in memory alone
+    idle_ram: bytes that conversations may take in memory while they are in no slot; beyond that the oldest are on the disk alone, or gone
+    disk: bytes that all may take on the disk; beyond that the oldest are deleted
     nexus: for the policies that need Nexus tokens
 
     Raises:
         KvlocalError: no conversation is possible with this configuration, or there is not enough memory. Nothing is left open then.
     """
 
-    def __init__(self, model: Model, config: SessionConfig, *, parallel: int = 1, waiting: int = 16, nexus: NexusTokens | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: SessionConfig,
+        *,
+        parallel: int = 1,
+        waiting: int = 16,
+        directory: Path | None = None,
+        idle_ram: int = 2**31,
+        disk: int = 2**34,
+        nexus: NexusTokens | None = None,
+    ) -> None:
         self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
-        self._nexus, self._n_waiting = nexus, waiting
-        self._slots, self.budget = slots_for(parallel, model, self.config, nexus)
+        self._n_waiting = waiting
+        self._slots, self.budget = slots_for(parallel, model, self.config, nexus, _TOKEN_SHARE)
+        try:
+            self._keeper = Keeper(self._slots, parallel, model, self.config, nexus, directory, idle_ram, disk)
+        except BaseException:
+            self._slots.close()
+            raise
         # guards what follows
         self._changed = threading.Condition()
         self._queue: deque[Answering] = deque()
         self._running: set[Answering] = set()
         self._closing = False
+        self._totals = Totals()
         self._seconds = 1.0  # that a request takes, a moving average
         self._driving = True
         self._driver = threading.Thread(target=self._drive, name="kvlocal-driver", daemon=True)
@@ -79,6 +106,53 @@ class Engine:
             self._changed.notify()
         return answering
 
+    def conversations(self, owner: str | None = None) -> list[ConversationInfo]:
+        """What is kept, the last used first: of one owner, or of all if None."""
+        kept = [one for one in self._keeper.conversations if owner is None or one.owner == owner_digest(owner)]
+        return [ConversationInfo.of(one) for one in sorted(kept, key=lambda one: -one.last_used)]
+
+    def messages(self, conversation: str, owner: str) -> list[Message]:
+        """What was said in a conversation, its system prompt first if it has one.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+        """
+        found = self._of(conversation, owner)
+        system: list[Message] = [] if found.system is None else [{"role": "system", "content": found.system}]
+        return system + [dict(turn) for turn in found.turns]
+
+    def delete(self, conversation: str, owner: str) -> None:
+        """Removes a conversation, in memory and on the disk.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+            KvlocalError: it is being answered, or it cannot be removed.
+        """
+        found = self._of(conversation, owner)
+        with self._slots.scheduler.turn():
+            self._keeper.delete(found)
+
+    def _of(self, conversation: str, owner: str) -> KeptConversation:
+        found = self._keeper.conversations.get(conversation, owner_digest(owner))
+        if found is None:
+            raise UnknownConversation(f"there is no conversation {conversation[:60]}: the list of conversations shows those there are")
+        return found
+
+    def stats(self) -> EngineStats:
+        """The engine in numbers."""
+        infos = self.conversations()
+        with self._changed:
+            return EngineStats(
+                parallel=len(self._workers),
+                running=len(self._running),
+                waiting=len(self._queue),
+                conversations=len(infos),
+                in_slots=sum(info.in_slot for info in infos),
+                bytes_in_memory=self._keeper.conversations.bytes_in_memory(),
+                bytes_on_disk=sum(info.bytes_on_disk for info in infos),
+                **asdict(self._totals),
+            )
+
     def _leave_queue(self, answering: Answering) -> None:
         """A request that waits does so no more."""
         with self._changed:
@@ -98,13 +172,13 @@ class Engine:
     def _work(self) -> None:
         while (answering := self._next()) is not None:
             started = time.perf_counter()
-            try:
-                answering.emit(self._finished(answering))
-            finally:
-                with self._changed:
-                    self._running.discard(answering)
-                    self._seconds += (time.perf_counter() - started - self._seconds) / 8
-                    self._changed.notify_all()
+            finished = self._finished(answering)
+            with self._changed:
+                self._running.discard(answering)
+                self._seconds += (time.perf_counter() - started - self._seconds) / 8
+                self._totals.count(finished)
+                self._changed.notify_all()
+            answering.emit(finished)
 
     def _next(self) -> Answering | None:
         """The request that has waited longest; None when there will be none any more."""
@@ -120,8 +194,7 @@ class Engine:
     def _finished(self, answering: Answering) -> Finished:
         """Carries a request out; what goes wrong is in the result."""
         try:
-            with self._slots.scheduler.turn():
-                return self._answer(answering)
+            return self._answer(answering)
         except (Stopped, Cancelled):
             return _without_answer()
         except KvlocalError as error:
@@ -131,17 +204,31 @@ class Engine:
             return _without_answer(KvlocalError(f"the answer failed by a fault in kvlocal ({type(error).__name__}): try again"))
 
     def _answer(self, answering: Answering) -> Finished:
-        first, *others = answering.request.messages
-        has_system = first["role"] == "system"
-        config = replace(self.config, system=first["content"] if has_system else None)
-        live = LiveConversation(self._slots, self.model, config, self._nexus)
+        keeper, turn = self._keeper, self._slots.scheduler.turn
+        task = keeper.take(answering)
+        conversation, error = task.conversation, None
         try:
-            live.work(answering, others if has_system else [first, *others], 0, lambda piece: None)
-            last = live.session.last
-            assert last is not None  # after an answer
-            return Finished(dict(live.session.messages[-1]), last.stop_reason, live.usage, "", len(live.session.messages))
+            with turn():
+                try:
+                    live = keeper.seat(task)
+                    live.read(answering, task.turns, task.n_known)
+                except BaseException:
+                    keeper.give_up(task)
+                    raise
+            keeper.note_turns(task)
+            with turn():
+                try:
+                    live.answer(answering, conversation.record.add_piece if conversation.record else lambda text: None)
+                except KvlocalError as failure:
+                    error = failure
+                last, message = live.session.last, dict(live.session.messages[-1])
+                keeper.capture(conversation)
+            reason = "error" if error or not last else last.stop_reason
+            if conversation.record:
+                conversation.record.end_answer(reason, last.drawn if last else (), conversation.n_tokens)
         finally:
-            live.close()
+            keeper.release(conversation)
+        return Finished(message, reason, live.usage, conversation.id, len(conversation.turns), error)
 
     # the end
 
@@ -164,6 +251,7 @@ class Engine:
         self._driving = False
         for thread in (self._driver, *self._workers):
             thread.join()
+        self._keeper.close()
         self._slots.close()
 
     def _wait_until_idle(self, seconds: float) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.llama.model import Model
-from kvlocal.llama.sampling import SamplingParams
 from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
-from kvlocal.serving.request import AnswerRequest, Event, Usage
+from kvlocal.serving.request import AnswerRequest, Usage
 from kvlocal.template.markup import Message
 
 
@@ -30,60 +30,65 @@ class LiveConversation:
     def __init__(self, slots: Slots, model: Model, config: SessionConfig, nexus: NexusTokens | None) -> None:
         self._answering: Answering | None = None
         self.usage = Usage()
-        self.session = ChatSession(model, config, nexus=nexus, progress=self._check, make_context=slots.open)
+        self.session = ChatSession(model, config, nexus=nexus, progress=self._check, make_context=slots.open, begin=False)
 
-    def _check(self, done: int = 0, total: int = 0) -> None:
+    def _check(self, *_: Any) -> None:
         if self._answering is not None and self._answering.cancelled:
             raise Cancelled
 
-    def work(self, answering: Answering, turns: Sequence[Message], n_known: int, said: Callable[[Event], None]) -> None:
-        """Makes the conversation the turns of a request and answers the last one; session.messages[-1] and session.last are the answer.
-
-        turns: without the system prompt
-        n_known: the conversation has so many of them
-        said: gets each piece of the answer before anybody else does
+    def read(self, answering: Answering, turns: Sequence[Message], n_known: int) -> None:
+        """Makes the conversation these turns, of which it has the first n_known, or as many as the way back leaves it.
 
         Raises:
-            Cancelled: before the answer began.
-            KvlocalError: they cannot be read, or not be answered.
+            Cancelled: nobody waits for it any more.
+            KvlocalError: they cannot be read.
         """
         self._answering, self.usage = answering, Usage()
         try:
-            self._read(turns, n_known)
-            self._answer(answering, said)
+            n = self.session.go_back_to(n_known)
+            self.usage = Usage(cached_tokens=0 if self.session.cache.uncertain else self._n_tokens)
+            for turn in turns[n:]:
+                self._check()
+                self.session.add_turn(turn["role"], turn["content"])
         finally:
             self._answering = None
 
-    def _read(self, turns: Sequence[Message], n_known: int) -> None:
-        session, cache = self.session, self.session.cache
-        self._check()
-        n = session.go_back_to(n_known)
-        cached = 0 if cache.uncertain else cache.ledger.n_tokens - cache.ledger.n_nexus
-        self.usage = replace(self.usage, cached_tokens=cached)
-        for message in turns[n:]:
-            self._check()
-            session.add_turn(message["role"], message["content"])
+    def answer(self, answering: Answering, said: Callable[[str], None]) -> None:
+        """Answers the last turn; session.messages[-1] and session.last are the answer.
 
-    def _answer(self, answering: Answering, said: Callable[[Event], None]) -> None:
-        session, request = self.session, answering.request
-        self._draw_as(request)
-        pieces = session.pieces(request.options)
+        said: gets what is new in the text of the answer before anybody else does
+
+        Raises:
+            KvlocalError: it cannot be answered, or not to its end.
+        """
+        session = self.session
+        self._draw_as(answering.request)
+        before, n_said, pieces = session.last, 0, session.pieces(answering.request.options)
+        message = session.messages[-1]
         answering.can_stop(session.stop)
         try:
             for piece in pieces:
-                said(piece)
+                said(message["content"][n_said:])
+                n_said = len(message["content"])
                 answering.emit(piece)
         finally:
             answering.can_stop(lambda: None)
-            if session.last:
+            # where it was broken off, it ends here
+            session.finish_turn()
+            if session.last and session.last is not before:
                 n = session.last.answer_tokens
-                ledger = session.cache.ledger
-                self.usage = replace(self.usage, prompt_tokens=ledger.n_tokens - ledger.n_nexus - n, completion_tokens=n)
+                self.usage = replace(self.usage, prompt_tokens=self._n_tokens - n, completion_tokens=n)
+        said(message["content"][n_said:])
+
+    @property
+    def _n_tokens(self) -> int:
+        ledger = self.session.cache.ledger
+        return ledger.n_tokens - ledger.n_nexus
 
     def _draw_as(self, request: AnswerRequest) -> None:
         """The same seed gives the same answer to the same conversation, also if it was answered before."""
         session = self.session
-        wanted: SamplingParams = request.sampling or session.config.sampling
+        wanted = request.sampling or session.config.sampling
         if session.sampling != wanted:
             session.set_sampling(wanted)
         if wanted.seed is not None:

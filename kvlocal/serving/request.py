@@ -23,6 +23,10 @@ class EngineBusy(KvlocalError):
         self.retry_after = retry_after
 
 
+class UnknownConversation(KvlocalError):
+    """There is no such conversation, or not for this owner."""
+
+
 @dataclass(frozen=True)
 class AnswerRequest:
     """A conversation whose last turn is to be answered.
