@@ -15,8 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvlocal.errors import KvlocalError
-from kvlocal.server import conversation_endpoints, model_endpoints
-from kvlocal.server.anthropic_endpoint import messages
+from kvlocal.server import anthropic_endpoint, conversation_endpoints, model_endpoints
 from kvlocal.server.chat_endpoint import chat_completions
 from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.guard import ANY, LOCAL_ORIGIN, Guard
@@ -32,7 +31,7 @@ _APIS: dict[str, tuple[str, _Endpoint]] = {
     "/models/{name:path}": ("GET", model_endpoints.model),
     "/chat/completions": ("POST", chat_completions),
     "/responses": ("POST", responses),
-    "/messages": ("POST", messages),
+    "/messages": ("POST", anthropic_endpoint.messages),
 }
 _OTHERS: dict[str, tuple[str, _Endpoint]] = {
     "/health": ("GET", model_endpoints.health),
@@ -41,7 +40,6 @@ _OTHERS: dict[str, tuple[str, _Endpoint]] = {
     "/detokenize": ("POST", model_endpoints.detokenize),
     "/metrics": ("GET", model_endpoints.metrics),
     "/conversations": ("GET", conversation_endpoints.conversations),
-    "/conversations/{id}": ("DELETE", conversation_endpoints.delete),
 }
 
 _log = logging.getLogger(__name__)
@@ -51,7 +49,11 @@ def make_app(service: Service) -> ASGIApp:
     """The application of a service."""
     paths = {f"{prefix}{path}": endpoint for prefix in ("/v1", "") for path, endpoint in _APIS.items()} | _OTHERS
     app = Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in paths.items()],
+        routes=[
+            *(Route(path, endpoint, methods=[method]) for path, (method, endpoint) in paths.items()),
+            Route("/conversations/{id}", conversation_endpoints.messages, methods=["GET"]),
+            Route("/conversations/{id}", conversation_endpoints.delete, methods=["DELETE"]),
+        ],
         middleware=[
             Middleware(Counted, metrics=service.metrics),
             Middleware(Guard, origins=service.origins, hosts=service.hosts),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields as fields_of_dataclass
 from dataclasses import replace
 from typing import Any
 
-from kvlocal.chat.messages import canonical, parse_messages
 from kvlocal.chat.options import AnswerOptions, ToolChoice
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.sampling import MAX_SEED, SamplingParams
+from kvlocal.llama.sampling import MAX_SEED, SamplingParams, with_temperature
 from kvlocal.server.errors import invalid, not_among, of_failure
+from kvlocal.server.messages import canonical
 from kvlocal.server.schemas import MAX_STOPS, ChatRequest, NamedTool, ResponseFormat, Sampled
 from kvlocal.serving.request import AnswerRequest
 
@@ -33,7 +34,7 @@ def answer_requests(
         ApiError: a field has a value that is not possible.
     """
     try:
-        messages = canonical(parse_messages(fields.messages))
+        messages = canonical(fields.messages)
         options = answer_options(fields)
         params = [sampling(fields, defaults, i) for i in range(fields.n or 1)]
     except KvlocalError as error:
@@ -63,8 +64,12 @@ def sampling(fields: Sampled, defaults: SamplingParams, index: int = 0) -> Sampl
         "logit_bias": None if fields.logit_bias is None else _biases(fields.logit_bias),
         "seed": None if fields.seed is None or fields.seed == -1 else (fields.seed + index) % (MAX_SEED + 1),
     }
-    params = defaults if fields.temperature is None else defaults.with_temperature(fields.temperature)
-    return replace(params, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() - {field.name for field in fields_of_dataclass(SamplingParams)}:
+        if given.pop(name):
+            raise invalid(f"{name} is not possible yet: leave it out", name)
+    params = defaults if fields.temperature is None else with_temperature(defaults, fields.temperature)
+    return replace(params, **given)
 
 
 def answer_options(fields: ChatRequest) -> AnswerOptions:

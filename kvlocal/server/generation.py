@@ -80,7 +80,6 @@ class Generation:
                     self._first = False
                     self._metrics.first_token.observe(time.perf_counter() - self._started)
                 if isinstance(event, Finished):
-                    self._metrics.count(event.usage)
                     if event.error is not None:
                         raise of_failure(event.error)
                     yield index, event

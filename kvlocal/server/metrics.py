@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvlocal.serving.request import Usage
+from kvlocal.serving.stats import EngineStats, Totals
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -19,25 +20,16 @@ class Metrics:
     """Counters of one server.
 
     Args:
-        stats: the numbers of the engine at this moment, by name.
+        stats: gives the engine in numbers.
     """
 
-    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Gauges(stats))
+        self._registry.register(_Engine(stats))
         self._requests = Counter("kvlocal_requests", "Requests, by what they asked for and the HTTP status of the answer.", ("path", "status"),
                                  registry=self._registry)  # fmt: skip
-        self._prompt = Counter("kvlocal_prompt_tokens", "Tokens of the conversations that were answered.", registry=self._registry)
-        self._cached = Counter("kvlocal_cached_tokens", "Those of them that were not read again.", registry=self._registry)
-        self._completion = Counter("kvlocal_completion_tokens", "Tokens of answers.", registry=self._registry)
         self.first_token = Histogram("kvlocal_first_token_seconds", "From a request to the first piece of its answer.", buckets=_SECONDS,
                                      registry=self._registry)  # fmt: skip
-
-    def count(self, usage: Usage) -> None:
-        """An answer that took so many tokens."""
-        self._prompt.inc(usage.prompt_tokens)
-        self._cached.inc(usage.cached_tokens)
-        self._completion.inc(usage.completion_tokens)
 
     def count_request(self, path: str, status: int) -> None:
         """A request that was answered. path: of the endpoint, not what a client has sent, of which there could be any number."""
@@ -48,10 +40,20 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Gauges(Collector):
-    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
+class _Engine(Collector):
+    """The numbers of the engine, read when somebody asks: what requests took is counted, the rest is as it is at that moment."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        for name, value in self._stats().items():
-            yield GaugeMetricFamily(f"kvlocal_{name}", f"{name.replace('_', ' ').capitalize()}, at this moment.", value)
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        counted = {field.name for field in fields(Totals)}
+        for name, value in asdict(self._stats()).items():
+            words = name.replace("_", " ").capitalize()
+            if name in counted:
+                yield CounterMetricFamily(f"kvlocal_{name}", f"{words}, of all requests so far.", value)
+            else:
+                yield GaugeMetricFamily(f"kvlocal_{name}", f"{words}, at this moment.", value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -52,10 +53,9 @@ async def props(request: Request) -> Response:
     }
     return JSONResponse({
         "default_generation_settings": {"n_ctx": model.n_ctx_train, "params": settings},
-        "total_slots": service.engine.parallel,
+        "total_slots": service.engine.stats().parallel,
         "model_alias": service.name,
         "model_path": model.path.name,
-        "chat_template": model.chat_template or "",
         "build_info": f"kvlocal {kvlocal.__version__}",
         "policy": config.policy,
         "kv_budget": service.engine.budget,
@@ -90,7 +90,7 @@ async def metrics(request: Request) -> Response:
     """Counters for Prometheus."""
     service = service_of(request)
     service.owner(request)
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(await asyncio.to_thread(service.metrics.text), media_type=CONTENT_TYPE)
 
 
 def _described(service: Service) -> dict[str, Any]:

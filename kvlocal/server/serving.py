@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import h11
 import uvicorn
@@ -72,6 +73,7 @@ def serve_model(
     nexus: NexusTokens | None = None,
     parallel: int = 1,
     waiting: int = 16,
+    directory: Path | None = None,
     api_keys: Sequence[str] = (),
     origins: Sequence[str] = (),
     host: str = "",
@@ -84,7 +86,7 @@ def serve_model(
         config: of every conversation; its system prompt is that of the conversations that have none.
         listening: of `listen`.
         name: by which clients know the model.
-        nexus, parallel, waiting: as Engine has them.
+        nexus, parallel, waiting, directory: as Engine has them.
         api_keys: those that may use it; with none everybody may.
         origins: web pages that may use it, beside those of this machine.
         host: a name by which it may be called, besides addresses and localhost.
@@ -94,7 +96,7 @@ def serve_model(
     Raises:
         KvlocalError: no conversation is possible with this configuration, or there is not enough memory.
     """
-    with Engine(model, config, parallel=parallel, waiting=waiting, nexus=nexus) as engine:
+    with Engine(model, config, parallel=parallel, waiting=waiting, directory=directory, nexus=nexus) as engine:
         # a page of the web whose name was turned to this machine's address has the key only if it was told it
         hosts = None if api_keys else (host, socket.gethostname())
         service = Service(name, model, engine, Keys(api_keys), Metrics(engine.stats), keep_trimmed, tuple(origins), hosts)
