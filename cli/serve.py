@@ -9,6 +9,7 @@ import click
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
+from kvlocal.files.places import state_dir
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.context import MAX_SEQUENCES
 from kvlocal_cli.options import Loading, clean_text, session_options
@@ -35,6 +36,7 @@ _EXTRA = {"h11", "prometheus_client", "pydantic", "pydantic_core", "sse_starlett
 @click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN",
               help="Web pages that may use the server, such as https://example.org, beside those of this machine; can be repeated, and * is "
               "all.  [default: none, with a key all]")  # fmt: skip
+@click.option("--forget", is_flag=True, help="Keep no conversations on the disk: they end with the server.")
 @click.option("--keep-trimmed", is_flag=True,
               help="Where a client has left out the oldest turns, go on with the conversation that has them.")  # fmt: skip
 @session_options
@@ -46,6 +48,7 @@ def serve_command(
     waiting: int,
     api_keys: tuple[str, ...],
     origins: tuple[str, ...],
+    forget: bool,
     keep_trimmed: bool,
     config: SessionConfig,
     loading: Loading,
@@ -59,8 +62,9 @@ def serve_command(
         curl http://127.0.0.1:8080/v1/chat/completions \\
             -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
-    A conversation that a client sends again is gone on with: only what is new of it is read. Ctrl-C ends the server; answers
-    that are on their way have some seconds to end.
+    A conversation that a client sends again is gone on with: only what is new of it is read. Conversations are kept on the
+    disk, in the directory `served` of --archive-dir or of where chats are kept. Ctrl-C ends the server; answers that are on
+    their way have some seconds to end.
     """
     try:
         from kvlocal.server import serving
@@ -71,6 +75,7 @@ def serve_command(
     if not all(key.strip() for key in api_keys):
         raise click.UsageError("an API key is empty: give one that is not, or leave the option out")
     config = replace(config, system=None if config.system is None else clean_text(config.system))
+    directory = None if forget else (config.archive_dir or state_dir()) / "served"
     listening = serving.listen(host, port)
     with listening:
         address = serving.address_of(listening, host)
@@ -78,11 +83,10 @@ def serve_command(
             _say(f"everybody who reaches {host} can use the server: ask for a key with --api-key")
         if not is_terminal(sys.stderr):
             _say(f"loading {name}")
-        with loading.model(name, config, parallel) as model:
-            config, nexus = loading.tokens(model, config)
+        with loading.loaded(name, config, parallel) as loaded:
             serving.serve_model(
-                model, config, listening, name=_model_name(name), nexus=nexus, parallel=parallel, waiting=waiting, api_keys=api_keys,
-                origins=origins or (("*",) if api_keys else ()), host=host, keep_trimmed=keep_trimmed,
+                loaded.model, loaded.config, listening, name=_model_name(name), nexus=loaded.nexus, parallel=parallel, waiting=waiting,
+                directory=directory, api_keys=api_keys, origins=origins or (("*",) if api_keys else ()), host=host, keep_trimmed=keep_trimmed,
                 ready=lambda: _say(f"{name} is served at {address}; Ctrl-C ends it"),
             )  # fmt: skip
     _say("the server has ended")

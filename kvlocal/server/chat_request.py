@@ -80,6 +80,7 @@ def answer_options(fields: ChatRequest) -> AnswerOptions:
         KvlocalError: so it is for AnswerOptions.
     """
     choice, allowed = _tool_choice(fields)
+    _check_possible(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise invalid("top_logprobs is given without logprobs: set logprobs to true", "top_logprobs")
     schema = None if fields.response_format is None else _schema(fields.response_format)
@@ -96,6 +97,19 @@ def answer_options(fields: ChatRequest) -> AnswerOptions:
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
+
+
+def _check_possible(fields: ChatRequest) -> None:
+    """Sessions do not follow these yet, and an answer that only looks as if it did is worse than none."""
+    wanted = {
+        "response_format": fields.response_format is not None and fields.response_format.type != "text",
+        "grammar": fields.grammar is not None,
+        "tools": bool(fields.tools) and fields.tool_choice != "none",
+        "logprobs": bool(fields.logprobs),
+    }
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise invalid(f"{name} is not possible yet: leave it out", name)
 
 
 def stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
