@@ -48,6 +48,9 @@ class ApiError(Exception):
         self.headers: dict[str, str] = {}
         if retry_after is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+        if status in (408, 413):
+            # the rest of the body is not waited for
+            self.headers["Connection"] = "close"
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 

@@ -146,7 +146,8 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Gives up on a connection whose request does not come: its header has to be there within HEADER_SECONDS."""
+    """Gives up on a connection whose request does not come: its header has to be there within HEADER_SECONDS, and so has the rest of a body that was
+    answered before it was there."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -163,7 +164,8 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        waits = self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+        if not waits or self.transport.is_closing():
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
