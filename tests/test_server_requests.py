@@ -8,7 +8,7 @@ from kvlocal.chat.messages import MessageError
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingError, SamplingParams
 from kvlocal.server.body import fields_of, json_of
-from kvlocal.server.chat_request import answer_requests
+from kvlocal.server.chat_request import answer_options, answer_requests
 from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.schemas import ChatRequest
 
@@ -26,6 +26,10 @@ def one(**fields):
     return request
 
 
+def options_of(**fields):
+    return answer_options(fields_of(ChatRequest, json.dumps({"messages": HELLO, **fields}).encode()))
+
+
 def refused(**fields):
     with pytest.raises(ApiError) as caught:
         parsed(**fields)
@@ -39,10 +43,9 @@ def test_what_is_not_said_is_as_the_server_has_it():
 
 
 def test_sampling():
-    sampling = one(temperature=1, top_p=0.5, top_k=7, min_p=0.1, repeat_penalty=1.2, presence_penalty=0.3, frequency_penalty=-0.4,
-                   logit_bias={"12": -100}, seed=9).sampling  # fmt: skip
+    sampling = one(temperature=1, top_p=0.5, top_k=7, min_p=0.1, repeat_penalty=1.2, seed=9, presence_penalty=0).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repeat_penalty) == (1, 0.5, 7, 0.1, 1.2)
-    assert (sampling.presence_penalty, sampling.frequency_penalty, dict(sampling.logit_bias), sampling.seed) == (0.3, -0.4, {12: -100}, 9)
+    assert sampling.seed == 9
 
 
 def test_numbers_that_others_use_for_off_and_for_any():
@@ -76,23 +79,34 @@ def test_the_newer_name_of_max_tokens_is_the_one_that_counts():
 
 def test_response_formats():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    assert one(response_format={"type": "text"}).options.json_schema is None
-    assert one(response_format={"type": "json_object"}).options.json_schema == {"type": "object"}
-    assert one(response_format={"type": "json_object", "schema": schema}).options.json_schema == schema
-    assert one(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}).options.json_schema == schema
+    assert options_of(response_format={"type": "text"}).json_schema is None
+    assert options_of(response_format={"type": "json_object"}).json_schema == {"type": "object"}
+    assert options_of(response_format={"type": "json_object", "schema": schema}).json_schema == schema
+    assert options_of(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}).json_schema == schema
 
 
 def test_tools():
-    options = one(tools=[WEATHER], parallel_tool_calls=False).options
+    options = options_of(tools=[WEATHER], parallel_tool_calls=False)
     assert list(options.tools) == [WEATHER] and options.tool_choice == "auto" and not options.parallel_tool_calls
-    named = one(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "weather"}}).options
+    named = options_of(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "weather"}})
     assert named.tool_choice == "required" and named.allowed_tools == ("weather",)
 
 
 def test_log_probabilities():
-    assert one(logprobs=True).options.top_logprobs == 0
-    assert one(logprobs=True, top_logprobs=3).options.top_logprobs == 3
-    assert one(logprobs=False).options.top_logprobs is None
+    assert options_of(logprobs=True).top_logprobs == 0
+    assert options_of(logprobs=True, top_logprobs=3).top_logprobs == 3
+    assert options_of(logprobs=False).top_logprobs is None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"response_format": {"type": "json_object"}}, {"grammar": 'root ::= "a"'}, {"tools": [WEATHER]}, {"logprobs": True}]
+)
+def test_what_sessions_do_not_follow_is_refused(fields):
+    assert refused(**fields).param == next(iter(fields))
+
+
+def test_tools_that_are_not_to_be_called_are_no_fault():
+    assert one(tools=[WEATHER], tool_choice="none").options.tool_choice == "none"
 
 
 @pytest.mark.parametrize(

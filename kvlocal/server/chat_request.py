@@ -36,6 +36,7 @@ def answer_requests(
     try:
         messages = canonical(fields.messages)
         options = answer_options(fields)
+        _check_possible(options)
         params = [sampling(fields, defaults, i) for i in range(fields.n or 1)]
     except KvlocalError as error:
         raise of_failure(error) from None
@@ -80,7 +81,6 @@ def answer_options(fields: ChatRequest) -> AnswerOptions:
         KvlocalError: so it is for AnswerOptions.
     """
     choice, allowed = _tool_choice(fields)
-    _check_possible(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise invalid("top_logprobs is given without logprobs: set logprobs to true", "top_logprobs")
     schema = None if fields.response_format is None else _schema(fields.response_format)
@@ -99,13 +99,13 @@ def answer_options(fields: ChatRequest) -> AnswerOptions:
     )
 
 
-def _check_possible(fields: ChatRequest) -> None:
+def _check_possible(options: AnswerOptions) -> None:
     """Sessions do not follow these yet, and an answer that only looks as if it did is worse than none."""
     wanted = {
-        "response_format": fields.response_format is not None and fields.response_format.type != "text",
-        "grammar": fields.grammar is not None,
-        "tools": bool(fields.tools) and fields.tool_choice != "none",
-        "logprobs": bool(fields.logprobs),
+        "response_format": options.json_schema is not None,
+        "grammar": options.grammar is not None,
+        "tools": bool(options.tools) and options.tool_choice != "none",
+        "logprobs": options.top_logprobs is not None,
     }
     for name, is_wanted in wanted.items():
         if is_wanted:

@@ -31,6 +31,10 @@ _WORDS = {
 }
 
 
+# the name that pydantic has for one of the forms of a field: a type, or one of our classes
+_BRANCH = re.compile(r"[^\w-]|^(str|int|list|dict|bool|float|[A-Z]\w+)$")
+
+
 class ApiError(Exception):
     """An answer to a request that cannot be served.
 
@@ -71,9 +75,11 @@ def invalid(message: str, param: str | None = None) -> ApiError:
 
 def of_validation(error: ValidationError) -> ApiError:
     """What is wrong with the fields of a request: the first of them that pydantic found wrong."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    # the names behind a field that may have several forms are those of pydantic's branches, and no parts of the request
-    path = [str(part) for part in first["loc"] if not (isinstance(part, str) and re.search(r"[^\w-]|^(str|int|list|dict|bool|float)$", part))]
+    found = error.errors(include_url=False, include_input=False)
+    # of the forms that a field may have, the one that the value comes nearest to is wrong deepest inside
+    first = max((each for each in found if each["loc"][:1] == found[0]["loc"][:1]), key=lambda each: len(each["loc"]))
+    # their names are those of pydantic's branches, and no parts of the request
+    path = [str(part) for part in first["loc"] if not (isinstance(part, str) and _BRANCH.search(part))]
     param = ".".join(path) or None
     wrong = _WORDS.get(first["type"]) or first["msg"][:1].lower() + first["msg"][1:].removeprefix("alue error, ")
     return invalid(f"{param or 'the body'} {wrong}" if first["type"] in _WORDS else f"{param or 'the body'}: {wrong}", param)
