@@ -45,8 +45,8 @@ _OPTIONS = (
     click.option(
         "--policy", "specs", default=ALL, show_default=True, metavar="LIST",
         help="Policies to compare, comma separated, each as name[:arg=value[:arg=value]]; an argument is a hyper-parameter of the policy, or "
-        "positions, window, stride, n_sink or archive. all is every policy there is what it needs for. The full context is always measured, as "
-        "the ceiling.",
+        "positions, window, stride, n_sink, archive or archive_type. all is every policy there is what it needs for. The full context is always "
+        "measured, as the ceiling.",
     ),
     click.option("--ratio", "ratios", default="0.5,0.8", show_default=True, callback=parse_ratios, metavar="LIST",
                  help="Shares of the history to remove, comma separated."),

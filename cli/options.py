@@ -134,6 +134,11 @@ _OPTIONS = (
         "--archive-dir", type=click.Path(file_okay=False, exists=True, writable=True, path_type=Path), metavar="DIR",
         help="Where the archive's file is, which has no name and ends with the program.  [default: the system's directory for temporary files]",
     ),
+    click.option(
+        "--archive-type", type=click.Choice(tuple(KV_TYPES)),
+        help="Type of keys and values in the archive: a smaller one than the cache's takes less memory, and what is recalled is rounded to it.  "
+        "[default: the types of the cache]",
+    ),
     click.option("--system", metavar="TEXT", help="System prompt; it always stays in the cache."),
     click.option(
         "--temp", type=float, default=_SAMPLING.temperature, show_default=True, metavar="X",
@@ -250,6 +255,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         archive: Store,
         archive_ram: int | None,
         archive_dir: Path | None,
+        archive_type: str | None,
         system: str | None,
         temp: float,
         top_k: int,
@@ -289,6 +295,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 archive=archive,
                 archive_ram=_archive_ram() if archive_ram is None else archive_ram * 10**6,
                 archive_dir=archive_dir,
+                archive_type=archive_type,
             )
         except KvlocalError as error:
             # wrong without regard to any model

@@ -11,10 +11,11 @@ from gguf import GGMLQuantizationType
 from test_native import Chat, L, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
-from kvlocal.llama.cells import BLOCK, NativeCache, NativeError, Rows
+from kvlocal.llama.cells import BLOCK, NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
+from kvlocal.llama.rows import Rows
 
 # every type, for keys and for values, and never the same for both but once
 PAIRS = [
@@ -329,11 +330,11 @@ def test_wrong_boxes_are_refused(model, tokens):
     with pytest.raises(NativeError):
         chat.native.fill_boxes(chunks[0][:, :, :128].copy(), range(1), np.zeros((L, 3, 2, 64, 8), np.float16))
     keys, box = ffi.from_buffer("uint8_t[]", chunks[0]), ffi.cast("uint16_t *", ffi.from_buffer(boxes[0]))
-    size, context = boxes[0].nbytes, chat.native._context
-    assert lib.kvl_get_boxes(context, ffi.NULL, 256, 0, 1, box, size, L, 3) == lib.KVL_ERR_ARGUMENT
-    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, ffi.NULL, size, L, 3) == lib.KVL_ERR_ARGUMENT
-    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, box, size - 1, L, 3) == lib.KVL_ERR_ARGUMENT
-    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, box, size, L, 2) == lib.KVL_ERR_ARGUMENT
+    size, context, f16 = boxes[0].nbytes, chat.native._context, chat.native.layout().type_k
+    assert lib.kvl_get_boxes(context, ffi.NULL, f16, 256, 0, 1, box, size, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, f16, 256, 0, 1, ffi.NULL, size, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, f16, 256, 0, 1, box, size - 1, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, f16, 256, 0, 1, box, size, L, 2) == lib.KVL_ERR_ARGUMENT
 
 
 def test_wrong_stretches_are_refused(model, tokens):
@@ -347,8 +348,8 @@ def test_wrong_stretches_are_refused(model, tokens):
         chat.native.row_scores(chunks, 60, stretches=([0, 1], [0]))
     pointers, scores = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunks[0].ctypes.data)]), np.zeros((L, 3, 60), np.float32)
     for starts, shifts, n in ((ffi.NULL, ffi.new("int32_t[]", 1), 1), (ffi.new("int32_t[]", 1), ffi.NULL, 1), (ffi.NULL, ffi.NULL, -1)):
-        out = chat.native._floats(scores)
-        assert lib.kvl_get_row_scores(chat.native._context, 0, W, 0, pointers, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+        out, f16 = chat.native._floats(scores), chat.native.layout().type_k
+        assert lib.kvl_get_row_scores(chat.native._context, 0, W, 0, pointers, f16, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
 
 
 @pytest.mark.parametrize("portable", [False, True])

@@ -10,8 +10,10 @@ from kvlocal import policies
 from kvlocal.cache.config import AUTO, CacheConfig, CacheError, check_allocation
 from kvlocal.gguf.attention import Attention, block_of
 from kvlocal.gguf.container import Container
+from kvlocal.llama.cells import Layout
 from kvlocal.llama.context import CELL_BLOCK
-from kvlocal.llama.ggml import device_without_attention
+from kvlocal.llama.ggml import device_without_attention, row_types
+from kvlocal.llama.rows import RowTypes
 
 C = TypeVar("C", bound=CacheConfig)
 
@@ -34,8 +36,12 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
         return config
     check_allocation(attention.n_ctx_train, config)
     type_k, type_v = config.type_k, config.type_v
-    for option, kind, size, what in (("--ctk", type_k, attention.size_k, "keys"), ("--ctv", type_v, attention.size_v, "values")):
-        if size % block_of(kind):
+    of_archive = config.archive_type if config.archive != "off" else None
+    for option, kind, size, what in (
+        ("--ctk", type_k, attention.size_k, "keys"), ("--ctv", type_v, attention.size_v, "values"),
+        ("--archive-type", of_archive, attention.size_k, "keys"), ("--archive-type", of_archive, attention.size_v, "values"),
+    ):  # fmt: skip
+        if kind and size % block_of(kind):
             raise CacheError(
                 f"the {what} of {path.name} have {size} numbers in each head, which is no multiple of the {block_of(kind)} that {kind} "
                 f"stores together: give {option} f16"
@@ -60,6 +66,20 @@ def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
         ContainerError: the file cannot be read.
     """
     return config if config.memory is None else _fitted(path, Attention.of(Container(path)), config, n_gpu_layers)
+
+
+def archive_types(config: CacheConfig, layout: Layout) -> RowTypes:
+    """What the archive of a cache stores its rows in, if there is one.
+
+    Raises:
+        CacheError: the heads are no whole blocks of the type that is asked for.
+    """
+    if config.archive == "off" or config.archive_type is None:
+        return layout.row_types
+    try:
+        return row_types(config.archive_type, layout)
+    except ValueError as error:
+        raise CacheError(f"an archive of the type {config.archive_type} cannot be made: {error}") from None
 
 
 def _fitted(path: Path, attention: Attention | None, config: C, n_gpu_layers: int) -> C:

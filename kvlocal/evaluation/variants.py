@@ -14,7 +14,7 @@ from kvlocal.errors import KvlocalError
 ALL = "all"
 
 # Fields of SessionConfig that a spec may set; the run sets the others.
-SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int, "archive": str}
+SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int, "archive": str, "archive_type": str}
 
 
 class VariantError(KvlocalError):
