@@ -235,14 +235,14 @@ def test_scores_of_rows_are_those_of_keys_rotated_there(model, tokens, types, mo
                 np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, keys=rotated, **options), atol=1e-3)
 
 
-def boxed(chat, keys):
+def boxed(chat, keys, types=None):
     """Chunks of 256 keys [L, H, n, bytes], and their boxes as far as blocks are whole, in two goes."""
     chunks, boxes = chunks_of(keys, 256), []
     for i, chunk in enumerate(chunks):
         box = np.full((*chunk.shape[:2], 2, 64, 16), np.nan, np.float16)
         n_blocks = min(16, (keys.shape[2] - 256 * i) // BLOCK)
         for blocks in (range(5), range(5, n_blocks)):
-            chat.native.fill_boxes(chunk, blocks, box)
+            chat.native.fill_boxes(chunk, blocks, box, types)
         boxes.append(box)
     return chunks, boxes
 
