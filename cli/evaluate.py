@@ -149,7 +149,8 @@ class Run:
     def loaded(self) -> Model:
         """The model; its Nexus tokens, if there is a use for them, are then in `nexus`, and variants that lack them are left out."""
         with waiting(f"loading {self._name}"):
-            check_file(self._path, self.base, self._gpu_layers)
+            for variant in self._variants:
+                check_file(self._path, variant.config(self.base), self._gpu_layers)
             model = Model(self._path, n_gpu_layers=self._gpu_layers)
         if self.base.budget is not None:
             check_budget(model, self.base)

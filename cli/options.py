@@ -275,6 +275,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             loading = Loading(gpu_layers, nexus, may_change_policy=policy is None)
             policy = policy or (_SESSION.policy if nexus == OFF else policies.WITH_NEXUS)
             policies.make(policy, policy_args)
+            if archive == "off" and not (archive_ram is None and archive_dir is None and archive_type is None):
+                raise click.UsageError("--archive-ram, --archive-dir and --archive-type say how an archive is kept: give --archive ram or disk too")
             if kv_memory is not None and kv_budget is not None:
                 raise click.UsageError("--kv-budget and --kv-memory say the same in two ways: give one of them")
             config = SessionConfig(

@@ -64,9 +64,11 @@ class Variant:
                 own[key] = value
         try:
             policies.make(name, own)
-            SessionConfig(policy=name, policy_args=own, **others)
+            config = SessionConfig(policy=name, policy_args=own, **others)
         except KvlocalError as error:
             raise VariantError(f"{spec!r} cannot be run: {error}") from None
+        if config.archive_type and config.archive == "off":
+            raise VariantError(f"{spec!r} has a type for an archive and none that it is for: add archive=ram or archive=disk")
         return cls(spec, ratio, name, own, others)
 
     @property
