@@ -14,7 +14,7 @@ from rich.table import Table
 
 import kvlocal
 from kvlocal.cache.config import DEFAULT_BUDGET, check_budget
-from kvlocal.cache.fitting import check_file
+from kvlocal.cache.fitting import CannotRecall, check_file
 from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
@@ -147,11 +147,20 @@ class Run:
         self.nexus: NexusTokens | None = None
 
     def loaded(self) -> Model:
-        """The model; its Nexus tokens, if there is a use for them, are then in `nexus`, and variants that lack them are left out."""
+        """The model; its Nexus tokens, if there is a use for them, are then in `nexus`. Variants that lack them, or that it cannot recall with, are left
+        out.
+        """
+        cannot: dict[str, str] = {}  # by specs
         with waiting(f"loading {self._name}"):
             for variant in self._variants:
-                check_file(self._path, variant.config(self.base), self._gpu_layers)
+                try:
+                    check_file(self._path, variant.config(self.base), self._gpu_layers)
+                except CannotRecall as error:
+                    cannot[variant.spec] = str(error)
             model = Model(self._path, n_gpu_layers=self._gpu_layers)
+        for spec, why in cannot.items():
+            _say(f"{spec} cannot be measured: {why}")
+        self._variants = [variant for variant in self._variants if variant.spec not in cannot]
         if self.base.budget is not None:
             check_budget(model, self.base)
         if any(variant.wants_nexus for variant in self._variants):

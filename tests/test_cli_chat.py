@@ -137,8 +137,8 @@ def test_kv_shows_what_was_kept_after_a_compression(chat):
     first = re.search(r"compressions? \((\d+) in this turn\)", result.stderr)
     assert first and int(first[1]) > 0
     rows = [line for line in result.stdout.splitlines() if re.search("[█░]", line)]
-    assert re.match(r" +system +\d+ +\d+\.0  █{24}  pinned", rows[0])
-    seen, kept = re.match(r" +1  user +(\d+) +([\d.]+)  █+░+  The quick", rows[1]).groups()
+    assert re.match(r" +system +\d+ +\d+ +\d+\.0 +\d+\.0  █{24}  pinned", rows[0])
+    seen, kept = re.match(r" +1  user +(\d+) +\d+ +[\d.]+ +([\d.]+)  █+░+  The quick", rows[1]).groups()
     assert int(seen) > 190 and float(kept) < 128
     used = [int(n) for n in re.findall(r"(\d+) cells kept .*of a budget of 128", result.stdout)]
     assert 128 <= used[0] <= 160

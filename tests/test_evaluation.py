@@ -119,7 +119,8 @@ def test_a_spec_is_split_between_policy_and_session():
         ("streaming:stride=0", "stride is 0"),
         ("streaming:positions=here", "positions"),
         ("recall:archive=ram:archive_type=q9", "the archive's type is 'q9'"),
-        ("recall:archive_type=q8_0", "add archive=ram"),
+        ("recall:archive=off:archive_type=q8_0", "no archive"),
+        ("snapkv:archive_type=q8_0", "no archive"),
         ("snapkv:archive=ram:archive-type=q8_0", "only the policy recall"),
     ],
 )

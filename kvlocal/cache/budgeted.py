@@ -108,7 +108,7 @@ class BudgetedCache(ArchivedCells):
                 carried_scores(self.policy),
                 undo=undo,
                 copies=self.policy.evicts,
-                archived=config.archive != "off",
+                archived=config.store != "off",
             )
             self._archive_types = archive_types(config, self.layout)
             self.sources = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
@@ -137,7 +137,7 @@ class BudgetedCache(ArchivedCells):
         self.peak = 0
         self.compressor.compressions = self.compressor.rotations = 0
         self.compressor.close_archive()
-        if self.config.archive != "off":
+        if self.config.store != "off":
             self.compressor.open_archive(self._empty_archive())
         self._begin_turn()
 
@@ -153,7 +153,7 @@ class BudgetedCache(ArchivedCells):
     def _empty_archive(self) -> Archive:
         config = self.config
         directory = config.archive_dir or Path(tempfile.gettempdir())
-        return Archive(self.layout, config.archive_ram, directory if config.archive == "disk" else None, self._archive_types)
+        return Archive(self.layout, config.archive_ram, directory if config.store == "disk" else None, self._archive_types)
 
     @property
     def seconds(self) -> Seconds:
@@ -385,7 +385,7 @@ class BudgetedCache(ArchivedCells):
         names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
         own = self._archive_types == self.layout.row_types
         settings = {name: getattr(self.config, name) for name in names}
-        settings |= {"archive": self.config.archive != "off", "archive_type": None if own else self.config.archive_type}
+        settings |= {"archive": self.config.store != "off", "archive_type": None if own else self.config.archive_type}
         return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
 
     def snapshot(self) -> Arrays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,11 @@ from kvlocal.llama.rows import RowTypes
 
 C = TypeVar("C", bound=CacheConfig)
 
+
+class CannotRecall(CacheError):
+    """The attention of a model is none that an archive can be looked up by."""
+
+
 # what `memory` chooses from: it holds about twice the cells of f16, at a small loss
 _SMALLER = "q8_0"
 
@@ -27,7 +33,8 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
     n_gpu_layers: as for Model
 
     Raises:
-        CacheError: it cannot.
+        CannotRecall: it cannot have an archive.
+        CacheError: it cannot have such a cache.
         ContainerError: the file cannot be read.
     """
     attention = Attention.of(Container(path))
@@ -36,21 +43,28 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
         return config
     check_allocation(attention.n_ctx_train, config)
     type_k, type_v = config.type_k, config.type_v
-    of_archive = config.archive_type if config.archive != "off" else None
-    for option, kind, size, what in (
-        ("--ctk", type_k, attention.size_k, "keys"), ("--ctv", type_v, attention.size_v, "values"),
-        ("--archive-type", of_archive, attention.size_k, "keys"), ("--archive-type", of_archive, attention.size_v, "values"),
-    ):  # fmt: skip
-        if kind and size % block_of(kind):
+    _check_blocks(path, attention, (("--ctk", type_k), ("--ctv", type_v)))
+    if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
+        raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
+    if config.store != "off" and not attention.plain:
+        raise CannotRecall(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
+    if config.store != "off" and config.archive_type:
+        _check_blocks(path, attention, 2 * (("--archive-type", config.archive_type),))
+    return config
+
+
+def _check_blocks(path: Path, attention: Attention, kinds: Sequence[tuple[str, str]]) -> None:
+    """Whether heads are whole blocks of the types of keys and of values, given with the options that say them.
+
+    Raises:
+        CacheError: they are not.
+    """
+    for (option, kind), size, what in zip(kinds, (attention.size_k, attention.size_v), ("keys", "values"), strict=True):
+        if size % block_of(kind):
             raise CacheError(
                 f"the {what} of {path.name} have {size} numbers in each head, which is no multiple of the {block_of(kind)} that {kind} "
                 f"stores together: give {option} f16"
             )
-    if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
-        raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
-    if config.archive != "off" and not attention.plain:
-        raise CacheError(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
-    return config
 
 
 def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
@@ -74,7 +88,7 @@ def archive_types(config: CacheConfig, layout: Layout) -> RowTypes:
     Raises:
         CacheError: the heads are no whole blocks of the type that is asked for.
     """
-    if config.archive == "off" or config.archive_type is None:
+    if config.store == "off" or config.archive_type is None:
         return layout.row_types
     try:
         return row_types(config.archive_type, layout)

@@ -67,8 +67,8 @@ class Variant:
             config = SessionConfig(policy=name, policy_args=own, **others)
         except KvlocalError as error:
             raise VariantError(f"{spec!r} cannot be run: {error}") from None
-        if config.archive_type and config.archive == "off":
-            raise VariantError(f"{spec!r} has a type for an archive and none that it is for: add archive=ram or archive=disk")
+        if config.archive_type and config.store == "off":
+            raise VariantError(f"{spec!r} has a type for an archive and no archive: leave out archive_type, or what keeps the archive away")
         return cls(spec, ratio, name, own, others)
 
     @property
