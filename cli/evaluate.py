@@ -147,8 +147,8 @@ class Run:
         self.nexus: NexusTokens | None = None
 
     def loaded(self) -> Model:
-        """The model; its Nexus tokens, if there is a use for them, are then in `nexus`. Variants that lack them, or that it cannot recall with, are left
-        out.
+        """The model; its Nexus tokens, if there is a use for them, are then in `nexus`. Variants that lack them, or that it cannot recall with,
+        are left out.
         """
         cannot: dict[str, str] = {}  # by specs
         with waiting(f"loading {self._name}"):
