@@ -275,15 +275,6 @@ def test_an_answer_that_was_stopped_is_waited_for(engine):
     assert [*iterator][-1].conversation == results[0].conversation
 
 
-def test_an_answer_that_cannot_begin_leaves_nothing(engine):
-    messages, results = chat(engine, LONG * 10)
-    for before in ([], messages):
-        last = finished(ask(engine, *before, user("Hello!"), grammar="root ::= nothing"))
-        assert last.error and last.stop_reason == "error"
-    assert [one.id for one in engine.conversations()] == [results[0].conversation]
-    assert n_read(answer(engine, *messages, user("And then?"))) < 20
-
-
 def test_a_conversation_can_be_deleted(engine):
     messages, results = chat(engine, LONG * 10)
     engine.delete(results[0].conversation, "me")
@@ -300,6 +291,17 @@ def test_without_an_archive_what_was_compressed_is_read_again(model):
         assert n_read(last) < 20
         last = answer(engine, *messages[:3], user("Which storms?"))
         assert last.usage.prompt_tokens > 300 and engine.messages(last.conversation, "me")[3] == user("Which storms?")
+
+
+def test_a_model_with_a_sliding_window(short_gemma3):
+    """Its cells come back as they were, and what is before its last turn is read again."""
+    with Model(short_gemma3) as model, Engine(model, CONFIG, parallel=1) as engine:
+        messages, _ = chat(engine, LONG * 20, "Which ships?", history=())
+        chat(engine, "A title, please", history=())
+        expected = answer(engine, *messages, user("And then?"))
+        assert n_read(expected) < 20
+        last = answer(engine, *messages[:2], user("Which storms?"))
+        assert engine.messages(last.conversation, "me")[2] == user("Which storms?")
 
 
 def test_idle_conversations_are_bounded_in_memory(model):

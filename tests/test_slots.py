@@ -167,7 +167,7 @@ def test_a_stream_and_a_context_are_used_in_the_same_way(kind):
 class TimedRequest:
     """Takes so many seconds."""
 
-    context = None
+    context, seq = None, 0
 
     def __init__(self, seconds, is_next_token, done):
         self.seconds, self.is_next_token, self.done = seconds, is_next_token, done
