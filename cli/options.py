@@ -136,6 +136,11 @@ _OPTIONS = (
         "--archive-dir", type=click.Path(file_okay=False, exists=True, writable=True, path_type=Path), metavar="DIR",
         help="Where the archive's file is, which has no name and ends with the program.  [default: the system's directory for temporary files]",
     ),
+    click.option(
+        "--archive-type", type=click.Choice(tuple(KV_TYPES)),
+        help="Type of keys and values in the archive: a smaller one than the cache's takes less memory, and what is recalled is rounded to it.  "
+        "[default: the types of the cache]",
+    ),
     click.option("--system", metavar="TEXT", help="System prompt; it always stays in the cache."),
     click.option(
         "--temp", type=float, default=_SAMPLING.temperature, show_default=True, metavar="X",
@@ -273,6 +278,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         archive: Store | None,
         archive_ram: int | None,
         archive_dir: Path | None,
+        archive_type: str | None,
         system: str | None,
         temp: float,
         top_k: int,
@@ -313,7 +319,13 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 archive=archive,
                 archive_ram=_archive_ram() if archive_ram is None else archive_ram * 10**6,
                 archive_dir=archive_dir,
+                archive_type=archive_type,
             )
+            if config.store == "off" and not (archive_ram is None and archive_dir is None and archive_type is None):
+                raise click.UsageError(
+                    "--archive-ram, --archive-dir and --archive-type say how an archive is kept and there is none here: leave them out, "
+                    "or give --archive disk"
+                )
         except KvlocalError as error:
             # wrong without regard to any model
             raise click.UsageError(str(error)) from error

@@ -168,6 +168,20 @@ def test_an_archive_shows_what_it_gave_back(chat):
     assert more.startswith(why.partition("\nturn")[0])
 
 
+def test_an_archive_of_a_smaller_type_takes_less(chat):
+    """And gives back what was asked for; turns are taken back with it."""
+    asked = [f"Name three {things} and say where they live or grow, and what they are good for." for things in ("birds", "fish", "trees")]
+    sizes = {}
+    for kind in ("f16", "q4_0"):
+        options = ("--archive", "ram", "--archive-type", kind, "--kv-budget", "96", "--stride", "16", "--max-tokens", "40", "--verbose")
+        result = chat(*options, stdin="\n".join([*asked, "/kv", "/undo 2", asked[1]]))
+        assert result.returncode == 0, result.stderr
+        assert "recalled from turn" in result.stderr and "given up" not in result.stderr and "again" not in result.stderr
+        sizes[kind] = int(re.search(r"archive: \d+ tokens, (\d+) MB", result.stdout)[1])
+    # what the way back takes besides is the same
+    assert sizes["q4_0"] < 0.7 * sizes["f16"]
+
+
 def test_why_without_an_archive(chat):
     asked = [f"Name a {thing}." for thing in ("bird", "fish", "tree", "river", "town", "star")]
     result = chat("--policy", "snapkv", stdin="\n".join([*asked, "/why", "/why all", "/set policy streaming", "/why"]))

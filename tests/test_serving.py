@@ -17,6 +17,7 @@ from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal.serving.chain import owner_digest
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, UnknownConversation
 
@@ -263,6 +264,17 @@ def test_an_answer_that_was_stopped_can_be_gone_on_with(engine):
     assert n_read(answer(engine, *messages)) < 20
 
 
+def test_an_answer_that_was_stopped_is_waited_for(engine):
+    """The next request comes while the answer before it is still ending."""
+    messages, results = chat(engine, LONG * 10)
+    answering = ask(engine, *messages, user("Tell me a story."), max_tokens=400)
+    next(iterator := answering.events())
+    answering.cancel()
+    last = answer(engine, *messages, user("And then?"))
+    assert n_read(last) < 20 and last.usage.cached_tokens > 100
+    assert [*iterator][-1].conversation == results[0].conversation
+
+
 def test_a_conversation_can_be_deleted(engine):
     messages, results = chat(engine, LONG * 10)
     engine.delete(results[0].conversation, "me")
@@ -279,6 +291,17 @@ def test_without_an_archive_what_was_compressed_is_read_again(model):
         assert n_read(last) < 20
         last = answer(engine, *messages[:3], user("Which storms?"))
         assert last.usage.prompt_tokens > 300 and engine.messages(last.conversation, "me")[3] == user("Which storms?")
+
+
+def test_a_model_with_a_sliding_window(short_gemma3):
+    """Its cells come back as they were, and what is before its last turn is read again."""
+    with Model(short_gemma3) as model, Engine(model, CONFIG, parallel=1) as engine:
+        messages, _ = chat(engine, LONG * 20, "Which ships?", history=())
+        chat(engine, "A title, please", history=())
+        expected = answer(engine, *messages, user("And then?"))
+        assert n_read(expected) < 20
+        last = answer(engine, *messages[:2], user("Which storms?"))
+        assert engine.messages(last.conversation, "me")[2] == user("Which storms?")
 
 
 def test_idle_conversations_are_bounded_in_memory(model):
@@ -362,6 +385,17 @@ def test_conversations_are_bounded_on_the_disk(model, tmp_path):
         _, results = chat(engine, "Good morning!", history=())
         wait_for(lambda: [one.id for one in engine.conversations()] == [results[0].conversation])
         wait_for(lambda: [path.stem for path in tmp_path.glob("*/*.jsonl")] == [results[0].conversation])
+
+
+def test_what_cannot_be_written_is_not_answered(model, tmp_path):
+    """A file is where the directory of the owner should be."""
+    with Engine(model, CONFIG, directory=tmp_path) as engine:
+        (tmp_path / owner_digest("me")).touch()
+        last = finished(ask(engine, user("Hello!")))
+        assert "cannot write" in str(last.error) and engine.conversations() == []
+        (tmp_path / owner_digest("me")).unlink()
+        messages, results = chat(engine, "Hello!")
+        assert engine.messages(results[0].conversation, "me") == messages
 
 
 def test_a_deleted_conversation_leaves_nothing_on_the_disk(model, tmp_path):

@@ -12,6 +12,7 @@ from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.score_sources import n_recorded
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.model import Model
 
 DEFAULT_BUDGET = 1024
@@ -45,6 +46,7 @@ class CacheConfig:
         with the policy that recalls, wherever it can, and else "off" (`store`)
     archive_ram: bytes of memory that the archive may take
     archive_dir: where its file is, the system's directory for temporary files if None
+    archive_type: what it stores keys and values in, of kvlocal.llama.context.KV_TYPES; None for the types of the cache
 
     Raises:
         CacheError: a value is out of range.
@@ -66,6 +68,7 @@ class CacheConfig:
     archive: Store | None = None
     archive_ram: int = 2**30
     archive_dir: Path | None = None
+    archive_type: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "memory", "stride", "window", "n_ubatch"):
@@ -86,6 +89,8 @@ class CacheConfig:
             raise CacheError(f"the archive is {self.archive!r}: it must be one of {', '.join(STORES)}")
         if self.archive_ram < 0:
             raise CacheError(f"archive_ram is {self.archive_ram}: it must be at least 0")
+        if self.archive_type is not None and self.archive_type not in KV_TYPES:
+            raise CacheError(f"the archive's type is {self.archive_type!r}: it must be one of {', '.join(KV_TYPES)}")
         if self.store != "off" and not self._may_recall:
             raise CacheError("only the policy recall chooses from an archive, and not with positions cache: change that or leave the archive off")
         if self.window > self.n_ubatch:

@@ -72,8 +72,12 @@ class ChatSession(Turns):
 
     def _until_end(self, answer: AnswerInProgress, options: AnswerOptions, form: Callable[[Told], T]) -> Iterator[T]:
         """What the answer says as it comes, each time in a form that may be empty, which is then left out."""
+        # by a name, so that what is raised from outside does not end it before it is mended
+        told = answer.told(options.max_tokens or self.max_tokens)
         try:
-            yield from filter(None, map(form, answer.told(options.max_tokens or self.max_tokens)))
+            for one in told:
+                if formed := form(one):
+                    yield formed
         except (Exception, KeyboardInterrupt):
             if not answer.over:
                 self._mend(answer)

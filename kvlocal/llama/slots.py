@@ -35,7 +35,7 @@ class _Request:
     logits: Outputs
     adapter: Adapter | None
     result: npt.NDArray[np.float32] | None = None
-    error: EngineError | None = None
+    error: Exception | None = None
 
     @property
     def is_next_token(self) -> bool:
@@ -57,7 +57,7 @@ class _Request:
                 self.result = context.logits_all()
             elif self.logits == "last":
                 self.result = context.logits()[None]
-        except EngineError as error:
+        except Exception as error:  # noqa: BLE001 - it is raised where the request comes from, and concerns no other
             self.error = error
 
 

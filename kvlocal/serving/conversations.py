@@ -33,11 +33,13 @@ class Conversations:
     disk: bytes that all of them may take on the disk, the oldest are deleted first
 
     lock: guards it and what its conversations say of themselves
+    released: notified when a conversation is idle again
     """
 
     def __init__(self, ram: int, disk: int) -> None:
         self._ram, self._disk = ram, disk
         self.lock = threading.RLock()
+        self.released = threading.Condition(self.lock)
         self._by_id: dict[str, KeptConversation] = {}
 
     def __iter__(self) -> Iterator[KeptConversation]:

@@ -129,8 +129,11 @@ class Engine:
             KvlocalError: it is being answered, or it cannot be removed.
         """
         found = self._of(conversation, owner)
-        with self._slots.scheduler.turn():
-            self._keeper.delete(found)
+        try:
+            with self._slots.scheduler.turn():
+                self._keeper.delete(found)
+        except Stopped:
+            raise SessionError("the engine is closed: start it again") from None
 
     def _of(self, conversation: str, owner: str) -> KeptConversation:
         found = self._keeper.conversations.get(conversation, owner_digest(owner))
@@ -205,27 +208,33 @@ class Engine:
 
     def _answer(self, answering: Answering) -> Finished:
         keeper, turn = self._keeper, self._slots.scheduler.turn
-        task = keeper.take(answering)
-        conversation, error = task.conversation, None
+        assignment = keeper.take(answering)
+        conversation, error = assignment.conversation, None
         try:
-            with turn():
-                try:
-                    live = keeper.seat(task)
-                    live.read(answering, task.turns, task.n_known)
-                except BaseException:
-                    keeper.give_up(task)
-                    raise
-            keeper.note_turns(task)
-            with turn():
-                try:
-                    live.answer(answering, conversation.record.add_piece if conversation.record else lambda text: None)
-                except KvlocalError as failure:
-                    error = failure
-                last, message = live.session.last, dict(live.session.messages[-1])
-                keeper.capture(conversation)
+            try:
+                with turn():
+                    live = keeper.seat(assignment)
+                    live.read(answering, assignment.turns, assignment.n_known)
+                keeper.note_turns(assignment)
+                with turn():
+                    try:
+                        live.answer(answering, conversation.record.add_piece if conversation.record else lambda text: None)
+                    except KvlocalError as failure:
+                        if live.session.messages[-1]["role"] != "assistant":
+                            raise
+                        error = failure
+                    last, message = live.session.last, dict(live.session.messages[-1])
+                    keeper.capture(conversation)
+            except Exception:
+                with turn():
+                    keeper.give_up(assignment)
+                raise
             reason = "error" if error or not last else last.stop_reason
             if conversation.record:
-                conversation.record.end_answer(reason, last.drawn if last else (), conversation.n_tokens)
+                try:
+                    conversation.record.end_answer(reason, last.drawn if last else (), conversation.n_tokens)
+                except KvlocalError as failure:
+                    error = error or failure
         finally:
             keeper.release(conversation)
         return Finished(message, reason, live.usage, conversation.id, len(conversation.turns), error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from kvlocal.serving.conversations import Conversations, Found
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Directory, new_id
 from kvlocal.template.markup import Message
+
+_CANCELLED_SECONDS = 10.0  # that an answer may take to end which was cancelled
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ class Keeper:
         owner, tools = owner_digest(request.owner), _tools(answering)
         digests = chain(owner, system, tools, turns)
         with self.conversations.lock:
-            found = self.conversations.find(digests, owner)
+            found = self._find(digests, owner)
             if request.keep_trimmed:
                 trimmed = self.conversations.find_trimmed(digests[0], [turn_digest(turn) for turn in turns], owner)
                 found = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else found
@@ -102,6 +105,17 @@ class Keeper:
                 self.conversations.add(conversation)
             conversation.answering = answering
             return Assignment(conversation, found, all_turns)
+
+    def _find(self, digests: Sequence[str], owner: str) -> Found | None:
+        """As Conversations.find; an answer that nobody wants any more is waited for, as it ends soon."""
+        deadline = time.monotonic() + _CANCELLED_SECONDS
+        while True:
+            found = self.conversations.find(digests, owner)
+            ending = found is not None and found.conversation.answering is not None and found.conversation.answering.cancelled
+            left = deadline - time.monotonic()
+            if not ending or left <= 0:
+                return found
+            self.conversations.released.wait(left)
 
     # into a slot, and out of it
 
@@ -180,11 +194,15 @@ class Keeper:
         conversation.set_turns(turns)
 
     def capture(self, conversation: KeptConversation) -> None:
-        """After an answer: what the conversation is, to go on from if it is out of its slot."""
+        """After an answer, and with all that a chat does between its turns: what the conversation is, to go on from if it is out of its slot."""
         live = conversation.live
         assert live is not None
         conversation.set_turns(live.session.messages)
-        conversation.captured = Captured.of(live.session, lasting=True) if can_be_captured(live.session) else None
+        conversation.captured = None
+        with suppress(KvlocalError):
+            live.session.finish_turn()
+            live.session.second_read()
+            conversation.captured = Captured.of(live.session, lasting=True) if can_be_captured(live.session) else None
         conversation.n_tokens = live.session.kv.history_tokens
 
     def give_up(self, task: Assignment) -> None:
@@ -198,6 +216,7 @@ class Keeper:
         with self.conversations.lock:
             conversation.answering = None
             conversation.touch()
+            self.conversations.released.notify_all()
             deleted = conversation.deleted
         if not deleted:
             with self._to_do:
