@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from kvlocal.chat.messages import MessageError
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingError
+from kvlocal.template.compiled import TemplateError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -89,6 +90,8 @@ def of_failure(error: KvlocalError) -> ApiError:
     """A failure of the library: of the request where it is about messages or sampling, else of the server."""
     if isinstance(error, MessageError):
         return invalid(str(error), "messages")
+    if isinstance(error, TemplateError):
+        return invalid(f"the model's chat template refuses the conversation: {error}", "messages")
     if isinstance(error, SamplingError):
         name = str(error).split(" ", 1)[0]
         return invalid(str(error), name if name.replace("_", "").isalnum() else None)

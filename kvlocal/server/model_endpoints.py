@@ -68,7 +68,8 @@ async def tokenize(request: Request) -> Response:
     service = service_of(request)
     service.owner(request)
     fields = fields_of(TokenizeRequest, await body_of(request))
-    tokens = service.model.tokenize(fields.content, parse_special=fields.parse_special is not False, add_special=fields.add_special is True).tolist()
+    special = {"parse_special": fields.parse_special is not False, "add_special": fields.add_special is True}
+    tokens = (await asyncio.to_thread(service.model.tokenize, fields.content, **special)).tolist()
     if fields.with_pieces:
         return JSONResponse({"tokens": [{"id": token, "piece": _piece(service, token)} for token in tokens]})
     return JSONResponse({"tokens": tokens})
