@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvlocal.template.answer import ToolCallDelta
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -18,21 +20,6 @@ class TokenLogprob:
     token: bytes
     logprob: float
     top: Sequence[tuple[bytes, float]] = ()
-
-
-@dataclass(frozen=True)
-class ToolCallDelta:
-    """What is new of a tool call.
-
-    index: which of the answer's calls it belongs to, from 0
-    id, name: of the call, in its first delta, and "" in the others
-    arguments: the next characters of its arguments, which are a JSON object when they are complete
-    """
-
-    index: int
-    id: str
-    name: str
-    arguments: str
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from itertools import groupby, pairwise
 from typing import Self
 
 import numpy as np
@@ -116,28 +117,42 @@ class Turns:
 
         An answer that is still on its way ends here.
         """
+        self.add_messages([{"role": role, "content": content}])
+
+    def add_messages(self, messages: Sequence[Message]) -> None:
+        """Appends given messages in order, as add_turn does. What tools gave back follows the answer that called them, and stands for the turn of
+        the user, which may follow it; what stands between two answers is read together.
+        """
+        for _, turn in groupby(messages, lambda message: message["role"] == "assistant"):
+            self._add_turn([dict(message) for message in turn])
+
+    def _add_turn(self, turn: Sequence[Message]) -> None:
+        """Appends an answer, or what stands between two."""
         self._end_answer()
+        is_answer = turn[0]["role"] == "assistant"
         last = self.messages[-1]["role"] if self.messages else "assistant"
-        if role not in ("user", "assistant") or role == last:
-            raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
+        _check_follows("user" if last == "tool" else last, turn[0]["role"])
+        for before, message in pairwise(turn):
+            _check_follows(before["role"], message["role"])
         self.settle()
-        self._answer = AnswerInProgress(self._reader) if role == "user" else None
-        if role == "user":
-            self._note_mark()
-            pieces = self.template.user_turn(self._history_for_template(), content)
+        self._answer = None if is_answer else AnswerInProgress(self._reader)
+        history = self._history_for_template()
+        if is_answer:
+            pieces = self.template.given_answer(history, turn[0])
         else:
-            pieces = self.template.given_assistant(self._history_for_template(), content)
-        self.messages.append({"role": role, "content": content})
+            self._note_mark()
+            pieces = self.template.turn(history, turn)
+        self.messages += turn
         try:
-            if role == "user" and self._reader.nexus and self._reader.ends_with("assistant"):
+            if not is_answer and self._reader.nexus and self._reader.ends_with("assistant"):
                 self._finish_turn()
             started = time.perf_counter()
             self._prompt = self._reader.read(pieces), time.perf_counter() - started
         except BaseException:
-            self._take_back(role)
+            self._take_back(len(turn))
             raise
         self.prediction = self.cache.context.logits()
-        self.n_answers += role == "assistant"
+        self.n_answers += is_answer
 
     def _note_mark(self) -> None:
         """What the conversation is now can be had again, as long as the cache has the way back to it."""
@@ -146,11 +161,11 @@ class Turns:
         there = {*self.cache.marked}
         self._marks = [mark for mark in (*self._marks, now) if mark.n_tokens in there]
 
-    def _take_back(self, role: str) -> None:
-        """A turn that could not be read to its end is as if it had not been given."""
+    def _take_back(self, n_messages: int) -> None:
+        """A turn of so many messages that could not be read to its end is as if it had not been given."""
         self._answer = None
         with suppress(KvlocalError):
-            self._go_back(len(self.messages) - 1)
+            self._go_back(len(self.messages) - n_messages)
 
     def _history_for_template(self, n: int | None = None) -> list[Message]:
         """What the template has to know of the first n messages, of all if None."""
@@ -270,7 +285,7 @@ class Turns:
             self._leave_answer()
             n_known = _n_common(self.messages, messages)
             if any(self._rewind(mark.n_messages) for mark in reversed(self._marks) if mark.n_messages <= n_known):
-                self._add_turns(messages[len(self.messages) :])
+                self.add_messages(messages[len(self.messages) :])
             else:
                 self.restore(messages)
         except BaseException:
@@ -288,11 +303,7 @@ class Turns:
         """Forgets everything and reads these turns; the last may be a user turn, to be answered with answer()."""
         messages = [dict(message) for message in messages]
         self._begin()
-        self._add_turns(messages)
-
-    def _add_turns(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            self.add_turn(message["role"], message["content"])
+        self.add_messages(messages)
 
     def owe(self, messages: Sequence[Message]) -> None:
         """These turns are the conversation; they are read when it goes on."""
@@ -337,6 +348,13 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_follows(last: str, role: str) -> None:
+    """Whether a message of this role can come behind one of the role `last`."""
+    wanted = {"assistant": ("user", "tool"), "tool": ("tool", "user", "assistant")}.get(last, ("assistant",))
+    if role not in wanted:
+        raise SessionError(f"after a turn of the {last} comes one of the {wanted[0]}, not of {role!r}")
 
 
 def _n_common(one: Sequence[Message], other: Sequence[Message]) -> int:

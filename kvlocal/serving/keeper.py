@@ -137,7 +137,7 @@ class Keeper:
         return conversation.live
 
     def _config_of(self, conversation: KeptConversation) -> SessionConfig:
-        return replace(self._config, system=conversation.system)
+        return replace(self._config, system=conversation.system, tools=conversation.tools)
 
     def _go_on_from(self, task: Assignment, live: LiveConversation) -> None:
         """Without anything that fits, all is read."""

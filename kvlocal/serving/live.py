@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from kvlocal.chat.config import SessionConfig
@@ -46,10 +47,13 @@ class LiveConversation:
         self._answering, self.usage = answering, Usage()
         try:
             n = self.session.go_back_to(n_known)
+            if n < len(turns):
+                # what stands between two answers is read together
+                n = self.session.go_back_to(max((i + 1 for i in range(n) if turns[i]["role"] == "assistant"), default=0))
             self.usage = Usage(cached_tokens=0 if self.session.cache.uncertain else self._n_tokens)
-            for turn in turns[n:]:
+            for _, turn in groupby(turns[n:], lambda message: message["role"] == "assistant"):
                 self._check()
-                self.session.add_turn(turn["role"], turn["content"])
+                self.session.add_messages(list(turn))
         finally:
             self._answering = None
 

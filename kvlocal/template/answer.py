@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import secrets
+import string
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvlocal.llama.model import Model
-from kvlocal.template.compiled import Answer, AnswerError, AnswerFormat
+from kvlocal.template.compiled import Answer, AnswerError, AnswerFormat, ToolCall
 from kvlocal.template.textstream import TextStream, first_stop, n_begun, pieces_of
 
 # How a thought is written in the text of an answer, whatever the model's own markers are.
@@ -20,6 +22,7 @@ MARKER_ENDS = (">", "]")
 _THOUGHT = re.compile(r"\s*<think>\s*(.*?)(?:\s*</think>\s*(.*))?\Z", re.DOTALL)
 _READ_SHARE = 2048  # an answer is read anew when it is longer by this part of its length, as that takes time in proportion to it
 _MARKUP = 64  # characters that the markup between two parts of an answer has at most
+_ID_CHARACTERS, _ID_LENGTH = string.ascii_letters + string.digits, 9  # as the families have them that check ids of calls
 _TAIL = 32  # characters by which the end of what was shown is found again
 
 
@@ -39,16 +42,33 @@ def split_thought(text: str) -> tuple[str, bool, str]:
     return found[1], found[2] is not None, found[2] or ""
 
 
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """What is new of a tool call.
+
+    index: which of the answer's calls it belongs to, from 0
+    id, name: of the call, in its first delta, and "" in the others
+    arguments: the next characters of its arguments, which are a JSON object when they are complete
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
 class Told(NamedTuple):
     """What is new in an answer.
 
     text: all that a person reads, the thought in front
     reasoning, content: the same, thought and text apart
+    calls: of the tools that are called
     """
 
     text: str = ""
     reasoning: str = ""
     content: str = ""
+    calls: Sequence[ToolCallDelta] = ()
 
 
 class AnswerStream:
@@ -63,6 +83,7 @@ class AnswerStream:
 
     Attributes:
         stopped_as_asked: whether it was one of these that came.
+        calls: the tools that are called, as far as it was told.
     """
 
     def __init__(
@@ -79,6 +100,7 @@ class AnswerStream:
         # what is left out from a stop text on
         self._behind_stop = ""
         self.stopped_as_asked = False
+        self.calls: list[ToolCall] = []
 
     @property
     def stopped(self) -> bool:
@@ -136,9 +158,9 @@ class AnswerStream:
         at = said.rfind(tail)
         rest = said[at + len(tail) :] if at >= 0 else said
         # of an answer that was cut, it can be a marker that had begun
-        if self.stopped_as_asked or (cut and len(rest) < _MARKUP):
+        if self.stopped_as_asked or self.calls or (cut and len(rest) < _MARKUP):
             return told
-        return Told(told.text + rest, told.reasoning, told.content + rest)
+        return told._replace(text=told.text + rest, content=told.content + rest)
 
     @property
     def has_closing(self) -> bool:
@@ -190,8 +212,26 @@ class AnswerStream:
         if is_partial and not self.stopped_as_asked:
             # what follows decides whether space at the end belongs to it
             text, reasoning, content = text.rstrip(), reasoning if content else reasoning.rstrip(), content.rstrip()
-        new = Told(_behind(self._text, text), _behind(self._reasoning, reasoning), _behind(self._content, content))
+        calls = self._new_calls(answer.tool_calls, is_partial)
+        new = Told(_behind(self._text, text), _behind(self._reasoning, reasoning), _behind(self._content, content), calls)
         self._text, self._reasoning, self._content = self._text + new.text, self._reasoning + new.reasoning, self._content + new.content
+        return new
+
+    def _new_calls(self, calls: Sequence[ToolCall], is_partial: bool) -> list[ToolCallDelta]:
+        """What is new of the calls of an answer."""
+        new = []
+        for i, call in enumerate(calls):
+            if is_partial and not call.arguments:
+                # its name may go on
+                break
+            is_first = i == len(self.calls)
+            if is_first:
+                self.calls.append(ToolCall(call.name, "", call.id or "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH))))
+            told = self.calls[i]
+            arguments = _behind(told.arguments, call.arguments)
+            self.calls[i] = told._replace(arguments=told.arguments + arguments)
+            if is_first or arguments:
+                new.append(ToolCallDelta(i, told.id if is_first else "", told.name if is_first else "", arguments))
         return new
 
 
