@@ -117,6 +117,53 @@ def test_a_stream_of_a_response(client):
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 5}}, "required": ["city"]},
+    },
+}
+
+
+def test_a_tool_is_called_and_its_result_read(client):
+    asked = {"model": "any", "tools": [WEATHER], "max_tokens": 80}
+    messages = [{"role": "user", "content": "How is the weather in Rome?"}]
+    choice = client.chat.completions.create(messages=messages, tool_choice="required", parallel_tool_calls=False, **asked).choices[0]
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and call.function.name == "weather" and "city" in json.loads(call.function.arguments)
+    messages += [choice.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "sunny, 25 degrees"}]
+    answer = client.chat.completions.create(messages=messages, tool_choice="none", **asked)
+    assert answer.choices[0].message.content and answer.usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_a_call_in_a_stream(client):
+    chunks = client.chat.completions.create(model="any", tools=[WEATHER], max_tokens=80, tool_choice="required", parallel_tool_calls=False,
+                                            messages=[{"role": "user", "content": "How is the weather in Rome?"}], stream=True)  # fmt: skip
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert deltas[0].function.name == "weather" and deltas[0].id
+    assert "city" in json.loads("".join(delta.function.arguments for delta in deltas))
+
+
+def test_an_answer_that_follows_a_schema(client):
+    age = {"type": "integer", "minimum": 0, "maximum": 99}
+    schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}
+    answer = client.chat.completions.create(model="any", messages=HELLO, max_tokens=40, temperature=1,
+                                            response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}})  # fmt: skip
+    assert 0 <= json.loads(answer.choices[0].message.content)["age"] <= 99
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="any", messages=HELLO, extra_body={"grammar": "root ::= nothing"})
+    assert "grammar" in caught.value.message
+
+
+def test_log_probabilities(client):
+    answer = client.chat.completions.create(model="any", messages=HELLO, logprobs=True, top_logprobs=2)
+    tokens = answer.choices[0].logprobs.content
+    assert "".join(token.token for token in tokens).startswith(answer.choices[0].message.content[:3])
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens)
+
+
 # Other forms
 
 

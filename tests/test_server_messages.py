@@ -18,6 +18,11 @@ def system(content):
     return {"role": "system", "content": content}
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+
+
 @pytest.mark.parametrize(
     "messages, wanted",
     [
@@ -35,13 +40,17 @@ def system(content):
         ([assistant("hi"), user("a")], [user(""), assistant("hi"), user("a")]),
         ([user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], [user("a\nb")]),
         ([user("")], [user("")]),
+        ([user("a"), CALLING, RESULT], [user("a"), {**CALLING, "content": ""}, RESULT]),
+        ([user("a"), CALLING, RESULT, user("b")], [user("a"), {**CALLING, "content": ""}, RESULT, user("b")]),
+        ([user("a"), assistant("Wait."), CALLING, RESULT], [user("a"), {**CALLING, "content": "Wait."}, RESULT]),
         ([{"role": "user", "content": "a", "name": "Ann", "other": 1}], [user("a")]),
     ],
 )
 def test_what_becomes_of_them(messages, wanted):
     found = canonical(messages)
     assert found == wanted
-    check_order(found)
+    if not any("tool_calls" in message for message in found):
+        check_order(found)
 
 
 def test_the_beginning_stays_when_a_conversation_grows():
@@ -60,8 +69,10 @@ def test_the_beginning_stays_when_a_conversation_grows():
         (user(7), "neither a string nor a list"),
         (user([{"type": "image_url", "image_url": {}}]), 'a part of the type "image_url"'),
         (user([7]), "a part of the type null"),
-        ({"role": "tool", "tool_call_id": "1", "content": "a"}, "call of a tool"),
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "call of a tool"),
+        (RESULT, "the one before it calls none"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "without the name of a function"),
+        ({"role": "assistant", "content": None, "tool_calls": {}}, "are no list"),
+        ({"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "["}}]}, "no JSON object"),
     ],
 )
 def test_what_is_none(message, words):

@@ -43,9 +43,10 @@ def test_what_is_not_said_is_as_the_server_has_it():
 
 
 def test_sampling():
-    sampling = one(temperature=1, top_p=0.5, top_k=7, min_p=0.1, repeat_penalty=1.2, seed=9, presence_penalty=0).sampling
+    sampling = one(temperature=1, top_p=0.5, top_k=7, min_p=0.1, repeat_penalty=1.2, presence_penalty=0.3, frequency_penalty=-0.4,
+                   logit_bias={"12": -100}, seed=9).sampling  # fmt: skip
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repeat_penalty) == (1, 0.5, 7, 0.1, 1.2)
-    assert sampling.seed == 9
+    assert (sampling.presence_penalty, sampling.frequency_penalty, dict(sampling.logit_bias), sampling.seed) == (0.3, -0.4, {12: -100}, 9)
 
 
 def test_numbers_that_others_use_for_off_and_for_any():
@@ -96,13 +97,6 @@ def test_log_probabilities():
     assert options_of(logprobs=True).top_logprobs == 0
     assert options_of(logprobs=True, top_logprobs=3).top_logprobs == 3
     assert options_of(logprobs=False).top_logprobs is None
-
-
-@pytest.mark.parametrize(
-    "fields", [{"response_format": {"type": "json_object"}}, {"grammar": 'root ::= "a"'}, {"tools": [WEATHER]}, {"logprobs": True}]
-)
-def test_what_sessions_do_not_follow_is_refused(fields):
-    assert refused(**fields).param == next(iter(fields))
 
 
 def test_tools_that_are_not_to_be_called_are_no_fault():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields as fields_of_dataclass
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +35,6 @@ def answer_requests(
     try:
         messages = canonical(fields.messages)
         options = answer_options(fields)
-        _check_possible(options)
         params = [sampling(fields, defaults, i) for i in range(fields.n or 1)]
     except KvlocalError as error:
         raise of_failure(error) from None
@@ -65,12 +63,8 @@ def sampling(fields: Sampled, defaults: SamplingParams, index: int = 0) -> Sampl
         "logit_bias": None if fields.logit_bias is None else _biases(fields.logit_bias),
         "seed": None if fields.seed is None or fields.seed == -1 else (fields.seed + index) % (MAX_SEED + 1),
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given.keys() - {field.name for field in fields_of_dataclass(SamplingParams)}:
-        if given.pop(name):
-            raise invalid(f"{name} is not possible yet: leave it out", name)
     params = defaults if fields.temperature is None else with_temperature(defaults, fields.temperature)
-    return replace(params, **given)
+    return replace(params, **{name: value for name, value in given.items() if value is not None})
 
 
 def answer_options(fields: ChatRequest) -> AnswerOptions:
@@ -97,19 +91,6 @@ def answer_options(fields: ChatRequest) -> AnswerOptions:
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
-
-
-def _check_possible(options: AnswerOptions) -> None:
-    """Sessions do not follow these yet, and an answer that only looks as if it did is worse than none."""
-    wanted = {
-        "response_format": options.json_schema is not None,
-        "grammar": options.grammar is not None,
-        "tools": bool(options.tools) and options.tool_choice != "none",
-        "logprobs": options.top_logprobs is not None,
-    }
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise invalid(f"{name} is not possible yet: leave it out", name)
 
 
 def stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -9,9 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kvlocal.chat.config import SessionError
 from kvlocal.chat.messages import MessageError
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.grammar import GrammarError
 from kvlocal.llama.sampling import SamplingError
+from kvlocal.serving.request import EngineClosed
 from kvlocal.template.compiled import TemplateError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -90,6 +93,12 @@ def of_failure(error: KvlocalError) -> ApiError:
     """A failure of the library: of the request where it is about messages or sampling, else of the server."""
     if isinstance(error, MessageError):
         return invalid(str(error), "messages")
+    if isinstance(error, EngineClosed):
+        return ApiError(503, str(error), code="closing", retry_after=5)
+    if isinstance(error, GrammarError):
+        return invalid(str(error), "grammar")
+    if isinstance(error, SessionError):
+        return invalid(str(error))
     if isinstance(error, TemplateError):
         return invalid(f"the model's chat template refuses the conversation: {error}", "messages")
     if isinstance(error, SamplingError):

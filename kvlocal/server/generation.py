@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from kvlocal.errors import KvlocalError
 from kvlocal.server.chat_reply import Choice
 from kvlocal.server.chat_request import answer_requests
-from kvlocal.server.errors import ApiError, invalid, of_failure
+from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.metrics import Metrics
 from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import Service
@@ -53,7 +53,7 @@ class Generation:
             raise ApiError(503, str(error), code="busy", retry_after=error.retry_after) from None
         except KvlocalError as error:
             self.cancel()
-            raise submission_failure(error) from None
+            raise of_failure(error) from None
         for index, answering in enumerate(self._answerings):
             answering.on_event(lambda event, index=index: self._pass_on(index, event))  # type: ignore[misc]
 
@@ -121,12 +121,6 @@ async def collected(generation: Generation) -> list[Choice]:
         else:
             choices[index].add(piece)
     return choices
-
-
-def submission_failure(error: KvlocalError) -> ApiError:
-    """Why an engine did not take a request."""
-    failure = of_failure(error)
-    return invalid(str(error)) if failure.status == 500 else failure
 
 
 async def unless_gone(request: Request, work: Awaitable[_Result]) -> _Result:

@@ -10,7 +10,7 @@ from kvlocal.chat.messages import MessageError
 from kvlocal.template.markup import Message
 
 # "developer" is OpenAI's newer name of the system
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 def canonical(messages: Sequence[Any]) -> list[Message]:
@@ -34,10 +34,19 @@ def canonical(messages: Sequence[Any]) -> list[Message]:
         elif role == "user":
             _append(turns, "user", "\n\n".join([*remarks, *([text] if text else [])]))
             remarks = []
-        elif text:
+        elif role == "tool":
+            if not turns or not (turns[-1].get("tool_calls") or turns[-1]["role"] == "tool"):
+                raise MessageError(f"message {i + 1} is what a tool gave back, and the one before it calls none: put the call before it")
+            turns.append({"role": "tool", "content": text, **_strings(message, "tool_call_id", "name")})
+        else:
+            calls = _calls(i, message.get("tool_calls"))
+            if not text and not calls:
+                continue
             if not turns:
                 turns.append({"role": "user", "content": ""})
             _append(turns, "assistant", text)
+            if calls:
+                turns[-1]["tool_calls"] = [*turns[-1].get("tool_calls", ()), *calls]
     if remarks:
         _append(turns, "user", "\n\n".join(remarks))
     return [*([{"role": "system", "content": "\n\n".join(system)}] if system else []), *turns]
@@ -55,11 +64,37 @@ def _message(index: int, message: Any) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise MessageError(f'message {index + 1} is not an object: write {{"role": ..., "content": ...}}')
     role = message.get("role")
-    if role == "tool" or message.get("tool_calls"):
-        raise MessageError(f"message {index + 1} is about the call of a tool, which sessions cannot have yet: leave it out")
     if not isinstance(role, str) or role not in _ROLES:
         raise MessageError(f"message {index + 1} has the role {json.dumps(role)[:40]}: use one of {', '.join(_ROLES)}")
     return _ROLES[role], _text(index, message.get("content"))
+
+
+def _strings(message: Mapping[str, Any], *names: str) -> dict[str, str]:
+    return {name: message[name] for name in names if isinstance(message.get(name), str)}
+
+
+def _calls(index: int, calls: Any) -> list[dict[str, Any]]:
+    """The calls of an answer, with their arguments as JSON in a string."""
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise MessageError(f"the tool_calls of message {index + 1} are no list: give the calls as the answer had them")
+    return [_call(index, call) for call in calls]
+
+
+def _call(index: int, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not isinstance(call.get("id", ""), str):
+        raise MessageError(f"message {index + 1} has a call without the name of a function: give the calls as the answer had them")
+    arguments = function.get("arguments") or "{}"
+    try:
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        is_object = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise MessageError(f"message {index + 1} has a call whose arguments are no JSON object: give the calls as the answer had them")
+    return {"id": call.get("id", ""), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _text(index: int, content: Any) -> str:

@@ -22,7 +22,7 @@ from kvlocal.serving.chain import owner_digest
 from kvlocal.serving.conversation import ConversationInfo, KeptConversation
 from kvlocal.serving.keeper import Keeper
 from kvlocal.serving.live import Cancelled
-from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, UnknownConversation, Usage
+from kvlocal.serving.request import AnswerRequest, EngineBusy, EngineClosed, Finished, UnknownConversation, Usage
 from kvlocal.serving.stats import EngineStats, Totals
 from kvlocal.template.markup import Message
 
@@ -98,7 +98,7 @@ class Engine:
         answering = Answering(request, self._leave_queue)
         with self._changed:
             if self._closing:
-                raise SessionError("the engine is closing: start it again")
+                raise EngineClosed("the engine is closing: start it again")
             free = len(self._workers) - len(self._running)
             if len(self._queue) >= self._n_waiting + free:
                 raise EngineBusy(max(1.0, self._seconds * (len(self._queue) + 1) / len(self._workers)))
@@ -250,7 +250,7 @@ class Engine:
             self._queue.clear()
             self._changed.notify_all()
         for answering in waiting:
-            answering.emit(_without_answer(SessionError("the engine is closing: ask again when it has started anew")))
+            answering.emit(_without_answer(EngineClosed("the engine is closing: ask again when it has started anew")))
         if not self._wait_until_idle(grace_seconds):
             with self._changed:
                 running = list(self._running)

@@ -23,6 +23,10 @@ class EngineBusy(KvlocalError):
         self.retry_after = retry_after
 
 
+class EngineClosed(KvlocalError):
+    """The engine takes no more requests, or has ended before this one was answered."""
+
+
 class UnknownConversation(KvlocalError):
     """There is no such conversation, or not for this owner."""
 
