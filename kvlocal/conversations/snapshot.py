@@ -156,6 +156,7 @@ def _made_with(session: ChatSession) -> dict[str, Any]:
         "llama.cpp": f"{library.bindings_version} {library.patch_level}",
         "model": _fingerprint(session.model.path),
         "Nexus tokens": _fingerprint(Path(session.nexus.path)) if session.nexus else None,
+        "tools": list(session.config.tools) or None,
         **session.cache.signature,
     }
 
@@ -173,7 +174,9 @@ def _digests(system: str | None, messages: Sequence[Message]) -> list[str]:
     """Of the first n messages, for every n from 0 on."""
     digests = [hashlib.sha256(json.dumps(system).encode()).hexdigest()]
     for message in messages:
-        digests.append(hashlib.sha256(json.dumps([digests[-1], message["role"], message["content"]]).encode()).hexdigest())
+        more = {name: value for name, value in message.items() if name not in ("role", "content")}
+        said = [digests[-1], message["role"], message["content"], *([more] if more else [])]
+        digests.append(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest())
     return digests
 
 
