@@ -21,7 +21,7 @@ _EMPTY_PIECE = '{"record": "piece", "text": ""}\n'
 
 CUT = "cut"  # the reason an answer ended that a crash cut off
 
-_ROLES = ("user", "assistant")
+_ROLES = ("user", "assistant", "tool")
 # records after which the last user turn has no answer
 UNANSWERED = ("user", "regen", "turns")
 # takes the last user turn and its answer out

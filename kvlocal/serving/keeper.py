@@ -133,7 +133,7 @@ class Keeper:
             except BaseException:
                 self._n_free += 1
                 raise
-            self._go_on_from(task, conversation.live)
+            self._go_on_from(assignment, conversation.live)
         return conversation.live
 
     def _config_of(self, conversation: KeptConversation) -> SessionConfig:
