@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from gguf_copy import Source, copy
 
 from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.messages import canonical
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
@@ -275,6 +277,15 @@ def test_an_answer_that_was_stopped_is_waited_for(engine):
     assert [*iterator][-1].conversation == results[0].conversation
 
 
+def test_an_answer_that_cannot_begin_leaves_nothing(engine):
+    messages, results = chat(engine, LONG * 10)
+    for before in ([], messages):
+        last = finished(ask(engine, *before, user("Hello!"), grammar="root ::= nothing"))
+        assert last.error and last.stop_reason == "error"
+    assert [one.id for one in engine.conversations()] == [results[0].conversation]
+    assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
 def test_a_conversation_can_be_deleted(engine):
     messages, results = chat(engine, LONG * 10)
     engine.delete(results[0].conversation, "me")
@@ -335,6 +346,44 @@ def test_another_engine_goes_on(model, tmp_path):
         assert again.conversation == fork.conversation and n_read(again) < 20
         last = answer(engine, *messages, user("And then?"))
         assert n_read(last) < 20 and last.message == expected
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather at a place.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string", "enum": ["north", "south"]}}, "required": ["place"]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def with_tools(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tools") / "tools.gguf"
+    template = (Path(__file__).parent / "chatml_tools.jinja").read_text()
+    copy(Source(smollm2), path, metadata={"tokenizer.chat_template": template})
+    with Model(path) as model:
+        yield model
+
+
+def test_calls_of_tools_are_part_of_a_conversation(with_tools, tmp_path):
+    """A call, what it gave back, and the answer to that, in another process too."""
+    asked = [SYSTEM, user("How is the weather?")]
+    with Engine(with_tools, CONFIG, parallel=1, directory=tmp_path) as engine:
+        *pieces, last = ask(engine, *asked, tools=[WEATHER], tool_choice="required", max_tokens=80).events()
+        assert last.error is None and last.stop_reason == "tool_calls"
+        calls = last.message["tool_calls"]
+        assert {call["function"]["name"] for call in calls} == {"weather"} and any(piece.tool_calls for piece in pieces)
+        sent_back = {"role": "assistant", "content": last.message["content"], "tool_calls": calls}
+        messages = [*asked, sent_back, *({"role": "tool", "content": "Fog.", "tool_call_id": call["id"]} for call in calls)]
+        after = answer(engine, *canonical(messages), tools=[WEATHER], tool_choice="none")
+        assert after.conversation == last.conversation and n_read(after) < 20 + 20 * len(calls)
+        messages = [*canonical(messages), said(after), user("Thank you.")]
+        assert answer(engine, *messages, tool_choice="none").usage.cached_tokens == 0  # without the tools it is another conversation
+    with Engine(with_tools, CONFIG, parallel=1, directory=tmp_path) as engine:
+        again = answer(engine, *messages, tools=[WEATHER], tool_choice="none")
+        assert again.conversation == last.conversation and n_read(again) < 40
 
 
 def test_one_engine_at_a_time_has_a_directory(model, tmp_path):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.llama.grammar import GrammarRules
 from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.compiled import AnswerFormat, TemplateError
+
+# Text in front of calls, in the grammars that llama.cpp makes. A call that has to come comes at once: small models would talk until they are cut off.
+_TALK_BEFORE = re.compile(r"^(root ::= .*?)\buntil-\d+\? ", re.MULTILINE)
 
 
 def answer_rules(template: ChatTemplate, options: AnswerOptions) -> tuple[AnswerFormat | None, GrammarRules | None]:
@@ -44,4 +50,6 @@ def answer_rules(template: ChatTemplate, options: AnswerOptions) -> tuple[Answer
         return found, None
     if found.grammar is None and options.tool_choice == "required":
         raise SessionError("the model's chat template has no calls of tools that could be required: let the model choose")
+    if found.grammar and options.tool_choice == "required":
+        return found, replace(found.grammar, text=_TALK_BEFORE.sub(r"\1", found.grammar.text))
     return found, found.grammar

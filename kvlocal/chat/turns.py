@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -16,6 +16,7 @@ from kvlocal.cache.fitting import fitted
 from kvlocal.cache.second_read import SecondRead
 from kvlocal.chat.answering import AnswerInProgress
 from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.messages import turns_of
 from kvlocal.chat.opening import checked_opening, checked_template, repetition
 from kvlocal.chat.state import Mark
 from kvlocal.chat.stats import TurnStats
@@ -27,6 +28,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.answer import with_thought_inside
 from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
 
@@ -123,8 +125,8 @@ class Turns:
         """Appends given messages in order, as add_turn does. What tools gave back follows the answer that called them, and stands for the turn of
         the user, which may follow it; what stands between two answers is read together.
         """
-        for _, turn in groupby(messages, lambda message: message["role"] == "assistant"):
-            self._add_turn([dict(message) for message in turn])
+        for turn in turns_of(messages):
+            self._add_turn([with_thought_inside(message) for message in turn])
 
     def _add_turn(self, turn: Sequence[Message]) -> None:
         """Appends an answer, or what stands between two."""
@@ -132,6 +134,8 @@ class Turns:
         is_answer = turn[0]["role"] == "assistant"
         last = self.messages[-1]["role"] if self.messages else "assistant"
         _check_follows("user" if last == "tool" else last, turn[0]["role"])
+        if turn[0]["role"] == "tool" and not (self.messages and "tool_calls" in self.messages[-1]):
+            raise SessionError("no tool was called: add what it gave back behind an answer that calls it")
         for before, message in pairwise(turn):
             _check_follows(before["role"], message["role"])
         self.settle()

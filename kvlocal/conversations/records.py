@@ -21,9 +21,9 @@ _EMPTY_PIECE = '{"record": "piece", "text": ""}\n'
 
 CUT = "cut"  # the reason an answer ended that a crash cut off
 
-_ROLES = ("user", "assistant")
+_ROLES = ("user", "assistant", "tool")
 # records after which the last user turn has no answer
-UNANSWERED = ("user", "regen")
+UNANSWERED = ("user", "regen", "turns")
 # takes the last user turn and its answer out
 UNDO = {"record": "undo"}
 
@@ -49,7 +49,7 @@ class Conversation:
         tools: that may be called in all of it.
     """
 
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     system: str | None = None
     model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -94,11 +94,15 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
                     chat.n_tokens = _count_or_none(record.get("n_tokens"))
                     if drawn := record.get("drawn"):
                         chat.drawn[len(chat.messages) - 1] = [int(token) for token in drawn]
+                    if tool_calls := record.get("tool_calls"):
+                        chat.messages[-1]["tool_calls"] = [dict(call) for call in tool_calls]
                 answering = kind == "piece"
                 continue
             answering = False
             if kind == "user":
                 chat.messages.append({"role": "user", "content": record["content"] + ""})
+            elif kind == "turns":
+                chat.messages += [_given_turn(message) for message in record["messages"]]
             elif kind == "regen":
                 _drop_answer(chat)
             elif kind == "undo":
@@ -120,6 +124,17 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
     if chat is None:
         raise not_a_chat(path)
     return chat
+
+
+def _given_turn(message: Message) -> Message:
+    """A message as a program gave it; with calls of tools, or what they gave back, if it has them.
+
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    if message["role"] not in (*_ROLES, "tool"):
+        raise KeyError(message["role"])
+    return {**message, "content": message["content"] + ""}
 
 
 def _drop_answer(chat: Conversation) -> None:

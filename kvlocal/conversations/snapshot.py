@@ -64,7 +64,7 @@ class Captured:
     """A session as it is at one time.
 
     key: of its conversation and its settings
-    model, nexus, signature: what it depends on: the files of weights and of Nexus tokens, and BudgetedCache.signature
+    model, nexus, signature: what it depends on: the files of weights and of Nexus tokens, and settings
     system, messages: the conversation
     arrays: as ChatSession.snapshot gives them
     parts: of its archive; the next answer changes them, unless they are shared
@@ -98,7 +98,7 @@ class Captured:
             _key(session),
             session.model.path,
             _nexus_path(session),
-            session.cache.signature,
+            _signature(session),
             session.system,
             messages,
             arrays,
@@ -243,12 +243,16 @@ def _made_with(model: Path, nexus: Path | None, signature: Mapping[str, Any]) ->
     }
 
 
+def _signature(session: ChatSession) -> dict[str, Any]:
+    return {"tools": list(session.config.tools) or None, **session.cache.signature}
+
+
 def _nexus_path(session: ChatSession) -> Path | None:
     return Path(session.nexus.path) if session.nexus else None
 
 
 def _check_made_with(made_with: object, session: ChatSession) -> None:
-    wanted = json.loads(json.dumps(_made_with(session.model.path, _nexus_path(session), session.cache.signature)))
+    wanted = json.loads(json.dumps(_made_with(session.model.path, _nexus_path(session), _signature(session))))
     if not isinstance(made_with, dict):
         raise SnapshotError("the snapshot is damaged")
     for name, value in wanted.items():
@@ -260,7 +264,9 @@ def _digests(system: str | None, messages: Sequence[Message]) -> list[str]:
     """Of the first n messages, for every n from 0 on."""
     digests = [hashlib.sha256(json.dumps(system).encode()).hexdigest()]
     for message in messages:
-        digests.append(hashlib.sha256(json.dumps([digests[-1], message["role"], message["content"]]).encode()).hexdigest())
+        more = {name: value for name, value in message.items() if name not in ("role", "content")}
+        said = [digests[-1], message["role"], message["content"], *([more] if more else [])]
+        digests.append(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest())
     return digests
 
 

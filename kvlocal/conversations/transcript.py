@@ -30,6 +30,7 @@ from kvlocal.files.atomic import PRIVATE, atomic_write, cannot_write
 from kvlocal.files.lock import Busy, NoLocks, open_locked
 from kvlocal.files.places import state_dir
 from kvlocal.interrupts import CtrlCWaits
+from kvlocal.template.markup import Message
 
 
 def chat_path() -> Path:
@@ -157,19 +158,27 @@ class Transcript:
         """A user turn, before its answer begins."""
         self._append({"record": "user", "content": content}, durable=True, may_be_refused=True)
 
+    def add_turns(self, messages: Sequence[Message]) -> None:
+        """Messages that a program gives together, before the answer to the last of them begins: of the user and of tools, and answers that were given
+        elsewhere."""
+        self._append({"record": "turns", "messages": [dict(message) for message in messages]}, durable=True, may_be_refused=True)
+
     def add_piece(self, text: str) -> None:
         """The next piece of the answer to the last user turn."""
         self._append({"record": "piece", "text": text})
 
-    def end_answer(self, reason: str, drawn: Sequence[int] = (), n_tokens: int | None = None) -> None:
+    def end_answer(
+        self, reason: str, drawn: Sequence[int] = (), n_tokens: int | None = None, tool_calls: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """The answer is complete.
 
         Args:
             reason: why it ended: "end", "length", "stopped", "error".
             drawn: the tokens it was drawn as.
             n_tokens: tokens of the whole conversation with it.
+            tool_calls: of its message.
         """
-        record = {"record": "end", "reason": reason, "drawn": list(drawn), "n_tokens": n_tokens}
+        record = {"record": "end", "reason": reason, "drawn": list(drawn), "n_tokens": n_tokens, "tool_calls": list(tool_calls)}
         self._append({key: value for key, value in record.items() if value}, durable=True)
 
     def add_regen(self) -> None:

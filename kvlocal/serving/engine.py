@@ -232,7 +232,7 @@ class Engine:
             reason = "error" if error or not last else last.stop_reason
             if conversation.record:
                 try:
-                    conversation.record.end_answer(reason, last.drawn if last else (), conversation.n_tokens)
+                    conversation.record.end_answer(reason, last.drawn if last else (), conversation.n_tokens, message)
                 except KvlocalError as failure:
                     error = error or failure
         finally:

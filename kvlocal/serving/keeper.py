@@ -119,13 +119,13 @@ class Keeper:
 
     # into a slot, and out of it
 
-    def seat(self, task: Assignment) -> LiveConversation:
+    def seat(self, assignment: Assignment) -> LiveConversation:
         """The conversation of a task in a slot, as far as its source goes.
 
         Raises:
             KvlocalError: it cannot be there.
         """
-        conversation = task.conversation
+        conversation = assignment.conversation
         if conversation.live is None:
             self._free_a_slot()
             try:
@@ -133,17 +133,17 @@ class Keeper:
             except BaseException:
                 self._n_free += 1
                 raise
-            self._go_on_from(task, conversation.live)
+            self._go_on_from(assignment, conversation.live)
         return conversation.live
 
     def _config_of(self, conversation: KeptConversation) -> SessionConfig:
         return replace(self._config, system=conversation.system, tools=conversation.tools)
 
-    def _go_on_from(self, task: Assignment, live: LiveConversation) -> None:
+    def _go_on_from(self, assignment: Assignment, live: LiveConversation) -> None:
         """Without anything that fits, all is read."""
-        if task.source is None:
+        if assignment.source is None:
             return
-        source, captured = task.source.conversation, task.source.conversation.captured
+        source, captured = assignment.source.conversation, assignment.source.conversation.captured
         try:
             if captured:
                 captured.resume(live.session)
@@ -176,21 +176,19 @@ class Keeper:
 
     # what becomes of it
 
-    def note_turns(self, task: Assignment) -> None:
+    def note_turns(self, assignment: Assignment) -> None:
         """What is to be answered is on the disk. It waits for the disk, so it is not called in a turn.
 
         Raises:
             KvlocalError: it cannot be written.
         """
-        conversation, turns = task.conversation, list(task.turns)
+        conversation, turns = assignment.conversation, list(assignment.turns)
         if record := conversation.record:
-            n = len(conversation.turns)
-            if task.is_new:
-                n = len(turns) - 1
-                record.begin(str(self._model.path), conversation.system, conversation.tools, turns[:n])
+            if assignment.is_new:
+                record.begin(str(self._model.path), conversation.system, conversation.tools)
             else:
                 record.open()
-            record.add_turns(turns[:n], turns[n:], conversation.system)
+            record.add_turns(turns[len(conversation.turns) :])
         conversation.set_turns(turns)
 
     def capture(self, conversation: KeptConversation) -> None:
@@ -205,11 +203,11 @@ class Keeper:
             conversation.captured = Captured.of(live.session, lasting=True) if can_be_captured(live.session) else None
         conversation.n_tokens = live.session.kv.history_tokens
 
-    def give_up(self, task: Assignment) -> None:
+    def give_up(self, assignment: Assignment) -> None:
         """What was read for a request is of no use, and the conversation is what it was before; in a turn."""
-        self._leave_slot(task.conversation)
-        if task.is_new:
-            self._forget(task.conversation)
+        self._leave_slot(assignment.conversation)
+        if assignment.is_new:
+            self._forget(assignment.conversation)
 
     def release(self, conversation: KeptConversation) -> None:
         """Others may go on with the conversation; what is to be kept of it is written in a thread of its own."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.messages import turns_of
 from kvlocal.chat.session import ChatSession
 from kvlocal.llama.model import Model
 from kvlocal.llama.slots import Slots
@@ -51,9 +51,9 @@ class LiveConversation:
                 # what stands between two answers is read together
                 n = self.session.go_back_to(max((i + 1 for i in range(n) if turns[i]["role"] == "assistant"), default=0))
             self.usage = Usage(cached_tokens=0 if self.session.cache.uncertain else self._n_tokens)
-            for _, turn in groupby(turns[n:], lambda message: message["role"] == "assistant"):
+            for turn in turns_of(turns[n:]):
                 self._check()
-                self.session.add_messages(list(turn))
+                self.session.add_messages(turn)
         finally:
             self._answering = None
 

@@ -39,32 +39,28 @@ class Record:
         self.path, self.snapshots = path, Snapshots(snapshot_path(path))
         self._transcript: Transcript | None = None
 
-    def begin(self, model: str, system: str | None, tools: Sequence[Mapping[str, Any]], turns: Sequence[Message]) -> None:
-        """A new conversation that begins with these turns."""
+    def begin(self, model: str, system: str | None, tools: Sequence[Mapping[str, Any]]) -> None:
+        """A new conversation."""
         self._transcript = Transcript.open(self.path, model=model, system=system, tools=tools)
-        if turns:
-            self._transcript.add_load(turns, system)
 
     def open(self) -> None:
         """Before something is added."""
         if self._transcript is None:
             self._transcript = Transcript.resume(self.path)
 
-    def add_turns(self, before: Sequence[Message], turns: Sequence[Message], system: str | None) -> None:
+    def add_turns(self, turns: Sequence[Message]) -> None:
         """What is new before the next answer."""
-        if [turn["role"] for turn in turns] == ["user"]:
-            self._open.add_user(turns[0]["content"])
-        elif turns:
-            self._open.add_load([*before, *turns], system)
+        if turns:
+            self._open.add_turns(turns)
 
     def add_piece(self, text: str) -> None:
         """What is new of an answer: it survives the process when this returns."""
         if text:
             self._open.add_piece(text)
 
-    def end_answer(self, reason: str, drawn: Sequence[int], n_tokens: int) -> None:
+    def end_answer(self, reason: str, drawn: Sequence[int], n_tokens: int, answer: Message) -> None:
         """The answer is complete, and on the disk when this returns."""
-        self._open.end_answer(reason, drawn, n_tokens)
+        self._open.end_answer(reason, drawn, n_tokens, answer.get("tool_calls") or ())
 
     @property
     def _open(self) -> Transcript:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvlocal.llama.model import Model
 from kvlocal.template.compiled import Answer, AnswerError, AnswerFormat, ToolCall
@@ -32,6 +32,12 @@ def with_thought(answer: Answer) -> str:
     if not reasoning:
         return answer.content
     return THOUGHT_START + reasoning + (THOUGHT_END + answer.content if answer.content else "")
+
+
+def with_thought_inside(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose thought, if it has one of its own ("reasoning_content"), is in front of its text, as a session has it."""
+    rest = {name: value for name, value in message.items() if name != "reasoning_content"}
+    return {**rest, "content": with_thought(Answer(message["content"], message.get("reasoning_content", "")))}
 
 
 def split_thought(text: str) -> tuple[str, bool, str]:
