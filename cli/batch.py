@@ -57,11 +57,11 @@ def batch_command(
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
         raise click.UsageError(f"{target} is the input: name another output")
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
-    with _Interrupt() as interrupt, loading.model(model, config, parallel, undo=False) as loaded:
-        config, nexus = loading.tokens(loaded, config)
-        results = Results(target, settings_key(loaded, config, nexus), replace=force, retry=retry)
+    with _Interrupt() as interrupt, loading.loaded(model, config, parallel, undo=False) as loaded:
+        results = Results(target, settings_key(*loaded), replace=force, retry=retry)
         outcomes = run_batch(
-            report.lines(), loaded, config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll, nexus=nexus
+            report.lines(), loaded.model, loaded.config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll,
+            nexus=loaded.nexus,
         )
         with closing(outcomes), results, report:
             report.begin(results)

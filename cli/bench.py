@@ -78,7 +78,8 @@ def bench_command(
     A ratio is ours over theirs, with its 95 % interval; over one is faster, or more memory. decode@N and prefill@N are at N tokens of
     conversation, of which the session holds its share and llama.cpp everything. decode@equal-cells is with as many cells in both,
     decode@control llama.cpp against itself. chat40 is a whole chat of 40 turns, chat40@context-shift the same against one that drops
-    old text where its context is full. share.X is a part of the session's time.
+    old text where its context is full. share.X is a part of the session's time. decode@N-snapkv is against a session that only evicts,
+    read@N is one long text from its beginning.
 
     Everything takes about 20 minutes on two cores; the machine should do nothing else.
     """

@@ -20,8 +20,6 @@ from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_pa
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL
-from kvlocal.llama.model import Model
-from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
 from kvlocal_cli.answer_options import answer_options
@@ -29,7 +27,7 @@ from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
 from kvlocal_cli.chat_record import ChatRecord
 from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.idle import Idle
-from kvlocal_cli.options import Loading, clean_text, session_options
+from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
 from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_answer
 
 
@@ -77,10 +75,7 @@ def chat_command(
         before = begun if load_path else earlier
         system = before.system if config.system is None else clean_text(config.system)
         config = replace(config, system=system)
-        with (
-            loading.model(name, config) as model,
-            Chat(name, model, *loading.tokens(model, config), Screen(verbose=verbose), loading, asked) as chat,
-        ):
+        with loading.loaded(name, config) as loaded, Chat(name, loaded, Screen(verbose=verbose), loading, asked) as chat:
             if begun.messages:
                 # before there is a transcript: a file that does not fit leaves none
                 chat.replace(chat.config, begun.messages)
@@ -106,24 +101,17 @@ class Chat:
     """
 
     def __init__(
-        self,
-        name: str,
-        model: Model,
-        config: SessionConfig,
-        nexus: NexusTokens | None,
-        screen: Screen,
-        loading: Loading,
-        asked: AnswerOptions = AnswerOptions(),
+        self, name: str, loaded: Loaded, screen: Screen, loading: Loading, asked: AnswerOptions = AnswerOptions()
     ) -> None:
         self.name = name
         self.screen = screen
         self.failed = False
-        self._model, self._nexus, self._loading, self._asked = model, nexus, loading, asked
+        self._model, self._nexus, self._loading, self._asked = loaded.model, loaded.nexus, loading, asked
         self._bar = ReadingBar()
         self._told_lost = ""  # why the archive was given up, once that was said
         self.record = ChatRecord(screen)
         self._idle = Idle(lambda stop: self.record.save_snapshot(self.session, stop))
-        self.session = self._open(config)
+        self.session = self._open(loaded.config)
         self.config = self.session.config
 
     def __enter__(self) -> Self:

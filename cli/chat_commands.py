@@ -287,7 +287,7 @@ def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
 def _with_policy(config: SessionConfig, text: str) -> SessionConfig:
     name, *args = text.split()
     try:
-        return replace(config, policy=name, policy_args=dict(split_policy_arg(arg) for arg in args))
+        return config.with_policy(name, dict(split_policy_arg(arg) for arg in args))
     except click.BadParameter as error:
         raise KvlocalError(f"{error.message}: write /set policy NAME name=value") from None
 

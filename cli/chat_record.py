@@ -72,7 +72,7 @@ class ChatRecord:
         """Nothing that the session uses lies where it was kept before a fork, so that others may go on there."""
         if not self._left:
             return
-        if session.cache.archive is None or session.config.archive != "disk" or (self._snapshots and self._snapshots.holds(session)):
+        if session.cache.archive is None or session.config.store != "disk" or (self._snapshots and self._snapshots.holds(session)):
             for transcript in self._left:
                 transcript.close()
             self._left.clear()

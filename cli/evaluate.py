@@ -14,7 +14,7 @@ from rich.table import Table
 
 import kvlocal
 from kvlocal.cache.config import DEFAULT_BUDGET, check_budget
-from kvlocal.cache.fitting import check_file
+from kvlocal.cache.fitting import CannotRecall, check_file
 from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation import plot, report
@@ -45,8 +45,8 @@ _OPTIONS = (
     click.option(
         "--policy", "specs", default=ALL, show_default=True, metavar="LIST",
         help="Policies to compare, comma separated, each as name[:arg=value[:arg=value]]; an argument is a hyper-parameter of the policy, or "
-        "positions, window, stride, n_sink or archive. all is every policy there is what it needs for. The full context is always measured, as "
-        "the ceiling.",
+        "positions, window, stride, n_sink, archive or archive_type. all is every policy there is what it needs for. The full context is always "
+        "measured, as the ceiling.",
     ),
     click.option("--ratio", "ratios", default="0.5,0.8", show_default=True, callback=parse_ratios, metavar="LIST",
                  help="Shares of the history to remove, comma separated."),
@@ -147,10 +147,20 @@ class Run:
         self.nexus: NexusTokens | None = None
 
     def loaded(self) -> Model:
-        """The model; its Nexus tokens, if there is a use for them, are then in `nexus`, and variants that lack them are left out."""
+        """The model; its Nexus tokens, if there is a use for them, are then in `nexus`. Variants that lack them, or that it cannot recall with,
+        are left out.
+        """
+        cannot: dict[str, str] = {}  # by specs
         with waiting(f"loading {self._name}"):
-            check_file(self._path, self.base, self._gpu_layers)
+            for variant in self._variants:
+                try:
+                    check_file(self._path, variant.config(self.base), self._gpu_layers)
+                except CannotRecall as error:
+                    cannot[variant.spec] = str(error)
             model = Model(self._path, n_gpu_layers=self._gpu_layers)
+        for spec, why in cannot.items():
+            _say(f"{spec} cannot be measured: {why}")
+        self._variants = [variant for variant in self._variants if variant.spec not in cannot]
         if self.base.budget is not None:
             check_budget(model, self.base)
         if any(variant.wants_nexus for variant in self._variants):

@@ -2,10 +2,11 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import click
 
@@ -13,7 +14,7 @@ from kvlocal import policies
 from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.config import AUTO, DEFAULT_BUDGET, DEFAULT_FULL
-from kvlocal.cache.fitting import check_file
+from kvlocal.cache.fitting import CannotRecall, check_file
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.memory_limits import available_memory
@@ -100,7 +101,7 @@ _OPTIONS = (
     click.option(
         "--policy", type=click.Choice(list(policies.POLICIES)),
         help="What to keep when the cache is over its budget.  "
-        f"[default: {policies.WITH_NEXUS} where there are Nexus tokens, else {_SESSION.policy}]",
+        f"[default: {_SESSION.policy}; without an archive {policies.WITHOUT_ARCHIVE} where there are Nexus tokens, else {policies.WITHOUT_NEXUS}]",
     ),
     click.option(
         "--policy-arg", "policy_args", multiple=True, callback=_parse_policy_args, metavar="NAME=VALUE",
@@ -123,8 +124,9 @@ _OPTIONS = (
         help="Nexus tokens for the policies that use them, or off.  [default: a file for this model beside it, among the models, or shipped]",
     ),
     click.option(
-        "--archive", type=click.Choice(STORES), default=_SESSION.archive, show_default=True,
-        help="Keep what is removed in memory, or in memory and then in a file, and recall of it what is asked for: the policy is then recall.",
+        "--archive", type=click.Choice(STORES),
+        help=f"Keep what is removed in memory, or in memory and then in a file, and recall of it what is asked for.  "
+        f"[default: {_SESSION.store} with the policy {_SESSION.policy}]",
     ),
     click.option(
         "--archive-ram", type=click.IntRange(min=0), metavar="MB",
@@ -133,6 +135,11 @@ _OPTIONS = (
     click.option(
         "--archive-dir", type=click.Path(file_okay=False, exists=True, writable=True, path_type=Path), metavar="DIR",
         help="Where the archive's file is, which has no name and ends with the program.  [default: the system's directory for temporary files]",
+    ),
+    click.option(
+        "--archive-type", type=click.Choice(tuple(KV_TYPES)),
+        help="Type of keys and values in the archive: a smaller one than the cache's takes less memory, and what is recalled is rounded to it.  "
+        "[default: the types of the cache]",
     ),
     click.option("--system", metavar="TEXT", help="System prompt; it always stays in the cache."),
     click.option(
@@ -178,29 +185,50 @@ _OPTIONS = (
 )
 
 
+class Loaded(NamedTuple):
+    """A model, and what goes with it.
+
+    config: as it was asked for, with the default policy that the model can have
+    nexus: the Nexus tokens, if the policy uses them and there are some
+    """
+
+    model: Model
+    config: SessionConfig
+    nexus: NexusTokens | None
+
+
 @dataclass(frozen=True)
 class Loading:
     """How a command gets its model.
 
     gpu_layers: as in Model
     nexus: a Nexus file, OFF, or None for one that is found
-    may_change_policy: whether the policy is a default, which a model without Nexus tokens has another of
+    may_change_policy: whether the policy is a default, which a model that cannot recall, or one without Nexus tokens, has another of
     """
 
     gpu_layers: int
     nexus: str | None
     may_change_policy: bool
 
-    def model(self, name: str, config: SessionConfig, parallel: int = 1, undo: bool = True) -> Model:
+    @contextmanager
+    def loaded(self, name: str, config: SessionConfig, parallel: int = 1, undo: bool = True) -> Iterator[Loaded]:
         """The model of that name or path, if so many conversations with it, with undo or without, fit into memory.
 
         Raises:
-            KvlocalError: there is none, or it cannot be loaded, or it takes too much memory.
+            KvlocalError: there is none, it cannot be loaded, it takes too much memory, or a Nexus file that was named cannot be used.
         """
         path = resolve(name)
-        self.check(path, config, parallel, undo)
+        try:
+            self.check(path, config, parallel, undo)
+        except CannotRecall:
+            if not self.may_change_policy or config.archive is not None:
+                raise
+            config = replace(config, policy=_without_archive(self.nexus))
+            self.check(path, config, parallel, undo)
         with waiting(f"loading {name}"):
-            return Model(path, n_gpu_layers=self.gpu_layers)
+            model = Model(path, n_gpu_layers=self.gpu_layers)
+        with model:
+            yield Loaded(model, *self._tokens(model, config))
 
     def check(
         self, path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None
@@ -215,20 +243,20 @@ class Loading:
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
             memory_estimate.check(path, config, parallel, undo, instead_of)
 
-    def tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
-        """The Nexus tokens for a model, if the policy uses them and there are some, and the configuration with a policy that goes with that.
-
-        Raises:
-            KvlocalError: a file that was named cannot be used, or the default policy without Nexus tokens lacks a hyper-parameter.
-        """
+    def _tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         if "nexus" not in policies.make(config.policy, config.policy_args).needs:
             return config, None
         with waiting("loading the Nexus tokens"):
             found = nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))
         if found is None and self.may_change_policy:
-            policies.make(_SESSION.policy, config.policy_args)
-            config = replace(config, policy=_SESSION.policy)
+            policies.make(policies.WITHOUT_NEXUS, config.policy_args)
+            config = replace(config, policy=policies.WITHOUT_NEXUS)
         return config, found
+
+
+def _without_archive(nexus: str | None) -> str:
+    """The default policy where there is no archive."""
+    return policies.WITHOUT_NEXUS if nexus == OFF else policies.WITHOUT_ARCHIVE
 
 
 def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,9 +275,10 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         stride: int,
         positions: Positions,
         idle: str,
-        archive: Store,
+        archive: Store | None,
         archive_ram: int | None,
         archive_dir: Path | None,
+        archive_type: str | None,
         system: str | None,
         temp: float,
         top_k: int,
@@ -264,10 +293,11 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         try:
-            if policy is None and archive != "off":
-                policy = policies.WITH_ARCHIVE
             loading = Loading(gpu_layers, nexus, may_change_policy=policy is None)
-            policy = policy or (_SESSION.policy if nexus == OFF else policies.WITH_NEXUS)
+            if policy is None:
+                # Nexus tokens are named to be used, and keys that always move cannot be looked up
+                recalls = archive in ("ram", "disk") or (archive is None and positions != "cache" and nexus in (None, OFF))
+                policy = _SESSION.policy if recalls else _without_archive(nexus)
             policies.make(policy, policy_args)
             if kv_memory is not None and kv_budget is not None:
                 raise click.UsageError("--kv-budget and --kv-memory say the same in two ways: give one of them")
@@ -289,7 +319,13 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 archive=archive,
                 archive_ram=_archive_ram() if archive_ram is None else archive_ram * 10**6,
                 archive_dir=archive_dir,
+                archive_type=archive_type,
             )
+            if config.store == "off" and not (archive_ram is None and archive_dir is None and archive_type is None):
+                raise click.UsageError(
+                    "--archive-ram, --archive-dir and --archive-type say how an archive is kept and there is none here: leave them out, "
+                    "or give --archive disk"
+                )
         except KvlocalError as error:
             # wrong without regard to any model
             raise click.UsageError(str(error)) from error

@@ -50,26 +50,28 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
     bar = ReadingBar()
-    with loading.model(name, config) as model:
-        config, nexus = loading.tokens(model, config)
-        with ChatSession(model, config, progress=bar.show, nexus=nexus) as session, Interruptible(session) as turn:
-            try:
-                pieces = session.send(prompt, asked)
-            finally:
-                bar.close()
-            try:
-                for piece in turn.answering(pieces):
-                    if not as_json:
-                        write_answer(piece)
-            except KvlocalError:
+    with (
+        loading.loaded(name, config) as loaded,
+        ChatSession(loaded.model, loaded.config, progress=bar.show, nexus=loaded.nexus) as session,
+        Interruptible(session) as turn,
+    ):
+        try:
+            pieces = session.send(prompt, asked)
+        finally:
+            bar.close()
+        try:
+            for piece in turn.answering(pieces):
                 if not as_json:
-                    write_answer("\n")
-                raise
-            answer, lost = session.messages[-1]["content"], session.kv.archive_lost
-            if as_json:
-                click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))
-            elif not answer.endswith("\n"):
-                click.echo()
+                    write_answer(piece)
+        except KvlocalError:
+            if not as_json:
+                write_answer("\n")
+            raise
+        answer, lost = session.messages[-1]["content"], session.kv.archive_lost
+        if as_json:
+            click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))
+        elif not answer.endswith("\n"):
+            click.echo()
     if lost:
         click.echo(f"kvlocal: {archive_lost(lost)}", err=True)
     if turn.interrupted:

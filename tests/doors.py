@@ -64,7 +64,9 @@ LONGER = (
 )
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Who are you?"}]
 QUESTIONS = ("The keeper wrote down the birds.", "Who wrote down what?", "And when?")
-CHAT = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=4, n_threads=1, sampling=SamplingParams(temperature=0))
+CHAT = SessionConfig(
+    budget=64, policy="kvzip-snapkv", stride=16, n_ubatch=32, max_tokens=4, n_threads=1, sampling=SamplingParams(temperature=0)
+)
 JSON_WORDS = [
     b'"', b"{", b"}", b"[", b"]", b":", b",", b"null", b"NaN", b"1e999", b"-0", b"\\u0000", b"\\ud800", b"\xff", b"\n", b'"role"', b'"content"',
     b"[" * 3000, b"\xef\xbb\xbf", b"\r\n",

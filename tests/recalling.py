@@ -7,7 +7,7 @@ import numpy as np
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.config import CacheConfig
 from kvlocal.chat.stats import SegmentStats
-from kvlocal.llama.cells import Rows
+from kvlocal.llama.rows import Rows
 
 # one thread: two that wait for each other crawl when the machine is busy
 CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram")
@@ -22,7 +22,7 @@ def rows_of(archive: Archive, numbers: np.ndarray) -> Rows:
     """The rows of token numbers[l, h, j] of each layer and head, int [L, H, n]."""
     n_layer, n_head, _ = numbers.shape
     found = []
-    for name, size in (("k", archive._layout.row_size_k), ("v", archive._layout.row_size_v)):
+    for name, size in (("k", archive.types.size_k), ("v", archive.types.size_v)):
         every = np.concatenate([np.zeros((n_layer, n_head, 0, size), np.uint8), *(getattr(chunk, name) for chunk in archive.chunks())], axis=2)
         found.append(np.take_along_axis(every, numbers[..., None], axis=2))
     return Rows(*found)

@@ -137,8 +137,8 @@ def test_kv_shows_what_was_kept_after_a_compression(chat):
     first = re.search(r"compressions? \((\d+) in this turn\)", result.stderr)
     assert first and int(first[1]) > 0
     rows = [line for line in result.stdout.splitlines() if re.search("[█░]", line)]
-    assert re.match(r" +system +\d+ +\d+\.0  █{24}  pinned", rows[0])
-    seen, kept = re.match(r" +1  user +(\d+) +([\d.]+)  █+░+  The quick", rows[1]).groups()
+    assert re.match(r" +system +\d+ +\d+ +\d+\.0 +\d+\.0  █{24}  pinned", rows[0])
+    seen, kept = re.match(r" +1  user +(\d+) +\d+ +[\d.]+ +([\d.]+)  █+░+  The quick", rows[1]).groups()
     assert int(seen) > 190 and float(kept) < 128
     used = [int(n) for n in re.findall(r"(\d+) cells kept .*of a budget of 128", result.stdout)]
     assert 128 <= used[0] <= 160
@@ -166,6 +166,20 @@ def test_an_archive_shows_what_it_gave_back(chat):
     assert 97 <= sum(int(row[2]) for row in rows) <= 103 and {row[4] for row in rows} >= {text[:60].strip() for text in asked[:2]}
     assert re.search(r"^attention to the whole conversation: \d+% to earlier turns, \d+% to this one, \d+% to the beginning", why, re.MULTILINE)
     assert more.startswith(why.partition("\nturn")[0])
+
+
+def test_an_archive_of_a_smaller_type_takes_less(chat):
+    """And gives back what was asked for; turns are taken back with it."""
+    asked = [f"Name three {things} and say where they live or grow, and what they are good for." for things in ("birds", "fish", "trees")]
+    sizes = {}
+    for kind in ("f16", "q4_0"):
+        options = ("--archive", "ram", "--archive-type", kind, "--kv-budget", "96", "--stride", "16", "--max-tokens", "40", "--verbose")
+        result = chat(*options, stdin="\n".join([*asked, "/kv", "/undo 2", asked[1]]))
+        assert result.returncode == 0, result.stderr
+        assert "recalled from turn" in result.stderr and "given up" not in result.stderr and "again" not in result.stderr
+        sizes[kind] = int(re.search(r"archive: \d+ tokens, (\d+) MB", result.stdout)[1])
+    # what the way back takes besides is the same
+    assert sizes["q4_0"] < 0.7 * sizes["f16"]
 
 
 def test_why_without_an_archive(chat):

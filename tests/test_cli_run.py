@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from terminal import Terminal
+from tiny_model import write_tiny_model
 
 import kvlocal
 from kvlocal_cli.main import main
@@ -110,6 +111,12 @@ def test_what_was_recalled_of_a_long_prompt(kvlocal_run):
     assert json.loads(result.stdout)["recalled"] == [1]
 
 
+def test_an_archive_of_a_type_that_the_heads_have_no_whole_blocks_of(kvlocal_run, tmp_path):
+    write_tiny_model(tmp_path / "tiny.gguf", "llama")
+    said = failed(kvlocal_run("run", str(tmp_path / "tiny.gguf"), "--archive", "ram", "--archive-type", "q8_0", "Hi"), 1)
+    assert "the keys of tiny.gguf have 16 numbers in each head" in said and "give --archive-type f16" in said
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -119,6 +126,9 @@ def test_what_was_recalled_of_a_long_prompt(kvlocal_run):
         (["run", "--policy-arg", "alphabet=1", "Hi"], "hyper-parameter"),
         (["run", "--policy-arg", "alpha", "Hi"], "name=value"),
         (["run", "--kv-budget", "5", "Hi"], "too small"),
+        (["run", "--archive", "ram", "--archive-type", "q9", "Hi"], "iq4_nl"),
+        (["run", "--archive", "off", "--archive-type", "q8_0", "Hi"], "give --archive disk"),
+        (["run", "--policy", "snapkv", "--archive-ram", "100", "Hi"], "give --archive disk"),
         (["chat", "--max-tokens", "0"], "max-tokens"),
         (["dance"], "dance"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from test_rooms import MODULES, ROOMS
 
 from kvlocal.batch.line import OPTIONS
-from kvlocal.policies import DEFAULT_POLICY, POLICIES, WITH_NEXUS
+from kvlocal.policies import DEFAULT_POLICY, POLICIES, WITHOUT_ARCHIVE, WITHOUT_NEXUS
 from kvlocal_cli import chat_commands, options
 from kvlocal_cli.main import main
 
@@ -55,7 +55,7 @@ def test_defaults_that_depend_on_others_are_in_the_help():
     rows = {name.split()[0]: cells for cells in table("docs/chat.md", "option") for name in code(cells[0])}
     for name in ("--kv-budget", "--repeat-penalty"):
         assert f"[default: {rows[name][1]}" in known[name].help
-    assert code(rows["--policy"][1]) == [WITH_NEXUS, DEFAULT_POLICY]
+    assert code(rows["--policy"][1]) == [DEFAULT_POLICY, WITHOUT_ARCHIVE, WITHOUT_NEXUS]
     assert code(rows["--ctk"][2]) == list(known["--ctk"].type.choices)
 
 
@@ -66,7 +66,7 @@ def test_the_table_of_policies():
         shown = {field.name: {True: "on", False: "off"}.get(field.default, field.default) if isinstance(field.default, bool) else field.default
                  for field in fields(policy)}  # fmt: skip
         assert code(row[2]) == [f"{key}={value}" for key, value in shown.items()], name
-        assert ("the default where" in row[1]) == (name in (DEFAULT_POLICY, WITH_NEXUS))
+        assert ("the default where" in row[1]) == (name in (DEFAULT_POLICY, WITHOUT_ARCHIVE, WITHOUT_NEXUS))
 
 
 def test_the_table_of_commands():

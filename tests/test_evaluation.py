@@ -104,6 +104,8 @@ def test_a_spec_is_split_between_policy_and_session():
     config = variant.config(SessionConfig(stride=64))
     assert (config.policy, config.ratio, config.positions, config.window, config.stride) == ("gkv", 0.8, "cache", 8, 64)
     assert FULL.config(SessionConfig()).ratio is None
+    config = Variant.parse("recall:archive=ram:archive-type=q8_0", 0.5).config(SessionConfig())
+    assert (config.policy, config.archive, config.archive_type) == ("recall", "ram", "q8_0")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,10 @@ def test_a_spec_is_split_between_policy_and_session():
         ("streaming:stride=x", "must be a whole number"),
         ("streaming:stride=0", "stride is 0"),
         ("streaming:positions=here", "positions"),
+        ("recall:archive=ram:archive_type=q9", "the archive's type is 'q9'"),
+        ("recall:archive=off:archive_type=q8_0", "no archive"),
+        ("snapkv:archive_type=q8_0", "no archive"),
+        ("snapkv:archive=ram:archive-type=q8_0", "only the policy recall"),
     ],
 )
 def test_a_spec_that_cannot_be_run(spec, problem):

@@ -22,6 +22,7 @@ from kvlocal.evaluation.recall_chats import Question
 from kvlocal.evaluation.reference import ReferenceCache, log_softmax
 from kvlocal.evaluation.runner import Measurement
 from kvlocal.evaluation.variants import FULL, Variant
+from kvlocal.gguf.attention import Attention
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -183,6 +184,25 @@ def test_the_dialogue_command(short_smollm2, tmp_path):
     assert all(row["compression"] == pytest.approx(row["ratio"], abs=0.02) for row in document["rows"])
     assert document["settings"]["concat"] == 2 and document["settings"]["seed"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "d.jsonl", "out.json"]
+
+
+def test_an_archive_of_another_type(short_smollm2, tmp_path):
+    data, out = dialogues_file(tmp_path / "d.jsonl", 4), tmp_path / "out.json"
+    more = ("--data", data, "--concat", 4, "--policy", "recall:archive=ram,recall:archive=ram:archive_type=q4_0", "--ratio", "0.7", "--json", out)
+    result = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "dialogue", *more))
+    assert result.exit_code == 0, result.stderr
+    own, other = (row["mean"] for row in json.loads(out.read_text())["rows"] if row["metric"] == "kl" and row["policy"] != "full")
+    assert own > 0 and own != other
+
+
+def test_what_a_model_cannot_recall_with_is_left_out(short_smollm2, tmp_path, monkeypatch):
+    of = Attention.of
+    monkeypatch.setattr(Attention, "of", lambda model: replace(of(model), plain=False))
+    more = ("--data", dialogues_file(tmp_path / "d.jsonl", 4), "--concat", 2, "--policy", "recall,recall:archive=off", "--ratio", "0.3,0.5")
+    result = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "dialogue", *more))
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("kvlocal: recall cannot be measured: ") == 1 and "soft cap or attention sinks" in result.stderr
+    assert "6 of 6 measurements" in result.stderr and "recall:archive=off" in result.stdout
 
 
 def test_the_recall_command(short_smollm2, tmp_path):

@@ -102,12 +102,20 @@ def test_types_that_do_not_fit_the_heads(tmp_path):
     tiny = tmp_path / "tiny.gguf"
     write_tiny_model(tiny, "llama")
     assert f"{HEAD} numbers" in refused(tiny, type_k="q8_0")
+    for kind in KV_TYPES:
+        if kind in ("f16", "f32"):
+            check_file(path, SessionConfig(**RECALL, archive_type=kind), n_gpu_layers())
+            continue
+        said = refused(path, **RECALL, archive_type=kind)
+        assert f"the keys of phi.gguf have 80 numbers in each head, which is no multiple of the 32 that {kind}" in said
+        assert "--archive-type f16" in said
+        check_file(path, SessionConfig(archive="off", archive_type=kind), n_gpu_layers())
 
 
 def test_an_archive_that_a_model_cannot_have(tmp_path):
     for path in (write_header(tmp_path / "capped.gguf", "gemma2"), write_header(tmp_path / "sinks.gguf", "gpt-oss", sinks=4)):
         assert "soft cap or attention sinks" in refused(path, **RECALL)
-        check_file(path, SessionConfig(), n_gpu_layers())
+        check_file(path, SessionConfig(archive="off"), n_gpu_layers())
     # where some layers are plain the engine decides
     check_file(write_header(tmp_path / "some.gguf", "gpt-oss", sinks=2), SessionConfig(**RECALL), n_gpu_layers())
 

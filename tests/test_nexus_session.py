@@ -239,8 +239,9 @@ def test_the_commands_use_them_unless_told_otherwise(path, short_smollm2, gemma3
         assert result.exit_code == 0, result.stderr
         return json.loads(out.read_text())["kv"]["nexus"]
 
-    assert n_read(short_smollm2) > 0
-    assert n_read(short_smollm2, "--nexus", "off") == n_read(short_smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3) == 0
+    assert n_read(short_smollm2, "--archive", "off") > 0 and n_read(short_smollm2, "--nexus", str(path)) > 0
+    assert n_read(short_smollm2) == n_read(short_smollm2, "--archive", "off", "--nexus", "off") == 0
+    assert n_read(short_smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3, "--archive", "off") == 0
 
 
 def test_an_adapter_of_another_model_is_refused(path, gemma3):

@@ -11,10 +11,11 @@ from gguf import GGMLQuantizationType
 from test_native import Chat, L, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
-from kvlocal.llama.cells import BLOCK, NativeCache, NativeError, Rows
+from kvlocal.llama.cells import BLOCK, NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
+from kvlocal.llama.rows import Rows
 
 # every type, for keys and for values, and never the same for both but once
 PAIRS = [
@@ -234,14 +235,14 @@ def test_scores_of_rows_are_those_of_keys_rotated_there(model, tokens, types, mo
                 np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, keys=rotated, **options), atol=1e-3)
 
 
-def boxed(chat, keys):
+def boxed(chat, keys, types=None):
     """Chunks of 256 keys [L, H, n, bytes], and their boxes as far as blocks are whole, in two goes."""
     chunks, boxes = chunks_of(keys, 256), []
     for i, chunk in enumerate(chunks):
         box = np.full((*chunk.shape[:2], 2, 64, 16), np.nan, np.float16)
         n_blocks = min(16, (keys.shape[2] - 256 * i) // BLOCK)
         for blocks in (range(5), range(5, n_blocks)):
-            chat.native.fill_boxes(chunk, blocks, box)
+            chat.native.fill_boxes(chunk, blocks, box, types)
         boxes.append(box)
     return chunks, boxes
 
@@ -329,11 +330,11 @@ def test_wrong_boxes_are_refused(model, tokens):
     with pytest.raises(NativeError):
         chat.native.fill_boxes(chunks[0][:, :, :128].copy(), range(1), np.zeros((L, 3, 2, 64, 8), np.float16))
     keys, box = ffi.from_buffer("uint8_t[]", chunks[0]), ffi.cast("uint16_t *", ffi.from_buffer(boxes[0]))
-    size, context = boxes[0].nbytes, chat.native._context
-    assert lib.kvl_get_boxes(context, ffi.NULL, 256, 0, 1, box, size, L, 3) == lib.KVL_ERR_ARGUMENT
-    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, ffi.NULL, size, L, 3) == lib.KVL_ERR_ARGUMENT
-    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, box, size - 1, L, 3) == lib.KVL_ERR_ARGUMENT
-    assert lib.kvl_get_boxes(context, keys, 256, 0, 1, box, size, L, 2) == lib.KVL_ERR_ARGUMENT
+    size, context, f16 = boxes[0].nbytes, chat.native._context, chat.native.layout().type_k
+    assert lib.kvl_get_boxes(context, ffi.NULL, f16, 256, 0, 1, box, size, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, f16, 256, 0, 1, ffi.NULL, size, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, f16, 256, 0, 1, box, size - 1, L, 3) == lib.KVL_ERR_ARGUMENT
+    assert lib.kvl_get_boxes(context, keys, f16, 256, 0, 1, box, size, L, 2) == lib.KVL_ERR_ARGUMENT
 
 
 def test_wrong_stretches_are_refused(model, tokens):
@@ -347,8 +348,8 @@ def test_wrong_stretches_are_refused(model, tokens):
         chat.native.row_scores(chunks, 60, stretches=([0, 1], [0]))
     pointers, scores = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunks[0].ctypes.data)]), np.zeros((L, 3, 60), np.float32)
     for starts, shifts, n in ((ffi.NULL, ffi.new("int32_t[]", 1), 1), (ffi.new("int32_t[]", 1), ffi.NULL, 1), (ffi.NULL, ffi.NULL, -1)):
-        out = chat.native._floats(scores)
-        assert lib.kvl_get_row_scores(chat.native._context, 0, W, 0, pointers, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+        out, f16 = chat.native._floats(scores), chat.native.layout().type_k
+        assert lib.kvl_get_row_scores(chat.native._context, 0, W, 0, pointers, f16, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
 
 
 @pytest.mark.parametrize("portable", [False, True])

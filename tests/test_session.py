@@ -83,7 +83,7 @@ def test_a_document_many_times_the_budget_is_taken_in_chunks(model):
 
 
 def test_heads_choose_for_themselves(model):
-    with session(model) as chat:
+    with session(model, policy="gkv") as chat:
         "".join(chat.send(STORY * 12))
         tokens = chat.cache.ledger.tokens[..., : chat.kv.used].reshape(-1, chat.kv.used)
         assert len(np.unique(tokens, axis=0)) == len(tokens)
@@ -91,7 +91,7 @@ def test_heads_choose_for_themselves(model):
 
 def test_positions_are_rotated_back_before_the_trained_context_ends(model):
     """With a trained context of 512 the chat goes far past it, and every position stays inside."""
-    with session(model) as chat:
+    with session(model, policy="kvzip-snapkv") as chat:
         chat.cache.compressor.n_ctx_train = 512
         for _ in range(4):
             "".join(chat.send(STORY * 15))
@@ -102,7 +102,7 @@ def test_positions_are_rotated_back_before_the_trained_context_ends(model):
 
 def test_keys_are_where_the_ledger_says_after_rotations(model):
     """A key in the cache is the key of its token, rotated to the position in the ledger: the first layer's depends on the token alone."""
-    with session(model) as chat:
+    with session(model, policy="kvzip-snapkv") as chat:
         chat.cache.compressor.n_ctx_train = 400
         "".join(chat.send(STORY * 50))
         assert chat.kv.rotations >= 2
@@ -167,7 +167,8 @@ def test_undo_further_than_one_turn_reads_again(model):
 
 
 def test_without_undo_nothing_is_kept_for_it_and_turns_are_taken_back_by_reading_again(model):
-    with ChatSession(model, SMALL, undo=False) as chat, session(model) as usual:
+    evicting = dataclasses.replace(SMALL, policy="kvzip-snapkv")
+    with ChatSession(model, evicting, undo=False) as chat, ChatSession(model, evicting) as usual:
         for text in ("Name a bird.", STORY * 8, "Name a tree."):
             assert "".join(chat.send(text)) == "".join(usual.send(text))
         assert chat.kv.compressions and not len(chat.cache._way_back.copy) and chat.cache.marked == []
@@ -199,7 +200,7 @@ def test_a_stopped_answer_stays_as_far_as_it_came(model):
 
 
 def test_an_exception_in_an_answer_leaves_the_session_usable(model, monkeypatch):
-    with session(model, max_tokens=200) as chat:
+    with session(model, max_tokens=200, policy="kvzip-snapkv") as chat:
         answer = chat.send("Count to one hundred.")
         next(answer)
         with pytest.raises(KeyboardInterrupt):
@@ -307,7 +308,7 @@ def test_impossible_settings_are_refused(model):
 
 def test_sliding_window_model(short_gemma3):
     """Its global layers are compressed; it goes past the window, back by undo, and past a (short) trained context."""
-    with Model(short_gemma3) as model, session(model, n_ubatch=128, max_tokens=8) as chat:
+    with Model(short_gemma3) as model, session(model, n_ubatch=128, max_tokens=8, policy="kvzip-snapkv") as chat:
         "".join(chat.send(STORY * 30))
         before, cells, keys = chat.kv, chat.cache.native.positions(), chat.cache.native.read_keys(0)
         assert before.compressions > 2

@@ -84,7 +84,7 @@ def test_a_session_with_an_archive_goes_on_where_it_was(chat, path):
     assert int(re.search(r"archive: (\d+) tokens", second.stdout)[1]) > 150
     beside = archive_path(snapshot_path(path))
     assert beside.stat().st_mode & 0o777 == 0o600
-    chat("--session", "trip", stdin=["/undo"])
+    chat("--session", "trip", "--archive", "off", stdin=["/undo"])
     assert not beside.exists()
 
 
@@ -157,7 +157,7 @@ def test_another_system_prompt_goes_into_the_transcript(chat, path):
 def test_no_room_for_the_snapshot_is_said_once_and_nothing_else_is_lost(chat, path):
     result = chat("--session", "trip", stdin=ASKED[:3], limit=2**16)
     assert result.returncode == 0 and result.stderr.count("\n") == 1
-    assert re.search(r"cannot write .*snapshot \(File too large\): .*; the session goes on, but the way back to it will be slow", result.stderr)
+    assert re.search(r"cannot write .*archive \(File too large\): .*; the session goes on, but the way back to it will be slow", result.stderr)
     assert messages(path)[::2] == ASKED[:3] and result.stdout == "".join(f"{text}\n" for text in messages(path)[1::2])
     assert sorted(os.listdir(path.parent)) == ["trip.jsonl"]
 

@@ -213,7 +213,7 @@ def check_refused(model, snapshots, messages, match, **changes):
         ({"stride": 33}, "another stride"),
         ({"window": 8}, "another window"),
         ({"policy": "kvzip"}, "another policy"),
-        ({"policy_args": {"now": 0.7}}, "another policy args"),
+        ({"policy_args": {"recent": 0.6}}, "another policy args"),
         ({"type_k": "q8_0"}, "another type k"),
         ({"positions": "cache"}, "another positions"),
         ({"n_ubatch": 32}, "another n ubatch"),
@@ -303,7 +303,8 @@ def forged(chat, **changes):
 
 def test_arrays_that_contradict_each_other_are_refused(model):
     """As they could come from a forged file with the right checksum."""
-    with session(model, max_tokens=24) as chat, session(model, max_tokens=24) as other:
+    evicting = {"max_tokens": 24, "policy": "kvzip-snapkv"}
+    with session(model, **evicting) as chat, session(model, **evicting) as other:
         ask(chat, ASKED[:3])
         tokens, numbers = chat.snapshot()["ledger.tokens"].copy(), chat.snapshot()["ledger.numbers"]
         backwards = tokens[..., ::-1].copy()
@@ -381,7 +382,7 @@ def with_position(state, cell, position):
 def test_caches_that_are_not_what_the_ledger_says(family, tmp_path):
     """Also that of the last turn's beginning, although it is not needed before the turn is taken back."""
     write_chat_model(tmp_path / "tiny.gguf", family=family, n_layer=6)
-    config = dataclasses.replace(SMALL, budget=64, stride=16, n_ubatch=32, max_tokens=4, system=None)
+    config = dataclasses.replace(SMALL, budget=64, stride=16, n_ubatch=32, max_tokens=4, system=None, policy="kvzip-snapkv")
     with Model(tmp_path / "tiny.gguf") as tiny, ChatSession(tiny, config) as chat:
         ask(chat, ["The keeper wrote down the birds.", "Who wrote down what?", "And when?"])
         arrays, messages = chat.snapshot(), [dict(message) for message in chat.messages]

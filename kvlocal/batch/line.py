@@ -147,7 +147,7 @@ class LineOption:
 
 def _with_policy(config: SessionConfig, name: str) -> SessionConfig:
     """Hyper-parameters are those of the policy they were given for."""
-    return config if name == config.policy else replace(config, policy=name, policy_args={})
+    return config if name == config.policy else config.with_policy(name, {})
 
 
 def _with_temperature(config: SessionConfig, temperature: float) -> SessionConfig:

@@ -27,7 +27,7 @@ _START = b'{"line": '  # of every record
 def settings_key(model: Model, config: SessionConfig, nexus: NexusTokens | None) -> str:
     """Names what answers depend on, besides the conversation; the number of threads is not part of it, nor how many decode together, nor where an
     archive has its room."""
-    settings = asdict(replace(config, policy_args=dict(config.policy_args), n_threads=None, archive_ram=0, archive_dir=None))
+    settings = asdict(replace(config, policy_args=dict(config.policy_args), n_threads=None, archive=config.store, archive_ram=0, archive_dir=None))
     paths = [Path(model.path), *([Path(nexus.path)] if nexus else [])]
     return run_key({"kvlocal": kvlocal.__version__, "settings": settings, "files": [fingerprint(path) for path in paths]})
 

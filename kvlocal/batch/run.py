@@ -6,7 +6,7 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -53,7 +53,8 @@ def run_batch(
     Args:
         lines: of the input, as bytes; read in other threads, by one of them at a time.
         model: the weights.
-        config: of every session; a line can have it otherwise (kvlocal.batch.line.OPTIONS, a system message).
+        config: of every session; a line can have it otherwise (kvlocal.batch.line.OPTIONS, a system message). The memory for archives is for those of
+            all that decode together.
         parallel: how many conversations decode together, each in cells of its own.
         ordered: yield in the order of the lines instead of the order of completion.
         wanted: whether a line, given by its number and itself, is to be completed.
@@ -66,6 +67,7 @@ def run_batch(
     if not 1 <= parallel <= MAX_SEQUENCES:
         raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_SEQUENCES}")
     config = fitted(model.path, config, model.n_gpu_layers)
+    config = replace(config, archive_ram=config.archive_ram // parallel)
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
     asked: dict[str, Any] = {}
 

@@ -92,22 +92,24 @@ def alternate(sides: Sequence[Side], n_pairs: int, n_parts: int, label: str, pro
 
 
 def history_names(settings: BenchSettings) -> list[str]:
-    return [f"{kind}@{n}" for n in settings.histories for kind in ("prefill", "decode")]
+    return [*(f"{kind}@{n}" for n in settings.histories for kind in ("prefill", "decode")), f"decode@{max(settings.histories)}-snapkv"]
 
 
 def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
     """Speed with a conversation of N tokens behind it: the session with (1 - ratio) * N cells, stock llama.cpp with all N.
 
     prefill: a micro-batch of tokens, after which the session compresses once. decode: the session decodes whole strides from one
-    compression to the next, so each slice holds one; stock llama.cpp decodes a few tokens and takes them back.
+    compression to the next, so each slice holds one; stock llama.cpp decodes a few tokens and takes them back. The last row of the longest history
+    holds the session against one with the policy snapkv, which only evicts, and as many cells.
     """
     settings = bench.settings
     with ExitStack() as stack:
-        ours, stock = bench.workers(stack)
+        ours, evicting, stock = bench.workers(stack, 2)
         longest = max(settings.histories)
         stock.call("open_plain", reader="full", context=settings.context(longest + settings.n_ubatch))
         for n in settings.histories:
-            if not {f"prefill@{n}", f"decode@{n}"} & set(wanted):
+            against = f"decode@{n}-snapkv"
+            if not {f"prefill@{n}", f"decode@{n}", against} & set(wanted):
                 continue
             ours.call("open_session", reader="session", config=settings.session(settings.budget(n), settings.ratio))
             batch = settings.n_ubatch
@@ -121,7 +123,39 @@ def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Compariso
                     seconds = alternate(sides, settings.pairs, n_parts, name, bench.progress)
                     speeds = np.array([side.n for side in sides]) / seconds
                     yield of_pairs(name, speeds[:, 0], speeds[:, 1], "tokens/s")
+            if against in wanted:
+                config = settings.session(settings.budget(n), settings.ratio) | {"policy": "snapkv", "policy_args": {}}
+                evicting.call("open_session", reader="session", config=config)
+                other = Side(evicting, "session", settings.stride)
+                other.extend(n, against, bench.progress)
+                for side in (decode[0], other):
+                    side.align()
+                speeds = settings.stride / alternate([decode[0], other], settings.pairs, settings.parts, against, bench.progress)
+                yield of_pairs(against, speeds[:, 0], speeds[:, 1], "tokens/s")
+                evicting.call("close", reader="session")
             ours.call("close", reader="session")
+
+
+def reading_names(settings: BenchSettings) -> list[str]:
+    return [f"read@{max(settings.histories)}"]
+
+
+def measure_reading(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
+    """One long text of the user's, from the first token to the last, piece by piece in alternation: the session and stock llama.cpp."""
+    settings = bench.settings
+    (name,) = wanted
+    n = max(settings.histories)
+    with ExitStack() as stack:
+        ours, stock = bench.workers(stack)
+        ours.call("open_session", reader="session", config=settings.session(settings.budget(n), None))
+        stock.call("open_plain", reader="full", context=settings.context(n + settings.n_ubatch))
+        order, seconds = [(ours, "session"), (stock, "full")], np.zeros((n // settings.n_ubatch, 2))
+        for piece in range(len(seconds)):
+            bench.progress(name, piece, len(seconds))
+            for worker, reader in order:
+                seconds[piece, int(worker is stock)] = worker.call("read_text", reader=reader, n=settings.n_ubatch)
+            order.reverse()
+    yield of_speeds(name, seconds.shape[0] * settings.n_ubatch, seconds[:, 0], seconds[:, 1])
 
 
 def cells_names(settings: BenchSettings) -> list[str]:
@@ -169,15 +203,15 @@ def measure_cells(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]
 
 def chat_names(settings: BenchSettings) -> list[str]:
     name = f"chat{settings.turns}"
-    return [name, f"{name}@context-shift", "share.score", "share.plan", "share.compact", "share.nexus", "share.reread"]
+    return [name, f"{name}@context-shift", "share.score", "share.plan", "share.compact", "share.recall", "share.nexus", "share.reread"]
 
 
 def measure_chat(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
     """A whole chat, turn by turn in alternation: the session, stock llama.cpp with room for everything, and stock llama.cpp with a context
     as large as the session's, which throws away the older half of what comes after the system prompt whenever it is full.
 
-    share.score, .plan, .compact are of the session's time for the chat. Nexus tokens and a second read come between the turns and are not in
-    that time; share.nexus and share.reread say how long they take in comparison, if the policy wants them.
+    share.score, .plan, .compact and .recall are of the session's time for the chat. Nexus tokens and a second read come between the turns and are not
+    in that time; share.nexus and share.reread say how long they take in comparison, if the policy wants them.
     """
     settings = bench.settings
     chat, shift, *shares = chat_names(settings)
@@ -208,7 +242,7 @@ def measure_chat(bench: Bench, wanted: Collection[str]) -> Iterator[Comparison]:
         yield of_speeds(shift, n_read, seconds["session"], seconds["shift"])
     for name in shares:
         parts = [turn[name.removeprefix("share.")] for turn in turns["session"]]
-        if name in wanted and (any(parts) or name not in ("share.nexus", "share.reread")):
+        if name in wanted and (any(parts) or name not in ("share.recall", "share.nexus", "share.reread")):
             yield of_totals(name, parts, seconds["session"], "s")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvlocal.benchmark.script import Script, Tokens, Turn
+from kvlocal.cache.budgeted import Passage
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.llama.cells import NativeCache
@@ -39,6 +40,10 @@ class Reader(ABC):
     @abstractmethod
     def read_user(self, turn: Turn) -> None:
         """A user turn, a micro-batch at once."""
+
+    @abstractmethod
+    def read_passage(self, tokens: Tokens) -> None:
+        """More of a text of the user's, a micro-batch at once."""
 
     @abstractmethod
     def read_answer(self, tokens: Tokens, at_once: int) -> None:
@@ -74,6 +79,13 @@ class Reader(ABC):
         tokens = self._script.filler(n)
         started = time.perf_counter()
         self.read_answer(tokens, at_once)
+        return time.perf_counter() - started
+
+    def read_text(self, n: int) -> float:
+        """Seconds for n tokens more of a text of the user's."""
+        tokens = self._script.filler(n)
+        started = time.perf_counter()
+        self.read_passage(tokens)
         return time.perf_counter() - started
 
     def turn(self) -> Figures:
@@ -133,6 +145,9 @@ class PlainReader(Reader):
     def read_user(self, turn: Turn) -> None:
         self._read(turn.user, self._n_ubatch)
 
+    def read_passage(self, tokens: Tokens) -> None:
+        self._read(tokens, self._n_ubatch)
+
     def read_answer(self, tokens: Tokens, at_once: int) -> None:
         self._read(tokens, at_once)
 
@@ -172,6 +187,11 @@ class SessionReader(Reader):
     def read_user(self, turn: Turn) -> None:
         self._session.add_turn("user", turn.text)
 
+    def read_passage(self, tokens: Tokens) -> None:
+        cache = self._session.cache
+        cache.read([Passage("user", tokens)])
+        cache.context.synchronize()
+
     def read_answer(self, tokens: Tokens, at_once: int) -> None:
         session, cache = self._session, self._session.cache
         if session.messages[-1]["role"] == "user":
@@ -189,7 +209,7 @@ class SessionReader(Reader):
         """Besides, the seconds for each part of a compression, and for what comes after the turn, which the turn's do not include."""
         before = dict(vars(self._session.seconds))
         figures = super().turn()
-        parts = {name: getattr(self._session.seconds, name) - before[name] for name in ("score", "plan", "compact")}
+        parts = {name: getattr(self._session.seconds, name) - before[name] for name in ("score", "plan", "compact", "recall")}
         self.idle()
         return figures | parts | {name: getattr(self._session.seconds, name) - before[name] for name in ("nexus", "reread")}
 

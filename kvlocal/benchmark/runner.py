@@ -13,6 +13,7 @@ from kvlocal.benchmark.settings import BenchSettings
 
 _MEASURES = (
     (measures.history_names, measures.measure_history),
+    (measures.reading_names, measures.measure_reading),
     (measures.memory_names, measures.measure_memory),
     (measures.cells_names, measures.measure_cells),
     (measures.chat_names, measures.measure_chat),

@@ -57,6 +57,9 @@ class Host:
     def slice(self, reader: str, n: int, at_once: int) -> float:
         return self._readers[reader].slice(n, at_once)
 
+    def read_text(self, reader: str, n: int) -> float:
+        return self._readers[reader].read_text(n)
+
     def turn(self, reader: str) -> Figures:
         return self._readers[reader].turn()
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from kvlocal.cache.archive_memory import ArchiveFailed, ArchiveMemory, Block
 from kvlocal.cache.marks import ArchivedMark
-from kvlocal.llama.cells import Layout, Rows
+from kvlocal.llama.cells import Layout
+from kvlocal.llama.rows import Rows, RowTypes
 
 __all__ = ["CHUNK", "STORES", "Archive", "ArchiveFailed", "ArchivePart", "Store"]
 
@@ -66,14 +67,15 @@ class Archive:
     layout: of the cache that the rows come from
     ram: how many bytes of memory it may take
     directory: where the file is that takes what is beyond; None for no file
+    types: what the rows are stored in, None for what the cache has
 
     n_tokens: tokens 0 .. n_tokens - 1 are here
     positions: int32 [n_tokens], the RoPE position to which each key is rotated
     """
 
-    def __init__(self, layout: Layout, ram: int, directory: Path | None) -> None:
-        self._layout, self._memory = layout, ArchiveMemory(ram, directory)
-        self._shapes = [(layout.n_layer, layout.n_head_kv, CHUNK, size) for size in (layout.row_size_k, layout.row_size_v)]
+    def __init__(self, layout: Layout, ram: int, directory: Path | None, types: RowTypes | None = None) -> None:
+        self._memory, self.types = ArchiveMemory(ram, directory), types or layout.row_types
+        self._shapes = [(layout.n_layer, layout.n_head_kv, CHUNK, size) for size in (self.types.size_k, self.types.size_v)]
         self._chunks: list[_Chunk] = []
         self._marks: list[_StoredMark] = []
         self._positions = np.zeros(0, np.int32)
@@ -102,7 +104,7 @@ class Archive:
         return self._memory.bytes_on_disk + sum(len(chunk.data) for chunk in self._chunks if not chunk.block)
 
     def append(self, rows: Rows, positions: npt.NDArray[np.int32]) -> None:
-        """Stores the next tokens, with the positions of their keys, int32 [n].
+        """Stores the next tokens, whose rows are of its types, with the positions of their keys, int32 [n].
 
         Raises:
             ArchiveFailed: there is no room for them, in memory or on the disk.
@@ -147,7 +149,7 @@ class Archive:
 
     def chunks(self) -> list[Rows]:
         """All rows, CHUNK tokens each; zero where nothing is stored yet."""
-        return [Rows(chunk.k, chunk.v) for chunk in self._chunks[: -(-self.n_tokens // CHUNK)]]
+        return [Rows(chunk.k, chunk.v, self.types) for chunk in self._chunks[: -(-self.n_tokens // CHUNK)]]
 
     def key_chunks(self) -> list[npt.NDArray[np.uint8]]:
         """The keys, [L, H, CHUNK, row size] for every CHUNK tokens."""

@@ -19,7 +19,7 @@ from kvlocal.cache.archive import Archive
 from kvlocal.cache.archived_cells import ArchivedCells
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
-from kvlocal.cache.fitting import fitted
+from kvlocal.cache.fitting import archive_types, fitted
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.cache.score_sources import ScoreSources, carried_scores
@@ -108,8 +108,9 @@ class BudgetedCache(ArchivedCells):
                 carried_scores(self.policy),
                 undo=undo,
                 copies=self.policy.evicts,
-                archived=config.archive != "off",
+                archived=config.store != "off",
             )
+            self._archive_types = archive_types(config, self.layout)
             self.sources = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
                 self.native,
@@ -136,7 +137,7 @@ class BudgetedCache(ArchivedCells):
         self.peak = 0
         self.compressor.compressions = self.compressor.rotations = 0
         self.compressor.close_archive()
-        if self.config.archive != "off":
+        if self.config.store != "off":
             self.compressor.open_archive(self._empty_archive())
         self._begin_turn()
 
@@ -152,7 +153,7 @@ class BudgetedCache(ArchivedCells):
     def _empty_archive(self) -> Archive:
         config = self.config
         directory = config.archive_dir or Path(tempfile.gettempdir())
-        return Archive(self.layout, config.archive_ram, directory if config.archive == "disk" else None)
+        return Archive(self.layout, config.archive_ram, directory if config.store == "disk" else None, self._archive_types)
 
     @property
     def seconds(self) -> Seconds:
@@ -382,7 +383,9 @@ class BudgetedCache(ArchivedCells):
     def signature(self) -> dict[str, Any]:
         """All settings that decide what is in the cells besides the model and the tokens, as JSON can hold them."""
         names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
-        settings = {name: getattr(self.config, name) for name in names} | {"archive": self.config.archive != "off"}
+        own = self._archive_types == self.layout.row_types
+        settings = {name: getattr(self.config, name) for name in names}
+        settings |= {"archive": self.config.store != "off", "archive_type": None if own else self.config.archive_type}
         return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
 
     def snapshot(self) -> Arrays:

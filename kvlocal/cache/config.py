@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 from kvlocal import policies
 from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.score_sources import n_recorded
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.model import Model
 
 DEFAULT_BUDGET = 1024
@@ -41,9 +42,11 @@ class CacheConfig:
     type_k, type_v: types of the cache, of kvlocal.llama.context.KV_TYPES, or with memory AUTO
     n_ubatch: tokens evaluated at once
     n_threads: threads; None for all cores
-    archive: whether what is evicted can be recalled: "off", "ram" with an archive in memory, "disk" with one that goes on in a file
+    archive: whether what is evicted can be recalled: "off", "ram" with an archive in memory, "disk" with one that goes on in a file; None is "disk"
+        with the policy that recalls, wherever it can, and else "off" (`store`)
     archive_ram: bytes of memory that the archive may take
     archive_dir: where its file is, the system's directory for temporary files if None
+    archive_type: what it stores keys and values in, of kvlocal.llama.context.KV_TYPES; None for the types of the cache
 
     Raises:
         CacheError: a value is out of range.
@@ -62,9 +65,10 @@ class CacheConfig:
     type_v: str = "f16"
     n_ubatch: int = 256
     n_threads: int | None = None
-    archive: Store = "off"
+    archive: Store | None = None
     archive_ram: int = 2**30
     archive_dir: Path | None = None
+    archive_type: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "memory", "stride", "window", "n_ubatch"):
@@ -81,16 +85,35 @@ class CacheConfig:
             raise CacheError(f"the ratio is {self.ratio}: it must be at least 0 and below 1, the share of the history to remove")
         if self.positions not in get_args(Positions):
             raise CacheError(f"the positions are {self.positions!r}: they must be one of {', '.join(get_args(Positions))}")
-        if self.archive not in STORES:
+        if self.archive is not None and self.archive not in STORES:
             raise CacheError(f"the archive is {self.archive!r}: it must be one of {', '.join(STORES)}")
         if self.archive_ram < 0:
             raise CacheError(f"archive_ram is {self.archive_ram}: it must be at least 0")
-        if self.archive != "off" and (self.policy != "recall" or self.positions == "cache"):
+        if self.archive_type is not None and self.archive_type not in KV_TYPES:
+            raise CacheError(f"the archive's type is {self.archive_type!r}: it must be one of {', '.join(KV_TYPES)}")
+        if self.store != "off" and not self._may_recall:
             raise CacheError("only the policy recall chooses from an archive, and not with positions cache: change that or leave the archive off")
         if self.window > self.n_ubatch:
             raise CacheError(f"the window of {self.window} must not be larger than the micro-batch of {self.n_ubatch}: make it smaller")
         if self.budget is not None and self.budget < self.least_budget:
             raise CacheError(f"a budget of {self.budget} cells is too small: give at least {self.least_budget}")
+
+    @property
+    def _may_recall(self) -> bool:
+        return self.policy == "recall" and self.positions != "cache"
+
+    @property
+    def store(self) -> Store:
+        """Where the archive is."""
+        return self.archive or ("disk" if self._may_recall else "off")
+
+    def with_policy(self, name: str, args: Mapping[str, Any]) -> Self:
+        """The same with another policy. An archive goes if that does not recall, and stays away if there was to be none.
+
+        Raises:
+            CacheError: a value is out of range.
+        """
+        return replace(self, policy=name, policy_args=args, archive="off" if self.archive == "off" else None)
 
     @property
     def least_budget(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -10,10 +11,17 @@ from kvlocal import policies
 from kvlocal.cache.config import AUTO, CacheConfig, CacheError, check_allocation
 from kvlocal.gguf.attention import Attention, block_of
 from kvlocal.gguf.container import Container
+from kvlocal.llama.cells import Layout
 from kvlocal.llama.context import CELL_BLOCK
-from kvlocal.llama.ggml import device_without_attention
+from kvlocal.llama.ggml import device_without_attention, row_types
+from kvlocal.llama.rows import RowTypes
 
 C = TypeVar("C", bound=CacheConfig)
+
+
+class CannotRecall(CacheError):
+    """The attention of a model is none that an archive can be looked up by."""
+
 
 # what `memory` chooses from: it holds about twice the cells of f16, at a small loss
 _SMALLER = "q8_0"
@@ -25,7 +33,8 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
     n_gpu_layers: as for Model
 
     Raises:
-        CacheError: it cannot.
+        CannotRecall: it cannot have an archive.
+        CacheError: it cannot have such a cache.
         ContainerError: the file cannot be read.
     """
     attention = Attention.of(Container(path))
@@ -34,17 +43,28 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
         return config
     check_allocation(attention.n_ctx_train, config)
     type_k, type_v = config.type_k, config.type_v
-    for option, kind, size, what in (("--ctk", type_k, attention.size_k, "keys"), ("--ctv", type_v, attention.size_v, "values")):
+    _check_blocks(path, attention, (("--ctk", type_k), ("--ctv", type_v)))
+    if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
+        raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
+    if config.store != "off" and not attention.plain:
+        raise CannotRecall(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
+    if config.store != "off" and config.archive_type:
+        _check_blocks(path, attention, 2 * (("--archive-type", config.archive_type),))
+    return config
+
+
+def _check_blocks(path: Path, attention: Attention, kinds: Sequence[tuple[str, str]]) -> None:
+    """Whether heads are whole blocks of the types of keys and of values, given with the options that say them.
+
+    Raises:
+        CacheError: they are not.
+    """
+    for (option, kind), size, what in zip(kinds, (attention.size_k, attention.size_v), ("keys", "values"), strict=True):
         if size % block_of(kind):
             raise CacheError(
                 f"the {what} of {path.name} have {size} numbers in each head, which is no multiple of the {block_of(kind)} that {kind} "
                 f"stores together: give {option} f16"
             )
-    if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
-        raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
-    if config.archive != "off" and not attention.plain:
-        raise CacheError(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
-    return config
 
 
 def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
@@ -60,6 +80,20 @@ def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
         ContainerError: the file cannot be read.
     """
     return config if config.memory is None else _fitted(path, Attention.of(Container(path)), config, n_gpu_layers)
+
+
+def archive_types(config: CacheConfig, layout: Layout) -> RowTypes:
+    """What the archive of a cache stores its rows in, if there is one.
+
+    Raises:
+        CacheError: the heads are no whole blocks of the type that is asked for.
+    """
+    if config.store == "off" or config.archive_type is None:
+        return layout.row_types
+    try:
+        return row_types(config.archive_type, layout)
+    except ValueError as error:
+        raise CacheError(f"an archive of the type {config.archive_type} cannot be made: {error}") from None
 
 
 def _fitted(path: Path, attention: Attention | None, config: C, n_gpu_layers: int) -> C:

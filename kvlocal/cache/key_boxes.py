@@ -12,7 +12,7 @@ from kvlocal.llama.cells import BLOCK, NativeCache
 class KeyBoxes:
     """The least and the largest number in each channel of the keys of each block, as Quest and ArkVale have them.
 
-    They take an eighth of what the keys take, in memory, wherever the archive is.
+    They take an eighth of what the keys take as f16, in memory, wherever the archive is and whatever its types are.
 
     native: the cache whose keys they are
     """
@@ -36,6 +36,6 @@ class KeyBoxes:
         while self._n_blocks < end:
             chunk, at = divmod(self._n_blocks, per_chunk)
             n = min(per_chunk - at, end - self._n_blocks)
-            self._native.fill_boxes(keys[chunk], range(at, at + n), self._chunks[chunk])
+            self._native.fill_boxes(keys[chunk], range(at, at + n), self._chunks[chunk], archive.types)
             self._n_blocks += n
         return self._chunks[: len(keys)]

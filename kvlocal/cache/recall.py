@@ -71,10 +71,12 @@ class Recaller:
             raise ArchiveFailed("tokens have left the cache before they were archived")
         # tokens that were forgotten since the last time are not there now, and others come in their place
         self._boxes.cut(self.archive.n_tokens)
-        self.archive.append(self._native.read_rows(cells), ledger.positions[0, 0, cells])
+        self.archive.append(self._native.read_rows(cells, self.archive.types), ledger.positions[0, 0, cells])
 
     def go_back(self, ledger: Ledger, mark: ArchivedMark) -> None:
-        """Fills the cells, which are empty, with what they held at a mark: bit for bit what they were. What was archived since is forgotten.
+        """Fills the cells, which are empty, with what they held at a mark. What was archived since is forgotten.
+
+        They are bit for bit what they were; where the archive has other types than the cache, what these make of it.
 
         Raises:
             ValueError: the mark is none of this archive.
@@ -146,12 +148,12 @@ class Recaller:
         if n_query and n_blocks * BLOCK < last - first:
             return self._native.best_rows(
                 archive.key_chunks(), self._boxes.of(archive), n_tokens,
-                first=first, last=last, n_blocks=n_blocks, n_query=n_query, every=_EVERY, stretches=moved,
+                first=first, last=last, n_blocks=n_blocks, n_query=n_query, every=_EVERY, stretches=moved, types=archive.types,
             )  # fmt: skip
         every = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
         if not n_query:
             return every, np.zeros(every.shape, np.float32)
-        return every, self._native.row_scores(archive.key_chunks(), n_tokens, n_query, stretches=moved)
+        return every, self._native.row_scores(archive.key_chunks(), n_tokens, n_query, stretches=moved, types=archive.types)
 
     def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> Refill:
         """A cell stays in use as long as its key is where it has to be, int32 [n_tokens]; others come from the archive, so that no key is ever

@@ -78,8 +78,19 @@ class ArchiveFile:
                                 return None
                             self._written[part.key] = _write(file.fileno(), self._free(len(part.data)), part.data)
             except OSError as error:
+                self._drop_new()
                 raise KvlocalError(cannot_write(self.path, error)) from error
         return [self._written[part.key] for part in parts]
+
+    def _drop_new(self) -> None:
+        """What no snapshot names takes no room from the words of the conversation."""
+        self._written = {key: extent for key, extent in self._written.items() if extent in self._named or key in self._mapped}
+        end = max((extent.start + extent.size for extent in (*self._named, *self._written.values())), default=0)
+        with suppress(OSError):
+            if end:
+                os.truncate(self.path, end)
+            else:
+                self.path.unlink(missing_ok=True)
 
     def _know(self, file: int) -> None:
         """Nothing is in a file that is another than before."""

@@ -89,7 +89,7 @@ class Snapshots:
             return
         self._kept = key
         self._archive_file.keep(extents)
-        if archive and session.config.archive == "disk":
+        if archive and session.config.store == "disk":
             archive.exchange(self._archive_file.mapped(parts))
 
     def holds(self, session: ChatSession) -> bool:
@@ -119,7 +119,7 @@ class Snapshots:
         # the words of turns that are taken back do not matter
         turns = n_turns * [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         try:
-            session.resume([*messages[:n], *turns], arrays, data, copy=session.config.archive == "ram")
+            session.resume([*messages[:n], *turns], arrays, data, copy=session.config.store == "ram")
         except SessionError as error:
             raise SnapshotError("the snapshot contradicts itself") from error
         if session.cache.archive:

@@ -43,7 +43,7 @@ class MemoryEstimate:
         attention = Attention.of(model)
         if attention is None:
             return None
-        has_way_back = config.archive != "off" and not attention.window
+        has_way_back = config.store != "off" and not attention.window
         copies = 2 if undo and allocation(config, attention.n_ctx_train).evicts and not has_way_back else 1
         weights = sum(tensor.data.nbytes for tensor in model.tensors.values())
         cell = copies * attention.cell_bytes(config.type_k, config.type_v)

@@ -14,7 +14,7 @@ from kvlocal.errors import KvlocalError
 ALL = "all"
 
 # Fields of SessionConfig that a spec may set; the run sets the others.
-SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int, "archive": str}
+SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int, "archive": str, "archive_type": str}
 
 
 class VariantError(KvlocalError):
@@ -64,9 +64,11 @@ class Variant:
                 own[key] = value
         try:
             policies.make(name, own)
-            SessionConfig(policy=name, policy_args=own, **others)
+            config = SessionConfig(policy=name, policy_args=own, **others)
         except KvlocalError as error:
             raise VariantError(f"{spec!r} cannot be run: {error}") from None
+        if config.archive_type and config.store == "off":
+            raise VariantError(f"{spec!r} has a type for an archive and no archive: leave out archive_type, or what keeps the archive away")
         return cls(spec, ratio, name, own, others)
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.library import load
+from kvlocal.llama.rows import Rows, RowTypes
 
 BLOCK = 16  # keys that share a box
 
@@ -44,30 +45,21 @@ class Layout:
     n_window: int
     is_swa: bool
     can_rotate: bool
+    type_k: int
+    type_v: int
     row_size_k: int
     row_size_v: int
+
+    @property
+    def row_types(self) -> RowTypes:
+        """What the cache stores its cells in."""
+        return RowTypes(self.type_k, self.type_v, self.row_size_k, self.row_size_v)
 
     @property
     def ring_bytes(self) -> int:
         """What the recorded queries take: [n_embd_head_k * n_head, n_window * n_seq_max + 1] float32 in each layer."""
         n_rows = self.n_window * self.n_seq_max + 1 if self.n_window else 0
         return self.n_layer * self.n_head * self.n_embd_head_k * n_rows * 4
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Keys and values of n cells as the cache stores them: they come back bit for bit.
-
-    k: uint8 [L, H, n, bytes of a key of one head]
-    v: uint8 [L, H, n, bytes of a value of one head]
-    """
-
-    k: np.ndarray
-    v: np.ndarray
-
-    @property
-    def n(self) -> int:
-        return self.k.shape[2]
 
 
 class NativeCache:
@@ -178,39 +170,44 @@ class NativeCache:
         n_query: int = 0,
         largest: bool = False,
         stretches: tuple[np.ndarray, np.ndarray] | None = None,
+        types: RowTypes | None = None,
     ) -> np.ndarray:
         """What `scores` is, for keys in host memory in place of the cells: float32 [L, H, n_rows]. The last of them are the queries' own.
 
         chunks: each uint8 [L, H, chunk size, bytes of a key], keys of so many tokens one after another, rotated as those in the cache are
         stretches: starts and shifts, int [n] each: the keys from starts[i] on, up to the next start, count as if rotated by shifts[i] more
             positions; starts ascend from 0. None where all are at the positions that the queries expect
+        types: what they are stored in, None for the cache's own
         """
         layout = self.layout()
-        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, layout.row_size_k)
+        types = types or layout.row_types
+        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, types.size_k)
         self._check_chunks(chunks, shape, np.dtype(np.uint8))
         pointers = self._pointers(chunks)
         starts, shifts = self._stretches(stretches)
         out = np.empty((layout.n_layer, layout.n_head_kv, n_rows), np.float32)
         self._compute(
             self._lib.kvl_get_row_scores,
-            n_query, self._flags(False, largest), pointers, len(chunks), shape[2],
+            n_query, self._flags(False, largest), pointers, types.k, len(chunks), shape[2],
             self._ints(starts), self._ints(shifts), len(starts), self._floats(out), *out.shape,
         )  # fmt: skip
         return out
 
-    def fill_boxes(self, keys: np.ndarray, blocks: range, boxes: np.ndarray) -> None:
+    def fill_boxes(self, keys: np.ndarray, blocks: range, boxes: np.ndarray, types: RowTypes | None = None) -> None:
         """Writes the boxes of these blocks of a chunk: the least and the largest number in each channel of the BLOCK keys of a block.
 
         keys: uint8 [L, H, chunk size, bytes of a key], chunk size a multiple of 256
         boxes: float16 [L, H, 2, head size, chunk size / BLOCK]
+        types: what they are stored in, None for the cache's own
         """
         layout = self.layout()
-        shape = (layout.n_layer, layout.n_head_kv, keys.shape[2], layout.row_size_k)
+        types = types or layout.row_types
+        shape = (layout.n_layer, layout.n_head_kv, keys.shape[2], types.size_k)
         self._check_chunks([keys], shape, np.dtype(np.uint8))
         self._check_chunks([boxes], (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
         out = self._ffi.cast("uint16_t *", self._ffi.from_buffer(boxes, require_writable=True))
         data = self._ffi.from_buffer("uint8_t[]", keys)
-        self._check(self._lib.kvl_get_boxes(self._context, data, shape[2], blocks.start, len(blocks), out, boxes.nbytes, *shape[:2]))
+        self._check(self._lib.kvl_get_boxes(self._context, data, types.k, shape[2], blocks.start, len(blocks), out, boxes.nbytes, *shape[:2]))
 
     def best_rows(
         self,
@@ -225,17 +222,19 @@ class NativeCache:
         every: int = 1,
         n_bound: int = 2,
         stretches: tuple[np.ndarray, np.ndarray] | None = None,
+        types: RowTypes | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The rows that the queries may find most in, int32 [L, H, n] ascending, and their scores as if there were no others (`row_scores`).
 
         These are the rows before `first` and from `last` on, multiples of BLOCK, and n_blocks blocks of those between, for each head those whose
         boxes let n_bound of the queries expect most. Of the queries each every-th is looked at, the last one among them.
 
-        chunks, stretches: as for `row_scores`
+        chunks, stretches, types: as for `row_scores`
         boxes: of each chunk, as `fill_boxes` fills them, for all blocks before `last`
         """
         layout = self.layout()
-        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, layout.row_size_k)
+        types = types or layout.row_types
+        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, types.size_k)
         self._check_chunks(chunks, shape, np.dtype(np.uint8))
         self._check_chunks(boxes, (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
         if len(boxes) != len(chunks):
@@ -246,7 +245,7 @@ class NativeCache:
         bounds = self._ffi.cast("uint16_t **", keep := self._pointers(boxes))
         self._compute(
             self._lib.kvl_get_best_rows,
-            n_query, every, n_bound, self._pointers(chunks), bounds, len(chunks), shape[2], n_rows,
+            n_query, every, n_bound, self._pointers(chunks), types.k, bounds, len(chunks), shape[2], n_rows,
             self._ints(starts), self._ints(shifts), len(starts), first, last, self._ints(rows), self._floats(scores), *rows.shape,
         )  # fmt: skip
         del keep
@@ -261,7 +260,7 @@ class NativeCache:
 
     def _check_chunks(self, chunks: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
         if any(chunk.shape != shape or chunk.dtype != dtype or not chunk.flags.c_contiguous for chunk in chunks):
-            raise ValueError(f"chunks of this cache's keys must be contiguous {dtype} {shape}")
+            raise ValueError(f"chunks of such keys must be contiguous {dtype} {shape}")
 
     def attention_map(self, layers: list[int], n_query: int = 0) -> np.ndarray:
         """Softmax weights of the last n_query recorded queries (0: all), mean over the query heads, float32 [len(layers), n_query, C]."""
@@ -296,7 +295,7 @@ class NativeCache:
     ) -> None:
         """Moves cell gather[l, h, j] of each layer and head to cell j, or writes a row that is brought along there, and frees the cells behind.
 
-        What is not rotated is copied bit for bit; rotated keys of a quantised cache are quantised again.
+        What is not rotated is copied bit for bit, but for rows of other types; rotated keys of a quantised cache are quantised again.
 
         gather: int [L, H, n_keep], used cells, or C + r for row r of rows
         positions: int [n_keep], strictly ascending, for the causal mask
@@ -316,35 +315,39 @@ class NativeCache:
                 raise ValueError(f"delta must have the shape of gather, {gather.shape}, not {delta.shape}")
             rotation = self._ints(delta)
         chunks = [rows] if isinstance(rows, Rows) else list(rows or ())
-        chunks = [Rows(np.ascontiguousarray(chunk.k), np.ascontiguousarray(chunk.v)) for chunk in chunks if chunk.n]
+        chunks = [Rows(np.ascontiguousarray(chunk.k), np.ascontiguousarray(chunk.v), chunk.types) for chunk in chunks if chunk.n]
         brought, *_pointers = self._rows(chunks) if chunks else [self._ffi.NULL]
         self._compute(
             self._lib.kvl_compact, self._ints(gather), self._ints(positions), rotation, brought, self._flags(portable), *gather.shape, self.n_cells()
         )
 
-    def read_rows(self, cells: np.ndarray) -> Rows:
-        """Keys and values of these used cells, int [n], of all layers and heads, as they are stored."""
+    def read_rows(self, cells: np.ndarray, types: RowTypes | None = None) -> Rows:
+        """Keys and values of these used cells, int [n], of all layers and heads: as they are stored, or in other types, rounded as ggml does."""
         cells = np.ascontiguousarray(cells, np.int32)
         layout = self.layout()
-        shape = (layout.n_layer, layout.n_head_kv, len(cells))
-        rows = Rows(np.empty((*shape, layout.row_size_k), np.uint8), np.empty((*shape, layout.row_size_v), np.uint8))
+        shape, types = (layout.n_layer, layout.n_head_kv, len(cells)), types or layout.row_types
+        rows = Rows(np.empty((*shape, types.size_k), np.uint8), np.empty((*shape, types.size_v), np.uint8), types)
         if len(cells):
             filled, *_pointers = self._rows([rows])
             self._compute(self._lib.kvl_read_rows, self._ints(cells), filled, *shape[:2], self.n_cells())
         return rows
 
     def _rows(self, chunks: Sequence[Rows]) -> list[Any]:
-        """A struct kvl_rows of chunks of equal size, and what must live as long as it, besides the arrays."""
+        """A struct kvl_rows of chunks of equal size and types, and what must live as long as it, besides the arrays."""
         layout, first = self.layout(), chunks[0]
-        shapes = [(layout.n_layer, layout.n_head_kv, first.n, size) for size in (layout.row_size_k, layout.row_size_v)]
+        types = first.types or layout.row_types
+        shapes = [(layout.n_layer, layout.n_head_kv, first.n, size) for size in (types.size_k, types.size_v)]
         for chunk in chunks:
+            if (chunk.types or layout.row_types) != types:
+                raise ValueError("rows of several types cannot be brought along together")
             for array, shape in zip((chunk.k, chunk.v), shapes, strict=True):
                 if array.shape != shape or array.dtype != np.uint8:
-                    raise ValueError(f"rows of this cache must be uint8 {shape}, not {array.dtype} {array.shape}")
+                    raise ValueError(f"such rows of this cache must be uint8 {shape}, not {array.dtype} {array.shape}")
         out = self._ffi.new("struct kvl_rows *")
         out.k, out.v = pointers = [self._pointers([getattr(chunk, name) for chunk in chunks]) for name in ("k", "v")]
         out.n_bytes_k, out.n_bytes_v = first.k.nbytes, first.v.nbytes
         out.n_chunk, out.chunk_size, out.n_rows = len(chunks), first.n, len(chunks) * first.n
+        out.type_k, out.type_v = types.k, types.v
         return [out, *pointers]
 
     def _pointers(self, arrays: Sequence[np.ndarray]) -> Any:

@@ -7,8 +7,10 @@ from typing import Any
 
 import cffi
 
+from kvlocal.llama.cells import Layout
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load
+from kvlocal.llama.rows import RowTypes
 
 # libllama links ggml, so these are found through its handle
 _DECLARATIONS = """
@@ -50,6 +52,19 @@ def functions() -> tuple[cffi.FFI, Any]:
     ffi = cffi.FFI()
     ffi.cdef(_DECLARATIONS)
     return ffi, ffi.dlopen(load().llama_cpp.llama_cpp._lib._name)
+
+
+def row_types(kind: str, layout: Layout) -> RowTypes:
+    """Rows of keys and values of one type, of KV_TYPES, for the heads of a cache.
+
+    Raises:
+        ValueError: their heads are no whole blocks of it.
+    """
+    _, ggml = functions()
+    number, sizes = getattr(load().llama_cpp, KV_TYPES[kind]), (layout.n_embd_head_k, layout.n_embd_head_v)
+    if any(size % ggml.ggml_blck_size(number) for size in sizes):
+        raise ValueError(f"heads of {sizes[0]} and {sizes[1]} numbers are no whole blocks of {kind}")
+    return RowTypes(number, number, *(ggml.ggml_row_size(number, size) for size in sizes))
 
 
 def device_without_attention(

@@ -26,7 +26,7 @@ from kvlocal.policies.rkv import RKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "WITH_ARCHIVE", "WITH_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "Recall", "make"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "WITHOUT_ARCHIVE", "WITHOUT_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "Recall", "make"]
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -44,9 +44,9 @@ POLICIES: dict[str, type[Policy]] = {
     "hybrid": Hybrid,
 }
 
-DEFAULT_POLICY = "kvzip-snapkv"
-WITH_ARCHIVE = "recall"  # the default of the commands where there is an archive
-WITH_NEXUS = "hybrid"  # the default of the commands where there are Nexus tokens for the model
+DEFAULT_POLICY = "recall"
+WITHOUT_ARCHIVE = "hybrid"  # the default of the commands where there is no archive, but Nexus tokens for the model
+WITHOUT_NEXUS = "kvzip-snapkv"  # and where there is neither
 
 _BOOL = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 

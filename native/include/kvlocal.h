@@ -26,7 +26,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 6
+    KVL_API_VERSION = 7
 };
 
 enum {
@@ -60,21 +60,26 @@ struct kvl_layout {
     int32_t n_window;      // queries the ring holds per sequence, 0 while it is off
     int32_t is_swa;        // 1: a sliding-window model, the layers here are its global ones
     int32_t can_rotate;    // 1: kept keys can be moved to new positions
+    int32_t type_k;        // ggml_type of a stored key
+    int32_t type_v;        // ggml_type of a stored value
     int32_t row_size_k;    // bytes of a stored key of one head
     int32_t row_size_v;    // bytes of a stored value of one head
 };
 
-// keys and values of n_rows cells in host memory, bytes as the cache stores them, in chunks of chunk_size rows; row r is row r % chunk_size of
-// chunk r / chunk_size
+// keys and values of n_rows cells in host memory, in chunks of chunk_size rows; row r is row r % chunk_size of chunk r / chunk_size
+// types: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0 or IQ4_NL of ggml_type, of which the rows of a head are whole blocks; the cache's own, or others
+// what moves between rows and cells of one type moves as bytes, between others by way of float32, rounded as ggml's reference functions do
 struct kvl_rows {
-    uint8_t * const * k; // [n_chunk] of [n_layer, n_head_kv, chunk_size, row_size_k]
-    uint8_t * const * v; // [n_chunk] of [n_layer, n_head_kv, chunk_size, row_size_v]
+    uint8_t * const * k; // [n_chunk] of [n_layer, n_head_kv, chunk_size, bytes of a key of type_k]
+    uint8_t * const * v; // [n_chunk] of [n_layer, n_head_kv, chunk_size, bytes of a value of type_v]
 
     int64_t n_bytes_k; // of each chunk
     int64_t n_bytes_v;
     int32_t n_chunk;
     int32_t chunk_size;
     int32_t n_rows;
+    int32_t type_k;
+    int32_t type_v;
 };
 
 // the version of this interface, to be compared with KVL_API_VERSION
@@ -119,18 +124,19 @@ int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_que
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 
 // the same for keys in host memory, the last n_query of which belong to the queries; models with a soft cap or sinks are not supported
-// chunks: [n_chunk] of [n_layer, n_head_kv, chunk_size, row_size_k] bytes as kvl_read_rows gives them, rotated as the cache's keys are
+// chunks: [n_chunk] of [n_layer, n_head_kv, chunk_size, bytes of a key of type] as kvl_read_rows gives them, rotated as the cache's keys are
+// type: as type_k of kvl_rows
 // starts, shifts: [n_stretch] the keys from starts[i] on, up to the next start, count as if rotated by shifts[i] more positions; starts ascend
 // from 0, and n_stretch is 0 where no key is at another position than the queries expect
 // flags: KVL_LARGEST; scores: [n_layer, n_head_kv, n_rows]
 int32_t kvl_get_row_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
-        const uint8_t * const * chunks, int32_t n_chunk, int32_t chunk_size,
+        const uint8_t * const * chunks, int32_t type, int32_t n_chunk, int32_t chunk_size,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch,
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows);
 
 // the boxes of some blocks of a chunk of keys: the least and the largest number in each channel of the KVL_BLOCK_SIZE keys of a block, as F16
-// keys: a chunk as above, chunk_size a multiple of KVL_CHUNK_UNIT; boxes: [n_layer, n_head_kv, 2, n_embd_head_k, chunk_size/KVL_BLOCK_SIZE], n_bytes
-int32_t kvl_get_boxes(struct llama_context * ctx, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block,
+// keys, type: a chunk as above, chunk_size a multiple of KVL_CHUNK_UNIT; boxes: [n_layer, n_head_kv, 2, n_embd_head_k, chunk_size/KVL_BLOCK_SIZE], n_bytes
+int32_t kvl_get_boxes(struct llama_context * ctx, const uint8_t * keys, int32_t type, int32_t chunk_size, int32_t first_block, int32_t n_block,
         uint16_t * boxes, int64_t n_bytes, int32_t n_layer, int32_t n_head_kv);
 
 // for each head the rows [0, first) and [last, n_rows), and of the blocks between those in which the queries may find most by their boxes,
@@ -139,7 +145,7 @@ int32_t kvl_get_boxes(struct llama_context * ctx, const uint8_t * keys, int32_t 
 // boxes: [n_chunk], filled for all blocks before `last`; first, last: multiples of KVL_BLOCK_SIZE, the queries' own keys are behind `last`
 // rows: [n_layer, n_head_kv, n_best]; scores: the same; n_best - first - (n_rows - last) is a multiple of KVL_BLOCK_SIZE
 int32_t kvl_get_best_rows(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t n_bound,
-        const uint8_t * const * chunks, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
+        const uint8_t * const * chunks, int32_t type, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
         int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best);
 
@@ -160,7 +166,7 @@ int32_t kvl_remove_cells(struct llama_context * ctx, int32_t seq_id,
         const int32_t * cells, int32_t n_remove, int32_t n_cells);
 
 // cell j of a head becomes a copy of what gather[.., j] names, for all j < n_keep; the cells behind are freed
-// what is not rotated is copied bit by bit, whatever its type; rotated keys of a quantised cache are quantised again
+// what is not rotated is copied bit by bit, whatever its type, but for rows of another type; rotated keys of a quantised cache are quantised again
 // gather: [n_layer, n_head_kv, n_keep], used cells, or n_cells + r for row r of rows
 // pos:    [n_keep] positions of the new cells for the causal mask, strictly ascending
 // delta:  [n_layer, n_head_kv, n_keep] by how many positions each kept key is rotated, or NULL for none
@@ -172,7 +178,7 @@ int32_t kvl_compact(struct llama_context * ctx, int32_t seq_id,
         const int32_t * gather, const int32_t * pos, const int32_t * delta, const struct kvl_rows * rows, int32_t flags,
         int32_t n_layer, int32_t n_head_kv, int32_t n_keep, int32_t n_cells);
 
-// keys and values of these cells of all layers and heads, as they are stored
+// keys and values of these cells of all layers and heads, in the types of rows
 // cells: [rows->n_rows], used cells; rows: one chunk, which is filled
 int32_t kvl_read_rows(struct llama_context * ctx, int32_t seq_id, const int32_t * cells, const struct kvl_rows * rows,
         int32_t n_layer, int32_t n_head_kv, int32_t n_cells);

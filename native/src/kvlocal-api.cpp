@@ -189,6 +189,8 @@ int32_t kvl_get_layout(llama_context * ctx, kvl_layout * layout) {
         layout->n_window      = ring ? ring->n_window : 0;
         layout->is_swa        = cache.swa != nullptr;
         layout->can_rotate    = can_rotate(cache);
+        layout->type_k        = kvl_access::layers(*cache.kv)[0].k->type;
+        layout->type_v        = kvl_access::layers(*cache.kv)[0].v->type;
         layout->row_size_k    = kvl_row_size_k(cache);
         layout->row_size_v    = kvl_row_size_v(cache);
 
@@ -306,6 +308,12 @@ int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int
     });
 }
 
+static ggml_type check_key_type(const kvl_cache & cache, int32_t type) {
+    kvl_row_size(type, cache.n_embd_head_k);
+
+    return (ggml_type) type;
+}
+
 static void check_host_keys(const kvl_cache & cache, const kvl_host_keys & keys, int32_t n_chunk) {
     check_pointer(keys.chunks, "chunks");
 
@@ -338,7 +346,8 @@ static void check_host_keys(const kvl_cache & cache, const kvl_host_keys & keys,
     }
 }
 
-int32_t kvl_get_row_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags, const uint8_t * const * chunks, int32_t n_chunk, int32_t chunk_size,
+int32_t kvl_get_row_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
+        const uint8_t * const * chunks, int32_t type, int32_t n_chunk, int32_t chunk_size,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
@@ -348,7 +357,7 @@ int32_t kvl_get_row_scores(llama_context * ctx, int32_t seq_id, int32_t n_query,
         check_scorable(cache, n_query);
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, kvl_access::cells(*cache.kv, seq_id).used_max_p1());
 
-        const kvl_host_keys keys = { chunks, starts, shifts, chunk_size, n_rows, n_stretch };
+        const kvl_host_keys keys = { chunks, starts, shifts, check_key_type(cache, type), chunk_size, n_rows, n_stretch };
 
         check_host_keys(cache, keys, n_chunk);
 
@@ -364,7 +373,7 @@ static void check_chunk_unit(int32_t chunk_size) {
     }
 }
 
-int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block,
+int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t type, int32_t chunk_size, int32_t first_block, int32_t n_block,
         uint16_t * boxes, int64_t n_bytes, int32_t n_layer, int32_t n_head_kv) {
     return guard([&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
@@ -374,8 +383,9 @@ int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t chunk_s
         check_chunk_unit(chunk_size);
         kvl_check_shape(cache, 0, n_layer, n_head_kv, kvl_access::cells(*cache.kv, 0).used_max_p1(), true);
 
-        const int32_t n_box  = chunk_size/KVL_BLOCK_SIZE;
-        const int64_t needed = (int64_t) n_layer*n_head_kv*2*cache.n_embd_head_k*n_box*sizeof(uint16_t);
+        const auto    key_type = check_key_type(cache, type);
+        const int32_t n_box    = chunk_size/KVL_BLOCK_SIZE;
+        const int64_t needed   = (int64_t) n_layer*n_head_kv*2*cache.n_embd_head_k*n_box*sizeof(uint16_t);
 
         if (n_bytes != needed) {
             throw kvl_error(KVL_ERR_ARGUMENT, "the boxes have " + std::to_string(n_bytes) + " bytes, " + std::to_string(needed) + " are needed");
@@ -384,14 +394,14 @@ int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t chunk_s
             throw kvl_error(KVL_ERR_ARGUMENT, "the blocks are not in [0, " + std::to_string(n_box) + ")");
         }
 
-        kvl_boxes(cache, keys, chunk_size, first_block, n_block, boxes);
+        kvl_boxes(cache, keys, key_type, chunk_size, first_block, n_block, boxes);
 
         return KVL_OK;
     });
 }
 
 int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t n_bound,
-        const uint8_t * const * chunks, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
+        const uint8_t * const * chunks, int32_t type, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
         int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best) {
     return guard([&]() -> int32_t {
@@ -404,7 +414,7 @@ int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, 
         check_chunk_unit(chunk_size);
         kvl_check_shape(cache, seq_id, n_layer, n_head_kv, kvl_access::cells(*cache.kv, seq_id).used_max_p1());
 
-        const kvl_host_keys keys = { chunks, starts, shifts, chunk_size, n_rows, n_stretch };
+        const kvl_host_keys keys = { chunks, starts, shifts, check_key_type(cache, type), chunk_size, n_rows, n_stretch };
 
         check_host_keys(cache, keys, n_chunk);
 

@@ -11,18 +11,24 @@ namespace {
 // what becomes of the keys or values of one layer
 struct row_move {
     ggml_tensor   * stream;
-    size_t          size;   // bytes of the row of one head
+    int64_t         n_embd; // numbers of the row of one head
+    size_t          size;   // its bytes
     const int32_t * gather; // [n_head_kv, n_keep]
 
     uint8_t * const * chunks; // of the host, see kvl_rows
     int64_t           chunk_size;
-    size_t            offset; // of the layer in a chunk
+    ggml_type         host_type;
+    size_t            host_size; // bytes of the row of one head
+    size_t            offset;    // of the layer in a chunk
 
     size_t cell_size() const { return stream->nb[1]; }
 
     const uint8_t * host(int64_t head, int64_t row) const {
-        return chunks[row/chunk_size] + offset + (head*chunk_size + row%chunk_size)*size;
+        return chunks[row/chunk_size] + offset + (head*chunk_size + row%chunk_size)*host_size;
     }
+
+    // from rows of the host to those of the stream
+    kvl_row_conversion conversion() const { return { host_type, stream->type, n_embd }; }
 };
 
 // the rows of one head in place, data: [n_cells] rows that are cell_size apart
@@ -34,6 +40,8 @@ void move_head(const row_move & move, char * data, int64_t head, int32_t n_keep,
     const int32_t * from = move.gather + head*n_keep;
 
     data += head*move.size;
+
+    auto convert = move.conversion();
 
     for (int64_t j = 0; j < n_keep; ++j) {
         if (from[j] > j && from[j] < n_cells) {
@@ -47,7 +55,7 @@ void move_head(const row_move & move, char * data, int64_t head, int32_t n_keep,
     }
     for (int64_t j = 0; j < n_keep; ++j) {
         if (from[j] >= n_cells) {
-            memcpy(data + j*step, move.host(head, from[j] - n_cells), move.size);
+            convert(move.host(head, from[j] - n_cells), data + j*step);
         }
     }
 }
@@ -195,19 +203,24 @@ private:
     void plan() {
         const auto & layers = kvl_access::layers(*cache.kv);
 
-        const size_t size_k = kvl_row_size_k(cache);
-        const size_t size_v = kvl_row_size_v(cache);
-
         const auto * rows = what.rows;
 
-        const int64_t chunk_size = rows ? rows->chunk_size : 1;
-
         for (int32_t i = 0; i < cache.n_layer; ++i) {
-            const size_t n_before = i*cache.n_head_kv*chunk_size;
+            ggml_tensor * k = layers[i].k_stream[stream];
+            ggml_tensor * v = layers[i].v_stream[stream];
 
-            task.moves.push_back({ layers[i].k_stream[stream], size_k, what.gather + i*n_idx(), rows ? rows->k : nullptr, chunk_size, n_before*size_k });
-            task.moves.push_back({ layers[i].v_stream[stream], size_v, what.gather + i*n_idx(), rows ? rows->v : nullptr, chunk_size, n_before*size_v });
+            add_move(i, k, cache.n_embd_head_k, kvl_row_size_k(cache), rows ? rows->k : nullptr, rows ? (ggml_type) rows->type_k : k->type);
+            add_move(i, v, cache.n_embd_head_v, kvl_row_size_v(cache), rows ? rows->v : nullptr, rows ? (ggml_type) rows->type_v : v->type);
         }
+    }
+
+    void add_move(int32_t i_layer, ggml_tensor * t, int64_t n_embd, size_t size, uint8_t * const * chunks, ggml_type type) {
+        const int64_t chunk_size = what.rows ? what.rows->chunk_size : 1;
+        const size_t  host_size  = ggml_row_size(type, n_embd);
+
+        task.moves.push_back({
+            t, n_embd, size, what.gather + i_layer*n_idx(), chunks, chunk_size, type, host_size, i_layer*cache.n_head_kv*chunk_size*host_size,
+        });
     }
 
     // the cells of every head, those of the host left out
@@ -248,14 +261,15 @@ private:
         std::vector<uint8_t> host;
         std::vector<int64_t> host_to;
 
+        auto convert = move.conversion();
+
         for (int64_t h = 0; h < cache.n_head_kv; ++h) {
             for (int64_t j = 0; j < what.n_keep; ++j) {
                 const int64_t cell = move.gather[h*what.n_keep + j];
 
                 if (cell >= n_cells) {
-                    const uint8_t * row = move.host(h, cell - n_cells);
-
-                    host.insert(host.end(), row, row + move.size);
+                    host.resize(host.size() + move.size);
+                    convert(move.host(h, cell - n_cells), host.data() + host.size() - move.size);
                     host_to.push_back(flat(j, h));
                 } else if (cell != j) {
                     from.push_back((int32_t) flat(cell, h));
@@ -345,13 +359,19 @@ private:
 
         ggml_backend_tensor_get(move.stream, s.before.data(), 0, s.before.size());
 
+        auto convert = move.conversion();
+
         for (int64_t h = 0; h < cache.n_head_kv; ++h) {
             for (int64_t j = 0; j < what.n_keep; ++j) {
                 const int64_t from = move.gather[h*what.n_keep + j];
 
-                memcpy(s.after.data() + j*step + h*move.size, from < n_cells
-                    ? s.before.data() + from*step + h*move.size
-                    : move.host(h, from - n_cells), move.size);
+                uint8_t * to = s.after.data() + j*step + h*move.size;
+
+                if (from < n_cells) {
+                    memcpy(to, s.before.data() + from*step + h*move.size, move.size);
+                } else {
+                    convert(move.host(h, from - n_cells), to);
+                }
             }
         }
 

@@ -100,7 +100,7 @@ void kvl_graph::run(const std::function<void()> & set_inputs) {
     }
 }
 
-static bool is_cache_type(ggml_type type) {
+bool kvl_is_cache_type(int32_t type) {
     switch (type) {
         case GGML_TYPE_F32:
         case GGML_TYPE_F16:
@@ -196,7 +196,7 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
         }
 
         for (const auto * t : { layer.k, layer.v }) {
-            if (!is_cache_type(t->type)) {
+            if (!kvl_is_cache_type(t->type)) {
                 throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("a KV cache of type ") + ggml_type_name(t->type) + " can't be compressed");
             }
         }

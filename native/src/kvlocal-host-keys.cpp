@@ -164,9 +164,7 @@ kvl_cpu_scores scores_of(const kvl_cache & cache, const query_copies & queries, 
     }
 
     for (int32_t i = 0; i < cache.n_layer; ++i) {
-        const ggml_type type = kvl_access::layers(*cache.kv)[i].k->type;
-
-        task.keys   .emplace_back(keys.chunks, keys.chunk_size, type, cache.n_embd_head_k, cache.n_head_kv, i);
+        task.keys   .emplace_back(keys.chunks, keys.chunk_size, keys.type, cache.n_embd_head_k, cache.n_head_kv, i);
         task.queries.push_back(queries.layer(i));
         task.scales .push_back(kvl_access::ring(*cache.kv)->layers[i].kq_scale);
     }
@@ -229,12 +227,11 @@ void kvl_best_rows(const kvl_cache & cache, int32_t seq_id, int32_t n_query, con
     ggml_backend_tensor_get(out, scores, 0, ggml_nbytes(out));
 }
 
-void kvl_boxes(const kvl_cache & cache, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block, uint16_t * boxes) {
-    const size_t n_keys  = (size_t) cache.n_head_kv*chunk_size*kvl_row_size_k(cache);
+void kvl_boxes(const kvl_cache & cache, const uint8_t * keys, ggml_type type, int32_t chunk_size, int32_t first_block, int32_t n_block, uint16_t * boxes) {
+    const size_t n_keys  = (size_t) cache.n_head_kv*chunk_size*ggml_row_size(type, cache.n_embd_head_k);
     const size_t n_boxes = (size_t) cache.n_head_kv*2*cache.n_embd_head_k*(chunk_size/KVL_BLOCK);
 
     for (int32_t i = 0; i < cache.n_layer; ++i) {
-        kvl_fill_boxes(kvl_access::layers(*cache.kv)[i].k->type, cache.n_embd_head_k, cache.n_head_kv, keys + i*n_keys, chunk_size,
-                first_block, n_block, boxes + i*n_boxes);
+        kvl_fill_boxes(type, cache.n_embd_head_k, cache.n_head_kv, keys + i*n_keys, chunk_size, first_block, n_block, boxes + i*n_boxes);
     }
 }

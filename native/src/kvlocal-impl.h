@@ -130,6 +130,9 @@ private:
 // the compressible cache of a context, or a kvl_error that says why there is none
 kvl_cache kvl_find_cache(llama_context * lctx);
 
+// whether cells and rows can be of this ggml_type
+bool kvl_is_cache_type(int32_t type);
+
 // custom operations, which save most of the passes over memory, run on the CPU only
 bool kvl_is_on_cpu(const kvl_cache & cache);
 bool kvl_is_on_cpu(const ggml_tensor * t);
@@ -167,6 +170,8 @@ struct kvl_host_keys {
     const int32_t * starts;         // [n_stretch] the first key of each stretch
     const int32_t * shifts;         // [n_stretch] by how many positions its keys are to be rotated
 
+    ggml_type type;
+
     int32_t chunk_size;
     int32_t n_rows;
     int32_t n_stretch;
@@ -189,7 +194,7 @@ struct kvl_search {
 };
 
 void kvl_best_rows    (const kvl_cache & cache, int32_t seq_id, int32_t n_query, const kvl_host_keys & keys, const kvl_search & search, int32_t * rows, float * scores);
-void kvl_boxes        (const kvl_cache & cache, const uint8_t * keys, int32_t chunk_size, int32_t first_block, int32_t n_block, uint16_t * boxes);
+void kvl_boxes        (const kvl_cache & cache, const uint8_t * keys, ggml_type type, int32_t chunk_size, int32_t first_block, int32_t n_block, uint16_t * boxes);
 void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells);
 
 // what kvl_compact is asked for, checked
@@ -208,6 +213,23 @@ void kvl_compact_cells(const kvl_cache & cache, int32_t seq_id, const kvl_compac
 // bytes of a stored key and value of one head
 size_t kvl_row_size_k(const kvl_cache & cache);
 size_t kvl_row_size_v(const kvl_cache & cache);
+
+// the same of n numbers of a type that rows in host memory may have; an error if they may not, or if these are no whole blocks of it
+size_t kvl_row_size(int32_t type, int64_t n);
+
+// rows of n numbers from one type to another: as they are where the types are the same, else by way of float32 and ggml's own rounding
+struct kvl_row_conversion {
+    kvl_row_conversion(ggml_type from, ggml_type to, int64_t n);
+
+    void operator()(const void * src, void * dst);
+
+private:
+    ggml_type from;
+    ggml_type to;
+    size_t    size; // bytes of the latter
+
+    std::vector<float> numbers;
+};
 
 void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows);
 void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cells, const kvl_rows & rows);

@@ -1,4 +1,4 @@
-// Rows of cells as they are stored: the bytes of keys and values, to host memory.
+// Rows of cells in host memory: keys and values as they are stored, or in another type.
 
 #include "kvlocal-impl.h"
 
@@ -11,6 +11,43 @@ size_t kvl_row_size_k(const kvl_cache & cache) {
 
 size_t kvl_row_size_v(const kvl_cache & cache) {
     return ggml_row_size(kvl_access::layers(*cache.kv)[0].v->type, cache.n_embd_head_v);
+}
+
+size_t kvl_row_size(int32_t type, int64_t n) {
+    if (!kvl_is_cache_type(type)) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "rows can't be of type " + std::to_string(type));
+    }
+
+    const int64_t n_block = ggml_blck_size((ggml_type) type);
+
+    if (n % n_block != 0) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "a head of " + std::to_string(n) + " numbers is no whole blocks of " + std::to_string(n_block));
+    }
+
+    return ggml_row_size((ggml_type) type, n);
+}
+
+kvl_row_conversion::kvl_row_conversion(ggml_type from, ggml_type to, int64_t n) : from(from), to(to), size(ggml_row_size(to, n)), numbers(n) {}
+
+void kvl_row_conversion::operator()(const void * src, void * dst) {
+    const int64_t n = numbers.size();
+
+    if (from == to) {
+        memcpy(dst, src, size);
+        return;
+    }
+
+    if (from == GGML_TYPE_F32) {
+        memcpy(numbers.data(), src, n*sizeof(float));
+    } else {
+        ggml_get_type_traits(from)->to_float(src, numbers.data(), n);
+    }
+
+    if (to == GGML_TYPE_F32) {
+        memcpy(dst, numbers.data(), n*sizeof(float));
+    } else {
+        ggml_get_type_traits(to)->from_float_ref(numbers.data(), dst, n);
+    }
 }
 
 static bool is_null(const uint8_t * p) {
@@ -28,8 +65,8 @@ void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows) {
 
     const int64_t n = (int64_t) cache.n_layer*cache.n_head_kv*rows.chunk_size;
 
-    const int64_t n_bytes_k = n*(int64_t) kvl_row_size_k(cache);
-    const int64_t n_bytes_v = n*(int64_t) kvl_row_size_v(cache);
+    const int64_t n_bytes_k = n*(int64_t) kvl_row_size(rows.type_k, cache.n_embd_head_k);
+    const int64_t n_bytes_v = n*(int64_t) kvl_row_size(rows.type_v, cache.n_embd_head_v);
 
     if (rows.n_bytes_k != n_bytes_k || rows.n_bytes_v != n_bytes_v) {
         throw kvl_error(KVL_ERR_ARGUMENT, "the rows have " + std::to_string(rows.n_bytes_k) + " and " + std::to_string(rows.n_bytes_v) +
@@ -37,8 +74,8 @@ void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows) {
     }
 }
 
-// out: [n_head_kv, n, size]
-static void read_stream(const ggml_tensor * stream, int64_t n_head_kv, size_t size, const int32_t * cells, int64_t n, std::vector<uint8_t> & staged, uint8_t * out) {
+// out: [n_head_kv, n] rows of type, n_embd numbers each
+static void read_stream(const ggml_tensor * stream, int64_t n_head_kv, int64_t n_embd, const int32_t * cells, int64_t n, std::vector<uint8_t> & staged, ggml_type type, uint8_t * out) {
     const auto [first, last] = std::minmax_element(cells, cells + n);
 
     const size_t step  = stream->nb[1];
@@ -55,9 +92,14 @@ static void read_stream(const ggml_tensor * stream, int64_t n_head_kv, size_t si
         data = staged.data();
     }
 
+    kvl_row_conversion convert(stream->type, type, n_embd);
+
+    const size_t size     = ggml_row_size(stream->type, n_embd);
+    const size_t size_out = ggml_row_size(type, n_embd);
+
     for (int64_t h = 0; h < n_head_kv; ++h) {
-        for (int64_t i = 0; i < n; ++i, out += size) {
-            memcpy(out, data + (cells[i] - *first)*step + h*size, size);
+        for (int64_t i = 0; i < n; ++i, out += size_out) {
+            convert(data + (cells[i] - *first)*step + h*size, out);
         }
     }
 }
@@ -65,8 +107,11 @@ static void read_stream(const ggml_tensor * stream, int64_t n_head_kv, size_t si
 void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cells, const kvl_rows & rows) {
     const uint32_t stream = cache.kv->get_stream(seq_id);
 
-    const size_t n_k = (size_t) cache.n_head_kv*rows.n_rows*kvl_row_size_k(cache);
-    const size_t n_v = (size_t) cache.n_head_kv*rows.n_rows*kvl_row_size_v(cache);
+    const auto type_k = (ggml_type) rows.type_k;
+    const auto type_v = (ggml_type) rows.type_v;
+
+    const size_t n_k = (size_t) cache.n_head_kv*rows.n_rows*ggml_row_size(type_k, cache.n_embd_head_k);
+    const size_t n_v = (size_t) cache.n_head_kv*rows.n_rows*ggml_row_size(type_v, cache.n_embd_head_v);
 
     cache.lctx->synchronize();
 
@@ -75,7 +120,7 @@ void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cel
     for (int32_t i = 0; i < cache.n_layer; ++i) {
         const auto & layer = kvl_access::layers(*cache.kv)[i];
 
-        read_stream(layer.k_stream[stream], cache.n_head_kv, kvl_row_size_k(cache), cells, rows.n_rows, staged, rows.k[0] + i*n_k);
-        read_stream(layer.v_stream[stream], cache.n_head_kv, kvl_row_size_v(cache), cells, rows.n_rows, staged, rows.v[0] + i*n_v);
+        read_stream(layer.k_stream[stream], cache.n_head_kv, cache.n_embd_head_k, cells, rows.n_rows, staged, type_k, rows.k[0] + i*n_k);
+        read_stream(layer.v_stream[stream], cache.n_head_kv, cache.n_embd_head_v, cells, rows.n_rows, staged, type_v, rows.v[0] + i*n_v);
     }
 }

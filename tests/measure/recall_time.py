@@ -25,8 +25,8 @@ from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.config import CacheConfig
 from kvlocal.cache.frames import first_position
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.cells import Rows
 from kvlocal.llama.model import Model
+from kvlocal.llama.rows import Rows
 from kvlocal.policies import Recall
 
 READ = 2000
