@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from gguf_copy import Source, copy
 from serving_process import OPTIONS, ServerProcess, until
 
 openai = pytest.importorskip("openai")
@@ -40,6 +42,15 @@ def client(server):
 
 def chat(server, messages=HELLO, **fields):
     return server.post("/v1/chat/completions", {"messages": messages, **fields})
+
+
+@pytest.fixture(scope="module")
+def caller(short_smollm2, tmp_path_factory):
+    """A client of a model whose template has tools."""
+    path = tmp_path_factory.mktemp("tools") / "tools.gguf"
+    copy(Source(short_smollm2), path, metadata={"tokenizer.chat_template": (Path(__file__).parent / "chatml_tools.jinja").read_text()})
+    with ServerProcess(path, *OPTIONS, "--forget") as running, openai.OpenAI(base_url=f"{running.address}/v1", api_key="any", max_retries=0) as made:
+        yield made
 
 
 # OpenAI's client
@@ -122,28 +133,33 @@ WEATHER = {
     "function": {
         "name": "weather",
         "description": "The weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 5}}, "required": ["city"]},
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "enum": ["Rome", "Oslo"]}}, "required": ["city"]},
     },
 }
 
 
-def test_a_tool_is_called_and_its_result_read(client):
+def test_a_tool_is_called_and_its_result_read(caller):
     asked = {"model": "any", "tools": [WEATHER], "max_tokens": 80}
     messages = [{"role": "user", "content": "How is the weather in Rome?"}]
-    choice = client.chat.completions.create(messages=messages, tool_choice="required", parallel_tool_calls=False, **asked).choices[0]
+    choice = caller.chat.completions.create(messages=messages, tool_choice="required", parallel_tool_calls=False, **asked).choices[0]
     (call,) = choice.message.tool_calls
     assert choice.finish_reason == "tool_calls" and call.function.name == "weather" and "city" in json.loads(call.function.arguments)
     messages += [choice.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "sunny, 25 degrees"}]
-    answer = client.chat.completions.create(messages=messages, tool_choice="none", **asked)
+    answer = caller.chat.completions.create(messages=messages, tool_choice="none", **asked)
     assert answer.choices[0].message.content and answer.usage.prompt_tokens_details.cached_tokens > 0
 
 
-def test_a_call_in_a_stream(client):
-    chunks = client.chat.completions.create(model="any", tools=[WEATHER], max_tokens=80, tool_choice="required", parallel_tool_calls=False,
+def test_a_call_in_a_stream(caller):
+    chunks = caller.chat.completions.create(model="any", tools=[WEATHER], max_tokens=80, tool_choice="required", parallel_tool_calls=False,
                                             messages=[{"role": "user", "content": "How is the weather in Rome?"}], stream=True)  # fmt: skip
     deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert deltas[0].function.name == "weather" and deltas[0].id
     assert "city" in json.loads("".join(delta.function.arguments for delta in deltas))
+
+
+def test_tools_where_the_model_knows_none(client):
+    with pytest.raises(openai.BadRequestError, match="no place for tools"):
+        client.chat.completions.create(model="any", messages=HELLO, tools=[WEATHER])
 
 
 def test_an_answer_that_follows_a_schema(client):

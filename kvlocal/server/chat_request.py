@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kvlocal.chat.messages import canonical, parse_messages
 from kvlocal.chat.options import AnswerOptions, ToolChoice
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import MAX_SEED, SamplingParams, with_temperature
 from kvlocal.server.errors import invalid, not_among, of_failure
-from kvlocal.server.messages import canonical
 from kvlocal.server.schemas import MAX_STOPS, ChatRequest, NamedTool, ResponseFormat, Sampled
 from kvlocal.serving.request import AnswerRequest
 
@@ -33,7 +33,7 @@ def answer_requests(
         ApiError: a field has a value that is not possible.
     """
     try:
-        messages = canonical(fields.messages)
+        messages = canonical(parse_messages([_with_content(message) for message in fields.messages]))
         options = answer_options(fields)
         params = [sampling(fields, defaults, i) for i in range(fields.n or 1)]
     except KvlocalError as error:
@@ -116,6 +116,13 @@ def limit(max_tokens: int | None) -> int | None:
     if max_tokens == 0:
         raise invalid("max_tokens is 0: it has to be at least 1", "max_tokens")
     return None if max_tokens in (None, -1) else max_tokens
+
+
+def _with_content(message: Any) -> Any:
+    """An answer that said nothing, or was refused, comes back with null for its content."""
+    if isinstance(message, dict) and message.get("role") == "assistant" and message.get("content") is None:
+        return {**message, "content": ""}
+    return message
 
 
 def _biases(biases: Mapping[str, float]) -> dict[int, float]:

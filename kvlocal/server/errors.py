@@ -100,7 +100,7 @@ def of_failure(error: KvlocalError) -> ApiError:
     if isinstance(error, SessionError):
         return invalid(str(error))
     if isinstance(error, TemplateError):
-        return invalid(f"the model's chat template refuses the conversation: {error}", "messages")
+        return invalid(f"the conversation cannot be put into the model's words ({error})", "messages")
     if isinstance(error, SamplingError):
         name = str(error).split(" ", 1)[0]
         return invalid(str(error), name if name.replace("_", "").isalnum() else None)
