@@ -45,10 +45,10 @@ def chat(server, messages=HELLO, **fields):
 
 
 @pytest.fixture(scope="module")
-def caller(short_smollm2, tmp_path_factory):
+def caller(smollm2, tmp_path_factory):
     """A client of a model whose template has tools."""
     path = tmp_path_factory.mktemp("tools") / "tools.gguf"
-    copy(Source(short_smollm2), path, metadata={"tokenizer.chat_template": (Path(__file__).parent / "chatml_tools.jinja").read_text()})
+    copy(Source(smollm2), path, metadata={"tokenizer.chat_template": (Path(__file__).parent / "chatml_tools.jinja").read_text()})
     with ServerProcess(path, *OPTIONS, "--forget") as running, openai.OpenAI(base_url=f"{running.address}/v1", api_key="any", max_retries=0) as made:
         yield made
 

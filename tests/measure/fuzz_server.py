@@ -2,7 +2,8 @@
 
 Bodies are mutated and nested, fields have values of other kinds, headers are broken, senders are slow, and connections are closed halfway.
 After each request the server has to be there; what comes back is an HTTP answer or nothing, never a traceback, and never what another key
-has said. At the end its memory is compared with what it took after the first tenth.
+has said. At the end its memory is compared with what it took after the first tenth: conversations that were begun meanwhile are kept,
+so it grows with them.
 """
 
 from __future__ import annotations
