@@ -23,6 +23,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.markup import Message
 
 # so many finished results wait at most for the one that comes before them
 HELD_BACK = 64
@@ -177,12 +178,18 @@ class _Batch:
         messages, stop_reasons, recalled = line.messages[:first], [], []
         answer_tokens, answer_seconds = 0, 0.0
         with self._session(config) as session:
+            pending: list[Message] = []
             for i in range(first, end):
                 message = line.messages[i]
-                session.add_turn(message["role"], message["content"])
                 messages.append(message)
+                pending.append(message)
+                if message["role"] != "assistant" and i not in unanswered and line.messages[i + 1]["role"] != "assistant":
+                    # read with what follows
+                    continue
+                session.add_messages(pending)
+                pending = []
                 if i in unanswered:
-                    for _ in session.answer():
+                    for _ in session.answer(line.asked):
                         pass
                     messages.append(dict(session.messages[-1]))
                     last = session.last

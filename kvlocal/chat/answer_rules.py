@@ -14,6 +14,9 @@ from kvlocal.template.compiled import AnswerFormat, TemplateError
 # Text in front of calls, in the grammars that llama.cpp makes. A call that has to come comes at once: small models would talk until they are cut off.
 _TALK_BEFORE = re.compile(r"^(root ::= .*?)\buntil-\d+\? ", re.MULTILINE)
 
+# Several calls that are written one after another, which llama.cpp also allows where there is to be one.
+_SEVERAL = re.compile(r"^(tool-calls ::= )\((tool-call space)\)\+$", re.MULTILINE)
+
 
 def answer_rules(template: ChatTemplate, options: AnswerOptions) -> tuple[AnswerFormat | None, GrammarRules | None]:
     """How an answer with these options is written (ChatTemplate.answer_format), and what it has to follow, None for nothing.
@@ -50,6 +53,11 @@ def answer_rules(template: ChatTemplate, options: AnswerOptions) -> tuple[Answer
         return found, None
     if found.grammar is None and options.tool_choice == "required":
         raise SessionError("the model's chat template has no calls of tools that could be required: let the model choose")
-    if found.grammar and options.tool_choice == "required":
-        return found, replace(found.grammar, text=_TALK_BEFORE.sub(r"\1", found.grammar.text))
-    return found, found.grammar
+    if found.grammar is None:
+        return found, None
+    text = found.grammar.text
+    if options.tool_choice == "required":
+        text = _TALK_BEFORE.sub(r"\1", text)
+    if not options.parallel_tool_calls:
+        text = _SEVERAL.sub(r"\1\2", text)
+    return found, replace(found.grammar, text=text)

@@ -37,5 +37,20 @@ class SessionConfig(CacheConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "tools", tuple(self.tools))
+        _check_tools(self.tools)
         if self.max_tokens < 1:
             raise SessionError(f"max_tokens is {self.max_tokens}: it must be at least 1")
+
+
+def _check_tools(tools: Sequence[Any]) -> None:
+    names = set()
+    for i, tool in enumerate(tools, 1):
+        function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+            raise SessionError(f'tool {i} is no function: write {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}')
+        if not isinstance(function.get("description", ""), str) or not isinstance(function.get("parameters", {}), Mapping):
+            raise SessionError(f"the tool {name} has a description that is no text, or parameters that are no JSON schema: correct them")
+        if name in names:
+            raise SessionError(f"there are two tools of the name {name}: rename one of them")
+        names.add(name)
