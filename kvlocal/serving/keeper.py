@@ -120,7 +120,7 @@ class Keeper:
     # into a slot, and out of it
 
     def seat(self, assignment: Assignment) -> LiveConversation:
-        """The conversation of a task in a slot, as far as its source goes.
+        """The conversation of an assignment in a slot, as far as its source goes.
 
         Raises:
             KvlocalError: it cannot be there.
