@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.template.answer import AnswerStream, split_thought
 from kvlocal.template.compiled import LIMIT_SECONDS, AnswerFormat, CompiledTemplate, TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
+from kvlocal.template.ends import found_ends, is_one_token, special_tokens, texts_of
 from kvlocal.template.markup import ASSISTANT, SYSTEM, USER, USER_2, Markup, Message, UserTurn, assistant, inside, system, user, with_folded_system
 from kvlocal.template.pieces import Piece, Role, pieces_of
 from kvlocal.template.tokenizer import PieceTokenizer
@@ -27,7 +27,6 @@ from kvlocal.template.tool_turns import ToolTurns, as_text
 
 _NEVER = re.compile("(?!)")
 _MAX_KEPT = 32  # formats of answers, and versions with tools, of one template
-_MIN_STOP = 3  # characters of a text that ends answers
 
 
 class ChatTemplate:
@@ -154,9 +153,9 @@ class ChatTemplate:
         )
         source = "gguf"
         if not template.strip():
-            if _is_one_token(model, "<|im_start|>") and _is_one_token(model, "<|im_end|>"):
+            if is_one_token(model, "<|im_start|>") and is_one_token(model, "<|im_end|>"):
                 template, source = CHATML, "default:chatml"
-            elif _is_one_token(model, "<start_of_turn>") and _is_one_token(model, "<end_of_turn>"):
+            elif is_one_token(model, "<start_of_turn>") and is_one_token(model, "<end_of_turn>"):
                 template, source = GEMMA, "default:gemma"
             else:
                 template, source = PLAIN, "default:plain"
@@ -362,36 +361,12 @@ class ChatTemplate:
             return False
 
     def _find_ends(self, model: Model) -> None:
-        """Finds what ends answers: the metadata of a file can be wrong about it."""
-        found = self._markup
-        inner = set(_special(model, found.thoughts.before + found.thoughts.after)) if found.thoughts else set()
-        ends: set[int] = set()
-        stops: list[str] = []
-        for text in (found.last_closing, found.closing):
-            marker = next((token for token in _special(model, text) if token not in inner), None)
-            if marker is not None:
-                ends.add(marker)
-            elif len(text.strip()) >= _MIN_STOP and not _special(model, text):
-                stops.append(text.strip())
-        if not ends and not stops:
-            # an answer that has no end goes on with the user's next turn
-            behind = found.closing + found.user_header
-            marker = next((token for token in _special(model, behind) if token not in inner), None)
-            if marker is not None:
-                ends.add(marker)
-            elif len(behind.strip()) >= _MIN_STOP:
-                stops.append(("\n" if behind[: -len(behind.lstrip())].endswith("\n") else "") + behind.strip())
-        for text in self._format.stops if self._format else ():
-            if _is_one_token(model, text):
-                ends.add(int(model.tokenize(text, parse_special=True)[0]))
-            else:
-                stops.append(text)
-        self.end_tokens = model.end_tokens | ends
-        self.stop_strings = tuple(dict.fromkeys(stops))
-        texts = [model.token_bytes(token, special=True).decode("utf-8", "replace") for token in sorted(self.end_tokens)]
-        markers = {model.token_bytes(token, special=True).decode("utf-8", "replace") for token in _special(model, self._all_markup())}
+        """Finds what depends on the vocabulary."""
+        self.end_tokens, self.stop_strings = found_ends(model, self._markup, self._format.stops if self._format else ())
+        markers = set(texts_of(model, special_tokens(model, self._all_markup())))
         pattern = "|".join(re.escape(text) for text in sorted(markers, key=len, reverse=True)) or _NEVER.pattern
-        self._tool_turns = ToolTurns(self._render_as_family, self._markup, texts, re.compile(pattern))
+        ends = texts_of(model, sorted(self.end_tokens))
+        self._tool_turns = ToolTurns(self._render_as_family, self._markup, ends, re.compile(pattern))
 
     def _system_block(self, system_text: str) -> tuple[str, str, str]:
         """Markup before the system text, that text as rendered, and markup from there to the user's text."""
@@ -426,15 +401,3 @@ _of_models: weakref.WeakKeyDictionary[Model, tuple[str, ChatTemplate]] = weakref
 
 def _has_turns(messages: Sequence[Message]) -> bool:
     return any(message["role"] != "system" for message in messages)
-
-
-def _is_one_token(model: Model, text: str) -> bool:
-    return len(model.tokenize(text, parse_special=True)) == 1
-
-
-def _special(model: Model, text: str) -> list[int]:
-    """The control tokens and the like in a text, in order."""
-    lib = load().llama_cpp
-    special = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
-    tokens = map(int, model.tokenize(text, parse_special=True))
-    return [token for token in tokens if model.token_attributes(token) & special and model.token_bytes(token, special=True).strip()]
