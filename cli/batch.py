@@ -43,8 +43,9 @@ def batch_command(
 
     A line is {"id": ..., "messages": [{"role": ..., "content": ...}, ...]}. Every user turn without an answer after it is answered, in
     order; given answers are taken as they are. A system message replaces --system; without an id the line's number is taken. A line can
-    have its own "max_tokens", "temperature", "seed", "system", "policy" and "kv_budget"; other keys are left out. A result is a line with
-    the line's number, the id, all messages, what became of the KV cache, and timings.
+    have its own "max_tokens", "temperature", "top_p", "seed", "system", "policy", "kv_budget", "stop", "tools", "tool_choice",
+    "response_format" and more, see docs/batches.md. A result is a line with the line's number, the id, all messages, what became of the KV
+    cache, and timings.
 
     A line that cannot be answered gives a line with an "error" and is reported; the others go on; the exit code is then 1. It has the line's id,
     null if that cannot be read.

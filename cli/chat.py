@@ -10,6 +10,7 @@ import click
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.opening import checked_template
+from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.records import Conversation
@@ -21,6 +22,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
+from kvlocal_cli.answer_options import answer_options
 from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
 from kvlocal_cli.chat_record import ChatRecord
 from kvlocal_cli.chat_screen import Screen
@@ -32,6 +34,7 @@ from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_
 @click.command("chat")
 @click.argument("name", required=False, metavar="[MODEL]")
 @session_options
+@answer_options
 @click.option("--session", "session_name", metavar="NAME|FILE",
               help="Begin a conversation that is kept under this name or in this file, or go on with it where it ended.")
 @click.option("--load", "load_path", type=click.Path(path_type=Path), metavar="FILE",
@@ -42,6 +45,7 @@ def chat_command(
     name: str | None,
     config: SessionConfig,
     loading: Loading,
+    asked: AnswerOptions,
     session_name: str | None,
     load_path: Path | None,
     no_transcript: bool,
@@ -71,7 +75,7 @@ def chat_command(
         before = begun if load_path else earlier
         system = before.system if config.system is None else clean_text(config.system)
         config = replace(config, system=system)
-        with loading.loaded(name, config) as loaded, Chat(name, loaded, Screen(verbose=verbose), loading) as chat:
+        with loading.loaded(name, config) as loaded, Chat(name, loaded, Screen(verbose=verbose), loading, asked) as chat:
             if begun.messages:
                 # before there is a transcript: a file that does not fit leaves none
                 chat.replace(chat.config, begun.messages)
@@ -97,12 +101,12 @@ class Chat:
     """
 
     def __init__(
-        self, name: str, loaded: Loaded, screen: Screen, loading: Loading
+        self, name: str, loaded: Loaded, screen: Screen, loading: Loading, asked: AnswerOptions = AnswerOptions()
     ) -> None:
         self.name = name
         self.screen = screen
         self.failed = False
-        self._model, self._nexus, self._loading = loaded.model, loaded.nexus, loading
+        self._model, self._nexus, self._loading, self._asked = loaded.model, loaded.nexus, loading, asked
         self._bar = ReadingBar()
         self._told_lost = ""  # why the archive was given up, once that was said
         self.record = ChatRecord(screen)
@@ -223,7 +227,7 @@ class Chat:
 
         def begin() -> Iterator[str]:
             self.record.add_user(text)
-            return session.send(text)
+            return session.send(text, self._asked)
 
         with self._interruptible() as turn:
             self._show(self._read(begin, n_messages=len(session.messages) + 1), turn)
@@ -241,11 +245,11 @@ class Chat:
         def begin() -> Iterator[str]:
             if session.messages:
                 self.record.add(Transcript.add_regen)
-            return session.regenerate()
+            return session.regenerate(self._asked)
 
         with self._interruptible() as turn:
             if session.messages and session.messages[-1]["role"] == "user":
-                pieces = session.answer()
+                pieces = session.answer(self._asked)
             else:
                 pieces = self._read(begin, n_messages=len(session.messages) - 1)
             self._show(pieces, turn)

@@ -9,10 +9,12 @@ from pathlib import Path
 import click
 
 from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
 from kvlocal.llama.sampling import MAX_SEED
+from kvlocal_cli.answer_options import answer_options
 from kvlocal_cli.options import Loading, clean_text, session_options
 from kvlocal_cli.terminal import (
     INTERRUPTED,
@@ -29,8 +31,9 @@ from kvlocal_cli.terminal import (
 @click.command("run")
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
 @session_options
+@answer_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
-def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading, as_json: bool) -> None:
+def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading, asked: AnswerOptions, as_json: bool) -> None:
     """Answer one PROMPT and print nothing but the answer.
 
     MODEL is a name that `kvlocal models` lists or the path of a GGUF file. A single argument is taken for MODEL if it
@@ -53,7 +56,7 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
         Interruptible(session) as turn,
     ):
         try:
-            pieces = session.send(prompt)
+            pieces = session.send(prompt, asked)
         finally:
             bar.close()
         try:

@@ -82,7 +82,8 @@ def parse(text):
         ('{"id": NaN, "messages": [{"role": "user", "content": "a"}]}', "NaN"),
         ('{"id": 1e999, "messages": [{"role": "user", "content": "a"}]}', "1e999"),
         ('{"messages": ["hi"]}', "message 1 is not an object"),
-        ('{"messages": [{"role": "tool", "content": "a"}]}', 'message 1 has the role "tool"'),
+        ('{"messages": [{"role": "oracle", "content": "a"}]}', 'message 1 has the role "oracle"'),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', "message 1 is of a tool that was not called"),
         ('{"messages": [{"content": "a"}]}', "message 1 has the role null"),
         ('{"messages": [{"role": "' + "x" * 5000 + '", "content": "a"}]}', "message 1 has the role"),
         ('{"id": ' + "9" * 5000 + '}', "cannot be read as JSON"),
@@ -349,7 +350,7 @@ def test_slots_that_cannot_be_made_fail_before_the_first_line(model, monkeypatch
     def too_large(*arguments, **options):
         raise KvlocalError("a cache of 64 x 256 cells cannot be made")
 
-    monkeypatch.setattr("kvlocal.batch.run.Slots", too_large)
+    monkeypatch.setattr("kvlocal.chat.beside.Slots", too_large)
     with pytest.raises(KvlocalError, match="64 x 256"):
         run_batch([line(user("Hi"))], model, SMALL, parallel=64)
 
@@ -643,3 +644,35 @@ def test_nobody_reads_the_results(short_smollm2, tmp_path):
     done = subprocess.run(command(short_smollm2, source), stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_what_answers_of_a_line_are_asked_for() -> None:
+    def parse(**options: object) -> Line:
+        return Line.parse(1, json.dumps({"messages": [{"role": "user", "content": "Hi"}], **options}).encode())
+
+    schema = {"type": "object"}
+    line = parse(
+        stop="x", tool_choice={"type": "function", "function": {"name": "f"}}, top_p=0.5,
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    )  # fmt: skip
+    assert line.asked.stop == ("x",) and line.asked.json_schema == schema
+    assert (line.asked.tool_choice, line.asked.allowed_tools) == ("required", ("f",))
+    assert line.configure(SessionConfig()).sampling.top_p == 0.5
+    wrong = (
+        {"stop": [1]}, {"stop": ""}, {"tool_choice": "perhaps"}, {"tool_choice": {}}, {"response_format": {"type": "xml"}}, {"n": 2},
+        {"max_completion_tokens": 5}, {"tools": {}}, {"top_p": "0.5"},
+    )  # fmt: skip
+    for options in wrong:
+        with pytest.raises(LineError):
+            parse(**options)
+    with pytest.raises(KvlocalError, match="tool 1"):
+        parse(tools=["f"]).configure(SessionConfig())
+
+
+def test_results_of_tools_are_answered_with_what_follows_them() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    messages = [{"role": "user", "content": "Hi"}, answer, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
+    both = messages, [*messages, {"role": "user", "content": "So?"}]
+    asked = [Line.parse(1, json.dumps({"messages": each}).encode()).unanswered for each in both]
+    assert asked == [[3], [4]]

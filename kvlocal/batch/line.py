@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.messages import MessageError, check_order, parse_messages
+from kvlocal.chat.options import AnswerOptions
 from kvlocal.errors import KvlocalError
 from kvlocal.files.json_line import JsonError, json_value
-from kvlocal.llama.sampling import SamplingParams
+from kvlocal.llama.sampling import with_temperature
 from kvlocal.template.markup import Message
 
 Identity = str | int | float | bool | None
@@ -47,10 +48,11 @@ class Line:
 
     @classmethod
     def parse(cls, number: int, line: bytes) -> Self:
-        """Reads `{"id": ..., "messages": [{"role", "content"}, ...]}` and the OPTIONS; other keys, of messages too, are left out.
+        """Reads `{"id": ..., "messages": [{"role", "content"}, ...]}` and the OPTIONS; other keys, of messages too, are left out, unless they look
+        like options.
 
         Raises LineError, in one sentence, if the line is not UTF-8 or not such an object, if the roles come in an order no chat has (a system
-        message that is not the first, or an answer to nothing), or if an option is of the wrong type.
+        message that is not the first, or an answer to nothing), if an option is of the wrong type, or if there is none of that name.
         """
         try:
             record = json_value(line)
@@ -65,7 +67,7 @@ class Line:
             messages = parse_messages(record["messages"])
             check_order(messages)
             return cls(number, identity, messages, _options(record, has_system=messages[0]["role"] == "system"))
-        except (MessageError, LineError) as error:
+        except (MessageError, LineError, SessionError) as error:
             raise LineError(str(error), identity) from None
 
     @property
@@ -74,10 +76,19 @@ class Line:
         return self.messages[0]["content"] if self.messages[0]["role"] == "system" else None
 
     @property
+    def asked(self) -> AnswerOptions:
+        """What its answers are asked for."""
+        return asked_for(self.options)
+
+    @property
     def unanswered(self) -> list[int]:
-        """Indices of the user turns that no assistant turn follows."""
+        """Indices of the turns that no assistant turn follows: texts of the user, or the last of what tools gave back."""
         roles = [message["role"] for message in self.messages] + ["user"]
-        return [i for i in range(len(self.messages)) if roles[i] == "user" and roles[i + 1] == "user"]
+        return [i for i in range(len(self.messages)) if roles[i] in ("user", "tool") and roles[i + 1] == "user" and not self._goes_on(i)]
+
+    def _goes_on(self, i: int) -> bool:
+        """Whether what tools gave back is followed by the user's text, with which it is read."""
+        return self.messages[i]["role"] == "tool" and i + 1 < len(self.messages)
 
     def configure(self, config: SessionConfig) -> SessionConfig:
         """A configuration as this conversation wants it.
@@ -88,6 +99,37 @@ class Line:
         for name, value in self.options.items():
             config = OPTIONS[name].apply(config, value)
         return config if self.system is None else replace(config, system=self.system)
+
+
+def asked_for(options: Mapping[str, Any]) -> AnswerOptions:
+    """What answers are asked for by options as OpenAI's chat completions have them: "stop", "tool_choice" and "response_format".
+
+    Raises:
+        KvlocalError: one of them is none.
+    """
+    stop = options.get("stop", ())
+    stop = [stop] if isinstance(stop, str) else stop
+    if not all(isinstance(text, str) for text in stop):
+        raise LineError("its stop is not a list of texts: give a text, or a list of texts")
+    choice, allowed = options.get("tool_choice", "auto"), []
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise LineError('its tool_choice names no tool: write {"type": "function", "function": {"name": ...}}')
+        choice, allowed = "required", [function["name"]]
+    return AnswerOptions(stop=stop, tool_choice=choice, allowed_tools=allowed, json_schema=_schema(options.get("response_format", {})))
+
+
+def _schema(response_format: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    kind, schema = response_format.get("type", "text"), response_format.get("json_schema")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {}
+    if kind == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+        found: Mapping[str, Any] = schema["schema"]
+        return found
+    raise LineError('its response_format is none: write {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}}')
 
 
 @dataclass(frozen=True)
@@ -109,14 +151,26 @@ def _with_policy(config: SessionConfig, name: str) -> SessionConfig:
 
 
 def _with_temperature(config: SessionConfig, temperature: float) -> SessionConfig:
-    """The repeat penalty follows, if it is the one that goes with the temperature there is."""
-    sampling = config.sampling
-    follows = sampling.repeat_penalty == SamplingParams(sampling.temperature).repeat_penalty
     # an integer may be too large for a float
     temperature = math.inf if temperature > sys.float_info.max else temperature
-    penalty = None if follows else sampling.repeat_penalty
-    return replace(config, sampling=replace(sampling, temperature=temperature, repeat_penalty=penalty))
+    return replace(config, sampling=with_temperature(config.sampling, temperature))
 
+
+def _sampled(name: str) -> Callable[[SessionConfig, Any], SessionConfig]:
+    """Puts a number that samples into a configuration."""
+    return lambda config, value: replace(config, sampling=replace(config.sampling, **{name: value}))
+
+
+def _unchanged(config: SessionConfig, _: Any) -> SessionConfig:
+    """What concerns answers is no part of it (Line.asked)."""
+    return config
+
+
+# what OpenAI's requests have and other programs for models, and a conversation here has not: leaving them out would change answers without a word
+OTHER_OPTIONS = frozenset(
+    {"best_of", "function_call", "functions", "logit_bias", "logprobs", "max_completion_tokens", "n", "num_predict",
+     "repetition_penalty", "stream", "top_logprobs", "typical_p"}
+)  # fmt: skip
 
 OPTIONS = {
     "max_tokens": LineOption(int, "a whole number", lambda config, value: replace(config, max_tokens=value)),
@@ -125,6 +179,15 @@ OPTIONS = {
     "system": LineOption(str, "a text", lambda config, value: replace(config, system=value)),
     "policy": LineOption(str, "the name of a policy", _with_policy),
     "kv_budget": LineOption(int, "a whole number", lambda config, value: replace(config, memory=None, budget=value)),
+    "top_k": LineOption(int, "a whole number", _sampled("top_k")),
+    **{
+        name: LineOption((int, float), "a number", _sampled(name))
+        for name in ("top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
+    },
+    "tools": LineOption(list, "a list of tools", lambda config, value: replace(config, tools=value)),
+    "tool_choice": LineOption((str, dict), "auto, required, none or a tool", _unchanged),
+    "stop": LineOption((str, list), "a text, or a list of texts", _unchanged),
+    "response_format": LineOption(dict, 'an object such as {"type": "json_object"}', _unchanged),
 }
 
 
@@ -134,7 +197,7 @@ class Result:
 
     number, id: of its line
     messages: the given ones, with the answers in their places
-    stop_reasons: of each answer, "end" or "length" (cut off at max_tokens)
+    stop_reasons: of each answer, "end", "length" (cut off at max_tokens), "stop" (at a stop text) or "tool_calls"
     recalled: of each answer, the turns that were recalled for it (kvlocal.chat.looked_at.recalled_turns)
     seed: of the random numbers; None for a conversation with nothing to answer, which is not read
     kv: budget, peak_cells, history_tokens, compressions, evicted (KvStats)
@@ -178,6 +241,9 @@ def _readable_id(found: Any) -> Identity:
 
 
 def _options(record: Mapping[str, Any], *, has_system: bool) -> dict[str, Any]:
+    other = sorted(OTHER_OPTIONS & record.keys())
+    if other:
+        raise LineError(f"a line cannot have {other[0]}: leave it out")
     options = {name: record[name] for name in OPTIONS if record.get(name) is not None}
     for name, value in options.items():
         option = OPTIONS[name]
@@ -185,4 +251,5 @@ def _options(record: Mapping[str, Any], *, has_system: bool) -> dict[str, Any]:
             raise LineError(f"its {name} is {json.dumps(value)[:40]}: give {option.kind}")
     if "system" in options and has_system:
         raise LineError("it has a system prompt and a system message: leave one of them out")
+    asked_for(options)
     return options

@@ -13,16 +13,17 @@ from typing import Any
 from kvlocal.batch.line import Failure, Line, LineError, Result
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.fitting import fitted
+from kvlocal.chat.beside import slots_for
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import REPORTED
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import is_blank
-from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.markup import Message
 
 # so many finished results wait at most for the one that comes before them
 HELD_BACK = 64
@@ -63,20 +64,10 @@ def run_batch(
     Raises:
         KvlocalError: no session is possible with this configuration. What concerns one conversation only is a Failure.
     """
-    if not 1 <= parallel <= MAX_SEQUENCES:
-        raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_SEQUENCES}")
     config = fitted(model.path, config, model.n_gpu_layers)
     config = replace(config, archive_ram=config.archive_ram // parallel)
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
-    asked: dict[str, Any] = {}
-
-    def make_context(model: Model, **options: Any) -> Context:
-        asked.update(options)
-        return Context(model, **options)
-
-    with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
-        budget = session.cache.budget
-    slots = Slots(parallel, model, **asked)
+    slots, budget = slots_for(parallel, model, config, nexus)
     outcomes = _Batch(lines, model, config, budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
     # to its first step, so that closing it frees the slots also where nobody asked for a result
     next(outcomes)
@@ -187,12 +178,18 @@ class _Batch:
         messages, stop_reasons, recalled = line.messages[:first], [], []
         answer_tokens, answer_seconds = 0, 0.0
         with self._session(config) as session:
+            pending: list[Message] = []
             for i in range(first, end):
                 message = line.messages[i]
-                session.add_turn(message["role"], message["content"])
                 messages.append(message)
+                pending.append(message)
+                if message["role"] != "assistant" and i not in unanswered and line.messages[i + 1]["role"] != "assistant":
+                    # read with what follows
+                    continue
+                session.add_messages(pending)
+                pending = []
                 if i in unanswered:
-                    for _ in session.answer():
+                    for _ in session.answer(line.asked):
                         pass
                     messages.append(dict(session.messages[-1]))
                     last = session.last

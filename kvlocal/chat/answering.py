@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from kvlocal.cache.budgeted import BudgetedCache
+from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.looked_at import recalled_turns
 from kvlocal.chat.stats import StopReason, TurnStats
 from kvlocal.chat.turn_reader import TurnReader
-from kvlocal.llama.sampling import Sampler
-from kvlocal.template.answer import AnswerStream
+from kvlocal.llama.sampling import Sampler, log_probabilities
+from kvlocal.template.answer import AnswerStream, Told
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
 
 
@@ -33,25 +37,33 @@ class AnswerInProgress:
     def __init__(self, reader: TurnReader) -> None:
         self._reader, self._cache = reader, reader.cache
         self.stopped = self.over = False
-        self.message: dict[str, str] | None = None
+        self.message: Message | None = None
         self.stats: TurnStats | None = None
-        self._stream = reader.template.answer_stream(reader.cache.model)
         self._fed: list[int] = []
         self._drawn: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        # of these, those that a piece had
+        self._n_told = 0
 
-    def begin(self, sampler: Sampler, start: Sequence[Piece], prompt_tokens: int, prompt_seconds: float) -> dict[str, str]:
+    def begin(self, sampler: Sampler, stream: AnswerStream, start: Sequence[Piece], prompt_tokens: int, prompt_seconds: float) -> Message:
         """The answer is part of the conversation from now on; returns its message.
 
+        stream: makes what it says of its tokens
         start: what only generated answers begin with (ChatTemplate.answer_start)
         prompt_tokens, prompt_seconds: what the turn took to read
         """
-        self._sampler, self._start, self._started = sampler, start, time.perf_counter()
+        self._sampler, self._stream, self._start, self._started = sampler, stream, start, time.perf_counter()
         self._prompt_tokens, self._prompt_seconds = prompt_tokens, prompt_seconds
         self.message = {"role": "assistant", "content": ""}
         return self.message
 
-    def texts(self, max_tokens: int) -> Iterator[str]:
-        """The text as it comes, never half a character. Closing the iterator ends the answer, as does an exception inside it.
+    def pieces(self, max_tokens: int, top_logprobs: int | None = None) -> Iterator[tuple[str, AnswerPiece]]:
+        """What it says as it comes, never half a character: as text for a person, and with its parts told apart. Closing the iterator ends the
+        answer, as does an exception inside it.
+
+        Args:
+            max_tokens: the longest it may be.
+            top_logprobs: as AnswerOptions has it.
 
         Raises:
             SessionError: it is over.
@@ -70,31 +82,37 @@ class AnswerInProgress:
                 sampling = time.perf_counter()
                 token = self._sampler.sample(cache.context)
                 self._drawn.append(token)
+                if top_logprobs is not None:
+                    self._logprobs.append(token_logprob(cache, token, top_logprobs))
                 cache.seconds.sample += time.perf_counter() - sampling
                 if token in template.end_tokens:
                     reason = "end"
                     break
                 cache.append(np.array([token], np.int32), "decode")
                 self._fed.append(token)
-                text = stream.push(token)
-                if text:
-                    message["content"] += text
-                    yield text
+                told = stream.take(token)
+                if any(told):
+                    message["content"] += told.text
+                    yield self._piece(told)
                     self._check_current()
                 if stream.stopped:
-                    reason = "end"
+                    reason = "stop" if stream.stopped_as_asked else "end"
                     break
-            rest = stream.flush(cut=not ended_by_model(self._drawn, template))
-            message["content"] += rest
-            self.end(reason)
+            rest = stream.finish(cut=not ended_by_model(self._drawn, template))
+            message["content"] += rest.text
+            self.end("tool_calls" if reason == "end" and stream.calls else reason)
         except GeneratorExit:
             self.end()
             raise
-        if rest:
-            yield rest
+        if any(rest) or self._n_told < len(self._logprobs):
+            yield self._piece(rest)
+
+    def _piece(self, told: Told) -> tuple[str, AnswerPiece]:
+        start, self._n_told = self._n_told, len(self._logprobs)
+        return told.text, AnswerPiece(told.content, told.reasoning, tuple(told.calls), tuple(self._logprobs[start:]))
 
     @property
-    def _begun(self) -> dict[str, str]:
+    def _begun(self) -> Message:
         assert self.message is not None, "the answer is not begun"
         return self.message
 
@@ -107,6 +125,10 @@ class AnswerInProgress:
         if self.over or self.message is None:
             return
         self.over = True
+        if calls := [call for call in self._stream.calls if is_object(call.arguments)]:
+            self._begun["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
+            ]
         n = len(self._fed)
         if not ended_by_model(self._drawn, self._reader.template) or self._stream.has_closing:
             n = keep_said(self._reader, self._sampler, self._stream, self._fed, self._begun["content"])
@@ -120,7 +142,22 @@ class AnswerInProgress:
     def _close(self, n_tokens: int, reason: StopReason) -> None:
         self._cache.describe(self._begun["content"])
         seconds, recalled = time.perf_counter() - self._started, recalled_turns(self._cache)
-        self.stats = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, seconds, reason, self._drawn, recalled)
+        self.stats = TurnStats(self._prompt_tokens, n_tokens, self._prompt_seconds, seconds, reason, self._drawn, recalled, self._logprobs)
+
+
+def token_logprob(cache: BudgetedCache, token: int, n_top: int) -> TokenLogprob:
+    """How likely the token was that was just drawn, and which ones were likeliest."""
+    data = cache.model.token_bytes
+    logprob, top = log_probabilities(cache.context.logits(), token, n_top)
+    return TokenLogprob(data(token, special=True), logprob, [(data(each, special=True), value) for each, value in top])
+
+
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object; the arguments of a call that was cut off are none."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def ended_by_model(drawn: Sequence[int], template: ChatTemplate) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvlocal.cache.config import CacheConfig, CacheError
 from kvlocal.llama.sampling import SamplingParams
@@ -20,6 +22,7 @@ class SessionConfig(CacheConfig):
     system: system prompt; None for the template's own default
     sampling: how the next token is drawn
     max_tokens: the longest answer, in tokens
+    tools: the tools that the model is told of, as OpenAI's chat completions have them; they stand before the first turn
 
     Raises:
         CacheError: a value is out of range.
@@ -29,8 +32,25 @@ class SessionConfig(CacheConfig):
     system: str | None = None
     sampling: SamplingParams = SamplingParams()
     max_tokens: int = 1024
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "tools", tuple(self.tools))
+        _check_tools(self.tools)
         if self.max_tokens < 1:
             raise SessionError(f"max_tokens is {self.max_tokens}: it must be at least 1")
+
+
+def _check_tools(tools: Sequence[Any]) -> None:
+    names = set()
+    for i, tool in enumerate(tools, 1):
+        function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+            raise SessionError(f'tool {i} is no function: write {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}')
+        if not isinstance(function.get("description", ""), str) or not isinstance(function.get("parameters", {}), Mapping):
+            raise SessionError(f"the tool {name} has a description that is no text, or parameters that are no JSON schema: correct them")
+        if name in names:
+            raise SessionError(f"there are two tools of the name {name}: rename one of them")
+        names.add(name)

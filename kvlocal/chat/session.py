@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,22 @@ import numpy.typing as npt
 from kvlocal.cache.budgeted import Passage
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.noted_cells import Arrays, Limits
+from kvlocal.chat.answer_piece import AnswerPiece
+from kvlocal.chat.answer_rules import answer_rules
 from kvlocal.chat.answering import AnswerInProgress, ended_by_model, keep_said, text_of
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.looked_at import LookedAt, looked_at
+from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.state import SessionState, limits, with_state, without_state
 from kvlocal.chat.stats import KvStats, SegmentStats, segment_stats
 from kvlocal.chat.turns import Turns
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.grammar import Grammar
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.markup import Message
+
+T = TypeVar("T")
 
 
 class ChatSession(Turns):
@@ -36,30 +42,45 @@ class ChatSession(Turns):
     It is made as Turns is.
     """
 
-    def send(self, text: str) -> Iterator[str]:
+    def send(self, text: str, options: AnswerOptions = AnswerOptions()) -> Iterator[str]:
         """Appends a user turn and generates the answer: yields its text as it comes, never half a character."""
         self.add_turn("user", text)
-        return self.answer()
+        return self.answer(options)
 
-    def answer(self) -> Iterator[str]:
-        """Generates the answer to the last user turn: yields its text as it comes.
+    def answer(self, options: AnswerOptions = AnswerOptions()) -> Iterator[str]:
+        """Generates the answer to the last user turn: yields its text as it comes, with its thought as kvlocal.template.answer writes it.
 
         The answer is part of the conversation from this call on. Closing the iterator, stop(), or an exception inside it, ends the answer; what
         there is of it stays. So does the next call that changes the conversation; the iterator raises SessionError after that.
         """
+        return self._until_end(self._begin_answer(options), options, lambda text, _: text)
+
+    def pieces(self, options: AnswerOptions = AnswerOptions()) -> Iterator[AnswerPiece]:
+        """As `answer`, for programs: thought, text and tool calls are told apart."""
+        return self._until_end(self._begin_answer(options), options, lambda _, piece: piece)
+
+    def _begin_answer(self, options: AnswerOptions) -> AnswerInProgress:
         self.settle()
-        if not self.messages or self.messages[-1]["role"] != "user":
+        if not self.messages or self.messages[-1]["role"] == "assistant":
             raise SessionError("there is no user turn to answer: send one first")
+        answer_format, rules = answer_rules(self.template, options)
+        grammar = Grammar(self.model, rules) if rules else None
         answer = self._answer = self._answer or AnswerInProgress(self._reader)
         start = self.template.answer_start(self._history_for_template(len(self.messages) - 1))
-        self.messages.append(answer.begin(self._sampler, start, *self._prompt))
-        self._sampler.begin(self.n_answers)
+        stream = self.template.answer_stream(self.model, options.stop, answer_format)
+        self.messages.append(answer.begin(self._sampler, stream, start, *self._prompt))
+        self._sampler.begin(self.n_answers, grammar)
         self.n_answers += 1
-        return self._texts(answer)
+        return answer
 
-    def _texts(self, answer: AnswerInProgress) -> Iterator[str]:
+    def _until_end(self, answer: AnswerInProgress, options: AnswerOptions, form: Callable[[str, AnswerPiece], T]) -> Iterator[T]:
+        """What the answer says as it comes, each time in a form that may be empty, which is then left out."""
+        # by a name, so that what is raised from outside does not end it before it is mended
+        pieces = answer.pieces(options.max_tokens or self.max_tokens, options.top_logprobs)
         try:
-            yield from answer.texts(self.max_tokens)
+            for text, piece in pieces:
+                if formed := form(text, piece):
+                    yield formed
         except (Exception, KeyboardInterrupt):
             if not answer.over:
                 self._mend(answer)
@@ -83,29 +104,39 @@ class ChatSession(Turns):
         if answer is not None:
             answer.stopped = True
 
-    def regenerate(self) -> Iterator[str]:
+    def regenerate(self, options: AnswerOptions = AnswerOptions()) -> Iterator[str]:
         """Takes the last answer back and generates another one."""
         self._end_answer()
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise SessionError("there is no answer to replace: send something first")
-        user, _ = self.undo()
-        return self.send(user["content"])
+        start = next((i + 1 for i in reversed(range(len(self.messages) - 1)) if self.messages[i]["role"] == "assistant"), 0)
+        asked = self.messages[start:-1]
+        self._answer = None
+        self._go_back(start)
+        self.add_messages(asked)
+        return self.answer(options)
 
-    def add_answer(self, content: str, drawn: Sequence[int]) -> None:
+    def add_answer(self, content: str, drawn: Sequence[int], tool_calls: Sequence[Mapping[str, Any]] = ()) -> None:
         """As add_turn("assistant", content), for an answer that was drawn as these tokens (TurnStats.drawn): they are evaluated one by one, so
         that the cache becomes what it was then, and not only nearly so. If they are not the tokens of that text, it is added as any other.
+
+        tool_calls: the tools it calls, as a message has them
         """
         self._end_answer()
         self.settle()
         if max(drawn, default=0) >= self.model.n_vocab or min(drawn, default=0) < 0:
             drawn = ()
-        stream = self.template.answer_stream(self.model)
-        if text_of(stream, drawn, self.template) != content or not self.messages or self.messages[-1]["role"] != "user":
-            self.add_turn("assistant", content)
+        stream = self.template.answer_stream(self.model, (), self.template.answer_format())
+        message: Message = {"role": "assistant", "content": content} | ({"tool_calls": list(tool_calls)} if tool_calls else {})
+        # the calls are compared by name and arguments: ids are drawn anew
+        called = [(call["function"]["name"], call["function"]["arguments"]) for call in tool_calls]
+        said = text_of(stream, drawn, self.template), [(call.name, call.arguments) for call in stream.calls]
+        if said != (content, called) or not self.messages or self.messages[-1]["role"] == "assistant":
+            self.add_messages([message])
             return
         self._answer = None
         start = self.template.answer_start(self._history_for_template(len(self.messages) - 1)) if drawn else []
-        self.messages.append({"role": "assistant", "content": content})
+        self.messages.append(message)
         try:
             self._reader.read(start)
             fed = []
@@ -117,7 +148,7 @@ class ChatSession(Turns):
             if not ended_by_model(drawn, self.template) or stream.has_closing:
                 keep_said(self._reader, self._sampler, stream, fed, content)
         except BaseException:
-            self._take_back("assistant")
+            self._take_back(1)
             raise
         self.n_answers += 1
         self.cache.describe(content)
@@ -196,9 +227,10 @@ class ChatSession(Turns):
     # how tokens are drawn
 
     def set_sampling(self, sampling: SamplingParams) -> None:
-        """Draws tokens in another way from the next answer on."""
+        """Draws tokens in another way from the next answer on; the repeat penalty still looks at those of the last ones."""
         self._end_answer()
         sampler = Sampler(self.model, sampling)
+        sampler.recent.extend(self._sampler.recent)
         self._sampler.close()
         self._sampler = sampler
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvlocal.cache.budgeted import BudgetedCache
+from kvlocal.chat.answer_piece import TokenLogprob
 from kvlocal.chat.looked_at import turn_numbers
 
-StopReason = Literal["end", "length", "stopped"]
+StopReason = Literal["end", "length", "stop", "tool_calls", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,11 @@ REPORTED = ("budget", "peak_cells", "history_tokens", "compressions", "evicted",
 class TurnStats:
     """The last answer in numbers.
 
-    stop_reason: "end" by itself, "length" at max_tokens, "stopped" by the caller
+    stop_reason: "end" by itself, "length" at max_tokens, "stop" at a stop text that was asked for, "tool_calls" by itself after calls of tools,
+        "stopped" by the caller
     drawn: its tokens, with the one that ended it
     recalled: turns that cells came back from the archive of for it, as SegmentStats numbers them (kvlocal.chat.looked_at.recalled_turns)
+    logprobs: of its tokens, with the one that ended it, if they were asked for
     """
 
     prompt_tokens: int
@@ -92,6 +95,7 @@ class TurnStats:
     stop_reason: StopReason
     drawn: Sequence[int]
     recalled: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
 
     @property
     def tokens_per_second(self) -> float:

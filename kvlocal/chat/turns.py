@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvlocal.cache.fitting import fitted
 from kvlocal.cache.second_read import SecondRead
 from kvlocal.chat.answering import AnswerInProgress
 from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.messages import turns_of
 from kvlocal.chat.opening import checked_opening, checked_template, repetition
 from kvlocal.chat.state import Mark
 from kvlocal.chat.stats import TurnStats
@@ -26,6 +28,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.template.answer import with_thought_inside
 from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
 
@@ -42,6 +45,7 @@ class Turns:
     undo: keep what the last turn is taken back with at once, a copy of the cache among it; with an archive, what every turn is taken back with;
         without, what came before is read again
     make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
+    begin: read the system prompt now, and not with the first turn; a session that goes on from a snapshot has read it already
 
     cache: the tokens of the conversation (kvlocal.cache.budgeted)
     messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
@@ -65,6 +69,7 @@ class Turns:
         nexus: NexusTokens | None = None,
         undo: bool = True,
         make_context: Callable[..., SequenceDecoder] = Context,
+        begin: bool = True,
     ):
         self.model = model
         self.config = config = fitted(model.path, config, model.n_gpu_layers)
@@ -84,7 +89,11 @@ class Turns:
             self._second_read = SecondRead(self.cache, repetition(model, self.template)) if config.idle and "reread" in needs else None
             self._sampler = Sampler(model, config.sampling)
             opened.callback(lambda sampler: sampler.close(), self._sampler)
-            self._begin()
+            if begin:
+                self._begin()
+            else:
+                self._reset()
+                self.cache.doubt()
             opened.pop_all()
 
     def _begin(self) -> None:
@@ -110,28 +119,44 @@ class Turns:
 
         An answer that is still on its way ends here.
         """
+        self.add_messages([{"role": role, "content": content}])
+
+    def add_messages(self, messages: Sequence[Message]) -> None:
+        """Appends given messages in order, as add_turn does. What tools gave back follows the answer that called them, and stands for the turn of
+        the user, which may follow it; what stands between two answers is read together.
+        """
+        for turn in turns_of(messages):
+            self._add_turn([with_thought_inside(message) for message in turn])
+
+    def _add_turn(self, turn: Sequence[Message]) -> None:
+        """Appends an answer, or what stands between two."""
         self._end_answer()
+        is_answer = turn[0]["role"] == "assistant"
         last = self.messages[-1]["role"] if self.messages else "assistant"
-        if role not in ("user", "assistant") or role == last:
-            raise SessionError(f"after a turn of the {last} comes one of the {'user' if last == 'assistant' else 'assistant'}, not of {role!r}")
+        _check_follows("user" if last == "tool" else last, turn[0]["role"])
+        if turn[0]["role"] == "tool" and not (self.messages and "tool_calls" in self.messages[-1]):
+            raise SessionError("no tool was called: add what it gave back behind an answer that calls it")
+        for before, message in pairwise(turn):
+            _check_follows(before["role"], message["role"])
         self.settle()
-        self._answer = AnswerInProgress(self._reader) if role == "user" else None
-        if role == "user":
-            self._note_mark()
-            pieces = self.template.user_turn(self._history_for_template(), content)
+        self._answer = None if is_answer else AnswerInProgress(self._reader)
+        history = self._history_for_template()
+        if is_answer:
+            pieces = self.template.given_answer(history, turn[0])
         else:
-            pieces = self.template.given_assistant(self._history_for_template(), content)
-        self.messages.append({"role": role, "content": content})
+            self._note_mark()
+            pieces = self.template.turn(history, turn)
+        self.messages += turn
         try:
-            if role == "user" and self._reader.nexus and self._reader.ends_with("assistant"):
+            if not is_answer and self._reader.nexus and self._reader.ends_with("assistant"):
                 self._finish_turn()
             started = time.perf_counter()
             self._prompt = self._reader.read(pieces), time.perf_counter() - started
         except BaseException:
-            self._take_back(role)
+            self._take_back(len(turn))
             raise
         self.prediction = self.cache.context.logits()
-        self.n_answers += role == "assistant"
+        self.n_answers += is_answer
 
     def _note_mark(self) -> None:
         """What the conversation is now can be had again, as long as the cache has the way back to it."""
@@ -140,11 +165,11 @@ class Turns:
         there = {*self.cache.marked}
         self._marks = [mark for mark in (*self._marks, now) if mark.n_tokens in there]
 
-    def _take_back(self, role: str) -> None:
-        """A turn that could not be read to its end is as if it had not been given."""
+    def _take_back(self, n_messages: int) -> None:
+        """A turn of so many messages that could not be read to its end is as if it had not been given."""
         self._answer = None
         with suppress(KvlocalError):
-            self._go_back(len(self.messages) - 1)
+            self._go_back(len(self.messages) - n_messages)
 
     def _history_for_template(self, n: int | None = None) -> list[Message]:
         """What the template has to know of the first n messages, of all if None."""
@@ -217,6 +242,19 @@ class Turns:
         self._go_back(users[-n_turns])
         return taken
 
+    def go_back_to(self, n_messages: int) -> int:
+        """Takes back what follows the first n messages, and more where the way back goes only further: to the last mark, or to the beginning. Returns
+        how many it has then, which are to be gone on with.
+        """
+        self._end_answer()
+        if n_messages < len(self.messages):
+            self._answer = None
+            if not any(self._rewind(mark.n_messages) for mark in reversed(self._marks) if mark.n_messages <= n_messages):
+                n_answers = self.n_answers
+                self._begin()
+                self.n_answers = n_answers
+        return len(self.messages)
+
     def _go_back(self, n_messages: int) -> None:
         """The conversation is its first n_messages again."""
         if not self._rewind(n_messages):
@@ -251,7 +289,7 @@ class Turns:
             self._leave_answer()
             n_known = _n_common(self.messages, messages)
             if any(self._rewind(mark.n_messages) for mark in reversed(self._marks) if mark.n_messages <= n_known):
-                self._add_turns(messages[len(self.messages) :])
+                self.add_messages(messages[len(self.messages) :])
             else:
                 self.restore(messages)
         except BaseException:
@@ -269,11 +307,7 @@ class Turns:
         """Forgets everything and reads these turns; the last may be a user turn, to be answered with answer()."""
         messages = [dict(message) for message in messages]
         self._begin()
-        self._add_turns(messages)
-
-    def _add_turns(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            self.add_turn(message["role"], message["content"])
+        self.add_messages(messages)
 
     def owe(self, messages: Sequence[Message]) -> None:
         """These turns are the conversation; they are read when it goes on."""
@@ -318,6 +352,13 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_follows(last: str, role: str) -> None:
+    """Whether a message of this role can come behind one of the role `last`."""
+    wanted = {"assistant": ("user", "tool"), "tool": ("tool", "user", "assistant")}.get(last, ("assistant",))
+    if role not in wanted:
+        raise SessionError(f"after a turn of the {last} comes one of the {wanted[0]}, not of {role!r}")
 
 
 def _n_common(one: Sequence[Message], other: Sequence[Message]) -> int:

@@ -24,13 +24,19 @@ def read_on(
     """
     start = len(session.messages)
     exact = sum(len(conversation.drawn.get(i, ())) for i in range(start, len(conversation.messages))) <= EXACT
+    turn: list[Message] = []
     for i, message in enumerate(measured(conversation.messages[start:]), start):
-        if message["role"] == "user":
+        turn.append(message)
+        if message["role"] != "assistant":
+            if i + 1 < len(conversation.messages) and conversation.messages[i + 1]["role"] != "assistant":
+                # read with what follows
+                continue
             session.finish_turn()
             session.second_read()
-            session.add_turn("user", message["content"])
+            session.add_messages(turn)
         elif exact and i in conversation.drawn:
-            session.add_answer(message["content"], conversation.drawn[i])
+            session.add_answer(message["content"], conversation.drawn[i], message.get("tool_calls", ()))
         else:
-            session.add_turn("assistant", message["content"])
+            session.add_messages(turn)
+        turn = []
     session.n_answers = conversation.n_answers

@@ -6,7 +6,8 @@ import random
 import secrets
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.errors import EngineError
+from kvlocal.llama.grammar import Grammar, token_data_array
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.sequence_decoder import SequenceDecoder
@@ -45,6 +47,9 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the most likely one; 0 is off.
         temperature: logits are divided by it; at 0 the most likely token is taken.
         seed: of the random numbers, 0 to 2**32 - 2; None draws one, which `Sampler.seed` tells.
+        presence_penalty: subtracted from the logits of recent tokens; 0 is off.
+        frequency_penalty: subtracted from the logits of recent tokens, each as often as it came; 0 is off.
+        logit_bias: added to the logits of these tokens, first of all.
 
     Raises:
         SamplingError: a value is out of range.
@@ -57,6 +62,9 @@ class SamplingParams:
     repeat_penalty: float | None = None
     repeat_last_n: int = 64
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.repeat_penalty is None:
@@ -70,11 +78,25 @@ class SamplingParams:
         _check(0 < self.repeat_penalty < math.inf, "repeat_penalty", self.repeat_penalty, "above 0 (1 is off)")
         _check(0 <= self.repeat_last_n < 2**31, "repeat_last_n", self.repeat_last_n, "0 (off) or more")
         _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"between 0 and {MAX_SEED}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+        for token, bias in self.logit_bias.items():
+            _check(bias < math.inf, f"logit_bias of token {token}", bias, "a number below infinity")
 
 
 def _check(valid: bool, name: str, value: object, wanted: str) -> None:
     if not valid:
         raise SamplingError(f"{name} is {value}, but must be {wanted}")
+
+
+def with_temperature(params: SamplingParams, temperature: float) -> SamplingParams:
+    """The same with another temperature. The repeat penalty follows, if it is the one that goes with the temperature there is.
+
+    Raises:
+        SamplingError: it is out of range.
+    """
+    follows = params.repeat_penalty == SamplingParams(params.temperature).repeat_penalty
+    return replace(params, temperature=temperature, repeat_penalty=None if follows else params.repeat_penalty)
 
 
 class Sampler:
@@ -93,6 +115,12 @@ class Sampler:
         self._lib = lib = load().llama_cpp
         self.params = params
         self.seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
+
+        for token in params.logit_bias:
+            model.check_token(token)
+        self._biased = np.array([*params.logit_bias], np.int32)
+        self._biases = np.array([*params.logit_bias.values()], np.float32)
+        self._grammar: Grammar | None = None
 
         self._ids = np.arange(model.n_vocab, dtype=np.int32)
         # llama_token_data; the chain reorders them
@@ -134,26 +162,46 @@ class Sampler:
             raise EngineError(
                 "the model's predictions are not numbers any more: its file is damaged or a device failed; fetch it again or use --gpu-layers 0"
             )
-        logits = self._penalized(logits)
-        token = self._draw(chain, logits) if self.params.temperature else int(logits.argmax())
+        logits = self._adjusted(logits)
+        token = self._choose(chain, logits)
+        if self._grammar:
+            # most tokens fit, and one is faster looked up than all
+            if not self._grammar.allows(token):
+                token = self._choose(chain, logits, self._grammar)
+            self._grammar.accept(token)
         self.recent.append(token)
         return token
 
-    def _penalized(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """As llama.cpp's sampler of that name, which looks every token of the vocabulary up, and not only the recent ones."""
-        penalty, recent = self.params.repeat_penalty, list(self.recent)
-        if penalty is None or penalty == 1 or not recent:
+    def _adjusted(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """With biases and penalties as llama.cpp's samplers of these names, which look up all tokens of the vocabulary, not the recent ones."""
+        params, recent, penalty = self.params, list(self.recent), self.params.repeat_penalty
+        assert penalty is not None
+        penalizes = bool(recent) and (penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0)
+        if not penalizes and not len(self._biased):
             return logits
-        penalized = logits.copy()
-        values = logits[recent]
-        with np.errstate(over="ignore"):
-            penalized[recent] = np.where(values > 0, values / penalty, values * penalty)
-        return penalized
+        adjusted = logits.copy()
+        adjusted[self._biased] += self._biases
+        if penalizes:
+            tokens, counts = np.unique(recent, return_counts=True)
+            values = adjusted[tokens]
+            with np.errstate(over="ignore"):
+                values = np.where(values > 0, values / penalty, values * penalty)
+            adjusted[tokens] = values - (counts * params.frequency_penalty + params.presence_penalty).astype(np.float32)
+        return adjusted
 
-    def _draw(self, chain: int, logits: npt.NDArray[np.float32]) -> int:
+    def _choose(self, chain: int, logits: npt.NDArray[np.float32], grammar: Grammar | None = None) -> int:
+        """A token by these logits, of those that a grammar allows if there is one."""
+        if not self.params.temperature and grammar is None:
+            return int(logits.argmax())
         lib, candidates = self._lib, self._candidates
         candidates["id"], candidates["logit"] = self._ids, logits
-        array = lib.llama_token_data_array(ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p), len(candidates), -1, False)
+        if grammar:
+            grammar.restrict(candidates)
+            if not np.isfinite(candidates["logit"].max()):
+                raise EngineError("the model has no token that goes on as the grammar wants: change the grammar or use another model")
+        if not self.params.temperature:
+            return int(candidates["id"][candidates["logit"].argmax()])
+        array = token_data_array(lib, candidates)
         lib.llama_sampler_apply(chain, ctypes.byref(array))
         return array.data[array.selected].id
 
@@ -162,9 +210,15 @@ class Sampler:
         _ = self._open_chain
         self.recent.append(token)
 
-    def begin(self, answer: int) -> None:
-        """Start the random numbers of an answer, counted from 0: they depend on the seed and this number alone. The first has those of the seed."""
+    def begin(self, answer: int, grammar: Grammar | None = None) -> None:
+        """Start the random numbers of an answer, counted from 0: they depend on the seed and this number alone. The first has those of the seed.
+
+        grammar: what the answer follows, in its state at the beginning.
+        """
         lib, chain = self._lib, self._open_chain
+        if self._grammar:
+            self._grammar.close()
+        self._grammar = grammar
         if not self.params.temperature:
             return
         seed = random.Random(f"{self.seed}/{answer}").randint(0, MAX_SEED) if answer else self.seed
@@ -177,7 +231,9 @@ class Sampler:
         self.recent.clear()
 
     def close(self) -> None:
-        """Free the chain. Closing twice is harmless."""
+        """Free the chain and the grammar. Closing twice is harmless."""
+        if self._grammar:
+            self._grammar.close()
         self._free()
 
     def __enter__(self) -> Self:
@@ -185,3 +241,15 @@ class Sampler:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def log_probabilities(logits: npt.NDArray[np.float32], token: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:
+    """How likely a token is by these logits alone, and the likeliest ones, the likeliest first: natural logarithms.
+
+    logits: [n_vocab]
+    """
+    total = logits.max() + math.log(np.exp(logits - logits.max(), dtype=np.float64).sum())
+    n_top = min(n_top, len(logits))
+    top = np.argpartition(logits, -n_top)[-n_top:] if n_top else np.empty(0, np.int64)
+    ordered = top[np.argsort(-logits[top], kind="stable")]
+    return float(logits[token] - total), [(int(each), float(logits[each] - total)) for each in ordered]

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.template.answer import AnswerStream, split_thought
-from kvlocal.template.compiled import LIMIT_SECONDS, CompiledTemplate, TemplateError
+from kvlocal.template.compiled import LIMIT_SECONDS, AnswerFormat, CompiledTemplate, TemplateError
 from kvlocal.template.defaults import CHATML, GEMMA, PLAIN
+from kvlocal.template.ends import found_ends, is_one_token, special_tokens, texts_of
 from kvlocal.template.markup import ASSISTANT, SYSTEM, USER, USER_2, Markup, Message, UserTurn, assistant, inside, system, user, with_folded_system
 from kvlocal.template.pieces import Piece, Role, pieces_of
 from kvlocal.template.tokenizer import PieceTokenizer
+from kvlocal.template.tool_turns import ToolTurns, as_text
 
-_MIN_STOP = 3  # characters of a text that ends answers
+_NEVER = re.compile("(?!)")
+_MAX_KEPT = 32  # formats of answers, and versions with tools, of one template
 
 
 class ChatTemplate:
@@ -41,6 +48,7 @@ class ChatTemplate:
         seconds: how long one rendering may take; templates take thousandths of that.
 
     Attributes:
+        tools: those that the model is told of (with_tools).
         system_folded: the template has no system role, so the system text opens the first user turn.
         history_dependent: the template would render earlier turns in another way later, for instance without their
             reasoning; the cache keeps what was appended.
@@ -66,7 +74,7 @@ class ChatTemplate:
         self.source = source
         self.stop_strings: tuple[str, ...] = ()
         self.end_tokens: frozenset[int] = frozenset()
-        self._tokenizer: tuple[weakref.ref[Model], PieceTokenizer] | None = None
+        self.tools: tuple[Mapping[str, Any], ...] = ()
         self._bos_in_front = bos_token if add_bos else ""
         # one time for all renderings, so that they agree
         self._now = int(time.time())
@@ -74,19 +82,68 @@ class ChatTemplate:
             self._compiled = CompiledTemplate(template, bos_token=bos_token, eos_token=eos_token, seconds=seconds)
         except TemplateError as error:
             raise TemplateError(f"the model's chat template is broken ({error}): use another GGUF file") from error
+        self._find_markup()
+
+    def _find_markup(self) -> None:
+        """Finds everything that depends on the tools."""
+        self._tokenizer: tuple[weakref.ref[Model], PieceTokenizer] | None = None
+        self._formats: dict[str, AnswerFormat] = {}
+        self._with_tools: dict[str, ChatTemplate] = {}
         self.system_folded = not self._supports_system()
-        self._markup = Markup(self.render, lambda messages: self._compiled.answer_format(messages, opening=len(messages) == 1))
+        self._markup = Markup(self.render, lambda messages: self._format_of(messages, opening=len(messages) == 1))
         self._format = self._markup.answer_format if self._markup.thoughts else None
         self.history_dependent = self._markup.history_dependent
+        self._tool_turns = ToolTurns(self._render_as_family, self._markup, (), _NEVER)
+        self._tool_markup = self._example_of_tools()
+
+    def _example_of_tools(self) -> str:
+        """The text of a conversation with a call and its result, as far as the template has that."""
+        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        result = {"role": "tool", "content": "", "tool_call_id": call["id"], "name": "f"}
+        try:
+            return self._render_as_family([user(USER), {**assistant(""), "tool_calls": [call]}, result], opening=True)
+        except TemplateError:
+            return ""
 
     @classmethod
-    def from_model(cls, model: Model) -> ChatTemplate:
-        """The template in the GGUF's metadata, or a default that fits the vocabulary; the same object every time."""
+    def from_model(cls, model: Model, tools: Sequence[Mapping[str, Any]] = ()) -> ChatTemplate:
+        """The template in the GGUF's metadata, or a default that fits the vocabulary; the same object every time.
+
+        tools: as OpenAI's chat completions have them; the template tells the model of them before the first turn.
+
+        Raises:
+            TemplateError: it is broken, or has no place for tools.
+        """
         with _lock:
             given = model.metadata.get("tokenizer.chat_template", "")
             if model not in _of_models or _of_models[model][0] != given:
                 _of_models[model] = given, cls._made_for(model, given)
-            return _of_models[model][1]
+            template = _of_models[model][1]
+            return template._for_tools(model, tools) if tools else template
+
+    def _for_tools(self, model: Model, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
+        key = json.dumps(tools, sort_keys=True)
+        if key not in self._with_tools:
+            made = self.with_tools(tools)
+            made._find_ends(model)
+            while len(self._with_tools) >= _MAX_KEPT:
+                self._with_tools.pop(next(iter(self._with_tools)))
+            self._with_tools[key] = made
+        return self._with_tools[key]
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
+        """The same template for conversations with these tools.
+
+        Raises:
+            TemplateError: it has no place for them, or refuses them.
+        """
+        made = copy.copy(self)
+        made.tools = tuple(tools)
+        made._find_markup()
+        told = made._markup.all_texts()
+        if not all(tool["function"]["name"] in told for tool in tools):
+            raise TemplateError("the model's chat template has no place for tools: leave them out, or use another model")
+        return made
 
     @classmethod
     def _made_for(cls, model: Model, template: str) -> ChatTemplate:
@@ -96,9 +153,9 @@ class ChatTemplate:
         )
         source = "gguf"
         if not template.strip():
-            if _is_one_token(model, "<|im_start|>") and _is_one_token(model, "<|im_end|>"):
+            if is_one_token(model, "<|im_start|>") and is_one_token(model, "<|im_end|>"):
                 template, source = CHATML, "default:chatml"
-            elif _is_one_token(model, "<start_of_turn>") and _is_one_token(model, "<end_of_turn>"):
+            elif is_one_token(model, "<start_of_turn>") and is_one_token(model, "<end_of_turn>"):
                 template, source = GEMMA, "default:gemma"
             else:
                 template, source = PLAIN, "default:plain"
@@ -115,12 +172,23 @@ class ChatTemplate:
         if self.system_folded:
             messages = with_folded_system(messages)
         try:
-            text = self._compiled.render(messages, opening=opening, now=self._now)
+            if self.tools:
+                text = self._format_of(messages, opening=opening).prompt
+            else:
+                text = self._compiled.render(messages, opening=opening, now=self._now)
         except TemplateError as error:
             raise TemplateError(f"the model's chat template refuses this conversation ({error}): change its roles or their order") from error
         if self._bos_in_front and not text.startswith(self._bos_in_front):
             text = self._bos_in_front + text
         return text
+
+    def _render_as_family(self, messages: Sequence[Message], *, opening: bool) -> str:
+        """As `render`, with llama.cpp's adjustments of messages for the model's family also where there are no tools."""
+        return self._format_of(messages, opening=opening).prompt
+
+    def _format_of(self, messages: Sequence[Message], *, opening: bool, **asked: object) -> AnswerFormat:
+        tools = {"tools": self.tools} if self.tools else {}
+        return self._compiled.answer_format(messages, opening=opening, now=self._now, **{**tools, **asked})
 
     def prefix(self, system_text: str | None) -> list[Piece]:
         """What comes before the first user turn: BOS, and the system block or the template's default for it."""
@@ -134,6 +202,26 @@ class ChatTemplate:
             ("system", content, "content"),
             ("system", tail.removesuffix(found.first_header(True)), "markup"),
         )
+
+    def turn(self, messages: Sequence[Message], new: Sequence[Message]) -> list[Piece]:
+        """What a turn appends that is no answer, as `user_turn`: one message of the user, or what tools gave back, and what the user says to that.
+
+        Args:
+            messages: the conversation so far, ending with an answer, or without any turn.
+            new: the messages of the turn.
+        """
+        if messages and messages[-1].get("tool_calls") and new[0]["role"] == "tool":
+            with suppress(TemplateError):
+                return self._tool_turns.results(messages[-1], new)
+        return self.user_turn(messages, "\n\n".join(message["content"] for message in new))
+
+    def given_answer(self, messages: Sequence[Message], message: Message) -> list[Piece]:
+        """As `given_assistant`, for an answer that may call tools."""
+        if message.get("tool_calls"):
+            in_front = self.given_assistant(messages, "") if not messages or messages[-1]["role"] == "assistant" else []
+            with suppress(TemplateError):
+                return in_front + self._tool_turns.calls(message)
+        return self.given_assistant(messages, as_text(message))
 
     def user_turn(self, messages: Sequence[Message], user_text: str) -> list[Piece]:
         """What a user turn appends: the end of the answer before it, the turn, and what every answer to it begins with.
@@ -192,7 +280,8 @@ class ChatTemplate:
         """
         last = messages[-1]["role"] if messages else "system"
         found = self._markup
-        turn = self._next_turn(messages[:-1]) if last == "user" else found.later
+        is_answer = last in ("user", "tool")
+        turn = self._next_turn(messages[:-1]) if is_answer else found.later
         thought, is_closed, answer = split_thought(text)
         if found.thoughts and thought:
             start, end, said = found.thoughts.before, found.thoughts.after if is_closed else "", answer
@@ -201,7 +290,7 @@ class ChatTemplate:
         return pieces_of(
             ASSISTANT if last == "assistant" else turn.after + turn.header,
             ("assistant", found.closing if last == "assistant" else "", "markup"),
-            ("assistant", "" if last == "user" else turn.header, "markup"),
+            ("assistant", "" if is_answer else turn.header, "markup"),
             ("assistant", start, "markup"),
             ("assistant", thought if found.thoughts else "", "content"),
             ("assistant", end, "markup"),
@@ -212,9 +301,33 @@ class ChatTemplate:
         """What ends an answer: the first part of what the next `user_turn` appends."""
         return pieces_of(ASSISTANT, ("assistant", self._markup.closing, "markup"))
 
-    def answer_stream(self, model: Model) -> AnswerStream:
-        """What makes the text of a generated answer from its tokens."""
-        return AnswerStream(model, self.stop_strings, self._format, self._markup.last_closing or self._markup.closing)
+    def answer_format(self, **asked: object) -> AnswerFormat | None:
+        """How an answer is written, None for one that is text and nothing else.
+
+        Args:
+            asked: "tools", those of this template that may be called, "tool_choice", "parallel_tool_calls" and "json_schema", where they are wanted.
+
+        Raises:
+            TemplateError: what is asked for cannot be had.
+        """
+        if not self.tools and not asked:
+            return self._format
+        key = json.dumps(asked, sort_keys=True)
+        if key not in self._formats:
+            found = self._format_of([user(USER)], opening=True, **asked)
+            while len(self._formats) >= _MAX_KEPT:
+                self._formats.pop(next(iter(self._formats)))
+            self._formats[key] = found
+        return self._formats[key]
+
+    def answer_stream(self, model: Model, stop: Sequence[str] = (), answer_format: AnswerFormat | None = None) -> AnswerStream:
+        """What makes the text of a generated answer from its tokens.
+
+        Args:
+            stop: texts that end what it says to the user.
+            answer_format: how it is written, if not as every answer without tools is.
+        """
+        return AnswerStream(model, self.stop_strings, answer_format or self._format, self._markup.last_closing or self._markup.closing, stop)
 
     def tokens(self, model: Model, pieces: Sequence[Piece]) -> list[tuple[Role, npt.NDArray[np.int32]]]:
         """The tokens of each piece: one (role, [n] int32) for each, in order; n may be 0.
@@ -225,8 +338,11 @@ class ChatTemplate:
         """
         known = self._tokenizer
         if known is None or known[0]() is not model:
-            known = self._tokenizer = weakref.ref(model), PieceTokenizer(model, self._markup.all_texts())
+            known = self._tokenizer = weakref.ref(model), PieceTokenizer(model, self._all_markup())
         return known[1].run(pieces)
+
+    def _all_markup(self) -> str:
+        return self._markup.all_texts() + self._tool_markup
 
     def _next_turn(self, messages: Sequence[Message]) -> UserTurn:
         return self._markup.later if _has_turns(messages) else self._markup.first[self._has_system(messages)]
@@ -245,32 +361,12 @@ class ChatTemplate:
             return False
 
     def _find_ends(self, model: Model) -> None:
-        """Finds what ends answers: the metadata of a file can be wrong about it."""
-        found = self._markup
-        inner = set(_special(model, found.thoughts.before + found.thoughts.after)) if found.thoughts else set()
-        ends: set[int] = set()
-        stops: list[str] = []
-        for text in (found.last_closing, found.closing):
-            marker = next((token for token in _special(model, text) if token not in inner), None)
-            if marker is not None:
-                ends.add(marker)
-            elif len(text.strip()) >= _MIN_STOP and not _special(model, text):
-                stops.append(text.strip())
-        if not ends and not stops:
-            # an answer that has no end goes on with the user's next turn
-            behind = found.closing + found.user_header
-            marker = next((token for token in _special(model, behind) if token not in inner), None)
-            if marker is not None:
-                ends.add(marker)
-            elif len(behind.strip()) >= _MIN_STOP:
-                stops.append(("\n" if behind[: -len(behind.lstrip())].endswith("\n") else "") + behind.strip())
-        for text in self._format.stops if self._format else ():
-            if _is_one_token(model, text):
-                ends.add(int(model.tokenize(text, parse_special=True)[0]))
-            else:
-                stops.append(text)
-        self.end_tokens = model.end_tokens | ends
-        self.stop_strings = tuple(dict.fromkeys(stops))
+        """Finds what depends on the vocabulary."""
+        self.end_tokens, self.stop_strings = found_ends(model, self._markup, self._format.stops if self._format else ())
+        markers = set(texts_of(model, special_tokens(model, self._all_markup())))
+        pattern = "|".join(re.escape(text) for text in sorted(markers, key=len, reverse=True)) or _NEVER.pattern
+        ends = texts_of(model, sorted(self.end_tokens))
+        self._tool_turns = ToolTurns(self._render_as_family, self._markup, ends, re.compile(pattern))
 
     def _system_block(self, system_text: str) -> tuple[str, str, str]:
         """Markup before the system text, that text as rendered, and markup from there to the user's text."""
@@ -305,15 +401,3 @@ _of_models: weakref.WeakKeyDictionary[Model, tuple[str, ChatTemplate]] = weakref
 
 def _has_turns(messages: Sequence[Message]) -> bool:
     return any(message["role"] != "system" for message in messages)
-
-
-def _is_one_token(model: Model, text: str) -> bool:
-    return len(model.tokenize(text, parse_special=True)) == 1
-
-
-def _special(model: Model, text: str) -> list[int]:
-    """The control tokens and the like in a text, in order."""
-    lib = load().llama_cpp
-    special = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
-    tokens = map(int, model.tokenize(text, parse_special=True))
-    return [token for token in tokens if model.token_attributes(token) & special and model.token_bytes(token, special=True).strip()]

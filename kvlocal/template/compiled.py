@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.grammar import GrammarRules
 from kvlocal.llama.library import load_chat
 
 Message = Mapping[str, Any]
@@ -26,16 +28,26 @@ class AnswerError(KvlocalError):
     """An answer is not in the format of the model's family."""
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool: its name, its arguments, a JSON object as text, and its id, "" where the family has none."""
+
+    name: str
+    arguments: str
+    id: str
+
+
 @dataclass(frozen=True)
 class Answer:
     """What an answer says.
 
     content: the text for the user
     reasoning: the thought before it, "" if there is none
+    tool_calls: the tools it calls; the arguments of the last one are incomplete as long as the answer goes on
     """
 
     content: str
     reasoning: str
+    tool_calls: Sequence[ToolCall] = ()
 
 
 class AnswerFormat:
@@ -45,6 +57,7 @@ class AnswerFormat:
     supports_thinking: whether there are thoughts
     thinking_start, thinking_end: the texts around a thought, "" where they are not known
     stops: texts that end an answer
+    grammar: what the answer has to follow, None for nothing
     """
 
     def __init__(self, description: Mapping[str, Any], pointer: Any) -> None:
@@ -53,6 +66,7 @@ class AnswerFormat:
         self.thinking_start: str = description["thinking_start"]
         self.thinking_end: str = next(iter(description["thinking_ends"]), "").strip()
         self.stops: tuple[str, ...] = tuple(description["stops"])
+        self.grammar = _rules(description, (self.thinking_start, self.thinking_end))
         self._pointer = pointer
         self._free = weakref.finalize(self, load_chat().lib.kvl_chat_format_free, pointer)
         self._free.atexit = False  # the system frees it
@@ -71,7 +85,8 @@ class AnswerFormat:
         data = _utf8(text)
         _check(load_chat().lib.kvl_chat_parse(self._pointer, data, len(data), is_partial, out), AnswerError)
         found = json.loads(_taken(out))
-        return Answer(found["content"], found["reasoning_content"])
+        calls = [ToolCall(call["name"], call["arguments"], call["id"]) for call in found["tool_calls"]]
+        return Answer(found["content"], found["reasoning_content"], calls)
 
 
 class CompiledTemplate:
@@ -111,17 +126,42 @@ class CompiledTemplate:
         _check(load_chat().lib.kvl_chat_render(self._pointer, data, len(data), out), TemplateError)
         return _taken(out)
 
-    def answer_format(self, messages: Sequence[Message], *, opening: bool = True) -> AnswerFormat:
+    def answer_format(self, messages: Sequence[Message], *, opening: bool = True, **asked: object) -> AnswerFormat:
         """The format of the answer to a conversation.
+
+        Args:
+            opening: with the start of an answer.
+            asked: "tools", "tool_choice", "parallel_tool_calls", "json_schema", "now", where they are wanted (kvlocal-chat.h).
 
         Raises:
             TemplateError: as `render`.
         """
         chat = load_chat()
         pointer, out = chat.ffi.new("struct kvl_chat_format **"), chat.ffi.new("struct kvl_chat_text **")
-        data = _request(messages, add_generation_prompt=opening)
+        data = _request(messages, add_generation_prompt=opening, **asked)
         _check(chat.lib.kvl_chat_apply(self._pointer, data, len(data), pointer, out), TemplateError)
         return AnswerFormat(json.loads(_taken(out)), pointer[0])
+
+
+# the kinds of llama.cpp's triggers (common_grammar_trigger_type)
+_WORD, _PATTERN_FULL = 1, 3
+
+
+def _rules(description: Mapping[str, Any], thought: tuple[str, str]) -> GrammarRules | None:
+    """The grammar of a format, as the sampler takes it."""
+    if not description["grammar"]:
+        return None
+    if not description["grammar_lazy"]:
+        return GrammarRules(description["grammar"], description["generation_prompt"])
+    triggers = []
+    for trigger in description["grammar_triggers"]:
+        pattern = trigger["value"]
+        if trigger["type"] == _WORD:
+            pattern = re.escape(pattern)
+        elif trigger["type"] == _PATTERN_FULL:
+            pattern = rf"\A(?:{pattern})\Z"
+        triggers.append(pattern)
+    return GrammarRules(description["grammar"], description["generation_prompt"], triggers, thought)
 
 
 def _request(messages: Sequence[Message], **options: object) -> bytes:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvlocal.template.answer import MARKER_ENDS, THOUGHT_END, THOUGHT_START
 from kvlocal.template.compiled import AnswerFormat, TemplateError
 
-Message = dict[str, str]
+# A message of a conversation, whoever keeps it: "role" and "content", a text that may be empty; where it has them also "tool_calls", a list as in
+# OpenAI's chat completions, "tool_call_id", "name" and "reasoning_content".
+Message = dict[str, Any]
 Render = Callable[..., str]
 
 # Stand-ins for contents. A template copies contents, so wherever one of these appears, a content belongs.

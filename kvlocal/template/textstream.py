@@ -11,13 +11,20 @@ class TextStream:
 
     Args:
         stop: strings that end the text. They are never shown, and text that may be the start of one is kept back.
+
+    Attributes:
+        stopped_by: the one that ended it, "" as long as none has.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(text for text in stop if text)
-        self._held = ""
-        self.stopped = False
+        self._held = self.stopped_by = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came."""
+        return bool(self.stopped_by)
 
     def push(self, data: bytes) -> str:
         """Take the next bytes and give the text that is certain now."""
@@ -32,7 +39,7 @@ class TextStream:
         if not cut:
             rest = self._release(self._decoder.decode(b"", final=True))
             rest += self._held
-        self._held, self.stopped = "", False
+        self._held = self.stopped_by = ""
         self._decoder.reset()
         return rest
 
@@ -40,14 +47,25 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        split = len(text) - n_held
+        at, self.stopped_by = first_stop(text, self._stop)
+        if self.stopped:
+            self._held = ""
+            return text[:at]
+        split = len(text) - n_begun(text, self._stop)
         self._held = text[split:]
         return text[:split]
+
+
+def first_stop(text: str, stop: Sequence[str], start: int = 0) -> tuple[int, str]:
+    """Where the first stop string is, behind `start`, and which it is, the longest there; the length of the text and "" if there is none."""
+    found = [(at, -len(each), each) for each in stop if (at := text.find(each, start)) >= 0]
+    at, _, which = min(found, default=(len(text), 0, ""))
+    return at, which
+
+
+def n_begun(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    return max((_overlap(text, each) for each in stop), default=0)
 
 
 def pieces_of(pieces: Sequence[bytes], text: str) -> tuple[int, int]:

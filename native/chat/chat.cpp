@@ -264,6 +264,12 @@ int32_t kvl_chat_apply(const kvl_chat * chat, const char * request, size_t n_req
             if (request.contains("tool_choice")) {
                 inputs.tool_choice = common_chat_tool_choice_parse_oaicompat(request.at("tool_choice").get<std::string>());
             }
+            if (request.contains("parallel_tool_calls")) {
+                inputs.parallel_tool_calls = request.at("parallel_tool_calls").get<bool>();
+            }
+            if (request.contains("now")) {
+                inputs.now = std::chrono::system_clock::from_time_t((std::time_t) request.at("now").get<int64_t>());
+            }
             if (request.contains("json_schema")) {
                 inputs.json_schema = request.at("json_schema").dump();
             }

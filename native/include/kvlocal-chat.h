@@ -62,7 +62,7 @@ int32_t kvl_chat_render(const struct kvl_chat * chat, const char * request, size
 
 // the text of a conversation with llama.cpp's adjustments for the model family, and the format of the answer to it
 // request: {"messages": as in OpenAI's chat completions, with "reasoning_content" and "tool_calls", "add_generation_prompt": bool} and, if need
-//     be, "tools" and "tool_choice" ("auto", "required", "none") as there, and "json_schema"
+//     be, "tools", "tool_choice" ("auto", "required", "none") and "parallel_tool_calls" as there, "json_schema", and "now" in seconds since 1970
 // result: {"prompt", "generation_prompt", "supports_thinking", "thinking_start", "thinking_ends": [], "stops": [], "preserved_tokens": [],
 //     "delimiters": [{"role", "delimiter"}], "grammar", "grammar_lazy", "grammar_triggers": [{"type", "value"}]}
 int32_t kvl_chat_apply(

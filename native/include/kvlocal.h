@@ -15,6 +15,7 @@
 #include <stdint.h>
 
 struct llama_context;
+struct llama_vocab;
 
 #ifdef __cplusplus
 extern "C" {
@@ -195,6 +196,10 @@ int32_t kvl_read_queries(struct llama_context * ctx, int32_t seq_id, int32_t lay
 
 // the factor attention applies to q.k in a layer, known after the first decode with the ring on; scale: one number
 int32_t kvl_get_kq_scale(struct llama_context * ctx, int32_t layer, float * scale);
+
+// whether llama.cpp's grammar sampler takes this grammar: text, n bytes in GBNF without a zero, whose start is the rule "root". KVL_ERR_ARGUMENT if
+// not; the message says what is wrong with it.
+int32_t kvl_grammar_check(const struct llama_vocab * vocab, const char * text, int64_t n);
 
 // a log callback that drops what it gets
 void kvl_log_discard(int32_t level, const char * text, void * user_data);

@@ -718,6 +718,21 @@ int32_t kvl_get_kq_scale(llama_context * ctx, int32_t layer, float * scale) {
     });
 }
 
+int32_t kvl_grammar_check(const llama_vocab * vocab, const char * text, int64_t n) {
+    return guard([&]() -> int32_t {
+        check_pointer(vocab, "vocab");
+        check_pointer(text, "text");
+
+        if (n < 0) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "n is negative");
+        }
+
+        kvl_check_grammar(vocab, std::string(text, n));
+
+        return KVL_OK;
+    });
+}
+
 void kvl_log_discard(int32_t level, const char * text, void * user_data) {
     GGML_UNUSED(level);
     GGML_UNUSED(text);

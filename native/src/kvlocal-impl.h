@@ -233,3 +233,6 @@ private:
 
 void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows);
 void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cells, const kvl_rows & rows);
+
+// throws what is wrong with a grammar
+void kvl_check_grammar(const llama_vocab * vocab, const std::string & text);
