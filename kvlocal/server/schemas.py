@@ -96,24 +96,6 @@ class ChatRequest(Sampled):
     parallel_tool_calls: bool | None = None
 
 
-class CompletionRequest(Sampled):
-    """The body of /v1/completions."""
-
-    prompt: str | list[str] | list[int] | list[list[int]]
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    grammar: str | None = None
-
-
-class EmbeddingRequest(Fields):
-    """The body of /v1/embeddings: texts, or the tokens of texts."""
-
-    input: str | list[str] | list[int] | list[list[int]]
-    model: str | None = None
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-
-
 class TokenizeRequest(Fields):
     """The body of /tokenize, as llama.cpp's server has it."""
 

@@ -3,9 +3,9 @@
     python tests/measure/long_session.py --tokens 100000 --archive-ram 200 --dir DIR
 
 Long texts are read and answered by a few greedy tokens each, until the session is so long; it is saved as a chat saves it while the person types.
-Then the last 20 turns are taken back, and their first is said again: its answer has to be the one of the first time. A second process comes back to the
-saved session and answers what the first one is asked too: the same. Resident memory is told apart into what is the process's own and what are pages
-of files, which the system takes away when it needs them.
+Then the last 20 turns are taken back, and their first is said again: its answer has to be the one of the first time. A second process comes back to
+the saved session and answers what the first one is asked too: the same. Resident memory is told apart into what is the process's own and what are
+pages of files, which the system takes away when it needs them.
 """
 
 import argparse
