@@ -64,8 +64,8 @@ under_sanitizers = KVLOCAL_LIB_DIR=$(CURDIR)/build/sanitize/dist/lib \
 # Its ggml asserts that numbers are numbers, and one test is about some that are not.
 sanitize:
 	@$(sanitized)
-	@$(under_sanitizers) .venv/bin/python -m pytest tests/test_native.py tests/test_rows.py tests/test_attention.py tests/test_products.py \
-		tests/test_compiled_template.py tests/test_answer_formats.py tests/test_template_tree.py -k "not masked_cells_never" $(ARGS)
+	@$(under_sanitizers) .venv/bin/python -m pytest tests/test_native.py tests/test_rows.py tests/test_row_types.py tests/test_attention.py \
+		tests/test_products.py tests/test_compiled_template.py tests/test_answer_formats.py tests/test_template_tree.py -k "not masked_cells_never" $(ARGS)
 
 leaks:
 	@$(sanitized)
