@@ -16,6 +16,7 @@ from kvlocal_cli.evaluations import eval_group
 from kvlocal_cli.models import models_command, pull_command
 from kvlocal_cli.nexus import nexus_group
 from kvlocal_cli.run import run_command
+from kvlocal_cli.serve import serve_command
 from kvlocal_cli.sessions import sessions_group
 from kvlocal_cli.terminal import INTERRUPTED
 
@@ -73,6 +74,7 @@ def main(ctx: click.Context) -> None:
 
 
 for command in (
-    chat_command, run_command, batch_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group, nexus_group,
+    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group,
+    nexus_group,
 ):  # fmt: skip
     main.add_command(command)

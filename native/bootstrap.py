@@ -138,7 +138,7 @@ def set_up(extras: list[str]) -> None:
         if programs := missing_build_programs():
             step(f"installing {' and '.join(programs)}", [*pip, "install", *programs])
         step("building llama.cpp and installing kvlocal, some minutes the first time",
-             [*pip, "install", "--verbose", "--no-build-isolation", "--editable", "."])
+             [*pip, "install", "--verbose", "--no-build-isolation", "--editable", ".[serve]"])
         stamp = {"build": build}
         save(stamp)
     for extra in extras:

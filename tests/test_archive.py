@@ -156,6 +156,30 @@ def test_exchanged_parts_are_not_written_to_and_leave_the_memory(tmp_path):
     check_equal(archive, Rows(*(np.concatenate([a[:, :, :270], b], axis=2) for a, b in ((rows.k, new.k), (rows.v, new.v)))))
 
 
+@pytest.mark.parametrize("ram", [2**30, 0])
+def test_what_is_shared_stays_as_it_is(tmp_path, ram):
+    """In memory and in a file: what comes next is written elsewhere, and what lies there is not used for something else."""
+    archive, other = Archive(LAYOUT, ram, tmp_path), Archive(LAYOUT, 2**30, None)
+    filled(archive, [300])
+    archive.add_mark(ArchivedMark(300, 1, 300, (0,), 0, np.arange(100, dtype=np.uint8)))
+    shared = archive.share()
+    before = [part.data.copy() for part in shared]
+    other.restore(archive.positions, [dataclasses.replace(archive.marks[0], data=None)], [part.data for part in shared], False)
+    other.known_as(shared)
+    keys = [part.key for part in shared]
+    assert [part.key for part in archive.parts()] == [part.key for part in other.parts()] == keys
+    for one in (archive, other):
+        one.truncate(270)
+        filled(one, [400])
+        for n in (650, 660):
+            one.add_mark(ArchivedMark(n, 1, 300, (0,), 0, np.full(100, 7, np.uint8)))
+    for part, data in zip(shared, before, strict=True):
+        np.testing.assert_array_equal(part.data, data)
+    # the first chunk is what it was in both, and all that changed has another key than anywhere else
+    assert archive.parts()[0].key == other.parts()[0].key == keys[0]
+    assert len({part.key for one in (archive, other) for part in one.parts()[1:]} - {*keys}) == 2 * 4
+
+
 @pytest.mark.parametrize("copy", [True, False])
 def test_another_archive_takes_over_what_one_had(copy):
     archive, other = Archive(LAYOUT, 2**30, None), Archive(LAYOUT, 2**30, None)

@@ -350,7 +350,7 @@ def test_slots_that_cannot_be_made_fail_before_the_first_line(model, monkeypatch
     def too_large(*arguments, **options):
         raise KvlocalError("a cache of 64 x 256 cells cannot be made")
 
-    monkeypatch.setattr("kvlocal.batch.run.Slots", too_large)
+    monkeypatch.setattr("kvlocal.chat.beside.Slots", too_large)
     with pytest.raises(KvlocalError, match="64 x 256"):
         run_batch([line(user("Hi"))], model, SMALL, parallel=64)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.llama.sequence_decoder import SequenceDecoder
-from kvlocal.llama.slots import Slot, Slots
+from kvlocal.llama.slots import Rounds, Slot, Slots
 
 OPTIONS = {"n_cells": 256, "n_outputs": 1, "n_ubatch": 64, "n_threads": 1}
 
@@ -161,3 +162,47 @@ def test_a_stream_and_a_context_are_used_in_the_same_way(kind):
             wanted, given = (list(inspect.signature(function).parameters.values())[1:] for function in (member, getattr(kind, name)))
             assert [one.name for one in given[: len(wanted)]] == [one.name for one in wanted], name
             assert all(one.default is not one.empty for one in given[len(wanted) :]), name
+
+
+class TimedRequest:
+    """Takes so many seconds."""
+
+    context, seq = None, 0
+
+    def __init__(self, seconds, is_next_token, done):
+        self.seconds, self.is_next_token, self.done = seconds, is_next_token, done
+
+    def decode(self):
+        time.sleep(self.seconds)
+        self.done.append(self)
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.5, 4, 11), (0.0, 1, 1)])
+def test_next_tokens_have_their_share_of_the_time_beside_long_texts(share, least, most):
+    """Two texts, whose micro-batches take as long as ten tokens: one of them after another, and the tokens between."""
+    rounds, done = Rounds(share), []
+    waiting = [TimedRequest(0.1, False, done) for _ in range(2)]
+    for _ in range(30):
+        put_off = rounds.carry_out([*waiting, TimedRequest(0.01, True, done)])
+        waiting = [*put_off, *(TimedRequest(0.1, False, done) for _ in range(2 - len(put_off)))]
+    kinds = "".join("t" if one.is_next_token else "T" for one in done)
+    between = [len(tokens) for tokens in kinds.split("T")[1:-1] if tokens]
+    assert all(least <= n <= most for n in between) and kinds.count("t") == 30
+    assert ("TT" in kinds) == (share == 0)
+
+
+def test_texts_alone_are_all_read_at_once():
+    done = []
+    assert not Rounds(0.5).carry_out([TimedRequest(0, False, done) for _ in range(3)]) and len(done) == 3
+
+
+def test_a_fault_in_one_request_is_its_own(model, tokens):
+    def broken(slot):
+        try:
+            slot.use_adapter("no adapter")
+            slot.decode(tokens[:5], 0)
+        except AttributeError as error:
+            return error
+
+    error, rows = together(model, broken, lambda slot: read(tokens[:20], 3, slot))
+    assert isinstance(error, AttributeError) and len(rows) == 4

@@ -14,7 +14,7 @@ from kvlocal.chat.messages import MessageError, check_order, parse_messages
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.errors import KvlocalError
 from kvlocal.files.json_line import JsonError, json_value
-from kvlocal.llama.sampling import SamplingParams
+from kvlocal.llama.sampling import with_temperature
 from kvlocal.template.markup import Message
 
 Identity = str | int | float | bool | None
@@ -151,13 +151,9 @@ def _with_policy(config: SessionConfig, name: str) -> SessionConfig:
 
 
 def _with_temperature(config: SessionConfig, temperature: float) -> SessionConfig:
-    """The repeat penalty follows, if it is the one that goes with the temperature there is."""
-    sampling = config.sampling
-    follows = sampling.repeat_penalty == SamplingParams(sampling.temperature).repeat_penalty
     # an integer may be too large for a float
     temperature = math.inf if temperature > sys.float_info.max else temperature
-    penalty = None if follows else sampling.repeat_penalty
-    return replace(config, sampling=replace(sampling, temperature=temperature, repeat_penalty=penalty))
+    return replace(config, sampling=with_temperature(config.sampling, temperature))
 
 
 def _sampled(name: str) -> Callable[[SessionConfig, Any], SessionConfig]:

@@ -13,12 +13,12 @@ from typing import Any
 from kvlocal.batch.line import Failure, Line, LineError, Result
 from kvlocal.cache.compression import Seconds
 from kvlocal.cache.fitting import fitted
+from kvlocal.chat.beside import slots_for
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import REPORTED
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import is_blank
-from kvlocal.llama.context import MAX_SEQUENCES, Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.llama.slots import Slots
@@ -64,20 +64,10 @@ def run_batch(
     Raises:
         KvlocalError: no session is possible with this configuration. What concerns one conversation only is a Failure.
     """
-    if not 1 <= parallel <= MAX_SEQUENCES:
-        raise KvlocalError(f"{parallel} conversations cannot decode together: choose 1 to {MAX_SEQUENCES}")
     config = fitted(model.path, config, model.n_gpu_layers)
     config = replace(config, archive_ram=config.archive_ram // parallel)
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
-    asked: dict[str, Any] = {}
-
-    def make_context(model: Model, **options: Any) -> Context:
-        asked.update(options)
-        return Context(model, **options)
-
-    with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
-        budget = session.cache.budget
-    slots = Slots(parallel, model, **asked)
+    slots, budget = slots_for(parallel, model, config, nexus)
     outcomes = _Batch(lines, model, config, budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
     # to its first step, so that closing it frees the slots also where nobody asked for a result
     next(outcomes)

@@ -31,7 +31,7 @@ _keys = count()
 class ArchivePart(NamedTuple):
     """Something in the archive, to be written to a file.
 
-    key: of this content; what changes gets another one, and no two archives of a process have the same
+    key: of this content, in all archives of a process; what changes gets another one
     data: uint8 [bytes]
     """
 
@@ -45,6 +45,7 @@ class _Chunk:
 
     k, v: uint8 [L, H, CHUNK, row size] each, which are the data
     block: that has them; None if they are somebody else's and may not be written to
+    shared: they are somebody else's, too, and may not be written to either
     """
 
     key: int
@@ -52,6 +53,7 @@ class _Chunk:
     k: npt.NDArray[np.uint8]
     v: npt.NDArray[np.uint8]
     block: Block | None
+    shared: bool = False
 
 
 @dataclass
@@ -59,6 +61,7 @@ class _StoredMark:
     key: int
     mark: ArchivedMark
     block: Block | None
+    shared: bool = False
 
 
 class Archive:
@@ -101,7 +104,9 @@ class Archive:
 
     @property
     def bytes_on_disk(self) -> int:
-        return self._memory.bytes_on_disk + sum(len(chunk.data) for chunk in self._chunks if not chunk.block)
+        # what others have in memory can be written to, though not by us
+        of_files = (len(chunk.data) for chunk in self._chunks if not chunk.block and not chunk.data.flags.writeable)
+        return self._memory.bytes_on_disk + sum(of_files)
 
     def append(self, rows: Rows, positions: npt.NDArray[np.int32]) -> None:
         """Stores the next tokens, whose rows are of its types, with the positions of their keys, int32 [n].
@@ -135,11 +140,12 @@ class Archive:
     def _writable(self, number: int) -> _Chunk:
         """A chunk that is about to change, or a copy of it in its place if it is somebody else's."""
         chunk = self._chunks[number]
-        if chunk.block:
+        if chunk.block and not chunk.shared:
             chunk.key = next(_keys)
             return chunk
         copy = self._chunks[number] = self._chunk(self._memory.take(self.chunk_bytes))
         copy.data[:] = chunk.data
+        self._let_go(chunk)
         return copy
 
     def truncate(self, n_tokens: int) -> None:
@@ -182,17 +188,31 @@ class Archive:
         chunks = self._chunks[: -(-self.n_tokens // CHUNK)]
         return [*(ArchivePart(chunk.key, chunk.data) for chunk in chunks), *(ArchivePart(stored.key, stored.mark.data) for stored in self._marks)]
 
+    def share(self) -> list[ArchivePart]:
+        """As `parts`, for somebody who keeps them: they stay as they are, whatever comes here."""
+        for stored in self._stored():
+            stored.shared = True
+        return self.parts()
+
+    def known_as(self, parts: Sequence[ArchivePart]) -> None:
+        """These are the parts that it was restored from: what has not changed since keeps its key."""
+        for stored, part in zip(self._stored(), parts, strict=True):
+            stored.key = part.key
+
+    def _stored(self) -> list[_Chunk | _StoredMark]:
+        return [*self._chunks, *self._marks]
+
     def exchange(self, data: Mapping[int, npt.NDArray[np.uint8]]) -> None:
         """Uses these data, by the keys of the parts that they are copies of, in place of what it has, whose memory becomes free."""
         for chunk in self._chunks:
             if chunk.key in data:
                 self._let_go(chunk)
-                chunk.data, chunk.block = data[chunk.key], None
+                chunk.data, chunk.block, chunk.shared = data[chunk.key], None, False
                 chunk.k, chunk.v = self._rows_of(chunk.data)
         for stored in self._marks:
             if stored.key in data:
                 self._let_go(stored)
-                stored.mark, stored.block = replace(stored.mark, data=data[stored.key]), None
+                stored.mark, stored.block, stored.shared = replace(stored.mark, data=data[stored.key]), None, False
 
     def restore(self, positions: npt.NDArray[np.int32], marks: Sequence[ArchivedMark], data: Sequence[npt.NDArray[np.uint8]], copy: bool) -> None:
         """An empty archive takes over what another one held.
@@ -231,7 +251,7 @@ class Archive:
 
     def _let_go(self, stored: _Chunk | _StoredMark) -> None:
         if stored.block:
-            self._memory.give_back(stored.block)
+            self._memory.give_back(stored.block, reusable=not stored.shared)
 
     def close(self) -> None:
         """Gives everything up. Closing twice is harmless."""

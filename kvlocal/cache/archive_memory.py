@@ -67,10 +67,12 @@ class ArchiveMemory:
         except (OSError, ValueError) as error:
             raise ArchiveFailed(f"the archive cannot be written in {self._directory} ({error})") from error
 
-    def give_back(self, block: Block) -> None:
-        """Nobody uses this block any more."""
-        if block.on_disk:
+    def give_back(self, block: Block, reusable: bool = True) -> None:
+        """This block is not used here any more, and if it is reusable by nobody."""
+        if block.on_disk and reusable:
             self._spare.append(block)
+        elif block.on_disk:
+            self.bytes_on_disk -= len(block.data)
         else:
             self.bytes_in_memory -= len(block.data)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import starmap
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,8 +75,12 @@ class ChatSession(Turns):
 
     def _until_end(self, answer: AnswerInProgress, options: AnswerOptions, form: Callable[[str, AnswerPiece], T]) -> Iterator[T]:
         """What the answer says as it comes, each time in a form that may be empty, which is then left out."""
+        # by a name, so that what is raised from outside does not end it before it is mended
+        pieces = answer.pieces(options.max_tokens or self.max_tokens, options.top_logprobs)
         try:
-            yield from filter(None, starmap(form, answer.pieces(options.max_tokens or self.max_tokens, options.top_logprobs)))
+            for text, piece in pieces:
+                if formed := form(text, piece):
+                    yield formed
         except (Exception, KeyboardInterrupt):
             if not answer.over:
                 self._mend(answer)
@@ -224,9 +227,10 @@ class ChatSession(Turns):
     # how tokens are drawn
 
     def set_sampling(self, sampling: SamplingParams) -> None:
-        """Draws tokens in another way from the next answer on."""
+        """Draws tokens in another way from the next answer on; the repeat penalty still looks at those of the last ones."""
         self._end_answer()
         sampler = Sampler(self.model, sampling)
+        sampler.recent.extend(self._sampler.recent)
         self._sampler.close()
         self._sampler = sampler
 

@@ -45,6 +45,7 @@ class Turns:
     undo: keep what the last turn is taken back with at once, a copy of the cache among it; with an archive, what every turn is taken back with;
         without, what came before is read again
     make_context: makes the cells: Context, or what gives a slot beside others (kvlocal.llama.slots)
+    begin: read the system prompt now, and not with the first turn; a session that goes on from a snapshot has read it already
 
     cache: the tokens of the conversation (kvlocal.cache.budgeted)
     messages: the conversation, {"role", "content"}, without the system prompt; an answer that was stopped is there as far as it came
@@ -68,6 +69,7 @@ class Turns:
         nexus: NexusTokens | None = None,
         undo: bool = True,
         make_context: Callable[..., SequenceDecoder] = Context,
+        begin: bool = True,
     ):
         self.model = model
         self.config = config = fitted(model.path, config, model.n_gpu_layers)
@@ -87,7 +89,11 @@ class Turns:
             self._second_read = SecondRead(self.cache, repetition(model, self.template)) if config.idle and "reread" in needs else None
             self._sampler = Sampler(model, config.sampling)
             opened.callback(lambda sampler: sampler.close(), self._sampler)
-            self._begin()
+            if begin:
+                self._begin()
+            else:
+                self._reset()
+                self.cache.doubt()
             opened.pop_all()
 
     def _begin(self) -> None:
@@ -235,6 +241,19 @@ class Turns:
         self._answer = None
         self._go_back(users[-n_turns])
         return taken
+
+    def go_back_to(self, n_messages: int) -> int:
+        """Takes back what follows the first n messages, and more where the way back goes only further: to the last mark, or to the beginning. Returns
+        how many it has then, which are to be gone on with.
+        """
+        self._end_answer()
+        if n_messages < len(self.messages):
+            self._answer = None
+            if not any(self._rewind(mark.n_messages) for mark in reversed(self._marks) if mark.n_messages <= n_messages):
+                n_answers = self.n_answers
+                self._begin()
+                self.n_answers = n_answers
+        return len(self.messages)
 
     def _go_back(self, n_messages: int) -> None:
         """The conversation is its first n_messages again."""

@@ -119,7 +119,7 @@ def _skimmed(path: Path) -> Conversation | None:
 
 def _describe(path: Path, conversation: Conversation | None) -> Session:
     status = path.stat()
-    n_bytes = status.st_size + sum(part.stat().st_size for part in _beside(path) if part.is_file())
+    n_bytes = status.st_size + sum(part.stat().st_size for part in beside(path) if part.is_file())
     name = path.stem if path.parent == sessions_dir() else str(path)
     return Session(name, path, datetime.fromtimestamp(status.st_mtime), n_bytes, conversation)
 
@@ -131,7 +131,7 @@ def delete(path: Path) -> None:
         KvlocalError: it is none, it is in use, or it cannot be removed.
     """
     with _alone(path):
-        for part in (*_beside(path), staging_of(snapshot_path(path)), path):
+        for part in (*beside(path), staging_of(snapshot_path(path)), path):
             part.unlink(missing_ok=True)
 
 
@@ -155,7 +155,7 @@ def rename(path: Path, target: Path) -> None:
             target.unlink()
             raise
         staging_of(snapshot_path(path)).unlink(missing_ok=True)
-        for part, new in zip(_beside(path), _beside(target), strict=True):
+        for part, new in zip(beside(path), beside(target), strict=True):
             # without one of them the conversation is read again
             with suppress(OSError, KvlocalError):
                 _move(part, new)
@@ -176,13 +176,13 @@ def fork(path: Path, target: Path, n_turns: int | None = None) -> None:
         if not 0 <= n_turns <= there:
             raise KvlocalError(f"{path.stem} has {there} turns of you: give --turns 0 to {there}")
         write_fork(content, target, there - n_turns)
-        for part, new in zip(_beside(path), _beside(target), strict=True):
+        for part, new in zip(beside(path), beside(target), strict=True):
             # without one of them the conversation is read again
             with suppress(OSError, KvlocalError), replacing(new, PRIVATE) as staged:
                 shutil.copyfile(part, staged)
 
 
-def _beside(path: Path) -> tuple[Path, Path]:
+def beside(path: Path) -> tuple[Path, Path]:
     """What may lie beside a transcript: the archive, and the snapshot that names its parts."""
     snapshot = snapshot_path(path)
     return archive_path(snapshot), snapshot

@@ -23,7 +23,7 @@ CUT = "cut"  # the reason an answer ended that a crash cut off
 
 _ROLES = ("user", "assistant", "tool")
 # records after which the last user turn has no answer
-UNANSWERED = ("user", "regen")
+UNANSWERED = ("user", "regen", "turns")
 # takes the last user turn and its answer out
 UNDO = {"record": "undo"}
 
@@ -46,9 +46,10 @@ class Conversation:
         n_tokens: tokens of the whole conversation after its last answer, if that is known.
         n_answers: answers since it began or was cleared, those that were taken back too.
         started: when, in ISO 8601.
+        tools: that may be called in all of it.
     """
 
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     system: str | None = None
     model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Conversation:
     n_tokens: int | None = None
     n_answers: int = 0
     started: str | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
@@ -72,7 +74,8 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
                 raise not_a_chat(path)
             check_version(path, record)
             system, model, started = (text_or_none(record.get(name)) for name in ("system", "model", "started"))
-            chat = Conversation(system=system, model=model, started=started)
+            tools = record.get("tools")
+            chat = Conversation(system=system, model=model, started=started, tools=tools if isinstance(tools, list) else [])
             continue
         try:
             if kind in ("piece", "end"):
@@ -91,11 +94,15 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
                     chat.n_tokens = _count_or_none(record.get("n_tokens"))
                     if drawn := record.get("drawn"):
                         chat.drawn[len(chat.messages) - 1] = [int(token) for token in drawn]
+                    if tool_calls := record.get("tool_calls"):
+                        chat.messages[-1]["tool_calls"] = [dict(call) for call in tool_calls]
                 answering = kind == "piece"
                 continue
             answering = False
             if kind == "user":
                 chat.messages.append({"role": "user", "content": record["content"] + ""})
+            elif kind == "turns":
+                chat.messages += [_given_turn(message) for message in record["messages"]]
             elif kind == "regen":
                 _drop_answer(chat)
             elif kind == "undo":
@@ -117,6 +124,17 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
     if chat is None:
         raise not_a_chat(path)
     return chat
+
+
+def _given_turn(message: Message) -> Message:
+    """A message as a program gave it; with calls of tools, or what they gave back, if it has them.
+
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    if message["role"] not in (*_ROLES, "tool"):
+        raise KeyError(message["role"])
+    return {**message, "content": message["content"] + ""}
 
 
 def _drop_answer(chat: Conversation) -> None:

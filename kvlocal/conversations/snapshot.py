@@ -12,14 +12,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 import kvlocal
+from kvlocal.cache.archive import ArchivePart
 from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.session import ChatSession
@@ -52,6 +54,83 @@ def snapshot_path(transcript: Path) -> Path:
     return transcript.with_name(f"{transcript.name}.snapshot")
 
 
+def can_be_captured(session: ChatSession) -> bool:
+    """Whether a session is certain of its cache, and between two turns."""
+    return not session.cache.uncertain and bool(session.messages) and session.messages[-1]["role"] == "assistant"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A session as it is at one time.
+
+    key: of its conversation and its settings
+    model, nexus, signature: what it depends on: the files of weights and of Nexus tokens, and settings
+    system, messages: the conversation
+    arrays: as ChatSession.snapshot gives them
+    parts: of its archive; the next answer changes them, unless they are shared
+    has_archive: whether it has one
+    """
+
+    key: tuple[str, str]
+    model: Path
+    nexus: Path | None
+    signature: Mapping[str, Any]
+    system: str | None
+    messages: Sequence[Message]
+    arrays: Arrays
+    parts: Sequence[ArchivePart]
+    has_archive: bool
+
+    @classmethod
+    def of(cls, session: ChatSession, *, lasting: bool = False) -> Self:
+        """A session that can_be_captured.
+
+        lasting: it stays what it is, whatever the session does then
+        """
+        arrays, archive = session.snapshot(), session.cache.archive
+        parts: Sequence[ArchivePart] = []
+        if archive:
+            parts = archive.share() if lasting else archive.parts()
+        if lasting:
+            arrays = {name: array.copy() for name, array in arrays.items()}
+        messages = [dict(message) for message in session.messages]
+        return cls(
+            _key(session),
+            session.model.path,
+            _nexus_path(session),
+            _signature(session),
+            session.system,
+            messages,
+            arrays,
+            parts,
+            archive is not None,
+        )
+
+    def resume(self, session: ChatSession) -> None:
+        """Brings a fresh session of the same kind to where the other one was, whose archive it shares.
+
+        Raises:
+            SessionError: it does not fit; the session is then at its beginning.
+        """
+        session.resume(self.messages, self.arrays, [part.data for part in self.parts], copy=False)
+        if session.cache.archive:
+            session.cache.archive.known_as(self.parts)
+
+    def header(self, arrays: Arrays) -> bytes:
+        """The first line of a snapshot with these arrays."""
+        # of the conversation now, and of that before each turn that can be taken back, from the last
+        lengths = [len(self.messages), *arrays["marks.numbers"][1, ::-1].tolist()][:_MAX_LENGTHS]
+        digests = _digests(self.system, self.messages)
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "made_with": _made_with(self.model, self.nexus, self.signature),
+            "conversations": [[n, digests[n]] for n in lengths],
+            "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
+        }
+        return json.dumps(header).encode() + b"\n"
+
+
 class Snapshots:
     """The snapshot of one conversation, of which a file holds the latest, and one beside it the archive, if there is one.
 
@@ -72,33 +151,37 @@ class Snapshots:
         Raises:
             KvlocalError: it cannot be written; the older one is as it was.
         """
-        key = _key(session)
-        if key == self._kept or session.cache.uncertain or not session.messages or session.messages[-1]["role"] != "assistant" or stop():
+        if self.holds(session) or not can_be_captured(session) or stop():
             return
-        arrays = session.snapshot()
-        archive = session.cache.archive
-        parts = archive.parts() if archive else []
-        extents = self._archive_file.write(parts, stop)
+        captured = Captured.of(session)
+        if self.write(captured, stop) and session.cache.archive and session.config.store == "disk":
+            session.cache.archive.exchange(self._archive_file.mapped(captured.parts))
+
+    def write(self, captured: Captured, stop: Callable[[], bool] = lambda: False) -> bool:
+        """As `save`, for what a session was; whether it was written to the end."""
+        arrays = captured.arrays
+        extents = self._archive_file.write(captured.parts, stop)
         if extents is None:
-            return
-        if archive:
-            arrays |= _table(extents)
+            return False
+        if captured.has_archive:
+            arrays = arrays | _table(extents)
         try:
-            replace_at_leisure(self.path, _chunks(_header(session, arrays), arrays, stop))
+            replace_at_leisure(self.path, _chunks(captured.header(arrays), arrays, stop))
         except _Stopped:
-            return
-        self._kept = key
+            return False
+        self._kept = captured.key
         self._archive_file.keep(extents)
-        if archive and session.config.store == "disk":
-            archive.exchange(self._archive_file.mapped(parts))
+        return True
 
     def holds(self, session: ChatSession) -> bool:
         """Whether the file is known to hold the conversation as it is."""
         return self._kept == _key(session)
 
-    def load(self, session: ChatSession, messages: Sequence[Message]) -> int:
+    def load(self, session: ChatSession, messages: Sequence[Message], *, copy: bool | None = None) -> int:
         """Puts a fresh session where the snapshot was taken, if the conversation came past that point, and returns how many of its messages it has
         then. Where the last turns of the snapshot are others than in the conversation, they are taken back, as far as it has marks.
+
+        copy: use no archive where it is in the file; as the session's configuration says if None
 
         Raises:
             SnapshotError: there is none, or it does not fit; the session is at its beginning.
@@ -119,7 +202,7 @@ class Snapshots:
         # the words of turns that are taken back do not matter
         turns = n_turns * [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         try:
-            session.resume([*messages[:n], *turns], arrays, data, copy=session.config.store == "ram")
+            session.resume([*messages[:n], *turns], arrays, data, session.config.store == "ram" if copy is None else copy)
         except SessionError as error:
             raise SnapshotError("the snapshot contradicts itself") from error
         if session.cache.archive:
@@ -149,20 +232,27 @@ def _fingerprint(path: Path) -> str:
         raise SnapshotError(f"{path} cannot be read for the snapshot ({error.strerror})") from error
 
 
-def _made_with(session: ChatSession) -> dict[str, Any]:
+def _made_with(model: Path, nexus: Path | None, signature: Mapping[str, Any]) -> dict[str, Any]:
     library = load_library()
     return {
         "kvlocal": kvlocal.__version__,
         "llama.cpp": f"{library.bindings_version} {library.patch_level}",
-        "model": _fingerprint(session.model.path),
-        "Nexus tokens": _fingerprint(Path(session.nexus.path)) if session.nexus else None,
-        "tools": list(session.config.tools) or None,
-        **session.cache.signature,
+        "model": _fingerprint(model),
+        "Nexus tokens": _fingerprint(nexus) if nexus else None,
+        **signature,
     }
 
 
+def _signature(session: ChatSession) -> dict[str, Any]:
+    return {"tools": list(session.config.tools) or None, **session.cache.signature}
+
+
+def _nexus_path(session: ChatSession) -> Path | None:
+    return Path(session.nexus.path) if session.nexus else None
+
+
 def _check_made_with(made_with: object, session: ChatSession) -> None:
-    wanted = json.loads(json.dumps(_made_with(session)))
+    wanted = json.loads(json.dumps(_made_with(session.model.path, _nexus_path(session), _signature(session))))
     if not isinstance(made_with, dict):
         raise SnapshotError("the snapshot is damaged")
     for name, value in wanted.items():
@@ -182,20 +272,6 @@ def _digests(system: str | None, messages: Sequence[Message]) -> list[str]:
 
 def _key(session: ChatSession) -> tuple[str, str]:
     return json.dumps(session.cache.signature), _digests(session.system, session.messages)[-1]
-
-
-def _header(session: ChatSession, arrays: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
-    # of the conversation now, and of that before each turn that can be taken back, from the last
-    lengths = [len(session.messages), *arrays["marks.numbers"][1, ::-1].tolist()][:_MAX_LENGTHS]
-    digests = _digests(session.system, session.messages)
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "made_with": _made_with(session),
-        "conversations": [[n, digests[n]] for n in lengths],
-        "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
-    }
-    return json.dumps(header).encode() + b"\n"
 
 
 def _chunks(header: bytes, arrays: Mapping[str, npt.NDArray[np.generic]], stop: Callable[[], bool]) -> Iterator[bytes | memoryview]:

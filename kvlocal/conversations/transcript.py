@@ -30,6 +30,7 @@ from kvlocal.files.atomic import PRIVATE, atomic_write, cannot_write
 from kvlocal.files.lock import Busy, NoLocks, open_locked
 from kvlocal.files.places import state_dir
 from kvlocal.interrupts import CtrlCWaits
+from kvlocal.template.markup import Message
 
 
 def chat_path() -> Path:
@@ -64,8 +65,8 @@ class Transcript:
         self._unwritten = b""
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, model: str, system: str | None) -> Self:
-        """Begin a new transcript; its directory is made if need be, and only the owner can read either.
+    def open(cls, path: str | os.PathLike[str], *, model: str, system: str | None, tools: Sequence[Mapping[str, Any]] = ()) -> Self:
+        """Begin a new transcript; its directory is made if need be, and only the owner can read either. tools: that may be called in all of it.
 
         Raises:
             TranscriptError: there is such a file already, or it cannot be written.
@@ -77,7 +78,7 @@ class Transcript:
             # nobody else has what was made just now, and nobody can resume it there
             transcript = cls(path, os.open(path, os.O_WRONLY | os.O_APPEND))
         try:
-            transcript.begin(model=model, system=system)
+            transcript.begin(model=model, system=system, tools=tools)
         except BaseException:
             transcript.close()
             raise
@@ -134,8 +135,9 @@ class Transcript:
             if last == "piece":
                 self._append({"record": "end", "reason": CUT}, durable=True)
 
-    def begin(self, *, model: str, system: str | None) -> None:
+    def begin(self, *, model: str, system: str | None, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """The first record of a new transcript."""
+        with_tools = {"tools": list(tools)} if tools else {}
         self._append(
             {
                 "record": "header",
@@ -145,6 +147,7 @@ class Transcript:
                 "model": model,
                 "system": system,
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+                **with_tools,
             },
             durable=True,
         )
@@ -155,19 +158,27 @@ class Transcript:
         """A user turn, before its answer begins."""
         self._append({"record": "user", "content": content}, durable=True, may_be_refused=True)
 
+    def add_turns(self, messages: Sequence[Message]) -> None:
+        """Messages that a program gives together, before the answer to the last of them begins: of the user and of tools, and answers that were given
+        elsewhere."""
+        self._append({"record": "turns", "messages": [dict(message) for message in messages]}, durable=True, may_be_refused=True)
+
     def add_piece(self, text: str) -> None:
         """The next piece of the answer to the last user turn."""
         self._append({"record": "piece", "text": text})
 
-    def end_answer(self, reason: str, drawn: Sequence[int] = (), n_tokens: int | None = None) -> None:
+    def end_answer(
+        self, reason: str, drawn: Sequence[int] = (), n_tokens: int | None = None, tool_calls: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """The answer is complete.
 
         Args:
             reason: why it ended: "end", "length", "stopped", "error".
             drawn: the tokens it was drawn as.
             n_tokens: tokens of the whole conversation with it.
+            tool_calls: of its message.
         """
-        record = {"record": "end", "reason": reason, "drawn": list(drawn), "n_tokens": n_tokens}
+        record = {"record": "end", "reason": reason, "drawn": list(drawn), "n_tokens": n_tokens, "tool_calls": list(tool_calls)}
         self._append({key: value for key, value in record.items() if value}, durable=True)
 
     def add_regen(self) -> None:

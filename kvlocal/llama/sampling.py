@@ -7,7 +7,7 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -87,6 +87,16 @@ class SamplingParams:
 def _check(valid: bool, name: str, value: object, wanted: str) -> None:
     if not valid:
         raise SamplingError(f"{name} is {value}, but must be {wanted}")
+
+
+def with_temperature(params: SamplingParams, temperature: float) -> SamplingParams:
+    """The same with another temperature. The repeat penalty follows, if it is the one that goes with the temperature there is.
+
+    Raises:
+        SamplingError: it is out of range.
+    """
+    follows = params.repeat_penalty == SamplingParams(params.temperature).repeat_penalty
+    return replace(params, temperature=temperature, repeat_penalty=None if follows else params.repeat_penalty)
 
 
 class Sampler:

@@ -22,17 +22,16 @@ class Scheduler:
     that computes, and once they are more than the machine has cores it lets them sleep between operations, which halves the speed of decoding.
     A round holds one request of every thread, so that each goes on, whatever the others ask for.
 
-    carry_out: gets the requests of a round
+    carry_out: gets the requests of a round, and returns those that it has put off to the next one, if there are any
     """
 
-    def __init__(self, carry_out: Callable[[Sequence[Request]], None]) -> None:
+    def __init__(self, carry_out: Callable[[Sequence[Request]], Sequence[Request] | None]) -> None:
         self._carry_out = carry_out
         lock = threading.Lock()
         self._driver, self._handed_back = threading.Condition(lock), threading.Condition(lock)
         self._n_taking_part = 0
         self._requests: list[Request] = []
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._n_rounds = 0
         self._stopped = False
 
     @contextmanager
@@ -58,11 +57,10 @@ class Scheduler:
         Raises:
             Stopped: the rounds are over.
         """
-        round_before = self._n_rounds
         self._requests.append(request)
         if self._all_wait():
             self._driver.notify()
-        self._wait_until(lambda: self._n_rounds != round_before)
+        self._wait_until(lambda: not any(waiting is request for waiting in self._requests))
 
     def call(self, function: Callable[[], T]) -> T:
         """Hands over until the driver has called a function, which it does as soon as it can, and returns or raises what that did.
@@ -99,8 +97,7 @@ class Scheduler:
                 self._handed_back.notify_all()
             if self._all_wait():
                 requests, self._requests = self._requests, []
-                self._carry_out(requests)
-                self._n_rounds += 1
+                self._requests = list(self._carry_out(requests) or ())
                 self._handed_back.notify_all()
 
     def stop(self) -> None:

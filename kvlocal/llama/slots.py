@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class _Request:
     logits: Outputs
     adapter: Adapter | None
     result: npt.NDArray[np.float32] | None = None
-    error: EngineError | None = None
+    error: Exception | None = None
 
     @property
     def is_next_token(self) -> bool:
@@ -56,21 +57,37 @@ class _Request:
                 self.result = context.logits_all()
             elif self.logits == "last":
                 self.result = context.logits()[None]
-        except EngineError as error:
+        except Exception as error:  # noqa: BLE001 - it is raised where the request comes from, and concerns no other
             self.error = error
 
 
-def carry_out(requests: Sequence[_Request]) -> None:
+class Rounds:
     """Decodes what slots wait for: single next tokens of a context together, everything longer by itself.
 
     So a text is read in the same batches as alone, which gives the same cache, and a next token sees nothing but its own slot. The logits are
     those of a conversation alone, bit by bit, wherever llama.cpp computes a row of a matrix product the same way whatever rows stand beside it.
+
+    token_share: of the time while some read texts, the share that the next tokens of others get at least, below 1: a text is put off for so long,
+        and then one micro-batch of one text is read. With 0 all of a round is carried out
     """
-    for request in requests:
-        if not request.is_next_token:
+
+    def __init__(self, token_share: float = 0.0) -> None:
+        self._ratio = token_share / (1 - token_share)
+        self._owed = 0.0  # seconds of next tokens before the next text
+
+    def carry_out(self, requests: Sequence[_Request]) -> Sequence[_Request]:
+        """A round; returns what is put off."""
+        tokens = [request for request in requests if request.is_next_token]
+        texts = [request for request in requests if not request.is_next_token]
+        n_texts = len(texts) if not (tokens and self._ratio) else 1 if self._owed <= 0 else 0
+        started = time.perf_counter()
+        for request in texts[:n_texts]:
             request.decode()
-    for context in dict.fromkeys(request.context for request in requests):
-        _decode_together(context, [request for request in requests if request.context is context and request.is_next_token])
+        read = time.perf_counter()
+        for context in dict.fromkeys(request.context for request in tokens):
+            _decode_together(context, [request for request in tokens if request.context is context])
+        self._owed = (self._owed if texts[n_texts:] else 0.0) + self._ratio * (read - started) - (time.perf_counter() - read)
+        return texts[n_texts:]
 
 
 def _decode_together(context: Context, requests: list[_Request]) -> None:
@@ -98,14 +115,15 @@ class Slots:
 
     n: slots of the context
     model, n_cells and options: as for Context
+    token_share: as for Rounds
     scheduler: carries out what is decoded
 
     Raises:
         EngineError: there is not enough memory.
     """
 
-    def __init__(self, n: int, model: Model, **options: Any) -> None:
-        self.scheduler = Scheduler(carry_out)
+    def __init__(self, n: int, model: Model, *, token_share: float = 0.0, **options: Any) -> None:
+        self.scheduler = Scheduler(Rounds(token_share).carry_out)
         self._context = Context(model, n_seq_max=n, **options)
         self._free = list(range(n))
 

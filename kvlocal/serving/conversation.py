@@ -1,0 +1,103 @@
+"""KeptConversation: one that an engine keeps, in a slot, in memory or on the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlocal.conversations.snapshot import Captured
+from kvlocal.serving.answering import Answering
+from kvlocal.serving.chain import chain, turn_digest
+from kvlocal.serving.live import LiveConversation
+from kvlocal.serving.record import Record
+from kvlocal.template.markup import Message
+
+
+@dataclass(eq=False)
+class KeptConversation:
+    """A conversation that is kept.
+
+    id: of this one alone
+    owner: kvlocal.serving.chain.owner_digest of who may see it
+    system, tools: what stands before its first turn
+    turns: what was said, as the session has it
+    record: of it on the disk, None if nothing is kept there
+    answering: the request that is worked on in it, None while it is idle
+    live: it is in a slot
+    captured: as it was after its last answer; in memory, to go on from
+    written: the last one that the disk has
+    deleted: nobody is to find it any more
+    n_tokens: tokens after its last answer
+    last_used: when, in seconds of time.time
+    """
+
+    id: str
+    owner: str
+    system: str | None
+    tools: Sequence[Mapping[str, Any]] = ()
+    turns: list[Message] = field(default_factory=list)
+    record: Record | None = None
+    answering: Answering | None = None
+    live: LiveConversation | None = None
+    captured: Captured | None = None
+    written: Captured | None = None
+    deleted: bool = False
+    n_tokens: int = 0
+    last_used: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.set_turns(self.turns)
+
+    def set_turns(self, turns: Sequence[Message]) -> None:
+        """The conversation is these turns now."""
+        self.turns = [dict(turn) for turn in turns]
+        self.chain = chain(self.owner, self.system, self.tools, self.turns)
+        self.turn_digests = [turn_digest(turn) for turn in self.turns]
+
+    def touch(self) -> None:
+        """It was used just now."""
+        self.last_used = time.time()
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether it is a single question so far, as the ones that programs ask beside a conversation: for a title, say."""
+        return len(self.turns) <= 2
+
+    def bytes_in_memory(self) -> int:
+        """What it takes besides cells; parts that it shares with others count."""
+        captured = self.captured
+        if captured is None:
+            return 0
+        return sum(array.nbytes for array in captured.arrays.values()) + sum(part.data.nbytes for part in captured.parts)
+
+
+@dataclass(frozen=True)
+class ConversationInfo:
+    """A conversation as others see it.
+
+    turns: texts of the user
+    tokens: tokens of all of it
+    in_slot, answering: whether it is in a slot, and whether a request is worked on in it
+    bytes_in_memory, bytes_on_disk: what it takes besides cells; what it shares with others in memory counts for each
+    last_used: in seconds since 1970
+    """
+
+    id: str
+    turns: int
+    tokens: int
+    in_slot: bool
+    answering: bool
+    bytes_in_memory: int
+    bytes_on_disk: int
+    last_used: float
+
+    @classmethod
+    def of(cls, conversation: KeptConversation) -> ConversationInfo:
+        """As it is now."""
+        turns = sum(turn["role"] == "user" for turn in conversation.turns)
+        on_disk = conversation.record.n_bytes() if conversation.record else 0
+        in_memory = conversation.bytes_in_memory()
+        in_slot, answering = conversation.live is not None, conversation.answering is not None
+        return cls(conversation.id, turns, conversation.n_tokens, in_slot, answering, in_memory, on_disk, conversation.last_used)

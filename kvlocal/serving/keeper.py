@@ -1,0 +1,295 @@
+"""Keeper: takes conversations into slots and out of them, and keeps what they are in memory and on the disk."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.conversations.snapshot import Captured, SnapshotError, can_be_captured
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.model import Model
+from kvlocal.llama.slots import Slots
+from kvlocal.nexus.tokens import NexusTokens
+from kvlocal.serving.answering import Answering
+from kvlocal.serving.chain import chain, owner_digest, turn_digest
+from kvlocal.serving.conversation import KeptConversation
+from kvlocal.serving.conversations import Conversations, Found
+from kvlocal.serving.live import LiveConversation
+from kvlocal.serving.record import Directory, new_id
+from kvlocal.template.markup import Message
+
+_CANCELLED_SECONDS = 10.0  # that an answer may take to end which was cancelled
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What is to be done for a request.
+
+    conversation: where it belongs
+    source: what there is already to go on from, None for nothing
+    turns: all that the conversation has before the answer
+    """
+
+    conversation: KeptConversation
+    source: Found | None
+    turns: Sequence[Message]
+
+    @property
+    def n_known(self) -> int:
+        """How many of the turns there are already."""
+        return self.source.n_kept if self.source else 0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the conversation begins with this request."""
+        return self.source is None or self.source.conversation is not self.conversation
+
+
+class Keeper:
+    """The conversations of an engine. What computes is called in turns of the slots' scheduler.
+
+    n: conversations that may be in slots at once
+    path: where they are kept on the disk, None for in memory alone
+    ram, disk: how much they may take (Conversations)
+
+    conversations: all of them
+
+    Raises:
+        KvlocalError: there is no such directory to be had.
+    """
+
+    def __init__(
+        self, slots: Slots, n: int, model: Model, config: SessionConfig, nexus: NexusTokens | None, path: Path | None, ram: int, disk: int
+    ) -> None:
+        self._slots, self._n_free, self._model, self._config, self._nexus = slots, n, model, config, nexus
+        self.conversations = Conversations(ram, disk)
+        self._directory = Directory(path) if path else None
+        for owner, record, said, last_used in self._directory.found() if self._directory else ():
+            kept = KeptConversation(record.path.stem, owner, said.system, said.tools, said.messages, record)
+            kept.n_tokens, kept.last_used = said.n_tokens or 0, last_used
+            self.conversations.add(kept)
+        self._to_write: list[KeptConversation] = []
+        self._to_do = threading.Condition()
+        self._closing = False
+        self._writer = threading.Thread(target=self._write, name="kvlocal-writer", daemon=True)
+        self._writer.start()
+
+    # where a request belongs
+
+    def take(self, answering: Answering) -> Assignment:
+        """The conversation that a request belongs to, an old one or a new one, which nobody else has until `release`."""
+        request, (system, turns) = answering.request, _split(answering.request.messages)
+        owner, tools = owner_digest(request.owner), _tools(answering)
+        digests = chain(owner, system, tools, turns)
+        with self.conversations.lock:
+            found = self._find(digests, owner)
+            if request.keep_trimmed:
+                trimmed = self.conversations.find_trimmed(digests[0], [turn_digest(turn) for turn in turns], owner)
+                found = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else found
+            known = found.conversation.turns[: found.n_kept] if found else []
+            all_turns = [*known, *turns[found.n_given if found else 0 :]]
+            if found and known and found.goes_on and found.conversation.answering is None:
+                conversation = found.conversation
+            else:
+                conversation = KeptConversation(new_id(), owner, system, tools)
+                conversation.record = self._directory.record(owner, conversation.id) if self._directory else None
+                self.conversations.add(conversation)
+            conversation.answering = answering
+            return Assignment(conversation, found, all_turns)
+
+    def _find(self, digests: Sequence[str], owner: str) -> Found | None:
+        """As Conversations.find; an answer that nobody wants any more is waited for, as it ends soon."""
+        deadline = time.monotonic() + _CANCELLED_SECONDS
+        while True:
+            found = self.conversations.find(digests, owner)
+            ending = found is not None and found.conversation.answering is not None and found.conversation.answering.cancelled
+            left = deadline - time.monotonic()
+            if not ending or left <= 0:
+                return found
+            self.conversations.released.wait(left)
+
+    # into a slot, and out of it
+
+    def seat(self, assignment: Assignment) -> LiveConversation:
+        """The conversation of an assignment in a slot, as far as its source goes.
+
+        Raises:
+            KvlocalError: it cannot be there.
+        """
+        conversation = assignment.conversation
+        if conversation.live is None:
+            self._free_a_slot()
+            try:
+                conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus)
+            except BaseException:
+                self._n_free += 1
+                raise
+            self._go_on_from(assignment, conversation.live)
+        return conversation.live
+
+    def _config_of(self, conversation: KeptConversation) -> SessionConfig:
+        return replace(self._config, system=conversation.system, tools=conversation.tools)
+
+    def _go_on_from(self, assignment: Assignment, live: LiveConversation) -> None:
+        """Without anything that fits, all is read."""
+        if assignment.source is None:
+            return
+        source, captured = assignment.source.conversation, assignment.source.conversation.captured
+        try:
+            if captured:
+                captured.resume(live.session)
+            elif source.record:
+                source.record.snapshots.load(live.session, source.turns, copy=True)
+        except (SnapshotError, SessionError) as error:
+            _log.info("%s is read again: %s", source.id, error)
+
+    def _free_a_slot(self) -> None:
+        with self.conversations.lock:
+            if not self._n_free:
+                leaving = self.conversations.next_to_leave_slot()
+                if leaving is None:
+                    raise SessionError("all slots are taken: try again")
+                self._leave_slot(leaving)
+            self._n_free -= 1
+
+    def _leave_slot(self, conversation: KeptConversation) -> None:
+        """It goes on later from what was captured of it."""
+        with self.conversations.lock:
+            live, conversation.live = conversation.live, None
+            if live is None:
+                return
+            live.close()
+            self._n_free += 1
+            if conversation.record:
+                conversation.record.close()
+            elif conversation.captured is None:
+                self.conversations.remove(conversation)
+
+    # what becomes of it
+
+    def note_turns(self, assignment: Assignment) -> None:
+        """What is to be answered is on the disk. It waits for the disk, so it is not called in a turn.
+
+        Raises:
+            KvlocalError: it cannot be written.
+        """
+        conversation, turns = assignment.conversation, list(assignment.turns)
+        if record := conversation.record:
+            if assignment.is_new:
+                record.begin(str(self._model.path), conversation.system, conversation.tools)
+            else:
+                record.open()
+            record.add_turns(turns[len(conversation.turns) :])
+        conversation.set_turns(turns)
+
+    def capture(self, conversation: KeptConversation) -> None:
+        """After an answer, and with all that a chat does between its turns: what the conversation is, to go on from if it is out of its slot."""
+        live = conversation.live
+        assert live is not None
+        conversation.set_turns(live.session.messages)
+        conversation.captured = None
+        with suppress(KvlocalError):
+            live.session.finish_turn()
+            live.session.second_read()
+            conversation.captured = Captured.of(live.session, lasting=True) if can_be_captured(live.session) else None
+        conversation.n_tokens = live.session.kv.history_tokens
+
+    def give_up(self, assignment: Assignment) -> None:
+        """What was read for a request is of no use, and the conversation is what it was before; in a turn."""
+        self._leave_slot(assignment.conversation)
+        if assignment.is_new:
+            self._forget(assignment.conversation)
+
+    def release(self, conversation: KeptConversation) -> None:
+        """Others may go on with the conversation; what is to be kept of it is written in a thread of its own."""
+        with self.conversations.lock:
+            conversation.answering = None
+            conversation.touch()
+            self.conversations.released.notify_all()
+            deleted = conversation.deleted
+        if not deleted:
+            with self._to_do:
+                self._to_write.append(conversation)
+                self._to_do.notify()
+
+    def delete(self, conversation: KeptConversation) -> None:
+        """Removes an idle conversation, in a turn.
+
+        Raises:
+            KvlocalError: it cannot be removed, or it is answering.
+        """
+        with self.conversations.lock:
+            if conversation.answering:
+                raise SessionError(f"the conversation {conversation.id} is being answered: stop that first, or wait for it")
+            self.conversations.remove(conversation)
+            self._leave_slot(conversation)
+        if conversation.record:
+            conversation.record.delete()
+
+    def _forget(self, conversation: KeptConversation) -> None:
+        self.conversations.remove(conversation)
+        if conversation.record:
+            with suppress(KvlocalError):
+                conversation.record.delete()
+
+    # the writer
+
+    def _write(self) -> None:
+        while conversation := self._next_to_write():
+            try:
+                self._write_snapshot(conversation)
+                for old in self.conversations.beyond_disk():
+                    self._forget(old)
+                self.conversations.bound_memory()
+            except KvlocalError as error:
+                _log.warning("%s", error)
+            except Exception:  # noqa: BLE001 - it concerns this conversation alone
+                _log.exception("a conversation could not be written")
+
+    def _next_to_write(self) -> KeptConversation | None:
+        """None when there will be none any more."""
+        with self._to_do:
+            while not self._to_write:
+                if self._closing:
+                    return None
+                self._to_do.wait()
+            return self._to_write.pop(0)
+
+    def _write_snapshot(self, conversation: KeptConversation) -> None:
+        captured, record = conversation.captured, conversation.record
+        if record is None or captured is None or captured is conversation.written or conversation.deleted:
+            return
+        if record.snapshots.write(captured, lambda: conversation.deleted):
+            conversation.written = captured
+        if conversation.deleted:
+            record.delete()
+
+    def close(self) -> None:
+        """Writes what is to be written, and frees all. Nothing may be in work any more."""
+        with self._to_do:
+            self._closing = True
+            self._to_do.notify()
+        self._writer.join()
+        for conversation in self.conversations:
+            self._leave_slot(conversation)
+        if self._directory:
+            self._directory.close()
+
+
+def _split(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
+    """The system prompt and the turns."""
+    has_system = messages[0]["role"] == "system"
+    return (messages[0]["content"] if has_system else None), list(messages[has_system:])
+
+
+def _tools(answering: Answering) -> Sequence[Mapping[str, Any]]:
+    return tuple(answering.request.options.tools)

@@ -1,0 +1,86 @@
+"""What is asked of an engine, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvlocal.chat.answer_piece import AnswerPiece
+from kvlocal.chat.options import AnswerOptions
+from kvlocal.errors import KvlocalError
+from kvlocal.llama.sampling import SamplingParams
+from kvlocal.template.markup import Message
+
+
+class EngineBusy(KvlocalError):
+    """So many requests wait already that this one was not taken.
+
+    retry_after: seconds after which there may be room
+    """
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"too many requests are waiting: try again in {retry_after:.0f} seconds")
+        self.retry_after = retry_after
+
+
+class EngineClosed(KvlocalError):
+    """The engine takes no more requests, or has ended before this one was answered."""
+
+
+class UnknownConversation(KvlocalError):
+    """There is no such conversation, or not for this owner."""
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A conversation whose last turn is to be answered.
+
+    owner: who may see the conversation; those of different owners never meet
+    messages: the whole conversation, in an order that a session can have (kvlocal.chat.messages)
+    sampling: how tokens are drawn, None as the engine's configuration says
+    options: what the answer may be
+    keep_trimmed: where a client has left out the oldest turns, go on with the conversation that has them
+    """
+
+    owner: str
+    messages: Sequence[Message]
+    sampling: SamplingParams | None = None
+    options: AnswerOptions = field(default_factory=AnswerOptions)
+    keep_trimmed: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many tokens a request took.
+
+    prompt_tokens: of the whole conversation before the answer
+    cached_tokens: of these, those that were not read again
+    completion_tokens: of the answer
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request.
+
+    message: the answer as it is in the conversation; without content if there is none
+    stop_reason: why it ended, as TurnStats says; "stopped" if it was cancelled, "error" after an error
+    usage: what it took
+    conversation: the conversation it is in, "" if it did not come so far
+    n_messages: how many messages that has with it, the system prompt not counted
+    error: what went wrong, None if nothing did
+    """
+
+    message: Message
+    stop_reason: str
+    usage: Usage
+    conversation: str = ""
+    n_messages: int = 0
+    error: KvlocalError | None = None
+
+
+Event = AnswerPiece | Finished
