@@ -113,13 +113,23 @@ def test_repeat_penalty_works_on_accepted_tokens_also_at_temperature_zero(contex
     assert sampler.sample(context) == expected.argmax()
 
 
+@pytest.mark.parametrize(("frequency", "presence", "bias"), [(0.0, 0.0, {}), (0.4, -0.3, {5: 3.0, 260: -2.0, 300: -np.inf})])
 @pytest.mark.parametrize("temperature", [0, 0.7, 2.0])
-def test_the_tokens_are_those_of_a_chain_that_is_all_llama_cpp(context: Context, temperature: float) -> None:
-    """Including the penalty, which is computed here."""
-    params = SamplingParams(temperature=temperature, repeat_penalty=1.3, repeat_last_n=20, seed=9)
+def test_the_tokens_are_those_of_a_chain_that_is_all_llama_cpp(
+    context: Context, temperature: float, frequency: float, presence: float, bias: dict[int, float]
+) -> None:
+    """Including the penalties and biases, which are computed here."""
+    params = SamplingParams(
+        temperature=temperature, repeat_penalty=1.3, repeat_last_n=20, seed=9,
+        frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias,
+    )  # fmt: skip
     lib = load().llama_cpp
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    parts = [lib.llama_sampler_init_penalties(context.model.n_vocab, params.repeat_last_n, params.repeat_penalty, 0.0, 0.0)]
+    biases = (lib.llama_logit_bias * len(bias))(*bias.items())
+    parts = [
+        lib.llama_sampler_init_logit_bias(context.model.n_vocab, len(bias), biases),
+        lib.llama_sampler_init_penalties(context.model.n_vocab, params.repeat_last_n, params.repeat_penalty, frequency, presence),
+    ]
     if temperature:
         parts += [lib.llama_sampler_init_top_k(params.top_k), lib.llama_sampler_init_top_p(params.top_p, 1)]
         parts += [lib.llama_sampler_init_min_p(params.min_p, 1), lib.llama_sampler_init_temp(temperature), lib.llama_sampler_init_dist(params.seed)]

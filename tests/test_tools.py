@@ -105,7 +105,7 @@ def test_an_answer_follows_a_grammar_and_a_wrong_one_leaves_the_turn_open(chat: 
     none = {"tool_choice": "none"}
     assert "".join(chat.send("Is it?", AnswerOptions(grammar='root ::= "perhaps" | "hardly"', **none))) in ("perhaps", "hardly")
     chat.add_turn("user", "Really?")
-    wrong = ['root ::= "a', 'x ::= "a"', 'root ::= root "a" | "b"', "root ::= nowhere", 'root ::= "a"{1,99999999}', ""]
+    wrong = ['root ::= "a', 'x ::= "a"', 'root ::= root "a" | "b"', "root ::= nowhere", ""]
     for grammar in (*wrong, "root ::= " + 9999 * "("):
         with pytest.raises(GrammarError):
             chat.answer(AnswerOptions(grammar=grammar, **none))
