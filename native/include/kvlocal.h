@@ -26,7 +26,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 7
+    KVL_API_VERSION = 8
 };
 
 enum {
