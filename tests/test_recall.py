@@ -11,13 +11,14 @@ from test_native import hadamard_matrix, rotate
 from test_rows import STEP, numbers
 from tiny_model import write_tiny_model
 
+from kvlocal.cache import recall
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.config import CacheConfig, CacheError
 from kvlocal.cache.frames import stretches
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
-from kvlocal.llama.cells import BLOCK, NativeError
+from kvlocal.llama.cells import BLOCK, NativeCache, NativeError
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -173,17 +174,41 @@ def test_what_a_question_recalled_is_there_when_its_end_is_evaluated_again(model
     found = {}
     for again in (0, 24):
         with BudgetedCache(model, replace(CONFIG, policy_args={"again": str(again)})) as cache:
-            cache.read([Passage("system", tokens(20)), *user(300)])
+            cache.read([Passage("system", tokens(20)), Passage("user", tokens(300))])
             cache.read(user(40, 7))
             archive = cache.compressor.recaller.archive
             cache.choose_again()
             check(cache, archive)
-            assert archive.n_tokens == cache.ledger.n_tokens == 366
-            found[again] = rows_of(archive, np.broadcast_to(np.arange(366), (*cache.ledger.tokens.shape[:2], 366)))
+            assert archive.n_tokens == cache.ledger.n_tokens == 363
+            found[again] = rows_of(archive, np.broadcast_to(np.arange(363), (*cache.ledger.tokens.shape[:2], 363)))
     same = (found[0].k == found[24].k).all(axis=(1, 3))
     # the end of the question ends three tokens before the end
-    assert same[:, : 366 - 3 - 24].all() and same[0].all()
-    assert not same[-1, 366 - 3 - 24 : 366 - 3].any()
+    assert same[:, : 363 - 3 - 24].all() and same[0].all()
+    assert not same[-1, 363 - 3 - 24 : 363 - 3].any()
+
+
+def test_a_compression_at_the_end_of_a_text_does_not_take_the_place_of_a_choice_for_it(model, monkeypatch):
+    seen, again = [], BudgetedCache._evaluate_again
+    monkeypatch.setattr(BudgetedCache, "_evaluate_again", lambda cache, n: seen.append(n) or again(cache, n))
+    with BudgetedCache(model, CONFIG) as cache:
+        # the cells are full with the last token
+        cache.read(user(96 + 32))
+        assert cache.compressor.compressions == 1 and seen == [64]
+
+
+def test_a_question_looks_through_the_archive_with_all_its_words(model, monkeypatch):
+    """Where not all keys are looked at, others choose by each second query."""
+    every, best_rows = [], NativeCache.best_rows
+    monkeypatch.setattr(NativeCache, "best_rows", lambda *args, **options: every.append(options["every"]) or best_rows(*args, **options))
+    for search in ("_QUICK", "_CLOSE"):
+        monkeypatch.setattr(recall, search, getattr(recall, search)._replace(least=64, far=1))
+    with BudgetedCache(model, CONFIG) as cache:
+        cache.read(user(600))
+        del every[:]
+        cache.read(user(40, 7))
+        cache.append(tokens(4), "decode")
+    # what is read before the end finds its room quickly
+    assert every[-3:] == [1, 1, 2]
 
 
 def test_going_back_forgets_what_was_archived_since(model):

@@ -240,11 +240,11 @@ class BudgetedCache(ArchivedCells):
         self._interval = min(2 * self._interval, self._recall.refresh)
         return self._choose()
 
-    def _choose(self) -> bool:
+    def _choose(self, closely: bool = False) -> bool:
         self.check_certain()
         self._since_choice = 0
         policy = self._recall.for_question if self._interval < self._recall.refresh else self._recall
-        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1, policy)
+        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1, policy, closely)
 
     def _recall_for_answer(self) -> None:
         """Behind what the user says: brings what it is about into the cells.
@@ -253,9 +253,11 @@ class BudgetedCache(ArchivedCells):
         and then the cells are chosen once more. The queries of an answer's beginning say more again: what comes next is chosen for soon.
         """
         self._interval = max(1, self._recall.refresh // 4)
-        if self._choose():
+        # a compression just now chose for what is read, not for what is asked
+        self.compressor.chosen_at = 0
+        if self._choose(closely=True):
             self._evaluate_again(min(self._recall.again, self.ledger.n_tokens - self.ledger.segments[-1].start, self.context.n_ubatch))
-            self._choose()
+            self._choose(closely=True)
 
     def _evaluate_again(self, n: int) -> None:
         """Evaluates the last n tokens a second time, or as many of them as every head has, with the cells that there are now."""

@@ -152,8 +152,10 @@ class Compressor:
         give_back()
         self.seconds.compact += time.perf_counter() - trimming
 
-    def choose_again(self, ledger: Ledger, free: int, policy: Policy) -> bool:
+    def choose_again(self, ledger: Ledger, free: int, policy: Policy, closely: bool = False) -> bool:
         """A policy chooses the cells anew from the whole conversation, as many as leave `free` cells before the next compression.
+
+        closely: as in Recaller.choose
 
         While they are held their number stays. False if there is no archive, or nothing in it that the cache does not hold,
         or, where keys were rotated and no token came since, no query to choose by.
@@ -162,9 +164,9 @@ class Compressor:
             return False
         self.before(ledger)
         n_full = self.target(ledger) + max(0, self.stride - free)
-        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens), policy)
+        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens), policy, closely)
 
-    def _recall(self, ledger: Ledger, n_keep: int, policy: Policy) -> bool:
+    def _recall(self, ledger: Ledger, n_keep: int, policy: Policy, closely: bool = False) -> bool:
         """Fills n_keep cells from the whole conversation. False without an archive, or if it had to be given up: nothing has changed then."""
         if self.recaller is None:
             return False
@@ -172,7 +174,7 @@ class Compressor:
         if not self.write_through(ledger):
             return False
         try:
-            refill = self.recaller.choose(ledger, n_keep, policy)
+            refill = self.recaller.choose(ledger, n_keep, policy, closely)
         except NativeError as error:
             if not error.unsupported:
                 raise
