@@ -72,7 +72,7 @@ def test_dialogues_with_an_empty_text_are_counted(tmp_path):
         ('{"history": 7}', "its history is not a list"),
         ('{"history": [{"user": "a"}]}', "turn 1 of its history is not"),
         ('{"history": [{"user": "a", "bot": "b"}, "c"]}', "turn 2 of its history is not"),
-        ('{"messages": [{"role": "tool", "content": "a"}]}', 'the role "tool"'),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', 'was not called'),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "after turn 1, of the user, comes another"),
     ],
 )
