@@ -38,9 +38,9 @@ class Watched:
         recaller = cache.compressor.recaller
         choose = recaller.choose
 
-        def watching(ledger, n_keep, policy):
+        def watching(ledger, n_keep, policy, closely=False):
             before = self.held()
-            refill = choose(ledger, n_keep, policy)
+            refill = choose(ledger, n_keep, policy, closely)
             n_query = min(16, len(cache.native.query_positions()))
             scores = cache.native.row_scores(recaller.archive.key_chunks(), ledger.n_tokens, n_query)
             self.choices.append((before, refill.tokens, scores, ledger.segments[-1].role, ledger.n_tokens))
