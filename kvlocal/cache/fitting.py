@@ -70,8 +70,8 @@ def _check_blocks(path: Path, attention: Attention, kinds: Sequence[tuple[str, s
 def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
     """The configuration with as many cells as its memory holds in place of the memory, and with types in place of AUTO; as it is without memory.
 
-    The type is f16 where that holds all that the model was trained for; else q8_0 where heads and devices take it. That is provisional: which type is
-    best for a given memory has to be measured.
+    The type is f16 where that holds all that the model was trained for; else q8_0 where heads and devices take it: of f16, q8_0 and q4_0 at the same
+    bytes it had the lowest KL to the full context (docs/results.md).
 
     n_gpu_layers: as for Model
 
