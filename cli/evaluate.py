@@ -152,7 +152,8 @@ class Run:
         """
         cannot: dict[str, str] = {}  # by specs
         with waiting(f"loading {self._name}"):
-            for variant in self._variants:
+            # ratios make no difference
+            for variant in {variant.spec: variant for variant in self._variants}.values():
                 try:
                     check_file(self._path, variant.config(self.base), self._gpu_layers)
                 except CannotRecall as error:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import device
+import numpy as np
 import pytest
 from shallow_model import write_shallow_model
 
@@ -74,6 +75,12 @@ def shallow_model(shallow_file: Path) -> Iterator[Model]:
     """The same, loaded."""
     with Model(shallow_file) as model:
         yield model
+
+
+@pytest.fixture(scope="module")
+def tokens(shallow_model: Model) -> np.ndarray:
+    """Random ones of its vocabulary, int32 [2048]."""
+    return np.random.default_rng(7).integers(100, shallow_model.n_vocab, 2048).astype(np.int32)
 
 
 @pytest.fixture(scope="session")

@@ -27,11 +27,6 @@ def model(shallow_model):
     return shallow_model
 
 
-@pytest.fixture(scope="module")
-def tokens(model):
-    return np.random.default_rng(7).integers(100, model.n_vocab, 2048).astype(np.int32)
-
-
 class Chat:
     """A context with the ring on and some tokens in it."""
 

@@ -22,11 +22,6 @@ def model(shallow_model):
     return shallow_model
 
 
-@pytest.fixture(scope="module")
-def tokens(model):
-    return np.random.default_rng(7).integers(100, model.n_vocab, 2048).astype(np.int32)
-
-
 @pytest.fixture(scope="module", params=CACHES, ids="-".join)
 def cache(request, model):
     if not supported(model, *request.param):

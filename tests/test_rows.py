@@ -31,11 +31,6 @@ def model(shallow_model):
     return shallow_model
 
 
-@pytest.fixture(scope="module")
-def tokens(model):
-    return np.random.default_rng(7).integers(100, model.n_vocab, 2048).astype(np.int32)
-
-
 def supported(model, type_k, type_v):
     """Whether the device that the tests run on takes these types; what it does not take is refused, and that is another test's."""
     with Context(model, n_cells=256, n_ubatch=32, type_k=type_k, type_v=type_v) as context:

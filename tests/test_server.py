@@ -165,7 +165,7 @@ def test_tools_where_the_model_knows_none(client):
 def test_an_answer_that_follows_a_schema(client):
     age = {"type": "integer", "minimum": 0, "maximum": 99}
     schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}
-    answer = client.chat.completions.create(model="any", messages=HELLO, max_tokens=40, temperature=1,
+    answer = client.chat.completions.create(model="any", messages=HELLO, max_tokens=200, temperature=1,
                                             response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}})  # fmt: skip
     assert 0 <= json.loads(answer.choices[0].message.content)["age"] <= 99
     with pytest.raises(openai.BadRequestError) as caught:

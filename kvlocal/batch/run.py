@@ -6,7 +6,7 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from queue import SimpleQueue
 from typing import Any
 
@@ -65,10 +65,9 @@ def run_batch(
         KvlocalError: no session is possible with this configuration. What concerns one conversation only is a Failure.
     """
     config = fitted(model.path, config, model.n_gpu_layers)
-    config = replace(config, archive_ram=config.archive_ram // parallel)
     # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
     slots, budget = slots_for(parallel, model, config, nexus)
-    outcomes = _Batch(lines, model, config, budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
+    outcomes = _Batch(lines, model, config.shared_by(parallel), budget, slots, parallel, ordered, wanted, poll, nexus).outcomes()
     # to its first step, so that closing it frees the slots also where nobody asked for a result
     next(outcomes)
     return outcomes

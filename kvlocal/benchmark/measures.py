@@ -104,8 +104,8 @@ def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Compariso
     """
     settings = bench.settings
     with ExitStack() as stack:
-        ours, evicting, stock = bench.workers(stack, 2)
         longest = max(settings.histories)
+        ours, *evicting, stock = bench.workers(stack, 1 + (f"decode@{longest}-snapkv" in wanted))
         stock.call("open_plain", reader="full", context=settings.context(longest + settings.n_ubatch))
         for n in settings.histories:
             against = f"decode@{n}-snapkv"
@@ -125,14 +125,13 @@ def measure_history(bench: Bench, wanted: Collection[str]) -> Iterator[Compariso
                     yield of_pairs(name, speeds[:, 0], speeds[:, 1], "tokens/s")
             if against in wanted:
                 config = settings.session(settings.budget(n), settings.ratio) | {"policy": "snapkv", "policy_args": {}}
-                evicting.call("open_session", reader="session", config=config)
-                other = Side(evicting, "session", settings.stride)
+                evicting[0].call("open_session", reader="session", config=config)
+                other = Side(evicting[0], "session", settings.stride)
                 other.extend(n, against, bench.progress)
                 for side in (decode[0], other):
                     side.align()
                 speeds = settings.stride / alternate([decode[0], other], settings.pairs, settings.parts, against, bench.progress)
                 yield of_pairs(against, speeds[:, 0], speeds[:, 1], "tokens/s")
-                evicting.call("close", reader="session")
             ours.call("close", reader="session")
 
 

@@ -115,6 +115,10 @@ class CacheConfig:
         """
         return replace(self, policy=name, policy_args=args, archive="off" if self.archive == "off" else None)
 
+    def shared_by(self, n: int) -> Self:
+        """The same for each of n conversations at once, whose archives have the memory for one together."""
+        return replace(self, archive_ram=self.archive_ram // n)
+
     @property
     def least_budget(self) -> int:
         """The smallest budget there can be."""

@@ -81,6 +81,11 @@ class Captured:
     parts: Sequence[ArchivePart]
     has_archive: bool
 
+    @property
+    def n_bytes(self) -> int:
+        """What it takes besides its parts."""
+        return sum(array.nbytes for array in self.arrays.values())
+
     @classmethod
     def of(cls, session: ChatSession, *, lasting: bool = False) -> Self:
         """A session that can_be_captured.

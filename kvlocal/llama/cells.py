@@ -181,8 +181,7 @@ class NativeCache:
         """
         layout = self.layout()
         types = types or layout.row_types
-        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, types.size_k)
-        self._check_chunks(chunks, shape, np.dtype(np.uint8))
+        shape = self._shape_of_keys(layout, chunks, types)
         pointers = self._pointers(chunks)
         starts, shifts = self._stretches(stretches)
         out = np.empty((layout.n_layer, layout.n_head_kv, n_rows), np.float32)
@@ -202,8 +201,7 @@ class NativeCache:
         """
         layout = self.layout()
         types = types or layout.row_types
-        shape = (layout.n_layer, layout.n_head_kv, keys.shape[2], types.size_k)
-        self._check_chunks([keys], shape, np.dtype(np.uint8))
+        shape = self._shape_of_keys(layout, [keys], types)
         self._check_chunks([boxes], (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
         out = self._ffi.cast("uint16_t *", self._ffi.from_buffer(boxes, require_writable=True))
         data = self._ffi.from_buffer("uint8_t[]", keys)
@@ -234,8 +232,7 @@ class NativeCache:
         """
         layout = self.layout()
         types = types or layout.row_types
-        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, types.size_k)
-        self._check_chunks(chunks, shape, np.dtype(np.uint8))
+        shape = self._shape_of_keys(layout, chunks, types)
         self._check_chunks(boxes, (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
         if len(boxes) != len(chunks):
             raise ValueError(f"there must be as many chunks of boxes as of keys, {len(chunks)}, not {len(boxes)}")
@@ -257,6 +254,12 @@ class NativeCache:
         if starts.ndim != 1 or starts.shape != shifts.shape:
             raise ValueError(f"starts and shifts must be [n] each, not {starts.shape} and {shifts.shape}")
         return [starts, shifts]
+
+    def _shape_of_keys(self, layout: Layout, chunks: Sequence[np.ndarray], types: RowTypes) -> tuple[int, ...]:
+        """That of each chunk of keys in host memory; ValueError if they have another one."""
+        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, types.size_k)
+        self._check_chunks(chunks, shape, np.dtype(np.uint8))
+        return shape
 
     def _check_chunks(self, chunks: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
         if any(chunk.shape != shape or chunk.dtype != dtype or not chunk.flags.c_contiguous for chunk in chunks):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from kvlocal.server.blocks import string_of, unknown
 from kvlocal.server.body import validated
 from kvlocal.server.errors import invalid
 from kvlocal.server.schemas import ChatRequest, Fields
@@ -97,17 +98,17 @@ def _assistant(blocks: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any
         place = f"messages.{index}.content.{j}"
         match block.get("type"):
             case "text":
-                texts.append(_string(block, "text", place))
+                texts.append(string_of(block, "text", place))
             case "thinking":
-                thoughts.append(_string(block, "thinking", place))
+                thoughts.append(string_of(block, "thinking", place))
             case "redacted_thinking":
                 pass
             case "tool_use":
                 arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
-                function = {"name": _string(block, "name", place), "arguments": arguments}
-                calls.append({"id": _string(block, "id", place), "type": "function", "function": function})
+                function = {"name": string_of(block, "name", place), "arguments": arguments}
+                calls.append({"id": string_of(block, "id", place), "type": "function", "function": function})
             case kind:
-                raise _unknown(kind, place)
+                raise unknown(kind, place)
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
@@ -123,14 +124,14 @@ def _user(role: str, blocks: Sequence[Mapping[str, Any]], index: int) -> list[di
         place = f"messages.{index}.content.{j}"
         match block.get("type"):
             case "text":
-                texts.append(_string(block, "text", place))
+                texts.append(string_of(block, "text", place))
             case "tool_result":
                 content = block.get("content") or ""
                 if not isinstance(content, str):
                     content = _texts(content, f"{place}.content")
-                results.append({"role": "tool", "tool_call_id": _string(block, "tool_use_id", place), "content": content})
+                results.append({"role": "tool", "tool_call_id": string_of(block, "tool_use_id", place), "content": content})
             case kind:
-                raise _unknown(kind, place)
+                raise unknown(kind, place)
     return [*results, *([{"role": role, "content": "\n\n".join(texts)}] if texts or not results else [])]
 
 
@@ -138,16 +139,5 @@ def _texts(blocks: Any, place: str) -> str:
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         raise invalid(f"{place} has to be a string or a list of blocks", place)
     if other := [block.get("type") for block in blocks if block.get("type") != "text"]:
-        raise _unknown(other[0], place)
-    return "\n".join(_string(block, "text", place) for block in blocks)
-
-
-def _string(block: Mapping[str, Any], name: str, place: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise invalid(f"{place}.{name} has to be a string", f"{place}.{name}")
-    return value
-
-
-def _unknown(kind: Any, place: str) -> Exception:
-    return invalid(f"{place} is of the type {json.dumps(kind)[:40]}, which the model cannot read: leave it out", f"{place}.type")
+        raise unknown(other[0], place)
+    return "\n".join(string_of(block, "text", place) for block in blocks)

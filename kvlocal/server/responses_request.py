@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from kvlocal.server.blocks import string_of, unknown
 from kvlocal.server.body import validated
 from kvlocal.server.errors import invalid
 from kvlocal.server.schemas import MAX_TOP_LOGPROBS, ChatRequest, Fields, Tokens
@@ -93,18 +94,19 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], place: str) ->
         if thought:
             messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
     elif kind in _CALLS:
-        arguments = _string(item, _CALLS[kind], place)
+        arguments = string_of(item, _CALLS[kind], place)
         if kind != "function_call":
             # its input is a text; a template wants arguments that are an object
             arguments = json.dumps({"input": arguments}, ensure_ascii=False)
-        call = {"id": _string(item, "call_id", place), "type": "function", "function": {"name": _string(item, "name", place), "arguments": arguments}}
+        function = {"name": string_of(item, "name", place), "arguments": arguments}
+        call = {"id": string_of(item, "call_id", place), "type": "function", "function": function}
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind in _RESULTS:
-        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", place), "content": _text(item.get("output"), f"{place}.output")})
+        messages.append({"role": "tool", "tool_call_id": string_of(item, "call_id", place), "content": _text(item.get("output"), f"{place}.output")})
     else:
-        raise invalid(f"{place} is of the type {json.dumps(kind)[:40]}, which the model cannot read: leave it out", f"{place}.type")
+        raise unknown(kind, place)
 
 
 def _text(content: Any, place: str) -> str:
@@ -115,22 +117,14 @@ def _text(content: Any, place: str) -> str:
     texts = []
     for j, part in enumerate(content):
         if part.get("type") not in _TEXT_PARTS:
-            kind = json.dumps(part.get("type"))[:40]
-            raise invalid(f"{place}.{j} is of the type {kind}, which the model cannot read: leave it out", f"{place}.{j}.type")
-        texts.append(_string(part, "text", f"{place}.{j}"))
+            raise unknown(part.get("type"), f"{place}.{j}")
+        texts.append(string_of(part, "text", f"{place}.{j}"))
     return "".join(texts)
-
-
-def _string(item: Mapping[str, Any], name: str, place: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise invalid(f"{place}.{name} has to be a string", f"{place}.{name}")
-    return value
 
 
 def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
     function = {name: tool[name] for name in ("description", "parameters") if tool.get(name) is not None}
-    return {"type": "function", "function": {"name": _string(tool, "name", place), **function}}
+    return {"type": "function", "function": {"name": string_of(tool, "name", place), **function}}
 
 
 def _choice(choice: str | Mapping[str, Any] | None, tools: Sequence[object]) -> Any:
@@ -138,5 +132,5 @@ def _choice(choice: str | Mapping[str, Any] | None, tools: Sequence[object]) -> 
     if isinstance(choice, Mapping):
         if choice.get("type") != "function":
             return None
-        return {"type": "function", "function": {"name": _string(choice, "name", "tool_choice")}}
+        return {"type": "function", "function": {"name": string_of(choice, "name", "tool_choice")}}
     return None if choice == "required" and not tools else choice

@@ -70,7 +70,7 @@ class KeptConversation:
         captured = self.captured
         if captured is None:
             return 0
-        return sum(array.nbytes for array in captured.arrays.values()) + sum(part.data.nbytes for part in captured.parts)
+        return captured.n_bytes + sum(part.data.nbytes for part in captured.parts)
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Conversations:
         counts: dict[int, int] = {}
         for one in self._by_id.values():
             if captured := one.captured:
-                total += sum(array.nbytes for array in captured.arrays.values())
+                total += captured.n_bytes
                 for part in captured.parts:
                     total += 0 if part.key in counts else part.data.nbytes
                     counts[part.key] = counts.get(part.key, 0) + 1
@@ -147,7 +147,7 @@ def _release(conversation: KeptConversation, counts: dict[int, int]) -> int:
     """How many bytes become free when a conversation leaves memory."""
     captured = conversation.captured
     assert captured is not None
-    n_bytes = sum(array.nbytes for array in captured.arrays.values())
+    n_bytes = captured.n_bytes
     for part in captured.parts:
         counts[part.key] -= 1
         n_bytes += 0 if counts[part.key] else part.data.nbytes

@@ -41,7 +41,7 @@ class Engine:
     with a request is told in its Finished, and concerns no other.
 
     model: the weights; must outlive the engine
-    config: of every conversation, but for the system prompt, which is the conversation's own
+    config: of every conversation, but for the system prompt, which is the conversation's own; the memory for archives is for those in slots together
     parallel: conversations that are in slots at once
     waiting: requests that may wait for one
     directory: where the conversations are kept, so that another engine goes on with them; None for in memory alone
@@ -68,6 +68,7 @@ class Engine:
         self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
         self._n_waiting = waiting
         self._slots, self.budget = slots_for(parallel, model, self.config, nexus, _TOKEN_SHARE)
+        self.config = self.config.shared_by(parallel)
         try:
             self._keeper = Keeper(self._slots, parallel, model, self.config, nexus, directory, idle_ram, disk)
         except BaseException:

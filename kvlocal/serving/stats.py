@@ -33,8 +33,8 @@ class Totals:
         self.completion_tokens += usage.completion_tokens
 
 
-@dataclass(frozen=True)
-class EngineStats:
+@dataclass(kw_only=True)
+class EngineStats(Totals):
     """As Totals, and
 
     parallel: slots
@@ -50,9 +50,3 @@ class EngineStats:
     in_slots: int
     bytes_in_memory: int
     bytes_on_disk: int
-    answered: int
-    stopped: int
-    failed: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int

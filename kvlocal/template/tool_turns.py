@@ -72,12 +72,11 @@ class ToolTurns:
             TemplateError: the template has none.
         """
         hidden = _Hidden(self._markers)
-        _, is_closed, said = split_thought(message["content"])
-        thought = split_thought(message["content"])[0] if is_closed else ""
+        thought, is_closed, said = split_thought(message["content"])
         content = hidden.put(said if is_closed else message["content"])
         calls = [_with_arguments(each, hidden.put(each["function"]["arguments"])) for each in message["tool_calls"]]
         given: Message = {"role": "assistant", "content": content, "tool_calls": calls}
-        if thought:
+        if thought and is_closed:
             given["reasoning_content"] = hidden.put(thought)
         turn = self._markup.first[False]
         header = turn.after + turn.header
