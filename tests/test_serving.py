@@ -21,6 +21,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.serving.chain import owner_digest
 from kvlocal.serving.engine import Engine
+from kvlocal.serving.record import Record
 from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, UnknownConversation
 
 GREEDY = SamplingParams(temperature=0)
@@ -452,3 +453,28 @@ def test_a_deleted_conversation_leaves_nothing_on_the_disk(model, tmp_path):
         _, results = chat(engine, LONG * 10)
         engine.delete(results[0].conversation, "me")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
+
+
+def test_a_conversation_may_be_deleted_by_two_threads_at_once(tmp_path):
+    """Whoever asks for it, and the thread that was just writing its snapshot."""
+    errors = []
+
+    def delete(record, both_are_here):
+        both_are_here.wait()
+        try:
+            record.delete()
+        except KvlocalError as error:
+            errors.append(error)
+
+    for i in range(100):
+        record = Record(tmp_path / f"{i}.jsonl")
+        record.begin("model.gguf", None, ())
+        record.close()
+        barrier = threading.Barrier(2)
+        threads = [threading.Thread(target=delete, args=(record, barrier)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    assert not list(tmp_path.iterdir())

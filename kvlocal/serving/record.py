@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -38,6 +39,7 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path, self.snapshots = path, Snapshots(snapshot_path(path))
         self._transcript: Transcript | None = None
+        self._deleting = threading.Lock()
 
     def begin(self, model: str, system: str | None, tools: Sequence[Mapping[str, Any]]) -> None:
         """A new conversation."""
@@ -74,18 +76,19 @@ class Record:
             self._transcript = None
 
     def delete(self) -> None:
-        """Removes all of it.
+        """Removes all of it. Two threads may do so at once: whoever asks for it, and the one that was just writing.
 
         Raises:
             KvlocalError: it cannot be removed.
         """
-        self.close()
-        if self.path.exists():
-            delete(self.path)
-        # what was just being written when the transcript went
-        for path in (*beside(self.path), staging_of(snapshot_path(self.path))):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        with self._deleting:
+            self.close()
+            if self.path.exists():
+                delete(self.path)
+            # what was just being written when the transcript went
+            for path in (*beside(self.path), staging_of(snapshot_path(self.path))):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def n_bytes(self) -> int:
         """What it takes on the disk."""
