@@ -455,9 +455,11 @@ def test_a_deleted_conversation_leaves_nothing_on_the_disk(model, tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 
 
-def test_a_conversation_may_be_deleted_by_two_threads_at_once(tmp_path):
+def test_a_conversation_may_be_deleted_by_two_threads_at_once(tmp_path, monkeypatch):
     """Whoever asks for it, and the thread that was just writing its snapshot."""
     errors = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (time.sleep(0.01), unlink(path, **options)))
 
     def delete(record, both_are_here):
         both_are_here.wait()
@@ -466,9 +468,10 @@ def test_a_conversation_may_be_deleted_by_two_threads_at_once(tmp_path):
         except KvlocalError as error:
             errors.append(error)
 
-    for i in range(100):
+    for i in range(5):
         record = Record(tmp_path / f"{i}.jsonl")
         record.begin("model.gguf", None, ())
+        record.add_turns([user("Hello")])
         record.close()
         barrier = threading.Barrier(2)
         threads = [threading.Thread(target=delete, args=(record, barrier)) for _ in range(2)]
