@@ -17,7 +17,7 @@ from kvlocal.conversations import snapshot as module
 from kvlocal.conversations.archive_file import archive_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import EXACT, read_on
-from kvlocal.conversations.snapshot import SnapshotError, Snapshots
+from kvlocal.conversations.snapshot import VERSION, SnapshotError, Snapshots
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import staging_of
 from kvlocal.llama.model import Model
@@ -265,7 +265,7 @@ def test_no_part_of_the_file_can_be_lost_or_changed(model, snapshots, kept):
 
 
 FORGED = [
-    {"format": 1}, {"version": 3}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
+    {"format": 1}, {"version": VERSION + 1}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
     {"conversations": [[True, "x"]]}, {"conversations": [["4"]]}, {"arrays": None}, {"arrays": {}}, {"arrays": [["cache", "|u1"]]},
     {"arrays": [["cache", "|u1", [2**62]]]}, {"arrays": [["cache", "|u1", [-1]]]}, {"arrays": [["cache", "|O", [1]]]},
     {"arrays": [["cache", "|u1", 1]]}, {"arrays": [["ledger.tokens", "<i4", [30, 3, 2**40]]]}, {"arrays": [["ledger.tokens", "<i4", [2**31, 3, 1]]]},
