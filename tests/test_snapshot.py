@@ -575,3 +575,24 @@ def test_a_sliding_window_comes_back_with_its_archive(tmp_path, snapshots):
         assert through.undo() == back.undo()
         assert ask(through, asked[1:]) == ask(back, asked[1:])
         check_equal(through, back)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_an_archive_that_another_program_cuts_short_is_given_up(shallow_model, snapshots, undo):
+    """To read a mapped file behind its end would end the process."""
+    with session(shallow_model, **RECALL) as through:
+        ask(through, ASKED)
+        snapshots.save(through)
+        chat, _ = back_again(shallow_model, snapshots, through.messages)
+        messages = through.messages
+    with chat:
+        assert chat.kv.archive_bytes[1] > 0
+        os.truncate(archive_path(snapshots.path), 4096)
+        del chat._begin, chat.restore
+        if undo:
+            chat.undo(2)
+        ask(chat, ASKED[:1])
+        assert not chat.cache.uncertain
+        # turns that cannot be taken back are read again, into another archive
+        assert chat.kv.archive_bytes[0] > 0 if undo else "cut short" in chat.kv.archive_lost
+        assert len(chat.messages) == len(messages) + (2 - 4 * undo)
