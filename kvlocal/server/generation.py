@@ -54,6 +54,8 @@ class Generation:
         except KvlocalError as error:
             self.cancel()
             raise of_failure(error) from None
+        self._place: asyncio.Future[tuple[str, int]] = self._loop.create_future()
+        self._answerings[0].on_place(self._pass_on_place)
         for index, answering in enumerate(self._answerings):
             answering.on_event(lambda event, index=index: self._pass_on(index, event))  # type: ignore[misc]
 
@@ -61,6 +63,21 @@ class Generation:
         """Called in the thread that computes."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    def _pass_on_place(self, conversation: str, n_messages: int) -> None:
+        """Called in the thread that works on the request."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._set_place, (conversation, n_messages))
+
+    def _set_place(self, place: tuple[str, int]) -> None:
+        # whoever waits for it may have gone
+        if not self._place.done():
+            self._place.set_result(place)
+
+    async def place(self) -> tuple[str, int]:
+        """The conversation that the first answer is in, and how many messages that has with it; it is known before any event. "" and 0 if the request
+        ended before it was worked on."""
+        return await self._place
 
     @property
     def n(self) -> int:

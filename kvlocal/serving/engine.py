@@ -211,6 +211,7 @@ class Engine:
         keeper, turn = self._keeper, self._slots.scheduler.turn
         assignment = keeper.take(answering)
         conversation, error = assignment.conversation, None
+        answering.put(conversation.id, len(assignment.turns) + 1)
         try:
             try:
                 with turn():
