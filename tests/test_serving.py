@@ -481,3 +481,19 @@ def test_a_conversation_may_be_deleted_by_two_threads_at_once(tmp_path, monkeypa
             thread.join()
     assert not errors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_conversation_that_has_no_snapshot_begins_from_that_of_another(model, tmp_path):
+    """A server that is killed soon after a conversation was forked has written its words, and no snapshot of it."""
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        messages, _ = chat(engine, LONG * 20, "Which ships?")
+        fork = answer(engine, *messages[:3], user("Which storms?"))
+    (snapshot,) = tmp_path.glob(f"*/{fork.conversation}.jsonl.snapshot")
+    snapshot.unlink()
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        other = answer(engine, *messages[:3], user("Which storms?"))
+        assert n_read(other) < 20 and other.conversation != fork.conversation
+    snapshot.with_name(f"{other.conversation}.jsonl.snapshot").unlink()
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        last = answer(engine, *messages[:3], user("Which storms?"), said(fork), user("And then?"))
+        assert n_read(last) < 50 and last.conversation in (fork.conversation, other.conversation)

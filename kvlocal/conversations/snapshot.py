@@ -85,6 +85,13 @@ class Captured:
         """What it takes besides its parts."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many messages a conversation can have that goes on from it: as many as it has now, or had before each turn that can be taken back, from
+        the last."""
+        before: list[int] = self.arrays["marks.numbers"][1, ::-1].tolist()
+        return [len(self.messages), *before][:_MAX_LENGTHS]
+
     @classmethod
     def of(cls, session: ChatSession, *, lasting: bool = False) -> Self:
         """A session that can_be_captured.
@@ -122,14 +129,12 @@ class Captured:
 
     def header(self, arrays: Arrays) -> bytes:
         """The first line of a snapshot with these arrays."""
-        # of the conversation now, and of that before each turn that can be taken back, from the last
-        lengths = [len(self.messages), *arrays["marks.numbers"][1, ::-1].tolist()][:_MAX_LENGTHS]
         digests = _digests(self.system, self.messages)
         header = {
             "format": FORMAT,
             "version": VERSION,
             "made_with": _made_with(self.model, self.nexus, self.signature),
-            "conversations": [[n, digests[n]] for n in lengths],
+            "conversations": [[n, digests[n]] for n in self.lengths],
             "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
         }
         return json.dumps(header).encode() + b"\n"
@@ -180,6 +185,16 @@ class Snapshots:
     def holds(self, session: ChatSession) -> bool:
         """Whether the file is known to hold the conversation as it is."""
         return self._kept == _key(session)
+
+    def lengths(self) -> list[int]:
+        """As Captured.lengths, of what the file has; empty if there is nothing that could be gone on from."""
+        try:
+            with open(self.path, "rb") as file:
+                pairs = _read_header(file)[0].get("conversations")
+        except (OSError, SnapshotError):
+            return []
+        pairs = pairs if isinstance(pairs, list) else []
+        return [pair[0] for pair in pairs if isinstance(pair, list) and pair and type(pair[0]) is int]
 
     def load(self, session: ChatSession, messages: Sequence[Message], *, copy: bool | None = None) -> int:
         """Puts a fresh session where the snapshot was taken, if the conversation came past that point, and returns how many of its messages it has

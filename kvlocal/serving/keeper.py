@@ -35,11 +35,13 @@ class Assignment:
     """What is to be done for a request.
 
     conversation: where it belongs
+    is_new: whether it begins with this request
     source: what there is already to go on from, None for nothing
     turns: all that the conversation has before the answer
     """
 
     conversation: KeptConversation
+    is_new: bool
     source: Found | None
     turns: Sequence[Message]
 
@@ -47,11 +49,6 @@ class Assignment:
     def n_known(self) -> int:
         """How many of the turns there are already."""
         return self.source.n_kept if self.source else 0
-
-    @property
-    def is_new(self) -> bool:
-        """Whether the conversation begins with this request."""
-        return self.source is None or self.source.conversation is not self.conversation
 
 
 class Keeper:
@@ -75,7 +72,7 @@ class Keeper:
         self._directory = Directory(path) if path else None
         for owner, record, said, last_used in self._directory.found() if self._directory else ():
             kept = KeptConversation(record.path.stem, owner, said.system, said.tools, said.messages, record)
-            kept.n_tokens, kept.last_used = said.n_tokens or 0, last_used
+            kept.n_tokens, kept.last_used, kept.on_disk = said.n_tokens or 0, last_used, record.snapshots.lengths()
             self.conversations.add(kept)
         self._to_write: list[KeptConversation] = []
         self._to_do = threading.Condition()
@@ -91,20 +88,23 @@ class Keeper:
         owner, tools = owner_digest(request.owner), _tools(answering)
         digests = chain(owner, system, tools, turns)
         with self.conversations.lock:
-            found = self._find(digests, owner)
+            found, trimmed = self._find(digests, owner), None
             if request.keep_trimmed:
                 trimmed = self.conversations.find_trimmed(digests[0], [turn_digest(turn) for turn in turns], owner)
-                found = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else found
+                trimmed = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else None
+                found = trimmed or found
             known = found.conversation.turns[: found.n_kept] if found else []
             all_turns = [*known, *turns[found.n_given if found else 0 :]]
-            if found and known and found.goes_on and found.conversation.answering is None:
+            is_new = not (found and known and found.goes_on and found.conversation.answering is None)
+            if found and not is_new:
                 conversation = found.conversation
             else:
                 conversation = KeptConversation(new_id(), owner, system, tools)
                 conversation.record = self._directory.record(owner, conversation.id) if self._directory else None
                 self.conversations.add(conversation)
+            source = found if trimmed or conversation.live else self.conversations.find_source(digests, owner)
             conversation.answering = answering
-            return Assignment(conversation, found, all_turns)
+            return Assignment(conversation, is_new, source, all_turns)
 
     def _find(self, digests: Sequence[str], owner: str) -> Found | None:
         """As Conversations.find; an answer that nobody wants any more is waited for, as it ends soon."""
@@ -151,6 +151,8 @@ class Keeper:
                 source.record.snapshots.load(live.session, source.turns, copy=True)
         except (SnapshotError, SessionError) as error:
             _log.info("%s is read again: %s", source.id, error)
+            if captured is None:
+                source.on_disk = ()
 
     def _free_a_slot(self) -> None:
         with self.conversations.lock:
@@ -269,7 +271,7 @@ class Keeper:
         if record is None or captured is None or captured is conversation.written or conversation.deleted:
             return
         if record.snapshots.write(captured, lambda: conversation.deleted):
-            conversation.written = captured
+            conversation.written, conversation.on_disk = captured, captured.lengths
         if conversation.deleted:
             record.delete()
 
