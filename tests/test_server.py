@@ -213,6 +213,13 @@ def test_log_probabilities(client):
 # Other forms
 
 
+def test_what_the_caches_take_is_told(server):
+    """2 slots, each with 512 cells at least of keys and values, 3 heads of 64 numbers in 2 bytes, in each layer."""
+    (line,) = [line for line in server.get("/metrics").data.decode().splitlines() if line.startswith("kvlocal_kv_bytes ")]
+    told = server.get("/props").json["kv_bytes"]
+    assert told == float(line.split()[1]) >= 2 * 512 * 2 * 3 * 64 * 2
+
+
 def test_anthropics_form(server):
     body = {"model": "any", "max_tokens": 8, "system": "Be brief.", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}
     answer = server.post("/v1/messages", body).json

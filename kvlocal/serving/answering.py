@@ -44,8 +44,8 @@ class Answering:
                 listener(event)
 
     def on_place(self, listener: Callable[[str, int], None]) -> None:
-        """Calls a function once, as soon as it is known where the answer will be: in which conversation, and how many messages that will have with it,
-        as Finished says it. It is called before any event, in the thread that works on the request."""
+        """Calls a function once, as soon as it is known where the answer will be: in which conversation, and how many messages that has then, as
+        Finished says it. It is called before any event, in the thread that works on the request."""
         with self._lock:
             self._place_listener = listener
             if self._place is not None:

@@ -69,6 +69,7 @@ class Engine:
         self._n_waiting = waiting
         self._slots, self.budget = slots_for(parallel, model, self.config, nexus, _TOKEN_SHARE)
         self.config = self.config.shared_by(parallel)
+        self._kv_bytes = self._slots.kv_bytes()
         try:
             self._keeper = Keeper(self._slots, parallel, model, self.config, nexus, directory, idle_ram, disk)
         except BaseException:
@@ -152,6 +153,7 @@ class Engine:
                 waiting=len(self._queue),
                 conversations=len(infos),
                 in_slots=sum(info.in_slot for info in infos),
+                kv_bytes=self._kv_bytes,
                 bytes_in_memory=self._keeper.conversations.bytes_in_memory(),
                 bytes_on_disk=sum(info.bytes_on_disk for info in infos),
                 **asdict(self._totals),

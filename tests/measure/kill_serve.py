@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,6 +194,32 @@ class Client:
         self.delivered = ""
 
 
+def kill_once(model: Path, directory: Path, clients: list[Client], seconds: float, archive: str, starts: list[float]) -> int:
+    """Starts a server, lets the clients chat for a while, and kills it; returns how many conversations there are then.
+
+    starts: gets how long the start took
+    """
+    kept = on_disk(directory)
+    started = time.perf_counter()
+    with ServerProcess(model, *OPTIONS, "--archive", archive, "--archive-dir", str(directory)) as server:
+        starts.append(time.perf_counter() - started)
+        threads = [threading.Thread(target=client.chat, args=(server, kept)) for client in clients]
+        for thread in threads:
+            thread.start()
+        time.sleep(seconds)
+        by_itself = not server.running
+        server.kill()
+        if by_itself or "Traceback" in server.log:
+            clients[0].problems.append(server.log)
+    for thread in threads:
+        thread.join()
+    kept = on_disk(directory)
+    for client in clients:
+        client.check_kept(kept)
+        client.decide()
+    return len(kept)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int)
@@ -204,7 +231,7 @@ def main() -> int:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     clients = [Client(i, random.Random(rng.random())) for i in range(args.clients)]
-    starts, problems, n_kept = [], list[str](), 0
+    starts, n_kept, n_kills = list[float](), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         model = directory / "model.gguf"
@@ -212,33 +239,17 @@ def main() -> int:
             model = resolve(args.model)
         else:
             write_shallow_model(resolve(DEFAULT_MODEL), model, 3, quantized=True)
-        for i in range(args.kills):
-            kept = on_disk(directory)
-            started = time.perf_counter()
-            with ServerProcess(model, *OPTIONS, "--archive", args.archive, "--archive-dir", str(directory)) as server:
-                starts.append(time.perf_counter() - started)
-                threads = [threading.Thread(target=client.chat, args=(server, kept)) for client in clients]
-                for thread in threads:
-                    thread.start()
-                time.sleep(rng.uniform(0, args.seconds))
-                if not server.running:
-                    problems.append(f"it ended by itself: {server.log}")
-                server.kill()
-                if "Traceback" in server.log:
-                    problems.append(server.log)
-            for thread in threads:
-                thread.join()
-            kept = on_disk(directory)
-            n_kept = len(kept)
-            for client in clients:
-                client.check_kept(kept)
-                client.decide()
-            found = [*problems, *(problem for client in clients for problem in client.problems)]
-            print(f"kill {i + 1}/{args.kills}: {n_kept} conversations, {len(found)} problems", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt):  # then it tells how far it came
+            while n_kills < args.kills:
+                n_kept = kill_once(model, directory, clients, rng.uniform(0, args.seconds), args.archive, starts)
+                n_kills += 1
+                n_problems = sum(len(client.problems) for client in clients)
+                print(f"kill {n_kills}/{args.kills}: {n_kept} conversations, {n_problems} problems", file=sys.stderr, flush=True)
+    problems = [problem for client in clients for problem in client.problems]
     counts = sum((client.counts for client in clients), Counter())
     start = {"median": round(statistics.median(starts), 2), "longest": round(max(starts), 2)}
-    print(json.dumps({"kills": args.kills, **counts, "conversations": n_kept, "seconds to start": start, "problems": found}, indent=1))
-    return bool(found)
+    print(json.dumps({"kills": n_kills, **counts, "conversations": n_kept, "seconds to start": start, "problems": problems}, indent=1))
+    return bool(problems)
 
 
 if __name__ == "__main__":
