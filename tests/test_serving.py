@@ -189,6 +189,36 @@ def test_an_edit_reads_what_comes_after_it_and_leaves_the_old_conversation(engin
     assert engine.messages(results[0].conversation, "me")[:9] == messages and engine.messages(others[0].conversation, "me")[:5] == edited
 
 
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_an_edit_of_the_second_of_ten_texts(model, n_tokens, parallel):
+    """Whether the client cuts off what came after it or sends it again, what came before it is not read again, and the old conversation goes on."""
+    texts = [f"Day {i}. {LONG * 2}Which ships came by?" for i in range(10)]
+    with Engine(model, CONFIG, parallel=parallel) as engine:
+        messages, results = chat(engine, *texts)
+        before = results[0].usage.prompt_tokens + results[0].usage.completion_tokens
+        assert results[-1].usage.prompt_tokens > 2 * CONFIG.budget
+        cut = answer(engine, *messages[:3], user("Which storms?"))
+        assert before <= cut.usage.cached_tokens and n_read(cut) <= n_tokens("Which storms?") + 12
+        whole = answer(engine, *messages[:3], user("Which boats?"), *messages[4:], user("And then?"))
+        assert before <= whole.usage.cached_tokens <= before + 12
+        assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_questions_beside_a_conversation_cost_it_nothing(model, parallel):
+    """As web pages ask them after each answer: for a title, with what was said in it, and for tags, with the system prompt of the chat."""
+    with Engine(model, CONFIG, parallel=parallel) as engine:
+        messages, _ = chat(engine, LONG * 20)
+        for text in ("Which ships?", "Which birds?", "Which storms?"):
+            said_so_far = "\n".join(message["content"] for message in messages[1:])
+            beside = [ask(engine, user(f"Give this chat a title: {said_so_far}")), ask(engine, SYSTEM, user(f"Tag this chat: {said_so_far}"))]
+            assert {finished(one).stop_reason for one in beside} == {"length"}
+            messages.append(user(text))
+            last = answer(engine, *messages)
+            assert n_read(last) < 20 and last.n_messages == len(messages)
+            messages.append(said(last))
+
+
 def test_another_answer_to_the_same_is_a_conversation_of_its_own(engine):
     messages, results = chat(engine, LONG * 10, "Which ships?")
     again = answer(engine, *messages[:-1])
