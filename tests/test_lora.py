@@ -8,6 +8,7 @@ import device
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from doors import write_chat_model
 from gguf_copy import Source, copy
 from lora_file import EMBEDDING, matrices, merge, write_lora
 from random_nexus import nexus_file
@@ -62,14 +63,22 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapter(short_smollm2, tmp_path_factory):
-    """For a model that chats; it changes what is said."""
-    return write_lora(tmp_path_factory.mktemp("lora") / "adapter.gguf", short_smollm2, strength=0.5)
+def talker(tmp_path_factory):
+    """A model that chats, in bytes."""
+    path = tmp_path_factory.mktemp("talker") / "talker.gguf"
+    write_chat_model(path, n_layer=4)
+    return path
 
 
 @pytest.fixture(scope="module")
-def other(short_smollm2, tmp_path_factory):
-    return write_lora(tmp_path_factory.mktemp("lora") / "other.gguf", short_smollm2, seed=1)
+def adapter(talker, tmp_path_factory):
+    """It changes what is said."""
+    return write_lora(tmp_path_factory.mktemp("lora") / "adapter.gguf", talker, strength=0.5)
+
+
+@pytest.fixture(scope="module")
+def other(talker, tmp_path_factory):
+    return write_lora(tmp_path_factory.mktemp("lora") / "other.gguf", talker, seed=1)
 
 
 # What is computed
@@ -124,11 +133,11 @@ def test_adapters_are_added_in_their_order(llama, tmp_path):
             np.testing.assert_array_equal(logits_of(llama, *loras), expected)
 
 
-def test_nexus_tokens_are_read_with_both_adapters(shallow_file, tmp_path):
+def test_nexus_tokens_are_read_with_both_adapters(talker, tmp_path):
     """That of the Nexus file for them alone, the user's for everything."""
-    lora = write_lora(tmp_path / "a.gguf", shallow_file, kind=np.float16)
-    merged, found = merge(tmp_path / "merged.gguf", shallow_file, (lora, 0.5)), []
-    for path, loras in ((shallow_file, [Lora(lora, 0.5)]), (merged, [])):
+    lora = write_lora(tmp_path / "a.gguf", talker, kind=np.float16)
+    merged, found = merge(tmp_path / "merged.gguf", talker, (lora, 0.5)), []
+    for path, loras in ((talker, [Lora(lora, 0.5)]), (merged, [])):
         nexus_file(path).save(tmp_path / "a.nexus.gguf")
         with Model(path, lora=loras) as model:
             nexus = NexusTokens(model, tmp_path / "a.nexus.gguf")
@@ -137,17 +146,17 @@ def test_nexus_tokens_are_read_with_both_adapters(shallow_file, tmp_path):
                 context.use_adapter(nexus.adapter)
                 context.decode_embeddings(nexus.vectors(4), 16)
                 context.use_adapter(None)
-                context.decode(np.arange(200, 216), 20, logits="all")
+                context.decode(np.arange(30, 46), 20, logits="all")
                 found.append(context.logits_all())
     np.testing.assert_allclose(*found, rtol=0, atol=device.tolerance(0.02, 0.5))
 
 
-def test_conversations_beside_others_have_it_too(short_smollm2, adapter):
+def test_conversations_beside_others_have_it_too(talker, adapter):
     turns = [[{"role": "user", "content": f"Say {i}."}, {"role": "user", "content": "Go on."}] for i in range(3)]
     lines = [json.dumps({"messages": messages}).encode() for messages in turns]
-    with Model(short_smollm2, lora=[Lora(adapter)]) as model:
+    with Model(talker, lora=[Lora(adapter)]) as model:
         alone, together = (list(run_batch(lines, model, CONFIG, parallel=n, ordered=True)) for n in (1, 3))
-    with Model(short_smollm2) as model:
+    with Model(talker) as model:
         without = list(run_batch(lines, model, CONFIG, parallel=3, ordered=True))
     assert [result.messages for result in alone] == [result.messages for result in together] != [result.messages for result in without]
 
@@ -225,12 +234,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_refused_before_the_model_is_loaded(three_layers, shallow_file, tmp_path, name):
+def test_a_bad_file_is_refused_before_the_model_is_loaded(talker, tmp_path, name):
     make, said = BAD[name]
-    base = shallow_file if name == "nexus" else three_layers
-    make(tmp_path / "bad.gguf", base)
+    make(tmp_path / "bad.gguf", talker)
     with pytest.raises(KvlocalError, match=said):
-        Model(base, lora=[Lora(tmp_path / "bad.gguf")])
+        Model(talker, lora=[Lora(tmp_path / "bad.gguf")])
 
 
 def test_an_adapter_for_other_shapes_is_refused(llama, three_layers, tmp_path):
@@ -250,9 +258,9 @@ def said_by(model, *texts, **changes):
         return ["".join(chat.send(text)) for text in texts]
 
 
-def test_a_snapshot_is_of_no_use_with_others(short_smollm2, adapter, other, tmp_path):
+def test_a_snapshot_is_of_no_use_with_others(talker, adapter, other, tmp_path):
     snapshots = Snapshots(tmp_path / "one.snapshot")
-    with Model(short_smollm2, lora=[Lora(adapter, 0.5)]) as model:
+    with Model(talker, lora=[Lora(adapter, 0.5)]) as model:
         with ChatSession(model, CONFIG) as chat:
             for text in ("Name a bird.", "And a tree."):
                 "".join(chat.send(text))
@@ -263,26 +271,26 @@ def test_a_snapshot_is_of_no_use_with_others(short_smollm2, adapter, other, tmp_
             snapshots.load(chat, kept[:4])
             assert "".join(chat.send("And a ship.")) == expected
     for lora in ([], [Lora(adapter, 0.6)], [Lora(other, 0.5)], [Lora(adapter, 0.5), Lora(other)], [Lora(adapter, 0.5)] * 2):
-        with Model(short_smollm2, lora=lora) as model, ChatSession(model, CONFIG) as chat:
+        with Model(talker, lora=lora) as model, ChatSession(model, CONFIG) as chat:
             with pytest.raises(SnapshotError, match="made with another set of LoRA adapters"):
                 snapshots.load(chat, kept[:4])
             assert not chat.messages
     # by what it holds, not by where it lies, and without what has no effect
     moved = tmp_path / "moved.gguf"
     moved.write_bytes(adapter.read_bytes())
-    with Model(short_smollm2, lora=[Lora(moved, 0.5), Lora(other, 0)]) as model, ChatSession(model, CONFIG) as chat:
+    with Model(talker, lora=[Lora(moved, 0.5), Lora(other, 0)]) as model, ChatSession(model, CONFIG) as chat:
         assert snapshots.load(chat, kept[:4]) == 4
 
 
-def test_the_results_of_a_batch_are_of_their_adapters(short_smollm2, adapter, other, tmp_path):
+def test_the_results_of_a_batch_are_of_their_adapters(talker, adapter, other, tmp_path):
     keys = []
     for lora in ([], [Lora(adapter, 0)], [Lora(adapter)], [Lora(adapter, 0.5)], [Lora(other)]):
-        with Model(short_smollm2, lora=lora) as model:
+        with Model(talker, lora=lora) as model:
             keys.append(settings_key(model, CONFIG, None))
     assert keys[0] == keys[1] and len(set(keys)) == 4
     lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines.write_text(json.dumps({"messages": [{"role": "user", "content": "Name a tree."}]}) + "\n")
-    command = ["batch", str(lines), "-o", str(out), "-m", str(short_smollm2), "--max-tokens", "4", "--threads", "1", "--temp", "0"]
+    command = ["batch", str(lines), "-o", str(out), "-m", str(talker), "--max-tokens", "4", "--threads", "1", "--temp", "0"]
     assert CliRunner().invoke(main, [*command, "--lora", f"{adapter}"]).exit_code == 0
     before = out.read_bytes()
     result = CliRunner().invoke(main, command)
@@ -291,12 +299,13 @@ def test_the_results_of_a_batch_are_of_their_adapters(short_smollm2, adapter, ot
     assert out.read_bytes() == before
 
 
-def test_an_evaluation_does_not_take_what_the_model_alone_predicted(short_smollm2, adapter, tmp_path):
+def test_an_evaluation_does_not_take_what_the_model_alone_predicted(short_smollm2, tmp_path):
+    adapter = write_lora(tmp_path / "adapter.gguf", short_smollm2, ["blk.0.ffn_up.weight", "blk.2.attn_v.weight"], strength=0.5)
     data, out = tmp_path / "d.jsonl", tmp_path / "out.json"
     turns = [{"user": "Tell me of the sea.", "bot": "It is deep and cold."}, {"user": "And of lakes?", "bot": "They are smaller."}]
     data.write_text(json.dumps({"history": turns}) + "\n")
     command = ["eval", "dialogue", "-m", str(short_smollm2), "--threads", "1", "--cache", str(tmp_path / "cache"), "--data", str(data)]
-    command += ["--policy", "streaming", "--ratio", "0.5", "--json", str(out)]
+    command += ["--policy", "streaming", "--ratio", "0.5", "--stride", "16", "--json", str(out)]
     full, settings = [], []
     for lora in ([], ["--lora", f"{adapter}:0.5"], ["--lora", f"{adapter}:0"]):
         result = CliRunner().invoke(main, [*command, *lora])
@@ -309,7 +318,7 @@ def test_an_evaluation_does_not_take_what_the_model_alone_predicted(short_smollm
     assert [(each["file"], each["scale"]) for each in settings[1]["lora"]] == [("adapter.gguf", 0.5)]
 
 
-def test_a_server_that_starts_again_reads_anew_with_others(short_smollm2, adapter, tmp_path):
+def test_a_server_that_starts_again_reads_anew_with_others(talker, adapter, tmp_path):
     def answer(model, *messages):
         with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
             *_, last = engine.submit(AnswerRequest("me", messages)).events()
@@ -317,15 +326,15 @@ def test_a_server_that_starts_again_reads_anew_with_others(short_smollm2, adapte
             return last
 
     hello = {"role": "user", "content": "The keeper wrote down the weather and the ships. " * 5}
-    with Model(short_smollm2, lora=[Lora(adapter)]) as model:
+    with Model(talker, lora=[Lora(adapter)]) as model:
         messages = [hello, answer(model, hello).message, {"role": "user", "content": "Go on."}]
         assert answer(model, *messages).usage.cached_tokens > 40
-    with Model(short_smollm2) as model:
+    with Model(talker) as model:
         assert answer(model, *messages).usage.cached_tokens == 0
 
 
-def test_a_session_that_is_gone_on_with_without_them_says_so(short_smollm2, adapter, tmp_path):
-    command = ["chat", str(short_smollm2), "--session", str(tmp_path / "a.jsonl"), "--threads", "1", "--temp", "0", "--max-tokens", "4"]
+def test_a_session_that_is_gone_on_with_without_them_says_so(talker, adapter, tmp_path):
+    command = ["chat", str(talker), "--session", str(tmp_path / "a.jsonl"), "--threads", "1", "--temp", "0", "--max-tokens", "4"]
     first = CliRunner().invoke(main, [*command, "--lora", f"{adapter}:0.5"], input="Name a bird.\n/set\n")
     assert first.exit_code == 0 and f"{adapter}:0.5" in first.stdout
     second = CliRunner().invoke(main, command, input="Name a tree.\n")
@@ -334,25 +343,25 @@ def test_a_session_that_is_gone_on_with_without_them_says_so(short_smollm2, adap
     assert third.exit_code == 0 and "again" not in third.stderr
 
 
-def test_a_nexus_file_is_used_beside_them_only_if_it_is_named(short_smollm2, adapter, tmp_path, monkeypatch):
+def test_a_nexus_file_is_used_beside_them_only_if_it_is_named(talker, adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path))
     path = tmp_path / "a.nexus.gguf"
-    nexus_file(short_smollm2).save(path)
+    nexus_file(talker).save(path)
     said = []
-    with Model(short_smollm2, lora=[Lora(adapter, 0)]) as model:
+    with Model(talker, lora=[Lora(adapter, 0)]) as model:
         assert nexus_for(model, None, said.append).path == str(path) and not said
-    with Model(short_smollm2, lora=[Lora(adapter)]) as model:
+    with Model(talker, lora=[Lora(adapter)]) as model:
         assert nexus_for(model, None, said.append) is None
         assert nexus_for(model, str(path), said.append).path == str(path)
     assert len(said) == 2 and "is left out: to use it all the same, name it with --nexus" in said[0] and "is not known" in said[1]
-    command = ["run", str(short_smollm2), "Name a tree.", "--max-tokens", "2", "--threads", "1", "--archive", "off", "--lora", f"{adapter}"]
+    command = ["run", str(talker), "Name a tree.", "--max-tokens", "2", "--threads", "1", "--archive", "off", "--lora", f"{adapter}"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0 and "is left out" in result.stderr
 
 
-def test_their_memory_is_counted(short_smollm2, adapter):
-    config = fitted(short_smollm2, CONFIG, 0)
-    base, lora = Container(short_smollm2), [Lora(adapter)] * 2
+def test_their_memory_is_counted(talker, adapter):
+    config = fitted(talker, CONFIG, 0)
+    base, lora = Container(talker), [Lora(adapter)] * 2
     with_them, without = (memory_estimate.MemoryEstimate.of(base, config, True, each) for each in (lora, ()))
     assert with_them.weights - without.weights == 2 * adapter.stat().st_size
 
@@ -360,26 +369,26 @@ def test_their_memory_is_counted(short_smollm2, adapter):
 # Where they are named
 
 
-def test_who_tells_of_them(short_smollm2, adapter, other, tmp_path):
-    report = diagnose(str(short_smollm2), [Lora(adapter, 0.5)])
+def test_who_tells_of_them(talker, adapter, other, tmp_path):
+    report = diagnose(str(talker), [Lora(adapter, 0.5)])
     assert report["problems"] == [] and report["model"]["lora"] == [
-        {"path": str(adapter), "scale": 0.5, "tensors": len(matrices(short_smollm2)), "size": adapter.stat().st_size}
+        {"path": str(adapter), "scale": 0.5, "tensors": len(matrices(talker)), "size": adapter.stat().st_size}
     ]
     (tmp_path / "bad.gguf").write_text("nothing")
-    result = CliRunner().invoke(main, ["doctor", str(short_smollm2), "--lora", str(other), "--lora", str(tmp_path / "bad.gguf"), "--json"])
+    result = CliRunner().invoke(main, ["doctor", str(talker), "--lora", str(other), "--lora", str(tmp_path / "bad.gguf"), "--json"])
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and [each["path"] for each in report["model"]["lora"]] == [str(other)] and "bad.gguf" in report["problems"][0]
-    assert "LoRA" in CliRunner().invoke(main, ["doctor", str(short_smollm2), "--lora", f"{other}:0.5"]).stdout
+    assert "LoRA" in CliRunner().invoke(main, ["doctor", str(talker), "--lora", f"{other}:0.5"]).stdout
     assert CliRunner().invoke(main, ["doctor", "--lora", str(other)]).exit_code == 2
     result = CliRunner().invoke(
-        main, ["run", str(short_smollm2), "Hello", "--max-tokens", "2", "--threads", "1", "--json", "--lora", f"{adapter}:0.5", "--lora", str(other)]
+        main, ["run", str(talker), "Hello", "--max-tokens", "2", "--threads", "1", "--json", "--lora", f"{adapter}:0.5", "--lora", str(other)]
     )
     assert json.loads(result.stdout)["lora"] == [{"path": str(adapter), "scale": 0.5}, {"path": str(other), "scale": 1.0}]
 
 
-def test_a_server_tells_of_them(short_smollm2, adapter):
+def test_a_server_tells_of_them(talker, adapter):
     pytest.importorskip("starlette")
     from serving_process import OPTIONS, ServerProcess
 
-    with ServerProcess(short_smollm2, *OPTIONS, "--forget", "--lora", f"{adapter}:0.5") as server:
+    with ServerProcess(talker, *OPTIONS, "--kv-budget", "256", "--forget", "--lora", f"{adapter}:0.5") as server:
         assert server.get("/props").json["lora_adapters"] == [{"path": adapter.name, "scale": 0.5}]

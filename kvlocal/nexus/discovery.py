@@ -34,9 +34,10 @@ def nexus_for(model: Model, choice: str | None, warn: Callable[[str], None]) -> 
     if choice == OFF:
         return None
     if choice is not None:
+        named = NexusTokens(model, choice)
         if model.changed_by:
             warn(f"{choice} was trained for {model.path.name} without LoRA adapters: how well its tokens stand for turns with them is not known")
-        return NexusTokens(model, choice)
+        return named
     for path in _candidates(model.path):
         try:
             if not model.changed_by:
