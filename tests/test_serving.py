@@ -16,6 +16,7 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.messages import canonical
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
+from kvlocal.conversations.archive_file import ArchiveFile
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -429,6 +430,28 @@ def test_what_the_disk_has_can_leave_memory(model, tmp_path):
         chat(engine, "Good morning!", history=())
         wait_for(lambda: sum(one.bytes_in_memory > 0 for one in engine.conversations()) == 1)
         assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
+def test_others_get_tokens_while_a_conversation_is_read_from_the_disk(model, tmp_path, monkeypatch):
+    with Engine(model, CONFIG, parallel=2, directory=tmp_path) as engine:
+        messages, _ = chat(engine, LONG * 20)
+    read, progress, arrived = ArchiveFile.read, threading.Event(), []
+
+    def slow_read(file, extents):
+        """A disk that takes until another answer has come further."""
+        progress.clear()
+        arrived.append(progress.wait(60))
+        return read(file, extents)
+
+    monkeypatch.setattr(ArchiveFile, "read", slow_read)
+    with Engine(model, CONFIG, parallel=2, directory=tmp_path) as engine:
+        other = ask(engine, user("Tell me a story."), max_tokens=4000)
+        started = threading.Event()
+        other.on_event(lambda event: (started.set(), progress.set()))
+        assert started.wait(60)
+        assert n_read(answer(engine, *messages, user("And then?"))) < 20
+        other.cancel()
+    assert arrived == [True]
 
 
 @pytest.mark.parametrize("archive", ["ram", "disk", "off"])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +140,22 @@ class Captured:
         return json.dumps(header).encode() + b"\n"
 
 
+class Stored(NamedTuple):
+    """A snapshot as it was read.
+
+    messages: those that a session has which is brought there
+    n_turns: how many turns the snapshot has besides
+    arrays: as ChatSession.snapshot gives them
+    extents, data: of the parts of its archive
+    """
+
+    messages: Sequence[Message]
+    n_turns: int
+    arrays: Arrays
+    extents: Sequence[Extent]
+    data: Sequence[npt.NDArray[np.uint8]]
+
+
 class Snapshots:
     """The snapshot of one conversation, of which a file holds the latest, and one beside it the archive, if there is one.
 
@@ -205,6 +221,14 @@ class Snapshots:
         Raises:
             SnapshotError: there is none, or it does not fit; the session is at its beginning.
         """
+        return self.resume(session, self.read(session, messages), copy=copy)
+
+    def read(self, session: ChatSession, messages: Sequence[Message]) -> Stored:
+        """The first part of `load`, which waits for the disk and does nothing to the session.
+
+        Raises:
+            SnapshotError: there is none, or it does not fit.
+        """
         try:
             with open(self.path, "rb") as file:
                 header, n_header = _read_header(file)
@@ -218,10 +242,19 @@ class Snapshots:
             raise SnapshotError("there is no snapshot") from None
         except OSError as error:
             raise SnapshotError(f"the snapshot cannot be read ({error.strerror})") from error
+        return Stored(messages[:n], n_turns, arrays, extents, data)
+
+    def resume(self, session: ChatSession, stored: Stored, *, copy: bool | None = None) -> int:
+        """The second part of `load`. Between the two nothing may be written.
+
+        Raises:
+            SnapshotError: it does not fit; the session is at its beginning.
+        """
+        n_turns, extents = stored.n_turns, stored.extents
         # the words of turns that are taken back do not matter
         turns = n_turns * [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         try:
-            session.resume([*messages[:n], *turns], arrays, data, session.config.store == "ram" if copy is None else copy)
+            session.resume([*stored.messages, *turns], stored.arrays, stored.data, session.config.store == "ram" if copy is None else copy)
         except SessionError as error:
             raise SnapshotError("the snapshot contradicts itself") from error
         if session.cache.archive:
@@ -230,7 +263,7 @@ class Snapshots:
             session.undo(n_turns)
         else:
             self._kept = _key(session)
-        return n
+        return len(stored.messages)
 
     def _read_archive(self, extents: Sequence[Extent]) -> list[npt.NDArray[np.uint8]]:
         try:

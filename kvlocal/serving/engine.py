@@ -216,8 +216,8 @@ class Engine:
         answering.put(conversation.id, len(assignment.turns) + 1)
         try:
             try:
+                live = keeper.seat(assignment)
                 with turn():
-                    live = keeper.seat(assignment)
                     live.read(answering, assignment.turns, assignment.n_known)
                 keeper.note_turns(assignment)
                 with turn():

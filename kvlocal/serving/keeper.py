@@ -120,35 +120,40 @@ class Keeper:
     # into a slot, and out of it
 
     def seat(self, assignment: Assignment) -> LiveConversation:
-        """The conversation of an assignment in a slot, as far as its source goes.
+        """The conversation of an assignment in a slot, as far as its source goes. It takes turns by itself, as it may wait for the disk.
 
         Raises:
             KvlocalError: it cannot be there.
         """
         conversation = assignment.conversation
         if conversation.live is None:
-            self._free_a_slot()
-            try:
-                conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus)
-            except BaseException:
-                self._n_free += 1
-                raise
-            self._go_on_from(assignment, conversation.live)
+            with self._slots.scheduler.turn():
+                self._free_a_slot()
+                try:
+                    live = conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus)
+                except BaseException:
+                    self._n_free += 1
+                    raise
+            if assignment.source:
+                self._go_on_from(assignment.source.conversation, live)
+            return live
         return conversation.live
 
     def _config_of(self, conversation: KeptConversation) -> SessionConfig:
         return replace(self._config, system=conversation.system, tools=conversation.tools)
 
-    def _go_on_from(self, assignment: Assignment, live: LiveConversation) -> None:
+    def _go_on_from(self, source: KeptConversation, live: LiveConversation) -> None:
         """Without anything that fits, all is read."""
-        if assignment.source is None:
-            return
-        source, captured = assignment.source.conversation, assignment.source.conversation.captured
+        captured, record, turn = source.captured, source.record, self._slots.scheduler.turn
         try:
             if captured:
-                captured.resume(live.session)
-            elif source.record:
-                source.record.snapshots.load(live.session, source.turns, copy=True)
+                with turn():
+                    captured.resume(live.session)
+            elif record:
+                with record.snapshots_in_use:
+                    stored = record.snapshots.read(live.session, source.turns)
+                    with turn():
+                        record.snapshots.resume(live.session, stored, copy=True)
         except (SnapshotError, SessionError) as error:
             _log.info("%s is read again: %s", source.id, error)
             if captured is None:
@@ -270,7 +275,9 @@ class Keeper:
         captured, record = conversation.captured, conversation.record
         if record is None or captured is None or captured is conversation.written or conversation.deleted:
             return
-        if record.snapshots.write(captured, lambda: conversation.deleted):
+        with record.snapshots_in_use:
+            written = record.snapshots.write(captured, lambda: conversation.deleted)
+        if written:
             conversation.written, conversation.on_disk = captured, captured.lengths
         if conversation.deleted:
             record.delete()

@@ -29,6 +29,8 @@ from shallow_model import write_shallow_model
 from kvlocal.hub.catalogue import resolve
 
 SECRET = "zanzibar-7431"  # of the other key
+# glibc gives back what is freed at once: otherwise it is not told from what leaks
+PROMPT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 POSTED = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize", "/detokenize")
 PATHS = (*POSTED, "/conversations/x", "/v1/models", "/metrics", "/nothing")
 SOUND: dict[str, Any] = {
@@ -148,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model.gguf"
         write_shallow_model(resolve("smollm2-135m"), model, 3, quantized=True)
-        with ServerProcess(model, *OPTIONS, "--forget", environment={"KVLOCAL_API_KEY": "good-key other-key"}) as server:
+        with ServerProcess(model, *OPTIONS, "--forget", environment={"KVLOCAL_API_KEY": "good-key other-key", **PROMPT_MALLOC}) as server:
             secret = {"messages": [{"role": "user", "content": f"The secret is {SECRET}. " * 5}]}
             assert server.post("/v1/chat/completions", secret, Authorization="Bearer other-key").status == 200
             for i in range(1, n + 1):
