@@ -210,6 +210,14 @@ def test_log_probabilities(client):
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens)
 
 
+@pytest.mark.parametrize("module", ["uvicorn", "sse_starlette", "prometheus_client"])
+def test_without_the_packages_of_a_server_it_says_what_to_install(module):
+    script = f"import sys; sys.modules[{module!r}] = None; from kvlocal_cli.main import main; main(['serve', 'no-such-model'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"kvlocal: kvlocal serve needs {module}, which is not installed: pip install 'kvlocal[serve]'\n"
+
+
 # Other forms
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from serving_process import ServerProcess
+from serving_process import ServerProcess, until
 from shallow_model import write_shallow_model
 
 from kvlocal.conversations.records import TranscriptError
@@ -149,6 +149,7 @@ class Client:
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices", ()):
                     self.delivered += choice["delta"].get("content") or ""
+                    self.counts["pieces"] += 1
                     over = over or choice["finish_reason"] is not None
             if not over:
                 raise EOFError
@@ -194,8 +195,8 @@ class Client:
         self.delivered = ""
 
 
-def kill_once(model: Path, directory: Path, clients: list[Client], seconds: float, archive: str, starts: list[float]) -> int:
-    """Starts a server, lets the clients chat for a while, and kills it; returns how many conversations there are then.
+def kill_once(model: Path, directory: Path, clients: list[Client], n_pieces: int, archive: str, starts: list[float]) -> int:
+    """Starts a server, kills it when the clients have got so many pieces of answers, and returns how many conversations there are then.
 
     starts: gets how long the start took
     """
@@ -206,7 +207,8 @@ def kill_once(model: Path, directory: Path, clients: list[Client], seconds: floa
         threads = [threading.Thread(target=client.chat, args=(server, kept)) for client in clients]
         for thread in threads:
             thread.start()
-        time.sleep(seconds)
+        wanted = n_pieces + sum(client.counts["pieces"] for client in clients)
+        until(lambda: sum(client.counts["pieces"] for client in clients) >= wanted, 60)
         by_itself = not server.running
         server.kill()
         if by_itself or "Traceback" in server.log:
@@ -225,7 +227,7 @@ def main() -> int:
     parser.add_argument("kills", type=int)
     parser.add_argument("--model", help="whole; by default three layers of the smallest one")
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=3, help="the longest that a server is left alone")
+    parser.add_argument("--pieces", type=int, default=150, help="of answers that clients get before a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--archive", choices=["ram", "disk"], default="ram")
     args = parser.parse_args()
@@ -241,7 +243,7 @@ def main() -> int:
             write_shallow_model(resolve(DEFAULT_MODEL), model, 3, quantized=True)
         with suppress(KeyboardInterrupt):  # then it tells how far it came
             while n_kills < args.kills:
-                n_kept = kill_once(model, directory, clients, rng.uniform(0, args.seconds), args.archive, starts)
+                n_kept = kill_once(model, directory, clients, rng.randrange(args.pieces), args.archive, starts)
                 n_kills += 1
                 n_problems = sum(len(client.problems) for client in clients)
                 print(f"kill {n_kills}/{args.kills}: {n_kept} conversations, {n_problems} problems", file=sys.stderr, flush=True)
