@@ -414,6 +414,7 @@ def test_calls_of_tools_are_part_of_a_conversation(with_tools, tmp_path):
         messages = [*canonical(messages), said(after), user("Thank you.")]
         assert answer(engine, *messages, tool_choice="none").usage.cached_tokens == 0  # without the tools it is another conversation
     with Engine(with_tools, CONFIG, parallel=1, directory=tmp_path) as engine:
+        assert engine.messages(last.conversation, "me")[2]["tool_calls"] == calls
         again = answer(engine, *messages, tools=[WEATHER], tool_choice="none")
         assert again.conversation == last.conversation and n_read(again) < 40
 
