@@ -266,6 +266,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=7400, help="of a chat, some hundreds fewer than the model was trained for")
     parser.add_argument("--asked", type=int, default=1, help="turns of each chat that are looked at, and twice as many questions about facts")
     args = parser.parse_args()
+    if args.tokens < 2 * DEFAULT_BUDGET:
+        parser.error(f"in a chat of {args.tokens} tokens there is little to look for: give at least {2 * DEFAULT_BUDGET}")
     with Model(resolve(args.model)) as model:
         nexus, template, dialogues = NexusTokens(model, args.nexus), ChatTemplate.from_model(model), load(args.data).dialogues
         # [chats][looks] of [parts, L + 1], by kind, k and index
