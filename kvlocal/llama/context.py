@@ -371,6 +371,12 @@ def _bytes_of(array: npt.NDArray[np.uint8]) -> Any:
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
+def kv_type_of(number: int) -> str | None:
+    """The key of KV_TYPES for one of the numbers that llama.cpp's programs name types by (ggml_type); None if a cache cannot be made of it."""
+    lib = load().llama_cpp
+    return next((name for name in KV_TYPES if _ggml_type(lib, name) == number), None)
+
+
 def _ggml_type(lib: Any, name: str) -> int:
     if name not in KV_TYPES:
         raise EngineError(f"{name!r} is no cache type: choose one of {', '.join(KV_TYPES)}")

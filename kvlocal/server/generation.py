@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from kvlocal.errors import KvlocalError
-from kvlocal.server.chat_reply import Choice
+from kvlocal.openai_forms.chat_reply import Choice
 from kvlocal.server.chat_request import answer_requests
 from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.metrics import Metrics

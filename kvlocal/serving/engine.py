@@ -19,7 +19,7 @@ from kvlocal.llama.scheduler import Stopped
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import owner_digest
-from kvlocal.serving.conversation import ConversationInfo, KeptConversation
+from kvlocal.serving.conversation import Checkpoint, ConversationInfo, KeptConversation
 from kvlocal.serving.keeper import Keeper
 from kvlocal.serving.live import Cancelled
 from kvlocal.serving.request import AnswerRequest, EngineBusy, EngineClosed, Finished, UnknownConversation, Usage
@@ -135,6 +135,23 @@ class Engine:
                 self._keeper.delete(found)
         except Stopped:
             raise SessionError("the engine is closed: start it again") from None
+
+    def checkpoint(self, conversation: str, owner: str) -> Checkpoint:
+        """A conversation as it is now, for `take_up`.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+            SessionError: it is being answered.
+        """
+        found = self._of(conversation, owner)
+        with self._keeper.conversations.lock:
+            if found.answering:
+                raise SessionError(f"the conversation {conversation} is being answered: stop that first, or wait for it")
+            return found.checkpoint()
+
+    def take_up(self, checkpoint: Checkpoint, owner: str) -> None:
+        """Requests can go on from there again, whatever became of the conversation; it is kept in memory alone."""
+        self._keeper.take_up(checkpoint, owner_digest(owner))
 
     def _of(self, conversation: str, owner: str) -> KeptConversation:
         found = self._keeper.conversations.get(conversation, owner_digest(owner))
