@@ -32,7 +32,7 @@ class Continuation:
 
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """A reply that is not streamed."""
-        text, tokens = "", []
+        text, tokens = "", list[TokenLogprob]()
         for event in events:
             if isinstance(event, Finished):
                 return self._reply(text, self._logprobs(tokens), finish_reason(event)) | {"usage": usage(event.usage)}
