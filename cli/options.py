@@ -221,7 +221,7 @@ class Loading:
         try:
             self.check(path, config, parallel, undo)
         except CannotRecall:
-            if not self.may_change_policy or config.archive is not None:
+            if not self.may_change_policy:
                 raise
             config = replace(config, policy=_without_archive(self.nexus))
             self.check(path, config, parallel, undo)
@@ -293,7 +293,9 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         try:
-            loading = Loading(gpu_layers, nexus, may_change_policy=policy is None)
+            kept_as = archive_ram, archive_dir, archive_type
+            wants_archive = archive in ("ram", "disk") or kept_as != (None, None, None)
+            loading = Loading(gpu_layers, nexus, may_change_policy=policy is None and not wants_archive)
             if policy is None:
                 # Nexus tokens are named to be used, and keys that always move cannot be looked up
                 recalls = archive in ("ram", "disk") or (archive is None and positions != "cache" and nexus in (None, OFF))
@@ -321,7 +323,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 archive_dir=archive_dir,
                 archive_type=archive_type,
             )
-            if config.store == "off" and not (archive_ram is None and archive_dir is None and archive_type is None):
+            if config.store == "off" and kept_as != (None, None, None):
                 raise click.UsageError(
                     "--archive-ram, --archive-dir and --archive-type say how an archive is kept and there is none here: leave them out, "
                     "or give --archive disk"
