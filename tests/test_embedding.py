@@ -11,7 +11,7 @@ from kvlocal.llama.embedding import Embedder, EmbeddingError
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 
-LONG = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. " * 40
+LONG = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. " * 28
 POOLING = {"mean": 1, "cls": 2, "last": 3}
 
 
@@ -69,7 +69,7 @@ def test_what_is_alike_is_near(smollm2):
 
 @pytest.mark.parametrize("pooling", POOLING)
 def test_a_model_that_says_how_texts_are_embedded(model, short_smollm2, tmp_path, pooling):
-    copy(Source(short_smollm2), tmp_path / "embeds.gguf", metadata={"llama.pooling_type": POOLING[pooling]})
+    copy(Source(short_smollm2), tmp_path / "embeds.gguf", added={"llama.pooling_type": POOLING[pooling]})
     with Model(tmp_path / "embeds.gguf") as embeds, Embedder(embeds, n_threads=1) as embedder:
         text = LONG[:1200]
         rows = rows_of(model, embedder.tokenize(text))
@@ -79,14 +79,14 @@ def test_a_model_that_says_how_texts_are_embedded(model, short_smollm2, tmp_path
 
 def test_a_model_whose_tokens_see_what_follows(short_smollm2, tmp_path):
     """All of a text is evaluated at once, also in a context that was made larger for it."""
-    copy(Source(short_smollm2), tmp_path / "both.gguf", metadata={"llama.attention.causal": False})
+    copy(Source(short_smollm2), tmp_path / "both.gguf", added={"llama.attention.causal": False})
     with Model(tmp_path / "both.gguf") as both, Embedder(both, n_threads=1) as embedder:
         assert embedder.embed("A short one.") @ embedder.embed(LONG) < 1
         assert np.abs(embedder.raw(LONG) - rows_of(both, embedder.tokenize(LONG)).mean(axis=0)).max() < 0.1
 
 
 def test_a_model_that_ranks_has_none(short_smollm2, tmp_path):
-    copy(Source(short_smollm2), tmp_path / "ranks.gguf", metadata={"llama.pooling_type": 4})
+    copy(Source(short_smollm2), tmp_path / "ranks.gguf", added={"llama.pooling_type": 4})
     with Model(tmp_path / "ranks.gguf") as ranks, pytest.raises(EmbeddingError, match="ranks texts"):
         Embedder(ranks)
 
