@@ -91,7 +91,9 @@ def test_a_model_that_ranks_has_none(short_smollm2, tmp_path):
         Embedder(ranks)
 
 
-@pytest.mark.parametrize("text, words", [([], "empty text"), ([10**9], "is no token"), ([-1], "is no token"), ("word " * 60, "too long to be embedded, 50")])
+@pytest.mark.parametrize(
+    "text, words", [([], "empty text"), ([10**9], "is no token"), ([-1], "is no token"), ("word " * 60, "50 are the most")]
+)
 def test_what_cannot_be_embedded(model, text, words):
     with Embedder(model, max_tokens=50, n_threads=1) as embedder:
         with pytest.raises(EmbeddingError, match=words):

@@ -31,7 +31,39 @@ from kvlocal.template.tokenizer import PieceTokenizer
 # the roles of segments: what was given, and what goes on with it
 _GIVEN, _GOES_ON = "user", "assistant"
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | npt.NDArray[np.int32]
+
+
+def prompt_tokens(model: Model, prompt: Prompt) -> npt.NDArray[np.int32]:
+    """The tokens of a text that is to be gone on with, int32 [n], n at least 1: those that are given as they are; those of a text with what the model
+    wants in front, and with control tokens where their texts are. Without any text it is what texts begin with.
+
+    Raises:
+        SessionError: there is nothing to go on with, or something that is no token.
+    """
+    if isinstance(prompt, str):
+        ids = _tokenized(model, prompt)
+    else:
+        wrong = next((token for token in prompt if not 0 <= token < model.n_vocab), None)
+        if wrong is not None:
+            raise SessionError(f"{wrong} is no token: the model's tokens go from 0 to {model.n_vocab - 1}")
+        ids = np.array(prompt, np.int32)
+    if not len(ids):
+        raise SessionError("there is nothing to go on with: give at least one token")
+    return ids
+
+
+def _tokenized(model: Model, text: str) -> npt.NDArray[np.int32]:
+    try:
+        tokens = model.tokenize(text, parse_special=True)
+    except EngineError as error:
+        raise SessionError(str(error)) from error
+    # what separates texts stands before the first one, too
+    front = model.bos if model.bos is not None else model.eos
+    wanted = model.add_bos or not len(tokens)
+    if front is None or not wanted or (len(tokens) and tokens[0] == front):
+        return tokens
+    return np.concatenate([np.array([front], np.int32), tokens])
 
 
 class TextSession(Answerer):
@@ -91,23 +123,8 @@ class TextSession(Answerer):
         return self.cache.ledger.ids
 
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
-        """The tokens of a text that is to be gone on with, int32 [n]: with what the model wants in front, and control tokens where their texts are.
-        Without text it is what texts begin with.
-
-        Raises:
-            SessionError: the model has no tokens for it.
-        """
-        try:
-            tokens = self.model.tokenize(text, parse_special=True)
-        except EngineError as error:
-            raise SessionError(str(error)) from error
-        bos = self.model.bos
-        if bos is not None and (self.model.add_bos or not len(tokens)) and not (len(tokens) and tokens[0] == bos):
-            return np.concatenate([np.array([bos], np.int32), tokens])
-        if not len(tokens) and self.model.eos is not None:
-            # what separates texts stands before one, too
-            return np.array([self.model.eos], np.int32)
-        return tokens
+        """The tokens of a text that is to be gone on with, as prompt_tokens has them."""
+        return prompt_tokens(self.model, text)
 
     def read(self, prompt: Prompt, *, top_logprobs: int | None = None) -> int:
         """Makes the text this one, to be gone on with by `pieces` or `answer`; returns how many of its tokens were there already.
@@ -123,7 +140,7 @@ class TextSession(Answerer):
         """
         self._end_answer()
         self._prompt, self.prompt_logprobs = None, ()
-        ids = self._checked(prompt)
+        ids = prompt_tokens(self.model, prompt)
         started = time.perf_counter()
         n_known = self._go_back_to(0 if top_logprobs is not None else _n_common(self.tokens, ids[:-1]))
         try:
@@ -137,18 +154,6 @@ class TextSession(Answerer):
         self._n_given = len(ids)
         self._prompt = len(ids) - n_known, time.perf_counter() - started
         return n_known
-
-    def _checked(self, prompt: Prompt) -> npt.NDArray[np.int32]:
-        if isinstance(prompt, str):
-            ids = self.tokenize(prompt)
-        else:
-            wrong = next((token for token in prompt if not 0 <= token < self.model.n_vocab), None)
-            if wrong is not None:
-                raise SessionError(f"{wrong} is no token: the model's tokens go from 0 to {self.model.n_vocab - 1}")
-            ids = np.array(prompt, np.int32)
-        if not len(ids):
-            raise SessionError("there is nothing to go on with: give at least one token")
-        return ids
 
     def _go_back_to(self, n_tokens: int) -> int:
         """The text becomes its first tokens, as many of n_tokens as the way back leaves; returns how many."""

@@ -20,6 +20,7 @@ DEFAULT_LENGTH = 8192  # tokens of an input, as OpenAI's models have it
 _LEAST_CELLS = 512
 _N_UBATCH = 256  # tokens that are evaluated at once where a text may be divided
 
+Text = str | Sequence[int] | npt.NDArray[np.int32]
 T = TypeVar("T")
 
 
@@ -81,7 +82,7 @@ class Embedder:
         except EngineError as error:
             raise EmbeddingError(str(error)) from error
 
-    def embed(self, text: str | Sequence[int]) -> npt.NDArray[np.float32]:
+    def embed(self, text: Text) -> npt.NDArray[np.float32]:
         """The embedding of a text, or of its tokens, which are taken as they are: float32 [n_embd], of length 1.
 
         Raises:
@@ -94,7 +95,7 @@ class Embedder:
             raise EngineError("the embedding is no numbers: the model's file is damaged or a device failed; fetch it again or use --gpu-layers 0")
         return vector / np.float32(length) if length else vector
 
-    def raw(self, text: str | Sequence[int]) -> npt.NDArray[np.float32]:
+    def raw(self, text: Text) -> npt.NDArray[np.float32]:
         """As `embed`, of the length that the model gives it."""
         tokens = self.checked(text)
         with self._lock:
@@ -107,7 +108,7 @@ class Embedder:
                 total += self._compute(lambda start=start: self._sum(context, tokens, start))  # type: ignore[misc]
             return (total / len(tokens)).astype(np.float32)
 
-    def checked(self, text: str | Sequence[int]) -> npt.NDArray[np.int32]:
+    def checked(self, text: Text) -> npt.NDArray[np.int32]:
         """The tokens that `embed` embeds, int32 [n].
 
         Raises:
