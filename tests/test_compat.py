@@ -229,6 +229,131 @@ def test_objects_of_the_package_openai(llm):
     assert all(isinstance(chunk, chat.ChatCompletionChunk) for chunk in chunks)
 
 
+# texts as they are
+
+PLANETS = "Q: Name the planets in the solar system? A: "
+
+
+def test_a_completion(llm, theirs):
+    call = {"prompt": PLANETS, "max_tokens": 8, "stop": ["Q:", "\n"], "echo": True}
+    reply = llm(**call)
+    assert_same_form(reply, theirs(**call))
+    (choice,) = reply["choices"]
+    assert choice["text"].startswith(PLANETS) and len(choice["text"]) > len(PLANETS) and reply["id"].startswith("cmpl-")
+    assert llm.create_completion(**call | {"echo": False})["choices"][0]["text"] == choice["text"].removeprefix(PLANETS)
+    assert llm(llm.tokenize(PLANETS.encode()), max_tokens=8, stop="Q:")["choices"][0]["text"] in choice["text"]
+
+
+def test_the_same_continuation_as_llama_cpp_python(llm, theirs):
+    call = {"prompt": "The keeper of the lighthouse", "max_tokens": 8, "temperature": 0.0}
+    ours, others = llm(**call), theirs(**call)
+    assert (ours["choices"], ours["usage"]) == (others["choices"], others["usage"])
+
+
+def test_a_completion_comes_in_chunks(llm, theirs):
+    call = {"prompt": PLANETS, "max_tokens": 4, "temperature": 0.0, "logprobs": 2}
+    chunks, others = list(llm(stream=True, **call)), list(theirs(stream=True, **call))
+    for i in (0, 1, -1):
+        assert_same_form(with_names_apart(chunks[i]), with_names_apart(others[i]), f"chunk {i}")
+    whole = llm(**call)["choices"][0]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["text"] and chunks[-1]["choices"][0]["finish_reason"] == "length"
+    offsets = [offset for chunk in chunks[:-1] for offset in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == whole["logprobs"]["text_offset"] and offsets[0] == len(PLANETS)
+
+
+def with_names_apart(reply):
+    """With lists in place of objects whose names are tokens."""
+    reply = json.loads(json.dumps(reply, default=float))
+    for choice in reply["choices"]:
+        if choice["logprobs"]:
+            choice["logprobs"]["top_logprobs"] = [top and [*top.values()] for top in choice["logprobs"]["top_logprobs"]]
+    return reply
+
+
+def test_log_probabilities_of_a_text(llm, theirs):
+    call = {"prompt": "Ships came by", "max_tokens": 3, "temperature": 0.0, "logprobs": 1, "echo": True}
+    ours, others = llm(**call), theirs(**call)
+    assert_same_form(with_names_apart(ours), with_names_apart(others))
+    found, text = ours["choices"][0]["logprobs"], ours["choices"][0]["text"]
+    assert found["tokens"] == others["choices"][0]["logprobs"]["tokens"] and found["text_offset"] == others["choices"][0]["logprobs"]["text_offset"]
+    assert "".join(found["tokens"]) == text and found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    assert all(value < 0 for value in found["token_logprobs"][1:])
+
+
+def test_what_is_in_front_of_a_text_is_not_told(short_gemma3):
+    """A model that wants a token at the beginning of each text."""
+    with Llama(str(short_gemma3), **SETTINGS) as made:
+        found = made("Ships came by", max_tokens=2, logprobs=0, echo=True)["choices"][0]
+        assert "".join(found["logprobs"]["tokens"]) == found["text"] and found["logprobs"]["text_offset"][0] == 0
+        assert found["logprobs"]["token_logprobs"][0] is None and made.token_bos() == made.tokenize(b"Ships")[0]
+
+
+def test_only_what_is_new_of_a_text_is_read(llm):
+    text = "The keeper of the lighthouse wrote down the ships and the birds of every day. " * 30
+    llm.reset()
+    n_tokens = llm(text, max_tokens=1)["usage"]["prompt_tokens"]
+    assert n_tokens > llm.n_ctx() and llm.last_usage.cached_tokens == 0
+    llm(text + "One day", max_tokens=1)
+    assert llm.last_usage.cached_tokens > 0.8 * n_tokens
+    state = llm.save_state()
+    llm.reset()
+    llm.load_state(state)
+    llm(text, max_tokens=1)
+    assert llm.last_usage.cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"stopping_criteria": [print]}, "stopping_criteria"),
+        ({"prompt": 7}, "prompt has to be"),
+        ({"prompt": ["a"]}, "prompt has to be"),
+        ({"prompt": [-1]}, "no token"),
+        ({"logprobs": True}, "logprobs has to be"),
+        ({"logprobs": 99}, "top_logprobs is 99"),
+    ],
+)
+def test_what_a_completion_refuses(llm, arguments, words):
+    with pytest.raises(KvlocalError, match=words):
+        llm(**{"prompt": "a"} | arguments)
+
+
+# embeddings
+
+
+def test_embeddings(short_smollm2):
+    theirs = load().llama_cpp.Llama(str(short_smollm2), embedding=True, **SETTINGS)
+    with Llama(str(short_smollm2), embedding=True, **SETTINGS) as made:
+        ours = made.create_embedding("Hello, world!")
+        expected = theirs.create_embedding("Hello, world!")
+        assert_same_form(ours, expected)
+        assert ours["usage"] == expected["usage"]
+        one, other = (np.array(reply["data"][0]["embedding"]) for reply in (ours, expected))
+        assert one.shape == other.shape and np.abs(one - other).max() < 0.02 * np.abs(other).max()
+        several = made.create_embedding(["Hello, world!", "Goodbye, world!"])
+        assert [each["index"] for each in several["data"]] == [0, 1] and several["data"][0] == ours["data"][0]
+        vectors, n_tokens = made.embed("word " * 600, normalize=True, return_count=True)
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(1) and n_tokens == len(vectors) == made.n_batch
+        for wrong in (lambda: made.embed("word " * 600, truncate=False), lambda: made.embed([]), lambda: made.embed([1]), lambda: made("a")):
+            with pytest.raises(KvlocalError, match="too long|list of texts|embeds texts alone"):
+                wrong()
+        assert made.pooling_type() == theirs.pooling_type() == 0
+    theirs.close()
+
+
+def test_pooled_embeddings(short_smollm2, llm):
+    with Llama(str(short_smollm2), embedding=True, pooling_type=1, **SETTINGS) as made, Llama(str(short_smollm2), embedding=True, **SETTINGS) as rows:
+        assert np.array(made.embed("Hello, world!")) == pytest.approx(np.mean(rows.embed("Hello, world!"), axis=0), abs=1e-3)
+        assert len(made.embed(["Hello", "Goodbye"])) == 2
+    with pytest.raises(NotSupported, match="pooling_type 3"):
+        Llama(str(short_smollm2), embedding=True, pooling_type=3)
+    with pytest.raises(NotSupported, match="embedding=True"):
+        Llama(str(short_smollm2), pooling_type=1)
+    with pytest.raises(NotSupported, match="embedding=True"):
+        llm.embed("Hello")
+
+
 # chats without end
 
 
@@ -329,15 +454,11 @@ def test_stops_biases_and_grammars(llm, tmp_path):
 def test_a_thought_stands_in_front_as_llama_cpp_python_has_it(short_smollm2):
     from kvlocal.chat.answer_piece import AnswerPiece
     from kvlocal.compat.chat_replies import ChatAnswer
-    from kvlocal.openai_forms.chat_reply import Choice
     from kvlocal.serving.request import Finished, Usage
 
     pieces = [AnswerPiece(reasoning="Hm"), AnswerPiece(reasoning="m."), AnswerPiece("Yes"), AnswerPiece(".")]
     end = Finished({"role": "assistant", "content": ""}, "end", Usage())
-    choice = Choice()
-    for piece in pieces:
-        choice.add(piece)
-    whole = content(ChatAnswer("m").whole(choice, end))
+    whole = content(ChatAnswer("m").whole([*pieces, end]))
     assert whole == text_of(ChatAnswer("m").chunks(iter([*pieces, end]))) == "<think>\nHmm.\n</think>\n\nYes."
 
 
@@ -366,7 +487,9 @@ def parameters_of(kind, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["create_chat_completion", "tokenize", "detokenize", "from_pretrained", "load_state", "set_seed", "set_cache", "reset"]
+    "name",
+    ["create_chat_completion", "create_completion", "__call__", "embed", "create_embedding", "tokenize", "detokenize", "from_pretrained", "load_state",
+     "set_seed", "set_cache", "reset"],
 )
 def test_arguments_are_those_that_it_has_there(name):
     ours, theirs = (parameters_of(kind, name) for kind in (Llama, load().llama_cpp.Llama))

@@ -100,6 +100,32 @@ def _with_calls(message: Any) -> Any:
     return dict(message)
 
 
+def prompt(given: Any) -> str | list[int]:
+    """The text of a request, or its tokens.
+
+    Raises:
+        FieldError: it is neither.
+    """
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, Sequence) or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in given):
+        raise FieldError("prompt has to be a text or a list of tokens", "prompt")
+    return [int(token) for token in given]
+
+
+def text_options(*, grammar: Any, stop: Any, max_tokens: Any, logprobs: Any) -> AnswerOptions:
+    """What the continuation of a text may be, with arguments as the method has them.
+
+    Raises:
+        KvlocalError: a value is not possible.
+    """
+    check_numbers(max_tokens=max_tokens, logprobs=logprobs)
+    rules = rules_of(grammar)
+    return AnswerOptions(
+        stop=stops(stop), max_tokens=limit(max_tokens), grammar=rules.grammar, json_schema=rules.json_schema, top_logprobs=logprobs
+    )
+
+
 def chat_options(
     *,
     functions: Sequence[Mapping[str, Any]] | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,16 @@ class ChatAnswer:
     created: int = field(default_factory=lambda: int(time.time()))
     _in_thought: bool = False
 
-    def whole(self, choice: Choice, finished: Finished) -> dict[str, Any]:
+    def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """A reply that is not streamed."""
+        choice = Choice()
+        for event in events:
+            if isinstance(event, Finished):
+                return self._reply(choice, event)
+            choice.add(event)
+        raise AssertionError("an answer ends")
+
+    def _reply(self, choice: Choice, finished: Finished) -> dict[str, Any]:
         calls = choice.message.get("tool_calls")
         message: dict[str, Any] = {"role": "assistant", "content": with_thought(Answer(choice.text, choice.reasoning)) or (None if calls else "")}
         if calls:

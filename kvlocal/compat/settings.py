@@ -30,7 +30,6 @@ _AS_IT_IS: dict[str, tuple[Any, ...]] = {
     "lora_base": (None,),
     "main_gpu": (0,),
     "offload_kqv": (True,),
-    "pooling_type": (-1,),
     "rope_freq_base": (0,),
     "rope_freq_scale": (0,),
     "rope_scaling_type": (-1, None),

@@ -43,6 +43,7 @@ class Embedder:
     Attributes:
         n_embd: length of a vector.
         max_tokens: the longest text.
+        pooling: the model's own pooling type, by llama.cpp's numbers; 0 if it was trained for none.
 
     Raises:
         EmbeddingError: the model ranks texts and embeds none.
@@ -60,10 +61,10 @@ class Embedder:
         self._model, self._n_threads = model, n_threads
         self._compute: Callable[[Callable[[], Any]], Any] = compute
         architecture = model.metadata.get("general.architecture", "")
-        pooling = int(model.metadata.get(f"{architecture}.pooling_type", lib.LLAMA_POOLING_TYPE_NONE))
-        if pooling == lib.LLAMA_POOLING_TYPE_RANK:
+        self.pooling = int(model.metadata.get(f"{architecture}.pooling_type", lib.LLAMA_POOLING_TYPE_NONE))
+        if self.pooling == lib.LLAMA_POOLING_TYPE_RANK:
             raise EmbeddingError(f"{model.path} ranks texts and has no embeddings of them: choose another model")
-        self._pooled = pooling != lib.LLAMA_POOLING_TYPE_NONE
+        self._pooled = self.pooling != lib.LLAMA_POOLING_TYPE_NONE
         # a token that sees what follows it, and llama.cpp's pooling, want all of a text at once
         self._whole = self._pooled or model.metadata.get(f"{architecture}.attention.causal") == "false"
         self.max_tokens = min(max_tokens, model.n_ctx_train)
@@ -108,6 +109,24 @@ class Embedder:
                 total += self._compute(lambda start=start: self._sum(context, tokens, start))  # type: ignore[misc]
             return (total / len(tokens)).astype(np.float32)
 
+    def rows(self, text: Text) -> npt.NDArray[np.float32]:
+        """The vectors of the tokens of a text one by one, float32 [n, n_embd].
+
+        Raises:
+            EmbeddingError: as `embed` does, or the model has them only as one.
+        """
+        if self._pooled:
+            raise EmbeddingError(f"{self._model.path} has one embedding for a text and none for each token: ask for that")
+        tokens = self.checked(text)
+        with self._lock:
+            context = self._context_for(len(tokens))
+            self._compute(context.clear)
+            parts = [
+                self._compute(lambda start=start: self._part(context, tokens, start).copy())  # type: ignore[misc]
+                for start in range(0, len(tokens), context.n_ubatch)
+            ]
+        return np.concatenate(parts)
+
     def checked(self, text: Text) -> npt.NDArray[np.int32]:
         """The tokens that `embed` embeds, int32 [n].
 
@@ -141,10 +160,13 @@ class Embedder:
 
     def _sum(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float64]:
         """The sum of the vectors of the tokens of a micro-batch, float64 [n_embd]."""
+        return self._part(context, tokens, start).sum(axis=0, dtype=np.float64)
+
+    def _part(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
+        """The vectors of the tokens of a micro-batch, float32 [n, n_embd], in llama.cpp's memory."""
         part = tokens[start : start + context.n_ubatch]
         context.decode(part, start, logits="all")
-        rows = np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(part), self.n_embd))
-        return rows.sum(axis=0, dtype=np.float64)
+        return np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(part), self.n_embd))
 
     def _of_whole(self, context: Context, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64] | npt.NDArray[np.float32]:
         """The vector of a text that is evaluated at once, [n_embd]."""

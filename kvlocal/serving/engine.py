@@ -153,6 +153,20 @@ class Engine:
         except Stopped:
             raise SessionError("the engine is closed: start it again") from None
 
+    def forget(self, owner: str) -> None:
+        """Removes all conversations of an owner, and what is in slots of other texts.
+
+        Raises:
+            KvlocalError: one of them is being answered, or cannot be removed.
+        """
+        for info in self.conversations(owner):
+            self.delete(info.id, owner)
+        try:
+            with self._slots.scheduler.turn():
+                self._keeper.texts.forget(owner_digest(owner))
+        except Stopped:
+            raise SessionError("the engine is closed: start it again") from None
+
     def checkpoint(self, conversation: str, owner: str) -> Checkpoint:
         """A conversation as it is now, for `take_up`.
 
