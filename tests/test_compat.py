@@ -488,8 +488,8 @@ def parameters_of(kind, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["create_chat_completion", "create_completion", "__call__", "embed", "create_embedding", "tokenize", "detokenize", "from_pretrained", "load_state",
-     "set_seed", "set_cache", "reset"],
+    ["create_chat_completion", "create_completion", "__call__", "embed", "create_embedding", "tokenize", "detokenize", "from_pretrained",
+     "load_state", "set_seed", "set_cache", "reset"],
 )
 def test_arguments_are_those_that_it_has_there(name):
     ours, theirs = (parameters_of(kind, name) for kind in (Llama, load().llama_cpp.Llama))

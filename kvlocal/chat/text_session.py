@@ -44,9 +44,8 @@ def prompt_tokens(model: Model, prompt: Prompt) -> npt.NDArray[np.int32]:
     if isinstance(prompt, str):
         ids = _tokenized(model, prompt)
     else:
-        wrong = next((token for token in prompt if not 0 <= token < model.n_vocab), None)
-        if wrong is not None:
-            raise SessionError(f"{wrong} is no token: the model's tokens go from 0 to {model.n_vocab - 1}")
+        if wrong := [token for token in (min(prompt, default=0), max(prompt, default=0)) if not 0 <= token < model.n_vocab]:
+            raise SessionError(f"{wrong[0]} is no token: the model's tokens go from 0 to {model.n_vocab - 1}")
         ids = np.array(prompt, np.int32)
     if not len(ids):
         raise SessionError("there is nothing to go on with: give at least one token")

@@ -185,10 +185,8 @@ class Answers(Tokens):
             asked.text_options(grammar=grammar, stop=stop, max_tokens=max_tokens, logprobs=logprobs),
             echo=bool(echo),
         )  # fmt: skip
-        text = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8", "replace")
-        reply = Continuation(self._name(model), 0 if echo else len(text), with_logprobs=logprobs is not None)
-        if echo and logprobs is not None and isinstance(prompt, str):
-            reply.n_given = len(self.tokenize(prompt.encode("utf-8", "replace"), add_bos=False, special=True))
+        n_before = None if echo else len(prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8", "replace"))
+        reply = Continuation(self._name(model), n_before, with_logprobs=logprobs is not None)
         events = self._events(self._engine, request)
         return reply.chunks(events) if stream else reply.whole(events)
 

@@ -68,7 +68,7 @@ class Embedder:
         # a token that sees what follows it, and llama.cpp's pooling, want all of a text at once
         self._whole = self._pooled or model.metadata.get(f"{architecture}.attention.causal") == "false"
         self.max_tokens = min(max_tokens, model.n_ctx_train)
-        self.n_embd: int = lib.llama_model_n_embd_out(model.pointer)
+        self.n_embd = model.n_embd_out
         self._context: Context | None = None
         self._lock = threading.Lock()
 
@@ -136,9 +136,8 @@ class Embedder:
         if isinstance(text, str):
             tokens = self.tokenize(text)
         else:
-            wrong = next((token for token in text if not 0 <= token < self._model.n_vocab), None)
-            if wrong is not None:
-                raise EmbeddingError(f"{wrong} is no token: the model's tokens go from 0 to {self._model.n_vocab - 1}")
+            if wrong := [token for token in (min(text, default=0), max(text, default=0)) if not 0 <= token < self._model.n_vocab]:
+                raise EmbeddingError(f"{wrong[0]} is no token: the model's tokens go from 0 to {self._model.n_vocab - 1}")
             tokens = np.array(text, np.int32)
         if not len(tokens):
             raise EmbeddingError("an empty text has no embedding: leave it out")

@@ -108,20 +108,29 @@ def answer_options(
     choice, allowed = _tool_choice(tool_choice, [tool["function"]["name"] for tool in tools])
     if top_logprobs is not None and not logprobs:
         raise FieldError("top_logprobs is given without logprobs: set logprobs to true", "top_logprobs")
-    schema = None if response_format is None else _schema(response_format)
-    if schema is not None and grammar is not None:
-        raise FieldError("an answer cannot follow a grammar and a JSON schema at once: leave one of them out", "grammar")
     return AnswerOptions(
         stop=stop,
         max_tokens=max_tokens,
         grammar=grammar,
-        json_schema=schema,
+        json_schema=schema_of(response_format, grammar),
         tools=tools,
         tool_choice=choice,
         allowed_tools=allowed,
         parallel_tool_calls=parallel_tool_calls,
         top_logprobs=(top_logprobs or 0) if logprobs else None,
     )
+
+
+def schema_of(response_format: Mapping[str, Any] | None, grammar: str | None) -> Mapping[str, Any] | None:
+    """The JSON schema that an answer has to follow, None for none.
+
+    Raises:
+        FieldError: there is none where there has to be one, or there is a grammar besides.
+    """
+    schema = None if response_format is None else _schema(response_format)
+    if schema is not None and grammar is not None:
+        raise FieldError("an answer cannot follow a grammar and a JSON schema at once: leave one of them out", "grammar")
+    return schema
 
 
 def not_among(value: str, known: Sequence[str]) -> str:

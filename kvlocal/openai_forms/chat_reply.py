@@ -152,7 +152,7 @@ def logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
 
 
 def finite(logprob: float) -> float:
-    """A logarithm as JSON has it."""
+    """A log-probability as JSON can hold it."""
     return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 

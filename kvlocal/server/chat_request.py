@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.openai_forms import chat_fields
 from kvlocal.server.errors import invalid, of_failure
-from kvlocal.server.schemas import MAX_STOPS, ChatRequest, Fields, Sampled
+from kvlocal.server.schemas import MAX_STOPS, ChatRequest, Fields, ResponseFormat, Sampled
 from kvlocal.serving.request import AnswerRequest
 
 
@@ -71,13 +72,18 @@ def answer_options(fields: ChatRequest) -> AnswerOptions:
         stop=stops(fields.stop),
         max_tokens=limit(fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens),
         grammar=fields.grammar,
-        response_format=None if fields.response_format is None else fields.response_format.model_dump(by_alias=True),
+        response_format=response_format_of(fields.response_format),
         tools=[tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
         tool_choice=choice.model_dump() if isinstance(choice, Fields) else choice,
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         logprobs=fields.logprobs is True,
         top_logprobs=fields.top_logprobs,
     )
+
+
+def response_format_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    """The format of an answer, in plain values."""
+    return None if wanted is None else wanted.model_dump(by_alias=True)
 
 
 def stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ class Embeddings:
         self._executor = ThreadPoolExecutor(1, "kvlocal-embeddings")
         self._gone = threading.Event()  # of the request that is worked on
         # guards what follows
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closing = False
         self._n_requests = 0
         self._seconds = 1.0  # that a request takes, a moving average
@@ -65,7 +65,14 @@ class Embeddings:
             if self._n_requests > self._waiting:
                 raise EngineBusy(max(1.0, self._seconds * self._n_requests))
             self._n_requests += 1
-            return self._executor.submit(self._embed, texts, gone)
+            future = self._executor.submit(self._embed, texts, gone)
+            # also of one that is cancelled before it begins
+            future.add_done_callback(self._leave)
+            return future
+
+    def _leave(self, _: object) -> None:
+        with self._lock:
+            self._n_requests -= 1
 
     def _embed(self, texts: Sequence[Prompt], gone: threading.Event) -> list[Embedded]:
         started = time.perf_counter()
@@ -78,7 +85,6 @@ class Embeddings:
             return [Embedded(self._embedder.embed(tokens), len(tokens)) for tokens in checked]
         finally:
             with self._lock:
-                self._n_requests -= 1
                 self._seconds += (time.perf_counter() - started - self._seconds) / 8
 
     def _compute(self, function: Callable[[], Any]) -> Any:

@@ -92,6 +92,11 @@ class Engine:
         for thread in (self._driver, *self._workers):
             thread.start()
 
+    @property
+    def parallel(self) -> int:
+        """How many requests are answered at once."""
+        return len(self._workers)
+
     def submit(self, request: AnswerRequest | TextRequest) -> Answering:
         """Takes a request; the answer, or what goes on with the text, comes as events of what it returns.
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.text_session import TextSession
+from kvlocal.chat.text_session import Prompt, TextSession
 from kvlocal.llama.model import Model
 from kvlocal.llama.slots import Slots
 from kvlocal.serving.answering import Answering
@@ -57,8 +57,16 @@ class LiveText:
             self._answering = None
         self.usage = Usage(prompt_tokens=len(tokens), cached_tokens=n_known)
         if request.echo:
-            text = request.prompt if isinstance(request.prompt, str) else session.model.detokenize(tokens)
-            answering.emit(AnswerPiece(text, logprobs=session.prompt_logprobs))
+            answering.emit(self._echo(request.prompt, tokens))
+
+    def _echo(self, prompt: Prompt, tokens: npt.NDArray[np.int32]) -> AnswerPiece:
+        """The text, and the log-probabilities of what it says: what was put in front of it is no part of it."""
+        model, told = self.session.model, self.session.prompt_logprobs
+        if not isinstance(prompt, str):
+            return AnswerPiece(model.detokenize(tokens, special=True), logprobs=told)
+        front = model.token_bytes(int(tokens[0]), special=True)
+        was_put = int(tokens[0]) in (model.bos, model.eos) and not prompt.encode("utf-8", "replace").startswith(front)
+        return AnswerPiece(prompt, logprobs=told[was_put:])
 
     def go_on(self, answering: Answering, request: TextRequest) -> tuple[str, str]:
         """Goes on with the text that was read; returns what that says, and why it ended (TurnStats).
