@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_file import write_lora
 
 from kvlocal.compat import Llama, LlamaGrammar, NotSupported
 from kvlocal.compat.chat_formats import FORMATS
@@ -525,6 +526,18 @@ def test_what_the_constructor_refuses(short_smollm2, arguments, words):
         Llama(str(short_smollm2), **arguments)
 
 
+def test_a_lora_adapter(short_smollm2, llm, tmp_path):
+    adapter = write_lora(tmp_path / "adapter.gguf", short_smollm2, strength=2.0)
+    call = {"prompt": "The keeper of the lighthouse", "max_tokens": 6, "temperature": 0.0}
+    with Llama(str(short_smollm2), lora_path=str(adapter), lora_scale=0.5, **SETTINGS) as made:
+        ours = made(**call)["choices"]
+    theirs = load().llama_cpp.Llama(str(short_smollm2), lora_path=str(adapter), lora_scale=0.5, **SETTINGS)
+    assert ours == theirs(**call)["choices"] != llm(**call)["choices"]
+    theirs.close()
+    with pytest.raises(KvlocalError, match="none.gguf"):
+        Llama(str(short_smollm2), lora_path=str(tmp_path / "none.gguf"))
+
+
 def test_no_such_model(tmp_path):
     with pytest.raises(KvlocalError, match="cannot be read"):
         Llama(str(tmp_path / "none.gguf"))
@@ -648,6 +661,14 @@ def test_named_templates(name):
                           "[h]": "<|start_header_id|>", "[/h]": "<|end_header_id|>", "[eot]": "<|eot_id|>"}.items():  # fmt: skip
         written = written.replace(short, marker)
     assert template.render(messages, opening=True) == written
+
+
+def test_the_example_of_the_documentation(short_smollm2, capsys):
+    page = (Path(__file__).parents[1] / "docs/llama-cpp-python.md").read_text()
+    program = "\n".join(line[4:] for line in page.splitlines() if line.startswith("    "))
+    assert "n_ctx=2048" in program
+    exec(compile(program.replace('"model.gguf"', repr(str(short_smollm2))).replace("max_tokens=100", "max_tokens=4"), "page", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_it_needs_nothing_of_the_web():

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from kvlocal.compat import asked, embeddings, settings
@@ -15,6 +16,7 @@ from kvlocal.compat.embeddings import Embeddings
 from kvlocal.compat.errors import NotSupported
 from kvlocal.compat.pretrained import fetched
 from kvlocal.compat.state import LlamaState
+from kvlocal.llama.adapter import Lora
 from kvlocal.llama.model import Model
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import Usage
@@ -44,6 +46,7 @@ class Llama(Answers):
         type_k, type_v: of the cache, as llama.cpp numbers types, or by name; f16 if None.
         embedding: it embeds texts, and does nothing else.
         pooling_type: how the vectors of tokens become one then, by llama.cpp's numbers; as the model was trained for if -1.
+        lora_path, lora_scale: a LoRA adapter, as a GGUF file, and how much of it.
         chat_format: the name of a chat template in place of the model's own.
         verbose: of no effect; KVLOCAL_LOG=1 has llama.cpp say what it does.
         others: what else llama-cpp-python has; those that only change how fast it is have no effect.
@@ -75,6 +78,8 @@ class Llama(Answers):
         type_v: int | str | None = None,
         pooling_type: int = embeddings.UNSPECIFIED,
         embedding: bool = False,
+        lora_path: str | os.PathLike[str] | None = None,
+        lora_scale: float = 1.0,
         chat_format: str | None = None,
         verbose: bool = True,
         **others: Any,
@@ -85,7 +90,8 @@ class Llama(Answers):
         self.model_path, self.chat_format, self.verbose = model_path, chat_format, verbose
         self._repeat_last_n = last_n_tokens_size
         self.set_seed(seed)
-        model = Model(model_path, n_gpu_layers=n_gpu_layers, use_mmap=use_mmap)
+        lora = () if lora_path is None else (Lora(Path(lora_path), lora_scale),)
+        model = Model(model_path, n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, lora=lora)
         try:
             self.metadata = dict(model.metadata)
             if template is not None:
