@@ -10,7 +10,7 @@ from typing import Any
 from kvlocal.compat import asked
 from kvlocal.compat.chat_replies import ChatAnswer
 from kvlocal.compat.completion_replies import Continuation
-from kvlocal.compat.embeddings import Embeddings
+from kvlocal.compat.embeddings import Vectors
 from kvlocal.compat.errors import NotSupported
 from kvlocal.compat.tokens import Tokens
 from kvlocal.errors import KvlocalError
@@ -30,7 +30,7 @@ class Answers(Tokens):
     model_path: str | os.PathLike[str]
     last_usage: Usage
     # what answers, or embeds
-    _worker: Engine | Embeddings
+    _worker: Engine | Vectors
     _last: Finished | None
     _seed: int | None
     _repeat_last_n: int

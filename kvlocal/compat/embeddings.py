@@ -16,7 +16,7 @@ from kvlocal.llama.model import Model
 UNSPECIFIED, NONE, MEAN = -1, 0, 1
 
 
-class Embeddings:
+class Vectors:
     """Embeds texts with a model: one vector for each, or, where the model was trained for no pooling and none is asked for, one for each token.
 
     max_tokens: of a text

@@ -12,7 +12,7 @@ from typing import Any, Self
 from kvlocal.compat import asked, embeddings, settings
 from kvlocal.compat.answers import OWNER, Answers
 from kvlocal.compat.chat_formats import template_of
-from kvlocal.compat.embeddings import Embeddings
+from kvlocal.compat.embeddings import Vectors
 from kvlocal.compat.errors import NotSupported
 from kvlocal.compat.pretrained import fetched
 from kvlocal.compat.state import LlamaState
@@ -102,7 +102,7 @@ class Llama(Answers):
             self._n_ctx = config.max_tokens
             self.n_batch = min(n_batch, self._n_ctx)
             if embedding:
-                self._worker = Embeddings(model, max_tokens=self.n_batch, n_threads=n_threads, pooling_type=pooling_type)
+                self._worker = Vectors(model, max_tokens=self.n_batch, n_threads=n_threads, pooling_type=pooling_type)
             elif pooling_type != embeddings.UNSPECIFIED:
                 raise NotSupported("a pooling_type is of embeddings: give it with embedding=True, or leave it out")
             else:
@@ -171,7 +171,7 @@ class Llama(Answers):
             NotSupported: it was made without embedding=True.
             KvlocalError: a text cannot be embedded.
         """
-        if not isinstance(self._worker, Embeddings):
+        if not isinstance(self._worker, Vectors):
             raise NotSupported("this Llama was made for answers: make another one with embedding=True for embeddings")
         texts = [self.tokenize(text.encode("utf-8", "replace")) for text in embeddings.texts_of(input)]
         if truncate:
@@ -183,7 +183,7 @@ class Llama(Answers):
 
     def pooling_type(self) -> int:
         """How the vectors of tokens become one, by llama.cpp's numbers."""
-        return self._worker.pooling_type if isinstance(self._worker, Embeddings) else embeddings.UNSPECIFIED
+        return self._worker.pooling_type if isinstance(self._worker, Vectors) else embeddings.UNSPECIFIED
 
     # what there is
 
@@ -246,12 +246,12 @@ class Llama(Answers):
         raise NotSupported("a Llama cannot be sent to another process: make one there")
 
 
-def _close(worker: Engine | Embeddings, model: Model) -> None:
+def _close(worker: Engine | Vectors, model: Model) -> None:
     worker.close()
     model.close()
 
 
-def _close_later(worker: Engine | Embeddings, model: Model) -> None:
+def _close_later(worker: Engine | Vectors, model: Model) -> None:
     """Frees what a Llama had that nobody has any more. It may be a thread of the engine that finds that out, which could not wait for itself."""
     if threading.current_thread() is threading.main_thread():
         _close(worker, model)
