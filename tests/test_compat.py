@@ -311,6 +311,7 @@ def test_only_what_is_new_of_a_text_is_read(llm):
         ({"stopping_criteria": [print]}, "stopping_criteria"),
         ({"prompt": 7}, "prompt has to be"),
         ({"prompt": ["a"]}, "prompt has to be"),
+        ({"prompt": b"a"}, "prompt has to be"),
         ({"prompt": [-1]}, "no token"),
         ({"logprobs": True}, "logprobs has to be"),
         ({"logprobs": 99}, "top_logprobs is 99"),
@@ -519,6 +520,12 @@ def test_every_argument_of_the_constructor_is_known(short_smollm2):
         ({"n_ctx": 16}, "n_ctx is 16: give at least 48"),
         ({"type_k": 999}, "type_k is 999"),
         ({"seed": "x"}, "seed has to be a whole number"),
+        ({"n_ctx": "x"}, "n_ctx has to be a whole number"),
+        ({"n_threads": -1}, "n_threads is -1"),
+        ({"n_batch": 0}, "n_batch is 0"),
+        ({"last_n_tokens_size": -2}, "repeat_last_n is -2"),
+        ({"lora_path": 5}, "lora_path has to be the path"),
+        ({"chat_format": 5}, "chat_format 5"),
     ],
 )
 def test_what_the_constructor_refuses(short_smollm2, arguments, words):
@@ -573,6 +580,13 @@ def test_settings(short_smollm2):
         ({"tools": [{"name": "x"}]}, "tool 1"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": 5}, "tools has to be a list"),
+        ({"tools": [{"type": "function", "function": {"name": "x", "parameters": {"a": object()}}}]}, "tools has something in it"),
+        ({"functions": "x"}, "functions has to be a list"),
+        ({"stop": 5}, "stop has to be"),
+        ({"logit_bias": [1]}, "logit_bias has to be a dict"),
+        ({"response_format": {"type": "json_object", "schema": 5}}, "schema of response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": 5}}, "no schema"),
         ({"grammar": 7}, "grammar"),
         ({"grammar": "root ::= ("}, "grammar"),
         ({"top_logprobs": 2.5, "logprobs": True}, "top_logprobs"),
@@ -602,6 +616,9 @@ def test_what_it_has_not_is_a_sentence(llm):
     with pytest.raises(NotSupported, match="another process"):
         pickle.dumps(llm)
     llm.set_cache(None)
+    for call, words in ((lambda: llm.tokenize("a"), "text has to be bytes"), (lambda: llm.set_seed("a"), "seed has to be")):
+        with pytest.raises(KvlocalError, match=words):
+            call()
 
 
 def test_after_the_end(short_smollm2):

@@ -14,6 +14,7 @@ from kvlocal.compat.embeddings import Vectors
 from kvlocal.compat.errors import NotSupported
 from kvlocal.compat.tokens import Tokens
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.sampling import SamplingParams
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import AnswerRequest, Event, Finished, TextRequest, Usage
 
@@ -33,7 +34,7 @@ class Answers(Tokens):
     _worker: Engine | Vectors
     _last: Finished | None
     _seed: int | None
-    _repeat_last_n: int
+    _drawn: SamplingParams
 
     # chats
 
@@ -100,7 +101,7 @@ class Answers(Tokens):
             OWNER,
             asked.messages(messages),
             asked.sampling(
-                self._repeat_last_n, self._seed if seed is None else seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                self._drawn, self._seed if seed is None else seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                 repeat_penalty=repeat_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias,
             ),
             asked.chat_options(
@@ -179,7 +180,7 @@ class Answers(Tokens):
             OWNER,
             asked.prompt(prompt),
             asked.sampling(
-                self._repeat_last_n, self._seed if seed is None else seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                self._drawn, self._seed if seed is None else seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                 repeat_penalty=repeat_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias,
             ),
             asked.text_options(grammar=grammar, stop=stop, max_tokens=max_tokens, logprobs=logprobs),

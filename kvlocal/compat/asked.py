@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -14,7 +15,11 @@ from kvlocal.openai_forms import chat_fields
 from kvlocal.openai_forms.chat_fields import FieldError
 from kvlocal.template.markup import Message
 
-_WHOLE = ("top_k", "seed", "max_tokens", "top_logprobs", "logprobs", "mirostat_mode")
+# the arguments that are no numbers with fractions
+_WHOLE = {
+    "last_n_tokens_size", "logprobs", "max_tokens", "mirostat_mode", "n_batch", "n_ctx", "n_gpu_layers", "n_threads", "n_ubatch", "pooling_type",
+    "seed", "top_k", "top_logprobs",
+}  # fmt: skip
 
 # arguments that change what comes out, and the values of them that change nothing
 _AS_IT_IS: dict[str, Any] = {"logits_processor": None, "mirostat_mode": 0, "stopping_criteria": None, "suffix": None, "typical_p": 1}
@@ -49,7 +54,7 @@ def stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         FieldError: they are no texts.
     """
-    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    texts = (stop,) if isinstance(stop, str) else tuple(stop or ()) if stop is None or isinstance(stop, Sequence) else (None,)
     if not all(isinstance(text, str) and text for text in texts):
         raise FieldError("stop has to be a text or a list of texts, none of them empty", "stop")
     return texts
@@ -60,11 +65,11 @@ def limit(max_tokens: int | None) -> int | None:
     return None if max_tokens is None or max_tokens <= 0 else int(max_tokens)
 
 
-def sampling(repeat_last_n: int, seed: int | None, **arguments: Any) -> SamplingParams:
+def sampling(drawn: SamplingParams, seed: int | None, **arguments: Any) -> SamplingParams:
     """How tokens are drawn.
 
     Args:
-        repeat_last_n: as SamplingParams has it.
+        drawn: what no argument says.
         seed: of the random numbers, None for any.
         arguments: of the method, as kvlocal.openai_forms.chat_fields.sampling has them.
 
@@ -72,9 +77,11 @@ def sampling(repeat_last_n: int, seed: int | None, **arguments: Any) -> Sampling
         KvlocalError: a value is not possible.
     """
     biases = arguments.pop("logit_bias", None)
+    if biases is not None and not isinstance(biases, Mapping):
+        raise FieldError("logit_bias has to be a dict of tokens and numbers", "logit_bias")
     check_numbers(seed=seed, **arguments)
     check_numbers(**{f"logit_bias of {token}": value for token, value in (biases or {}).items()})
-    return chat_fields.sampling(SamplingParams(repeat_last_n=repeat_last_n), seed=seed, logit_bias=biases, **arguments)
+    return chat_fields.sampling(drawn, seed=seed, logit_bias=biases, **arguments)
 
 
 def messages(given: Any) -> list[Message]:
@@ -100,6 +107,18 @@ def _with_calls(message: Any) -> Any:
     return dict(message)
 
 
+def _plain(name: str, value: Any) -> Any:
+    """A copy of an argument as JSON has it.
+
+    Raises:
+        FieldError: there is something in it that JSON has not.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FieldError(f"{name} has something in it that JSON has not ({error}): give texts, numbers, lists and dicts", name) from None
+
+
 def prompt(given: Any) -> str | list[int]:
     """The text of a request, or its tokens.
 
@@ -108,9 +127,10 @@ def prompt(given: Any) -> str | list[int]:
     """
     if isinstance(given, str):
         return given
-    if not isinstance(given, Sequence) or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in given):
+    tokens = given if isinstance(given, Sequence) and not isinstance(given, bytes) else [None]
+    if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens):
         raise FieldError("prompt has to be a text or a list of tokens", "prompt")
-    return [int(token) for token in given]
+    return [int(token) for token in tokens]
 
 
 def text_options(*, grammar: Any, stop: Any, max_tokens: Any, logprobs: Any) -> AnswerOptions:
@@ -146,6 +166,12 @@ def chat_options(
     Raises:
         KvlocalError: a value is not possible.
     """
+    for name, value in (("functions", functions), ("tools", tools)):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+            raise FieldError(f"{name} has to be a list", name)
+    functions, tools, response_format = (
+        _plain(name, value) for name, value in (("functions", functions), ("tools", tools), ("response_format", response_format))
+    )
     if functions is not None:
         tools = [{"type": "function", "function": function} for function in functions]
     if function_call is not None:

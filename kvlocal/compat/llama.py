@@ -18,6 +18,8 @@ from kvlocal.compat.pretrained import fetched
 from kvlocal.compat.state import LlamaState
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.model import Model
+from kvlocal.llama.sampling import SamplingParams
+from kvlocal.openai_forms.chat_fields import FieldError
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import Usage
 
@@ -42,7 +44,7 @@ class Llama(Answers):
         n_ctx: cells of the cache for each layer and head, 0 for as many as the model was trained for; more are not taken.
         n_batch, n_ubatch: the smaller of them is how many tokens are evaluated at once.
         n_threads: by default one for each core.
-        last_n_tokens_size: how many tokens the penalties look at.
+        last_n_tokens_size: how many tokens the penalties look at, -1 for n_ctx.
         type_k, type_v: of the cache, as llama.cpp numbers types, or by name; f16 if None.
         embedding: it embeds texts, and does nothing else.
         pooling_type: how the vectors of tokens become one then, by llama.cpp's numbers; as the model was trained for if -1.
@@ -86,9 +88,14 @@ class Llama(Answers):
     ) -> None:
         settings.check_others(others)
         template = None if chat_format is None else template_of(chat_format)
-        asked.check_numbers(seed=seed)
+        asked.check_numbers(
+            n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads, last_n_tokens_size=last_n_tokens_size,
+            pooling_type=pooling_type, lora_scale=lora_scale,
+        )  # fmt: skip
+        for name, path in (("model_path", model_path), ("lora_path", lora_path or "")):
+            if not isinstance(path, str | os.PathLike):
+                raise FieldError(f"{name} has to be the path of a GGUF file", name)
         self.model_path, self.chat_format, self.verbose = model_path, chat_format, verbose
-        self._repeat_last_n = last_n_tokens_size
         self.set_seed(seed)
         lora = () if lora_path is None else (Lora(Path(lora_path), lora_scale),)
         model = Model(model_path, n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, lora=lora)
@@ -97,12 +104,13 @@ class Llama(Answers):
             if template is not None:
                 model.metadata["tokenizer.chat_template"] = template
             config = settings.session_config(
-                model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads, type_k=type_k, type_v=type_v
+                model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads or None, type_k=type_k, type_v=type_v
             )
             self._n_ctx = config.max_tokens
+            self._drawn = SamplingParams(repeat_last_n=self._n_ctx if last_n_tokens_size == -1 else last_n_tokens_size)
             self.n_batch = min(n_batch, self._n_ctx)
             if embedding:
-                self._worker = Vectors(model, max_tokens=self.n_batch, n_threads=n_threads, pooling_type=pooling_type)
+                self._worker = Vectors(model, max_tokens=self.n_batch, n_threads=n_threads or None, pooling_type=pooling_type)
             elif pooling_type != embeddings.UNSPECIFIED:
                 raise NotSupported("a pooling_type is of embeddings: give it with embedding=True, or leave it out")
             else:
@@ -198,7 +206,8 @@ class Llama(Answers):
 
     def set_seed(self, seed: int) -> None:
         """What is drawn from now on has this seed, -1 or 2**32 - 1 for any."""
-        self._seed = None if seed in (-1, _RANDOM_SEED) else seed
+        asked.check_numbers(seed=seed)
+        self._seed = None if seed in (None, -1, _RANDOM_SEED) else int(seed)
 
     def set_cache(self, cache: Any) -> None:
         """Of no effect: what was read is found again without another cache."""

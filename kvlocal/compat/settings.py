@@ -70,6 +70,8 @@ def session_config(
     Raises:
         KvlocalError: the model cannot have such a cache.
     """
+    if min(n_batch, n_ubatch) < 1:
+        raise SessionError(f"n_batch is {n_batch} and n_ubatch {n_ubatch}: both have to be at least 1")
     n_cells = n_ctx or model.n_ctx_train
     if n_cells > model.n_ctx_train:
         warnings.warn(

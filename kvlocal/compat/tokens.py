@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvlocal.llama.model import Model
+from kvlocal.openai_forms.chat_fields import FieldError
 
 
 class Tokens:
@@ -18,7 +19,12 @@ class Tokens:
         Args:
             add_bos: put the tokens around it that the model wants around texts.
             special: turn the texts of control tokens into these tokens.
+
+        Raises:
+            FieldError: these are no bytes.
         """
+        if not isinstance(text, bytes | bytearray):
+            raise FieldError('text has to be bytes: give text.encode("utf-8")', "text")
         tokens: list[int] = self._model.tokenize(text.decode("utf-8", "replace"), add_special=add_bos, parse_special=special).tolist()
         return tokens
 

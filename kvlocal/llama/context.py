@@ -90,6 +90,10 @@ class Context:
         for name, value in (("n_cells", n_cells), ("n_ubatch", n_ubatch), ("n_seq_max", n_seq_max)):
             if value < 1:
                 raise EngineError(f"{name} is {value}, but must be at least 1")
+        for name, number in (("n_threads", n_threads), ("n_threads_batch", n_threads_batch)):
+            # ggml ends the process for any that is smaller
+            if number is not None and number < 1:
+                raise EngineError(f"{name} is {number}, but must be at least 1")
         if n_cells * n_seq_max > _MAX_CELLS:
             raise EngineError(f"{n_seq_max} x {n_cells} cells are too many: choose a smaller budget")
         if not 0 <= n_recorded <= n_ubatch:

@@ -148,7 +148,7 @@ def _with_content(message: Any) -> Any:
 def _biases(biases: Mapping[Any, float]) -> dict[int, float]:
     try:
         return {int(token): value for token, value in biases.items()}
-    except ValueError:
+    except (ValueError, TypeError):
         raise FieldError("logit_bias has a name that is no token: name tokens by their numbers", "logit_bias") from None
 
 
@@ -156,15 +156,18 @@ def _schema(wanted: Mapping[str, Any]) -> Mapping[str, Any] | None:
     kind, beside = wanted.get("type"), wanted.get("schema")
     if kind not in FORMATS:
         raise FieldError(f"the type of response_format {not_among(str(kind), FORMATS)}", "response_format.type")
+    if kind == "text":
+        return None
     if kind == "json_object":
-        return beside or {"type": "object"}
-    if kind == "json_schema":
+        schema = beside or {"type": "object"}
+    else:
         inside = wanted.get("json_schema")
-        schema = inside.get("schema") if inside else beside
+        schema = inside.get("schema") if isinstance(inside, Mapping) else beside
         if schema is None:
             raise FieldError("response_format has no schema: give it as json_schema.schema", "response_format.json_schema")
-        return schema
-    return None
+    if not isinstance(schema, Mapping):
+        raise FieldError("the schema of response_format is no object: give a JSON schema", "response_format.schema")
+    return schema
 
 
 def _tool_choice(choice: str | Mapping[str, Any] | None, names: Sequence[str]) -> tuple[ToolChoice, tuple[str, ...]]:
