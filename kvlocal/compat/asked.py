@@ -127,7 +127,7 @@ def prompt(given: Any) -> str | list[int]:
     """
     if isinstance(given, str):
         return given
-    tokens = given if isinstance(given, Sequence) and not isinstance(given, bytes) else [None]
+    tokens: Sequence[Any] = given if isinstance(given, Sequence) and not isinstance(given, bytes) else [None]
     if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens):
         raise FieldError("prompt has to be a text or a list of tokens", "prompt")
     return [int(token) for token in tokens]
