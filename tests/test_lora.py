@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from doors import write_chat_model
+from gguf import GGUFWriter
 from gguf_copy import Source, copy
 from lora_file import EMBEDDING, matrices, merge, write_lora
 from random_nexus import nexus_file
@@ -25,6 +26,7 @@ from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.diagnosis import diagnose
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.container import Container
+from kvlocal.gguf.lora import flaw_of_adapter
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -248,6 +250,39 @@ def test_an_adapter_for_other_shapes_is_refused(llama, three_layers, tmp_path):
     deep = write_lora(tmp_path / "b.gguf", three_layers, ["blk.2.ffn_up.weight"])
     with pytest.raises(KvlocalError, match="the model has no tensor blk.2.ffn_up.weight"):
         Model(llama, lora=[Lora(deep)])
+
+
+def _gguf(path, kind, **tensors):
+    writer = GGUFWriter(path, "llama")
+    writer.add_type(kind)
+    writer.add_string("adapter.type", "lora")
+    for name, shape in tensors.items():
+        writer.add_tensor(name.replace("__", "."), np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Container(path)
+
+
+@pytest.mark.parametrize(
+    "a, b, more, flaw",
+    [
+        ((4, 2, 64), (4, 96, 2), {}, None),
+        ((4, 2, 64), (4, 96, 2), {"blk__0__attn_norm__weight": 64}, None),  # which llama.cpp leaves out
+        ((2, 64), (96, 2), {}, "has the shape"),
+        ((3, 2, 64), (3, 96, 2), {}, "has the shape"),
+        ((4, 2, 64), (4, 96, 3), {}, "has the shape"),
+        ((4, 64, 2), (4, 96, 2), {}, "has the shape"),
+        ((4, 2, 64), (4, 96, 2), {"blk__0__attn_q__bias": 64}, "is no part of an adapter"),
+        ((4, 2, 64), (4, 96, 2), {"blk__0__attn_q__weight__lora_a": (2, 64)}, "has one half of its pair"),
+    ],
+)
+def test_adapters_of_experts_have_them_in_front(tmp_path, a, b, more, flaw):
+    name = "blk__0__ffn_up_exps__weight"
+    base = _gguf(tmp_path / "base.gguf", "model", **{name: (4, 96, 64)})
+    found = flaw_of_adapter(_gguf(tmp_path / "a.gguf", "adapter", **{f"{name}__lora_a": a, f"{name}__lora_b": b}, **more), base)
+    assert found is None if flaw is None else flaw in found
 
 
 # What depends on them
