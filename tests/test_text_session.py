@@ -62,8 +62,9 @@ def test_tokens_are_taken_as_they_are(model, session):
     assert complete(session, tokens.tolist()) == expected and complete(session, tokens) == expected
 
 
-@pytest.mark.parametrize("config", [CONFIG, WITHOUT_ARCHIVE], ids=["archive", "without"])
-def test_a_text_beyond_the_budget_is_compressed(model, config):
+@pytest.mark.parametrize("policy", ["recall", "snapkv", "kvzip", "nexus", "dynsplit", "streaming"])
+def test_a_text_beyond_the_budget_is_compressed(model, policy):
+    config = dataclasses.replace(CONFIG, policy=policy, archive=None)
     with TextSession(model, config) as session:
         assert complete(session, LONG)
         assert session.kv.history_tokens > 300 and session.kv.used <= 160 and session.kv.compressions

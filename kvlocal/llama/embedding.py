@@ -18,7 +18,7 @@ from kvlocal.llama.model import Model
 DEFAULT_LENGTH = 8192  # tokens of an input, as OpenAI's models have it
 
 _LEAST_CELLS = 512
-_N_UBATCH = 256  # tokens that are evaluated at once where a text may be divided
+_N_UBATCH = 256  # tokens that are evaluated at once; each costs memory for its logits, which nobody wants
 
 Text = str | Sequence[int] | npt.NDArray[np.int32]
 T = TypeVar("T")
@@ -32,7 +32,8 @@ class Embedder:
     """Embeds texts with a model, in a context of its own, which is made when the first text comes and again for a longer one.
 
     A model that was trained for it says how the vectors of a text's tokens become one (its pooling type), and llama.cpp computes that; of any other
-    model it is the mean of the last layer's outputs behind its norm. May be used from several threads; one at a time computes.
+    model it is the mean of the last layer's outputs behind its norm. A long text is evaluated micro-batch by micro-batch, unless its tokens see what
+    follows them. May be used from several threads; one at a time computes.
 
     Args:
         model: the weights; must outlive it.
@@ -64,9 +65,8 @@ class Embedder:
         self.pooling = int(model.metadata.get(f"{architecture}.pooling_type", lib.LLAMA_POOLING_TYPE_NONE))
         if self.pooling == lib.LLAMA_POOLING_TYPE_RANK:
             raise EmbeddingError(f"{model.path} ranks texts and has no embeddings of them: choose another model")
-        self._pooled = self.pooling != lib.LLAMA_POOLING_TYPE_NONE
-        # a token that sees what follows it, and llama.cpp's pooling, want all of a text at once
-        self._whole = self._pooled or model.metadata.get(f"{architecture}.attention.causal") == "false"
+        # a token that sees what follows it wants all of a text at once
+        self._whole = model.metadata.get(f"{architecture}.attention.causal") == "false"
         self.max_tokens = min(max_tokens, model.n_ctx_train)
         self.n_embd = model.n_embd_out
         self._context: Context | None = None
@@ -98,16 +98,13 @@ class Embedder:
 
     def raw(self, text: Text) -> npt.NDArray[np.float32]:
         """As `embed`, of the length that the model gives it."""
-        tokens = self.checked(text)
-        with self._lock:
-            context = self._context_for(len(tokens))
-            self._compute(context.clear)
-            if self._whole:
-                return np.asarray(self._compute(lambda: self._of_whole(context, tokens)), np.float32)
-            total = np.zeros(self.n_embd, np.float64)
-            for start in range(0, len(tokens), context.n_ubatch):
-                total += self._compute(lambda start=start: self._sum(context, tokens, start))  # type: ignore[misc]
-            return (total / len(tokens)).astype(np.float32)
+        parts = self._parts(text, self._vector)
+        vectors, lengths = [vector for vector, _ in parts], [length for _, length in parts]
+        if self.pooling == self._lib.LLAMA_POOLING_TYPE_CLS:
+            return vectors[0]
+        if self.pooling == self._lib.LLAMA_POOLING_TYPE_LAST:
+            return vectors[-1]
+        return np.average(np.array(vectors, np.float64), axis=0, weights=lengths).astype(np.float32)
 
     def rows(self, text: Text) -> npt.NDArray[np.float32]:
         """The vectors of the tokens of a text one by one, float32 [n, n_embd].
@@ -115,17 +112,23 @@ class Embedder:
         Raises:
             EmbeddingError: as `embed` does, or the model has them only as one.
         """
-        if self._pooled:
+        if self.pooling != self._lib.LLAMA_POOLING_TYPE_NONE:
             raise EmbeddingError(f"{self._model.path} has one embedding for a text and none for each token: ask for that")
+        return np.concatenate([rows for rows, _ in self._parts(text, self._rows)])
+
+    def _parts(
+        self, text: Text, made: Callable[[Context, npt.NDArray[np.int32], int], npt.NDArray[np.float32]]
+    ) -> list[tuple[npt.NDArray[np.float32], int]]:
+        """What is made of each micro-batch of a text, and how many tokens it has."""
         tokens = self.checked(text)
         with self._lock:
             context = self._context_for(len(tokens))
             self._compute(context.clear)
-            parts = [
-                self._compute(lambda start=start: self._part(context, tokens, start).copy())  # type: ignore[misc]
-                for start in range(0, len(tokens), context.n_ubatch)
-            ]
-        return np.concatenate(parts)
+            found = []
+            for start in range(0, len(tokens), context.n_ubatch):
+                part = tokens[start : start + context.n_ubatch]
+                found.append((self._compute(lambda part=part, start=start: made(context, part, start)), len(part)))  # type: ignore[misc]
+        return found
 
     def checked(self, text: Text) -> npt.NDArray[np.int32]:
         """The tokens that `embed` embeds, int32 [n].
@@ -157,25 +160,20 @@ class Embedder:
             self._lib.llama_set_embeddings(self._context.pointer, True)
         return self._context
 
-    def _sum(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float64]:
-        """The sum of the vectors of the tokens of a micro-batch, float64 [n_embd]."""
-        return self._part(context, tokens, start).sum(axis=0, dtype=np.float64)
-
-    def _part(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
-        """The vectors of the tokens of a micro-batch, float32 [n, n_embd], in llama.cpp's memory."""
-        part = tokens[start : start + context.n_ubatch]
-        context.decode(part, start, logits="all")
-        return np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(part), self.n_embd))
-
-    def _of_whole(self, context: Context, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64] | npt.NDArray[np.float32]:
-        """The vector of a text that is evaluated at once, [n_embd]."""
-        if not self._pooled:
-            return self._sum(context, tokens, 0) / len(tokens)
-        context.decode(tokens, 0, logits="all")
+    def _vector(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
+        """The vector of the tokens of a micro-batch, which begins at a position: as the model pools them, else their mean; float32 [n_embd]."""
+        if self.pooling == self._lib.LLAMA_POOLING_TYPE_NONE:
+            return self._rows(context, tokens, start).mean(axis=0, dtype=np.float64).astype(np.float32)
+        context.decode(tokens, start, logits="all")
         pointer = self._lib.llama_get_embeddings_seq(context.pointer, 0)
         if not pointer:
             raise EngineError("llama.cpp gave no embedding: try again, or use another model")
         return np.ctypeslib.as_array(pointer, (self.n_embd,)).copy()
+
+    def _rows(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
+        """The vectors of the tokens of a micro-batch, float32 [n, n_embd], of a model that pools none."""
+        context.decode(tokens, start, logits="all")
+        return np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(tokens), self.n_embd)).copy()
 
     def close(self) -> None:
         """Frees the context. Closing twice is harmless."""

@@ -203,6 +203,7 @@ class Engine:
                 parallel=len(self._workers),
                 running=len(self._running),
                 waiting=len(self._queue),
+                embedding=self._embeddings.n_requests,
                 conversations=len(infos),
                 in_slots=sum(info.in_slot for info in infos),
                 bytes_in_memory=self._keeper.conversations.bytes_in_memory(),
