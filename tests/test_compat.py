@@ -150,12 +150,10 @@ def test_json_of_a_schema(llm):
     assert '"team_name"' in content(open_end)
 
 
-def test_a_function_is_called(with_tools, short_smollm2):
-    theirs = load().llama_cpp.Llama(str(short_smollm2), chat_format="chatml", **SETTINGS)
-    with_limit = with_tools.create_chat_completion(**EXTRACT)
-    assert_same_form(with_limit, theirs.create_chat_completion(**EXTRACT, max_tokens=4))
-    theirs.close()
-    (choice,) = with_limit["choices"]
+def test_a_function_is_called(with_tools, theirs):
+    reply = with_tools.create_chat_completion(**EXTRACT)
+    assert_same_form(reply, theirs.create_chat_completion(**EXTRACT, max_tokens=4))
+    (choice,) = reply["choices"]
     (call,) = choice["message"]["tool_calls"]
     assert choice["finish_reason"] == "tool_calls" and call["function"] == choice["message"]["function_call"]
     assert call["function"]["name"] == "UserDetail" and set(json.loads(call["function"]["arguments"])) == {"name", "age"}
@@ -210,16 +208,11 @@ def test_log_probabilities(llm, theirs):
     assert llm.create_chat_completion(HELLO, logprobs=True, **FEW)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-def test_the_same_words_as_llama_cpp_python(short_smollm2):
+def test_the_same_words_as_llama_cpp_python(llm, theirs):
     """Greedily, with the same template and all of the conversation in the cache."""
-    settings = SETTINGS | {"chat_format": None}
-    call = {"messages": HELLO, "temperature": 0.0, "max_tokens": 12}
-    with Llama(str(short_smollm2), **settings) as ours:
-        said = ours.create_chat_completion(**call)
-    theirs = load().llama_cpp.Llama(str(short_smollm2), **settings)
-    expected = theirs.create_chat_completion(**call)
-    theirs.close()
-    assert content(said) == content(expected) and said["usage"] == expected["usage"]
+    call = {"messages": [JSON_ONLY[0], *HELLO], "temperature": 0.0, "max_tokens": 8}
+    said, expected = llm.create_chat_completion(**call), theirs.create_chat_completion(**call)
+    assert said["choices"] == expected["choices"] and said["usage"] == expected["usage"]
 
 
 def test_objects_of_the_package_openai(llm):

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.openai_forms.chat_fields import FieldError
 from kvlocal.serving.engine import Engine
-from kvlocal.serving.request import Usage
+from kvlocal.serving.request import UnknownConversation, Usage
 
 _WAITING = 64  # calls of several threads; one is answered at a time
 _IDLE_RAM = 2**30  # bytes of conversations that are not the last one
@@ -139,18 +140,14 @@ class Llama(Answers):
         Args:
             repo_id: owner/repository.
             filename: a GGUF file in it, or a pattern that one fits; None for the only one.
-            additional_files, local_dir, local_dir_use_symlinks, cache_dir: cannot be had.
+            additional_files, local_dir, cache_dir: cannot be had.
+            local_dir_use_symlinks: of no effect.
             arguments: of the constructor.
 
         Raises:
             KvlocalError: it cannot be fetched or loaded.
         """
-        places = {
-            "additional_files": additional_files,
-            "local_dir": local_dir,
-            "local_dir_use_symlinks": local_dir_use_symlinks,
-            "cache_dir": cache_dir,
-        }
+        places = {"additional_files": additional_files, "local_dir": local_dir, "cache_dir": cache_dir}
         return cls(os.fspath(fetched(repo_id, filename, places)), **arguments)
 
     # embeddings
@@ -220,8 +217,11 @@ class Llama(Answers):
 
     def save_state(self) -> LlamaState:
         """The conversation that was answered last, for load_state of the same Llama. A text that was gone on with last is read again after that."""
-        identity = self._last.conversation if self._last else ""
-        checkpoint = self._engine.checkpoint(identity, OWNER) if identity else None
+        checkpoint = None
+        if self._last and self._last.conversation:
+            # one that memory had no room for is read again
+            with suppress(UnknownConversation):
+                checkpoint = self._engine.checkpoint(self._last.conversation, OWNER)
         return LlamaState(weakref.ref(self), self._last, checkpoint, self._seed)
 
     def load_state(self, state: LlamaState) -> None:

@@ -22,6 +22,6 @@ def fetched(repo_id: str, filename: str | None, places: dict[str, Any]) -> Path:
         KvlocalError: there is none, or it cannot be fetched.
     """
     for name, value in places.items():
-        if value not in (None, [], "auto"):
+        if value not in (None, []):
             raise NotSupported(f"kvlocal keeps models in its own directory, KVLOCAL_MODELS_DIR, and one file each: leave {name} out")
     return pull(find_in_repository(repo_id, filename or "*.gguf"))
