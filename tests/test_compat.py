@@ -4,7 +4,9 @@ import gc
 import inspect
 import itertools
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -379,6 +381,14 @@ def test_a_stream_that_nobody_wants_any_more_ends(llm):
     assert content(llm.create_chat_completion(HELLO, **FEW))
     del before  # it was never begun
     assert llm._engine.stats().running == 0
+
+
+def test_ctrl_c_ends_an_answer(llm):
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.create_chat_completion(HELLO, max_tokens=10**6)
+    assert content(llm.create_chat_completion(HELLO, **FEW))
 
 
 def test_threads_are_answered_one_after_another(llm):
