@@ -190,7 +190,16 @@ def test_a_loop_that_ends_early_ends_it(session):
     assert session.last.stop_reason == "stopped" and session.model.detokenize(session.tokens) == SHORT + first.text
     session.read(SHORT)
     session.stop()
+    assert not "".join(session.answer()) and session.last.stop_reason == "stopped"
     assert complete(session, SHORT)
+
+
+@pytest.mark.parametrize("prompt, top", [("Once upon a time", None), (SHORT, None), (SHORT, 1)])
+def test_cells_that_are_not_certain_are_not_used(session, prompt, top):
+    expected = complete(session, prompt)
+    complete(session, SHORT)
+    session.cache.doubt()
+    assert session.read(prompt, top_logprobs=top) == 0 and "".join(session.answer()) == expected
 
 
 def test_a_read_that_is_broken_off_leaves_nothing_wrong(model):

@@ -270,8 +270,7 @@ class Engine:
             try:
                 text.read(answering, request, tokens)
                 said, reason = text.go_on(answering, request) if request.draws else ("", "length")
-            except (KvlocalError, Cancelled):
-                # it is noted what is in its cells, or that they are not certain
+            except Cancelled:
                 texts.release(text)
                 raise
             except BaseException:
