@@ -317,6 +317,7 @@ class Engine:
     def close(self, grace_seconds: float = 0.0) -> None:
         """Takes no more requests, gives the running answers so much time, stops them where they are, and frees everything. Those that wait end
         without an answer. Closing twice is harmless."""
+        until = time.monotonic() + grace_seconds
         with self._changed:
             self._closing = True
             waiting = list(self._queue)
@@ -330,7 +331,7 @@ class Engine:
             for answering in running:
                 answering.cancel()
             self._wait_until_idle(_LEAVE_SECONDS)
-        self._embeddings.close()
+        self._embeddings.close(max(0.0, until - time.monotonic()))
         self._driving = False
         for thread in (self._driver, *self._workers):
             thread.join()
