@@ -15,6 +15,7 @@ from kvlocal.conversations.saved_chat import saved
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, atomic_write
 from kvlocal_cli.chat_commands import open_end
+from kvlocal_cli.groups import CommandGroup
 from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 
 COLUMNS = ("name", "model", "turns", "tokens", "last used", "size")
@@ -25,7 +26,7 @@ _EXPORTS: dict[str, Callable[[str, Conversation], bytes]] = {
 }
 
 
-@click.group("sessions")
+@click.group("sessions", cls=CommandGroup)
 def sessions_group() -> None:
     """List, show, rename, fork, export and delete the conversations that `kvlocal chat --session` keeps.
 

@@ -159,6 +159,14 @@ def test_version_and_help(kvlocal_run):
             assert f"  {command} " in result.stdout
 
 
+@pytest.mark.parametrize("group", ["sessions", "eval", "nexus"])
+def test_a_group_without_a_command_shows_its_help(group):
+    result = CliRunner().invoke(main, [group])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == CliRunner().invoke(main, [group, "--help"]).stdout and "Commands:\n" in result.stdout
+    assert CliRunner().invoke(main, [group, "dance"]).exit_code == 2
+
+
 def test_a_reader_that_leaves_is_no_traceback(env):
     command = [sys.executable, "-m", "kvlocal_cli", "run", *THREADS, "--max-tokens", "60", "Write a story."]
     process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
