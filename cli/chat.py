@@ -12,14 +12,14 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.opening import checked_template
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
-from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.named_sessions import new_session_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import read_on
 from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
-from kvlocal.hub.catalogue import DEFAULT_MODEL
+from kvlocal.hub.catalogue import DEFAULT_MODEL, is_same_model
 from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
 from kvlocal_cli.answer_options import answer_options
@@ -66,16 +66,21 @@ def chat_command(
     if session_name is not None and no_transcript:
         raise click.UsageError("a session is its transcript: give --session or --no-transcript")
     begun = Conversation() if load_path is None else load(load_path)
-    kept = None if session_name is None else Transcript.resume(session_path(session_name))
+    kept = None if session_name is None else Transcript.resume(new_session_path(session_name))
     with kept or nullcontext():
         earlier = (kept and kept.conversation) or Conversation()
         if earlier.messages and load_path:
             raise click.UsageError(f"the session {session_name} has begun already: load the file into another one, or in the chat with /load")
+        screen = Screen(verbose=verbose)
+        if name and earlier.model and earlier.messages and not is_same_model(name, earlier.model):
+            question = f"The session {session_name} was led with {earlier.model}. Read it with {name}, and go on with that?"
+            if not screen.agrees(question):
+                raise click.Abort
         name = name or earlier.model or DEFAULT_MODEL
         before = begun if load_path else earlier
         system = before.system if config.system is None else clean_text(config.system)
         config = replace(config, system=system)
-        with loading.loaded(name, config) as loaded, Chat(name, loaded, Screen(verbose=verbose), loading, asked) as chat:
+        with loading.loaded(name, config) as loaded, Chat(name, loaded, screen, loading, asked) as chat:
             if begun.messages:
                 # before there is a transcript: a file that does not fit leaves none
                 chat.replace(chat.config, begun.messages)
@@ -129,6 +134,7 @@ class Chat:
             KvlocalError: that does not go together with the model or the configuration, or nothing can be written.
         """
         snapshots, earlier = Snapshots(snapshot_path(transcript.path)), transcript.conversation
+        changes: list[Callable[[Transcript], None]] = []
         model = self._lasting_name
         if earlier is None:
             transcript.begin(model=model, system=self.config.system)
@@ -137,12 +143,12 @@ class Chat:
                 earlier.drawn.clear()
             self._take_up(earlier, snapshots)
             if earlier.model != model:
-                transcript.add_model(model)
-            if earlier.system != self.config.system:
-                transcript.add_system(self.config.system)
+                changes.append(lambda transcript: transcript.add_model(model))
+            if (system := self.config.system) != earlier.system:
+                changes.append(lambda transcript: transcript.add_system(system))
             if earlier.messages:
                 self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
-        self.record.go_on(transcript, snapshots)
+        self.record.go_on(transcript, snapshots, changes)
 
     @property
     def _lasting_name(self) -> str:

@@ -12,7 +12,7 @@ import click
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.stats import SegmentStats
-from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.named_sessions import new_session_path, outside
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
@@ -181,9 +181,9 @@ def _edit(chat: Chat, argument: str) -> None:
 def _fork(chat: Chat, argument: str) -> None:
     if not argument:
         raise KvlocalError("/fork needs a name for the new session")
-    path = session_path(argument)
+    path = new_session_path(argument)
     chat.fork(path)
-    chat.screen.note(f"this chat goes on in the session {path.stem}; the one until now stays as it is")
+    chat.screen.note(f"this chat goes on in the session {path.stem}{outside(path)}; the one until now stays as it is")
 
 
 def _clear(chat: Chat, argument: str) -> None:

@@ -34,6 +34,10 @@ class Screen:
         """What a command was asked for."""
         click.echo(text, file=self.terminal if self.interactive else sys.stdout)
 
+    def agrees(self, question: str) -> bool:
+        """Whether the person says yes to this; without one, a script means what it says."""
+        return not self.interactive or click.confirm(question, err=self.terminal is sys.stderr)
+
     def warn(self, text: str) -> None:
         """Something went wrong."""
         click.echo(f"kvlocal: {text}", err=True)

@@ -52,6 +52,25 @@ def session_path(text: str) -> Path:
     return sessions_dir() / f"{text}{SUFFIX}"
 
 
+def new_session_path(text: str) -> Path:
+    """`session_path` of a session that may begin there.
+
+    Raises:
+        KvlocalError: it is neither a name nor a file in a directory that is there; none is made.
+    """
+    path = session_path(text)
+    if path.parent != sessions_dir() and not path.parent.is_dir():
+        raise KvlocalError(
+            f"{text[:60]!r} is a file in {path.parent}, which is no directory: make its directory first, or give a name without {os.sep}"
+        )
+    return path
+
+
+def outside(path: Path) -> str:
+    """Where a session is that has no name, as the end of a sentence; "" for one with a name."""
+    return "" if path.parent == sessions_dir() else f" in the file {path.absolute()}, which `kvlocal sessions list` does not show"
+
+
 @dataclass(frozen=True)
 class Session:
     """A session on disk.

@@ -186,6 +186,14 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     return Catalogue.load().resolve(name_or_path)
 
 
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two MODEL arguments mean the same file; of what is not on disk, whether they are the same."""
+    try:
+        return one == other or os.path.samefile(resolve(one), resolve(other))
+    except KvlocalError:
+        return False
+
+
 def is_gguf(path: Path) -> bool:
     """Whether `path` is a readable file that starts with the GGUF magic.
 
