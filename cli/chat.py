@@ -12,7 +12,7 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.opening import checked_template
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
-from kvlocal.conversations.named_sessions import new_session_path
+from kvlocal.conversations.named_sessions import chat_file, new_session_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import read_on
 from kvlocal.conversations.saved_chat import load
@@ -25,7 +25,7 @@ from kvlocal_cli import chat_commands
 from kvlocal_cli.answer_options import answer_options
 from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
 from kvlocal_cli.chat_record import ChatRecord
-from kvlocal_cli.chat_screen import Screen
+from kvlocal_cli.chat_screen import Screen, status_line
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
 from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_answer
@@ -37,8 +37,8 @@ from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_
 @answer_options
 @click.option("--session", "session_name", metavar="NAME|FILE",
               help="Begin a conversation that is kept under this name or in this file, or go on with it where it ended.")
-@click.option("--load", "load_path", type=click.Path(path_type=Path), metavar="FILE",
-              help="Go on with a saved chat or a transcript.")
+@click.option("--load", "load_from", metavar="FILE|NAME",
+              help="Go on with a saved chat, a transcript, or a copy of a session.")
 @click.option("--no-transcript", is_flag=True, help="Keep no file of this chat.")
 @click.option("--verbose", is_flag=True, help="Without a terminal, say on stderr what a terminal would show.")
 def chat_command(
@@ -47,7 +47,7 @@ def chat_command(
     loading: Loading,
     asked: AnswerOptions,
     session_name: str | None,
-    load_path: Path | None,
+    load_from: str | None,
     no_transcript: bool,
     verbose: bool,
 ) -> None:
@@ -65,6 +65,7 @@ def chat_command(
     """
     if session_name is not None and no_transcript:
         raise click.UsageError("a session is its transcript: give --session or --no-transcript")
+    load_path = None if load_from is None else chat_file(load_from)
     begun = Conversation() if load_path is None else load(load_path)
     kept = None if session_name is None else Transcript.resume(new_session_path(session_name))
     with kept or nullcontext():
@@ -113,6 +114,7 @@ class Chat:
         self.failed = False
         self._model, self._nexus, self._loading, self._asked = loaded.model, loaded.nexus, loading, asked
         self._bar = ReadingBar()
+        self._before: Conversation | None = None  # what was cleared or replaced last
         self._told_lost = ""  # why the archive was given up, once that was said
         self.record = ChatRecord(screen)
         self._idle = Idle(lambda stop: self.record.save_snapshot(self.session, stop))
@@ -142,6 +144,7 @@ class Chat:
             if earlier.model != model:
                 earlier.drawn.clear()
             self._take_up(earlier, snapshots)
+            self._before = earlier.before
             if earlier.model != model:
                 changes.append(lambda transcript: transcript.add_model(model))
             if (system := self.config.system) != earlier.system:
@@ -278,6 +281,42 @@ class Chat:
         self.record.add(lambda transcript: transcript.add_undo(n_turns))
         return taken
 
+    def clear(self) -> None:
+        """Forget everything but the system prompt; it can be brought back."""
+        before = self._put_aside()
+        self.session.clear()
+        self._before = before
+        self.record.add(Transcript.add_clear)
+
+    def load(self, conversation: Conversation) -> None:
+        """Go on with another conversation; what was said until now can be brought back.
+
+        Raises:
+            KvlocalError: as `replace` does.
+        """
+        system, messages, before = conversation.system, conversation.messages, self._put_aside()
+        self.replace(replace(self.config, system=system), messages)
+        self._before = before
+        self.record.add(lambda transcript: transcript.add_load(messages, system))
+
+    def bring_back(self) -> int:
+        """Where nothing was said since, bring back what was cleared or replaced last. Returns how many messages that are, 0 if there is nothing.
+
+        Raises:
+            KvlocalError: as `replace` does.
+        """
+        before = self._before
+        if before is None or self.session.messages:
+            return 0
+        self.replace(replace(self.config, system=before.system), before.messages)
+        self._before = before.before
+        self.record.add(Transcript.add_undo)
+        return len(before.messages)
+
+    def _put_aside(self) -> Conversation | None:
+        messages = [dict(message) for message in self.session.messages]
+        return Conversation(messages, self.config.system, before=self._before).put_aside()
+
     def edit(self, turn: int, text: str) -> None:
         """Send this in the place of a user turn, as if all that came from there on had not been, and show the answer.
 
@@ -382,21 +421,7 @@ class Chat:
     def _show_status(self, compressions: int) -> None:
         last, kv = self.session.last, self.session.kv
         assert last is not None  # after an answer
-        parts = [
-            f"{last.tokens_per_second:.1f} tok/s",
-            f"{kv.used}/{kv.budget} cells",
-            f"{kv.history_tokens} tokens of history",
-            f"{kv.compressions} compression{'s' * (kv.compressions != 1)}",
-        ]
-        if kv.compressions > compressions:
-            parts[-1] += f" ({kv.compressions - compressions} in this turn)"
-        if last.recalled:
-            parts.append(f"recalled from turn{'s' * (len(last.recalled) > 1)} {', '.join(map(str, last.recalled))}")
-        if last.stop_reason == "stopped":
-            parts.insert(0, "stopped")
-        elif last.stop_reason == "length":
-            parts.insert(0, f"cut off at {last.answer_tokens} tokens")
-        self.screen.note(" · ".join(parts))
+        self.screen.note(status_line(last, kv, compressions))
         if kv.archive_lost and kv.archive_lost != self._told_lost:
             self.screen.warn(archive_lost(kv.archive_lost))
         self._told_lost = kv.archive_lost

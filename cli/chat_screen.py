@@ -5,6 +5,7 @@ import sys
 import click
 from rich.console import Console
 
+from kvlocal.chat.stats import KvStats, TurnStats
 from kvlocal_cli.terminal import is_terminal
 
 
@@ -35,9 +36,34 @@ class Screen:
         click.echo(text, file=self.terminal if self.interactive else sys.stdout)
 
     def agrees(self, question: str) -> bool:
-        """Whether the person says yes to this; without one, a script means what it says."""
-        return not self.interactive or click.confirm(question, err=self.terminal is sys.stderr)
+        """Whether the person says yes to this, which Ctrl-C does not; without a person, a script means what it says."""
+        if not self.interactive:
+            return True
+        try:
+            return click.confirm(question, err=self.terminal is sys.stderr)
+        except click.Abort:
+            click.echo(file=self.terminal)
+            return False
 
     def warn(self, text: str) -> None:
         """Something went wrong."""
         click.echo(f"kvlocal: {text}", err=True)
+
+
+def status_line(last: TurnStats, kv: KvStats, compressions: int) -> str:
+    """What is said behind an answer. compressions: how many there were before it."""
+    parts = [
+        f"{last.tokens_per_second:.1f} tok/s",
+        f"{kv.used}/{kv.budget} cells",
+        f"{kv.history_tokens} tokens of history",
+        f"{kv.compressions} compression{'s' * (kv.compressions != 1)}",
+    ]
+    if kv.compressions > compressions:
+        parts[-1] += f" ({kv.compressions - compressions} in this turn)"
+    if last.recalled:
+        parts.append(f"recalled from turn{'s' * (len(last.recalled) > 1)} {', '.join(map(str, last.recalled))}")
+    if last.stop_reason == "stopped":
+        parts.insert(0, "stopped")
+    elif last.stop_reason == "length":
+        parts.insert(0, f"cut off at {last.answer_tokens} tokens")
+    return " · ".join(parts)

@@ -72,6 +72,9 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
             click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))
         elif not answer.endswith("\n"):
             click.echo()
+        last = session.last
+    if last and last.stop_reason == "length" and not as_json:
+        click.echo(f"kvlocal: the answer was cut off at {last.answer_tokens} tokens: give a larger --max-tokens", err=True)
     if lost:
         click.echo(f"kvlocal: {archive_lost(lost)}", err=True)
     if turn.interrupted:

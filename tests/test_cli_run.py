@@ -47,10 +47,16 @@ def failed(result: subprocess.CompletedProcess, code: int) -> str:
 
 
 def test_one_answer_on_clean_stdout(kvlocal_run):
-    result = kvlocal_run("run", *GREEDY, "What is 2+2?")
+    result = kvlocal_run("run", *GREEDY, "--max-tokens", "60", "What is 2+2?")
     assert result.returncode == 0
     assert "answer" in result.stdout and result.stdout.endswith("\n") and "\x1b" not in result.stdout
     assert result.stderr == ""
+
+
+def test_an_answer_that_was_cut_off_is_told(kvlocal_run):
+    result = kvlocal_run("run", *GREEDY, "What is 2+2?")
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 1
+    assert result.stderr == "kvlocal: the answer was cut off at 8 tokens: give a larger --max-tokens\n"
 
 
 def test_json(kvlocal_run, smollm2):
@@ -70,7 +76,7 @@ def test_json(kvlocal_run, smollm2):
 
 def test_an_open_silent_stdin_is_told(env):
     """Whoever starts it from a program that leaves stdin open would wait for ever without a word."""
-    command = [sys.executable, "-m", "kvlocal_cli", "run", *GREEDY, "Hi"]
+    command = [sys.executable, "-m", "kvlocal_cli", "run", *GREEDY, "--max-tokens", "60", "Hi"]
     with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline() == (
             "kvlocal: waiting for the end of standard input, which belongs to the prompt; where there is none, run it with </dev/null\n"
@@ -126,6 +132,7 @@ def test_an_archive_of_a_type_that_the_heads_have_no_whole_blocks_of(kvlocal_run
         (["run", "--policy-arg", "alphabet=1", "Hi"], "hyper-parameter"),
         (["run", "--policy-arg", "alpha", "Hi"], "name=value"),
         (["run", "--kv-budget", "5", "Hi"], "too small"),
+        (["run", "--policy", "full", "--kv-ratio", "0.5", "Hi"], "the policy full removes nothing"),
         (["run", "--archive", "ram", "--archive-type", "q9", "Hi"], "iq4_nl"),
         (["run", "--archive", "off", "--archive-type", "q8_0", "Hi"], "give --archive disk"),
         (["run", "--policy", "snapkv", "--archive-ram", "100", "Hi"], "give --archive disk"),

@@ -195,6 +195,37 @@ def test_another_model_is_asked_for_and_changes_nothing_until_something_is_said(
     assert files()["trip.jsonl"].startswith(before["trip.jsonl"])
 
 
+def test_a_session_is_cleared_when_the_person_agrees_and_comes_back(chat, path, smollm2, tmp_path):
+    chat("--session", "trip", stdin=ASKED[:2])
+    said = messages(path)
+    with Terminal("chat", *OPTIONS, "--session", "trip", env=os.environ) as terminal:
+        terminal.wait_for_prompt()
+        for command in ("/clear", "/load trip"):
+            terminal.type(f"{command}\r")
+            assert "Put the 4 messages of this session aside?" in terminal.wait_for(r"\[y/N\]")
+            terminal.type("n\r")
+            assert "nothing has changed" in terminal.wait_for_prompt() and messages(path) == said
+        terminal.type("/clear\r")
+        terminal.wait_for(r"\[y/N\]")
+        terminal.type("y\r")
+        assert "/undo brings the rest back" in terminal.wait_for_prompt() and messages(path) == []
+        terminal.type("\x04")
+        assert terminal.wait_for_end() == 0
+    # also in another process, and it is not asked twice
+    result = chat("--session", "trip", "--verbose", stdin=["/clear", "/undo", "/regen"])
+    assert result.returncode == 0 and "back again: 4 messages" in result.stderr
+    assert messages(path)[:3] == said[:3] and len(messages(path)) == 4
+
+
+def test_a_session_is_loaded_by_its_name(chat, path, tmp_path):
+    chat("--session", "trip", "--system", "Be kind.", stdin=ASKED[:1])
+    for args, stdin in ((("--load", "trip"), ["/system"]), ((), ["/load trip", "/system"])):
+        result = chat("--no-transcript", "--verbose", *args, stdin=stdin)
+        assert result.returncode == 0 and f"read 2 messages from {path}" in result.stderr and "Be kind." in result.stdout
+    result = chat("--load", "none", stdin=[])
+    assert result.returncode == 1 and result.stderr.startswith("kvlocal: there is no file none and no session of that name: ")
+
+
 def test_no_room_for_the_snapshot_is_said_once_and_nothing_else_is_lost(chat, path):
     result = chat("--session", "trip", stdin=ASKED[:3], limit=2**16)
     assert result.returncode == 0 and result.stderr.count("\n") == 1

@@ -129,6 +129,20 @@ def existing_path(text: str) -> Path:
     return path
 
 
+def chat_file(text: str) -> Path:
+    """The file of a chat to load: a file of that name, or else the transcript of the session of that name.
+
+    Raises:
+        KvlocalError: there is neither.
+    """
+    path = Path(os.path.expanduser(text))
+    if os.path.exists(path):
+        return path
+    if _NAME.fullmatch(text) and session_path(text).is_file():
+        return session_path(text)
+    raise KvlocalError(f"there is no file {text[:200]} and no session of that name: check the path, or see `kvlocal sessions list`")
+
+
 def _skimmed(path: Path) -> Conversation | None:
     try:
         return Transcript.skim(path) if path.stat().st_size else Conversation()

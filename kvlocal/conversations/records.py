@@ -1,5 +1,7 @@
 """The records of a transcript, a JSON object a line, and the conversation that they replay to."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -47,6 +49,7 @@ class Conversation:
         n_answers: answers since it began or was cleared, those that were taken back too.
         started: when, in ISO 8601.
         tools: that may be called in all of it.
+        before: what a "clear" or a "load" has put aside, which taking back behind the first turn brings again.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -59,6 +62,13 @@ class Conversation:
     n_answers: int = 0
     started: str | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    before: Conversation | None = None
+
+    def put_aside(self) -> Conversation | None:
+        """What `before` becomes when other turns take the place of these."""
+        if not self.messages:
+            return self.before
+        return Conversation(self.messages, self.system, cut_off=self.cut_off, before=self.before)
 
     @property
     def n_tokens(self) -> int | None:
@@ -112,16 +122,21 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
                 chat.messages += [_given_turn(message) for message in record["messages"]]
             elif kind == "regen":
                 _drop_answer(chat)
+            elif kind == "undo" and not chat.messages and chat.before:
+                before = chat.before
+                chat.messages, chat.cut_off, chat.system, chat.before = before.messages, before.cut_off, before.system, before.before
             elif kind == "undo":
                 _drop_answer(chat)
                 chat.messages.pop()
             elif kind == "clear":
+                chat.before = chat.put_aside()
                 chat.messages, chat.cut_off, chat.drawn, chat.tokens_after, chat.n_answers = [], [], {}, {}, 0
             elif kind == "system":
                 chat.system, chat.tokens_after = text_or_none(record["content"]), {}
             elif kind == "model":
                 chat.model, chat.drawn, chat.tokens_after = record["model"] + "", {}, {}
             elif kind == "load":
+                chat.before = chat.put_aside()
                 chat.messages, chat.system = checked_turns(path, record)
                 chat.cut_off, chat.drawn, chat.tokens_after = [], {}, {}
             else:
