@@ -285,6 +285,25 @@ def test_without_its_archive_the_conversation_goes_on(model, tmp_path, changes, 
         assert cache.compressor.recaller is not None and cache.compressor.lost == ""
 
 
+def test_boxes_of_keys_take_from_the_memory_of_the_archive(model, monkeypatch):
+    monkeypatch.setattr(recall, "_QUICK", recall._Search(1, BLOCK, 1))
+    monkeypatch.setattr(recall, "_CLOSE", recall._Search(1, BLOCK, 1))
+
+    def bytes_of_rows(archive):
+        return sum(chunk.k.nbytes + chunk.v.nbytes for chunk in archive.chunks())
+
+    with BudgetedCache(model, CONFIG) as cache:
+        for turn in range(8):
+            cache.read(user(100, turn))
+        archive = cache.compressor.recaller.archive
+        rows = bytes_of_rows(archive)
+        assert archive.bytes_in_memory == rows + rows // 16
+    with BudgetedCache(model, replace(CONFIG, archive_ram=rows)) as cache:
+        for turn in range(8):
+            cache.read(user(100, turn))
+        assert cache.compressor.recaller is None and "filled the" in cache.compressor.lost
+
+
 @pytest.fixture(scope="module")
 def short_model(smollm2, tmp_path_factory):
     """Trained for 600 positions, as it says."""

@@ -166,6 +166,14 @@ class Archive:
         """The keys, [L, H, CHUNK, row size] for every CHUNK tokens."""
         return [chunk.k for chunk in self._chunks[: -(-self.n_tokens // CHUNK)]]
 
+    def beside(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for what is derived from the rows, which counts as theirs until `close`.
+
+        Raises:
+            ArchiveFailed: there is no room for it.
+        """
+        return self._memory.take(n_bytes).data
+
     # marks
 
     def add_mark(self, mark: ArchivedMark) -> None:

@@ -129,6 +129,10 @@ class Recaller:
         """The n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`.
 
         closely: whether it may take longer, because much depends on it
+
+        Raises:
+            ArchiveFailed: there is no room for what finds them.
+            NativeError: the native layer refused it or failed.
         """
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         positions = self.positions(ledger, ledger.next_position)
