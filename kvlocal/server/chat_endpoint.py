@@ -15,7 +15,7 @@ from kvlocal.server.generation import Generation, chat_generation, collected, un
 from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import service_of
 from kvlocal.server.streaming import DONE, Stream, event
-from kvlocal.serving.request import Finished
+from kvlocal.serving.request import AnswerRequest, Finished
 
 
 async def chat_completions(request: Request) -> Response:
@@ -33,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
     return JSONResponse(reply.whole(choices))
 
 
-async def _chunks(generation: Generation, reply: ChatReply) -> AsyncIterator[ServerSentEvent]:
+async def _chunks(generation: Generation[AnswerRequest], reply: ChatReply) -> AsyncIterator[ServerSentEvent]:
     ends = []
     for index in range(generation.n):
         yield event(reply.begin(index))

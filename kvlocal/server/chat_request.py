@@ -77,9 +77,7 @@ def answer_options(fields: ChatRequest) -> AnswerOptions:
     choice, allowed = _tool_choice(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise invalid("top_logprobs is given without logprobs: set logprobs to true", "top_logprobs")
-    schema = None if fields.response_format is None else _schema(fields.response_format)
-    if schema is not None and fields.grammar is not None:
-        raise invalid("an answer cannot follow a grammar and a JSON schema at once: leave one of them out", "grammar")
+    schema = schema_of(fields.response_format, fields.grammar)
     return AnswerOptions(
         stop=stops(fields.stop),
         max_tokens=limit(fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens),
@@ -130,6 +128,18 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
         return {int(token): value for token, value in biases.items()}
     except ValueError:
         raise invalid("logit_bias has a name that is no token: name tokens by their numbers", "logit_bias") from None
+
+
+def schema_of(wanted: ResponseFormat | None, grammar: str | None) -> Mapping[str, Any] | None:
+    """The JSON schema that an answer has to follow, None for none.
+
+    Raises:
+        ApiError: there is none where there has to be one, or there is a grammar besides.
+    """
+    schema = None if wanted is None else _schema(wanted)
+    if schema is not None and grammar is not None:
+        raise invalid("an answer cannot follow a grammar and a JSON schema at once: leave one of them out", "grammar")
+    return schema
 
 
 def _schema(wanted: ResponseFormat) -> Mapping[str, Any] | None:

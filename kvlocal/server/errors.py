@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.messages import MessageError
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.embedding import EmbeddingError
 from kvlocal.llama.grammar import GrammarError
 from kvlocal.llama.sampling import SamplingError
 from kvlocal.serving.request import EngineClosed
@@ -97,6 +98,8 @@ def of_failure(error: KvlocalError) -> ApiError:
         return ApiError(503, str(error), code="closing", retry_after=5)
     if isinstance(error, GrammarError):
         return invalid(str(error), "grammar")
+    if isinstance(error, EmbeddingError):
+        return invalid(str(error), "input")
     if isinstance(error, SessionError):
         return invalid(str(error))
     if isinstance(error, TemplateError):

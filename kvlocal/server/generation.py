@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
-from typing import Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -19,16 +20,22 @@ from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import Service
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.engine import Engine
-from kvlocal.serving.request import AnswerRequest, EngineBusy, Event, Finished
+from kvlocal.serving.request import AnswerRequest, EngineBusy, Event, Finished, TextRequest
 
 _Result = TypeVar("_Result")
+_Request = TypeVar("_Request", AnswerRequest, TextRequest)
+
+_AGAIN_SECONDS = 0.1  # until an engine that was busy is asked again
 
 
-class Generation:
+class Generation(Generic[_Request]):
     """Answers on their way; leaving the block of this context manager cancels those that are not finished.
 
+    As many of them at once as the engine answers are with it, so that they take no more than their part of its queue. Once the first is taken, the
+    others are, as soon as there is room for them.
+
     Args:
-        requests: one for each answer; all of them are taken, or none.
+        requests: one for each answer.
         metrics: counts what it took.
 
     Attributes:
@@ -38,24 +45,48 @@ class Generation:
         ApiError: the engine is busy, or closing, or cannot answer this.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[AnswerRequest], metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[_Request], metrics: Metrics) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._metrics, self._started = metrics, time.perf_counter()
-        self.requests = requests
+        self._engine, self._metrics, self._started = engine, metrics, time.perf_counter()
+        self.requests: Sequence[_Request] = requests
+        self._to_come: deque[tuple[int, _Request]] = deque(enumerate(requests))
         self._answerings: list[Answering] = []
+        self._n_finished = 0
         self._first = True
         try:
-            for request in requests:
-                self._answerings.append(engine.submit(request))
+            self._submit()
         except EngineBusy as error:
-            self.cancel()
             raise ApiError(503, str(error), code="busy", retry_after=error.retry_after) from None
+        except KvlocalError as error:
+            raise of_failure(error) from None
+        self._submit_others()
+
+    def _submit(self) -> None:
+        index, request = self._to_come[0]
+        answering = self._engine.submit(request)
+        self._to_come.popleft()
+        self._answerings.append(answering)
+        answering.on_event(lambda event: self._pass_on(index, event))
+
+    def _submit_others(self) -> None:
+        """As many as there is room for.
+
+        Raises:
+            ApiError: the engine is closing, or cannot answer one.
+        """
+        try:
+            while self._to_come and self._n_running < self._engine.parallel:
+                self._submit()
+        except EngineBusy:
+            pass
         except KvlocalError as error:
             self.cancel()
             raise of_failure(error) from None
-        for index, answering in enumerate(self._answerings):
-            answering.on_event(lambda event, index=index: self._pass_on(index, event))  # type: ignore[misc]
+
+    @property
+    def _n_running(self) -> int:
+        return len(self._answerings) - self._n_finished
 
     def _pass_on(self, index: int, event: Event) -> None:
         """Called in the thread that computes."""
@@ -73,21 +104,26 @@ class Generation:
         Raises:
             ApiError: an answer failed.
         """
-        for _ in self._answerings:
-            while True:
-                index, event = await self._queue.get()
-                if self._first:
-                    self._first = False
-                    self._metrics.first_token.observe(time.perf_counter() - self._started)
-                if isinstance(event, Finished):
-                    if event.error is not None:
-                        raise of_failure(event.error)
-                    yield index, event
-                    break
-                yield index, event
+        while self._n_finished < self.n:
+            if not self._n_running:
+                # others were faster
+                await asyncio.sleep(_AGAIN_SECONDS)
+                self._submit_others()
+                continue
+            index, event = await self._queue.get()
+            if self._first:
+                self._first = False
+                self._metrics.first_token.observe(time.perf_counter() - self._started)
+            if isinstance(event, Finished):
+                if event.error is not None:
+                    raise of_failure(event.error)
+                self._n_finished += 1
+                self._submit_others()
+            yield index, event
 
     def cancel(self) -> None:
         """Nobody wants the answers any more."""
+        self._to_come.clear()
         for answering in self._answerings:
             answering.cancel()
 
@@ -98,7 +134,7 @@ class Generation:
         self.cancel()
 
 
-def chat_generation(service: Service, fields: ChatRequest, owner: str) -> Generation:
+def chat_generation(service: Service, fields: ChatRequest, owner: str) -> Generation[AnswerRequest]:
     """The answers that the body of a request asks for.
 
     Raises:
@@ -108,7 +144,7 @@ def chat_generation(service: Service, fields: ChatRequest, owner: str) -> Genera
     return Generation(service.engine, requests, service.metrics)
 
 
-async def collected(generation: Generation) -> list[Choice]:
+async def collected(generation: Generation[Any]) -> list[Choice]:
     """All answers, once they are whole.
 
     Raises:

@@ -1,0 +1,120 @@
+"""Embeddings: embeds texts beside the conversations of an engine, in a context of their own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlocal.chat.text_session import Prompt
+from kvlocal.llama.embedding import Embedder
+from kvlocal.llama.model import Model
+from kvlocal.llama.scheduler import Scheduler, Stopped
+from kvlocal.serving.live import Cancelled
+from kvlocal.serving.request import EngineBusy, EngineClosed
+
+
+class Embedded(NamedTuple):
+    """The embedding of a text.
+
+    vector: float32 [n_embd], of length 1
+    n_tokens: of the text
+    """
+
+    vector: npt.NDArray[np.float32]
+    n_tokens: int
+
+
+class Embeddings:
+    """Embeds texts, one request after another. What computes is called in the thread that computes everything (kvlocal.llama.scheduler), micro-batch
+    by micro-batch; between two of them the conversations get as much time, if there are any.
+
+    The context is made for the first text.
+
+    scheduler: of the conversations
+    waiting: requests that may wait
+    """
+
+    def __init__(self, model: Model, scheduler: Scheduler, waiting: int, n_threads: int | None) -> None:
+        self._model, self._scheduler, self._waiting, self._n_threads = model, scheduler, waiting, n_threads
+        self._embedder: Embedder | None = None
+        self._executor = ThreadPoolExecutor(1, "kvlocal-embeddings")
+        self._gone = threading.Event()  # of the request that is worked on
+        # guards what follows
+        self._lock = threading.RLock()
+        self._closing = False
+        self._n_requests = 0
+        self._seconds = 1.0  # that a request takes, a moving average
+
+    def submit(self, texts: Sequence[Prompt], gone: threading.Event) -> Future[list[Embedded]]:
+        """The embeddings of texts, or of their tokens, as soon as they are there. What goes wrong is the exception of the result: EmbeddingError if
+        one of them has no embedding, EngineClosed, Cancelled after `gone` was set.
+
+        Raises:
+            EngineBusy: too many wait already.
+            EngineClosed: it takes no more.
+        """
+        with self._lock:
+            if self._closing:
+                raise EngineClosed("the engine is closing: start it again")
+            if self._n_requests > self._waiting:
+                raise EngineBusy(max(1.0, self._seconds * self._n_requests))
+            self._n_requests += 1
+            future = self._executor.submit(self._embed, texts, gone)
+            # also of one that is cancelled before it begins
+            future.add_done_callback(self._leave)
+            return future
+
+    def _leave(self, _: object) -> None:
+        with self._lock:
+            self._n_requests -= 1
+
+    def _embed(self, texts: Sequence[Prompt], gone: threading.Event) -> list[Embedded]:
+        started = time.perf_counter()
+        self._gone = gone
+        try:
+            if self._embedder is None:
+                self._embedder = Embedder(self._model, n_threads=self._n_threads, compute=self._compute)
+            # what is wrong with one of them is told before the first is computed
+            checked = [self._embedder.checked(text) for text in texts]
+            return [Embedded(self._embedder.embed(tokens), len(tokens)) for tokens in checked]
+        finally:
+            with self._lock:
+                self._seconds += (time.perf_counter() - started - self._seconds) / 8
+
+    def _compute(self, function: Callable[[], Any]) -> Any:
+        if self._closing:
+            raise EngineClosed("the engine is closing: ask again when it has started anew")
+        if self._gone.is_set():
+            raise Cancelled
+        seconds = 0.0
+
+        def timed() -> Any:
+            nonlocal seconds
+            started = time.perf_counter()
+            try:
+                return function()
+            finally:
+                seconds = time.perf_counter() - started
+
+        try:
+            with self._scheduler.turn():
+                result = self._scheduler.call(timed)
+        except Stopped:
+            raise EngineClosed("the engine is closing: ask again when it has started anew") from None
+        if self._scheduler.busy:
+            time.sleep(seconds)
+        return result
+
+    def close(self) -> None:
+        """Ends what is worked on and what waits, and frees the context; the scheduler's driver still has to run."""
+        with self._lock:
+            self._closing = True
+        self._executor.shutdown()
+        if self._embedder is not None:
+            self._embedder.close()
