@@ -28,7 +28,7 @@ from kvlocal_cli.chat_record import ChatRecord
 from kvlocal_cli.chat_screen import Screen, status_line
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
-from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_answer
+from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, warn_of_base_model, write_answer
 
 
 @click.command("chat")
@@ -82,6 +82,7 @@ def chat_command(
         system = before.system if config.system is None else clean_text(config.system)
         config = replace(config, system=system)
         with loading.loaded(name, config) as loaded, Chat(name, loaded, screen, loading, asked) as chat:
+            warn_of_base_model(name, loaded.model)
             if begun.messages:
                 # before there is a transcript: a file that does not fit leaves none
                 chat.replace(chat.config, begun.messages)

@@ -3,6 +3,7 @@
 import json
 import secrets
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import click
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
+from kvlocal.chat.text_session import TextSession
 from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
 from kvlocal.llama.sampling import MAX_SEED
 from kvlocal_cli.answer_options import answer_options
-from kvlocal_cli.options import Loading, clean_text, session_options
+from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
 from kvlocal_cli.terminal import (
     INTERRUPTED,
     Interruptible,
@@ -24,6 +26,7 @@ from kvlocal_cli.terminal import (
     decode_input,
     is_terminal,
     telling_of_silence,
+    warn_of_base_model,
     write_answer,
 )
 
@@ -32,8 +35,9 @@ from kvlocal_cli.terminal import (
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
 @session_options
 @answer_options
+@click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without a chat template, and print how it goes on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
-def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading, asked: AnswerOptions, as_json: bool) -> None:
+def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading, asked: AnswerOptions, raw: bool, as_json: bool) -> None:
     """Answer one PROMPT and print nothing but the answer.
 
     MODEL is a name that `kvlocal models` lists or the path of a GGUF file. A single argument is taken for MODEL if it
@@ -45,31 +49,32 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
     \b
         kvlocal run "Sum this up." < report.txt
     """
+    if raw and config.system is not None:
+        raise click.UsageError("--raw takes the text as it is, without a system prompt: leave --system out, or write it into the text")
     name, prompt = _model_and_prompt(words)
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
-    bar = ReadingBar()
-    with (
-        loading.loaded(name, config) as loaded,
-        ChatSession(loaded.model, loaded.config, progress=bar.show, nexus=loaded.nexus) as session,
-        Interruptible(session) as turn,
-    ):
+    bar, said = ReadingBar(), []
+    with loading.loaded(name, config) as loaded, _session(loaded, bar, raw) as session, Interruptible(session) as turn:
+        if not raw:
+            warn_of_base_model(name, loaded.model)
         try:
-            pieces = session.send(prompt, asked)
+            pieces = _pieces(session, prompt, asked)
         finally:
             bar.close()
         try:
             for piece in turn.answering(pieces):
+                said.append(piece)
                 if not as_json:
                     write_answer(piece)
         except KvlocalError:
             if not as_json:
                 write_answer("\n")
             raise
-        answer, lost = session.messages[-1]["content"], session.kv.archive_lost
+        answer, lost = "".join(said), session.kv.archive_lost
         if as_json:
-            click.echo(json.dumps(_report(name, prompt, answer, session), indent=2, ensure_ascii=False))
+            click.echo(json.dumps(_report(name, prompt, answer, session, asked, raw), indent=2, ensure_ascii=False))
         elif not answer.endswith("\n"):
             click.echo()
         last = session.last
@@ -79,6 +84,20 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
         click.echo(f"kvlocal: {archive_lost(lost)}", err=True)
     if turn.interrupted:
         click.get_current_context().exit(INTERRUPTED)
+
+
+def _session(loaded: Loaded, bar: ReadingBar, raw: bool) -> ChatSession | TextSession:
+    if raw:
+        return TextSession(loaded.model, loaded.config, progress=bar.show, undo=False)
+    return ChatSession(loaded.model, loaded.config, progress=bar.show, nexus=loaded.nexus)
+
+
+def _pieces(session: ChatSession | TextSession, prompt: str, asked: AnswerOptions) -> Iterator[str]:
+    """What answers the prompt, or goes on with it, once it is read."""
+    if isinstance(session, ChatSession):
+        return session.send(prompt, asked)
+    session.read(prompt)
+    return session.answer(asked)
 
 
 def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str]:
@@ -108,7 +127,9 @@ def _names_a_model(word: str) -> bool:
     return Path(word).suffix.lower() == ".gguf" and "\n" not in word
 
 
-def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[str, object]:
+def _report(
+    name: str, prompt: str, answer: str, session: ChatSession | TextSession, asked: AnswerOptions, raw: bool
+) -> dict[str, object]:
     last = session.last
     assert last is not None  # after an answer
     return {
@@ -126,6 +147,14 @@ def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[s
             **{f"{phase}_seconds": seconds for phase, seconds in asdict(session.seconds).items()},
         },
         "seed": session.seed,
+        "settings": {
+            **session.settings(),
+            "gpu_layers": session.model.n_gpu_layers,
+            "raw": raw,
+            "stop": list(asked.stop),
+            "json_schema": asked.json_schema,
+            "grammar": asked.grammar,
+        },
         "stop_reason": last.stop_reason,
     }
 

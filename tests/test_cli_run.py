@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from gguf_copy import Source, copy
 from terminal import Terminal
 from tiny_model import write_tiny_model
 
 import kvlocal
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.text_session import TextSession
+from kvlocal.llama.model import Model
+from kvlocal.llama.sampling import SamplingParams
 from kvlocal_cli.main import main
 
 # one thread: two that wait for each other crawl when the machine is busy
@@ -62,7 +67,7 @@ def test_an_answer_that_was_cut_off_is_told(kvlocal_run):
 def test_json(kvlocal_run, smollm2):
     result = kvlocal_run("run", str(smollm2), "Sum this up:", *GREEDY, "--json", "--seed", "7", stdin="Cats ☃ sleep.\n")
     report = json.loads(result.stdout)
-    assert list(report) == ["model", "prompt", "answer", "kv", "recalled", "timings", "seed", "stop_reason"]
+    assert list(report) == ["model", "prompt", "answer", "kv", "recalled", "timings", "seed", "settings", "stop_reason"]
     assert report["recalled"] == []
     assert report["model"] == str(smollm2)
     assert report["prompt"] == "Sum this up:\n\nCats ☃ sleep."
@@ -100,6 +105,56 @@ def test_a_seed_that_was_drawn_repeats_the_answer(kvlocal_run):
     first = json.loads(kvlocal_run("run", *THREADS, "--json", "--max-tokens", "12", "Tell me a story.").stdout)
     again = kvlocal_run("run", *THREADS, "--max-tokens", "12", "--seed", str(first["seed"]), stdin="Tell me a story.")
     assert again.stdout == first["answer"].rstrip("\n") + "\n"
+
+
+def test_what_json_tells_repeats_the_answer(kvlocal_run):
+    """All settings that matter are there as they were in use, whether they were given or not."""
+    given = ("--threads", "1", "--max-tokens", "12", "--top-k", "30", "--stop", "dragon", "--archive", "off", "--policy", "snapkv", "--ctk", "q8_0")
+    first = json.loads(kvlocal_run("run", "--json", *given, "Tell me a story.").stdout)
+    used = first["settings"]
+    assert (used["n_threads"], used["top_k"], used["stop"], used["archive"], used["type_k"]) == (1, 30, ["dragon"], "off", "q8_0")
+    assert used["budget"] == 1024 and used["repeat_penalty"] == 1.1 and used["seed"] == first["seed"] and not used["raw"]
+    options = {"threads": "n_threads", "max-tokens": "max_tokens", "temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p",
+               "repeat-penalty": "repeat_penalty", "seed": "seed", "policy": "policy", "archive": "archive", "kv-budget": "budget",
+               "stride": "stride", "positions": "positions", "ctk": "type_k", "ctv": "type_v", "gpu-layers": "gpu_layers"}  # fmt: skip
+    again = [f"--{option}={used[name]}" for option, name in options.items()] + [f"--stop={text}" for text in used["stop"]]
+    second = json.loads(kvlocal_run("run", "--json", *again, "Tell me a story.").stdout)
+    assert second["answer"] == first["answer"] and second["settings"] == used
+
+
+def test_a_text_is_completed_as_it_is(kvlocal_run, smollm2):
+    """No template, no system prompt, and what is known of the prompt is not printed again."""
+    text = "One, two, three,"
+    with Model(smollm2) as model, TextSession(model, SessionConfig(n_threads=1, sampling=SamplingParams(temperature=0.0), max_tokens=8)) as session:
+        session.read(text)
+        goes_on = "".join(session.answer())
+        n_tokens = len(session.tokenize(text))
+    result = kvlocal_run("run", "--raw", *GREEDY, text)
+    assert result.returncode == 0 and result.stdout == goes_on.rstrip("\n") + "\n" and " four" in goes_on
+    report = json.loads(kvlocal_run("run", "--raw", "--json", *GREEDY, stdin=text + "\n").stdout)
+    assert report["answer"] == goes_on and report["settings"]["raw"] and report["timings"]["prompt_tokens"] == n_tokens
+    for archive in ("disk", "off"):
+        small = ("--kv-budget", "96", "--archive", archive)
+        report = json.loads(kvlocal_run("run", "--raw", "--json", *GREEDY, *small, stdin=200 * "One, two, ").stdout)
+        assert report["kv"]["compressions"] > 0 and report["answer"]
+    assert "leave --system out" in failed(kvlocal_run("run", "--raw", "--system", "Be kind.", text), 2)
+
+
+def test_a_model_that_was_not_trained_to_chat_is_told(kvlocal_run, env, short_smollm2, tmp_path):
+    base = tmp_path / "base.gguf"
+    copy(Source(short_smollm2), base, metadata={"tokenizer.chat_template": ""})
+    says = f"kvlocal: {base} has no chat template, so it was most likely not trained to chat"
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    for command, stdin in (
+        (["run", str(base), "Hi"], ""),
+        (["chat", str(base)], "Hi\n"),
+        (["batch", str(tmp_path / "in.jsonl"), "-m", str(base)], ""),
+    ):
+        result = kvlocal_run(*command, *GREEDY, stdin=stdin)
+        assert result.returncode == 0 and result.stderr.count(says) == 1 and "kvlocal run --raw" in result.stderr, command
+    assert "chat template" not in kvlocal_run("run", "--raw", str(base), *GREEDY, "Hi").stderr
+    with Terminal("chat", str(base), *GREEDY, env=env) as terminal:
+        assert says in terminal.wait_for_prompt().replace("\n", "")
 
 
 def test_a_long_prompt_is_compressed(kvlocal_run):

@@ -145,6 +145,11 @@ class ChatTemplate:
             raise TemplateError("the model's chat template has no place for tools: leave them out, or use another model")
         return made
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the model's file has it. One that has none is of a model that was most likely not trained to chat."""
+        return self.source == "gguf"
+
     @classmethod
     def _made_for(cls, model: Model, template: str) -> ChatTemplate:
         bos, eos = (
