@@ -134,6 +134,7 @@ def _report(
     assert last is not None  # after an answer
     return {
         "model": name,
+        **({"lora": [{"path": str(each.path), "scale": each.scale} for each in session.model.adapters]} if session.model.adapters else {}),
         "prompt": prompt,
         "answer": answer,
         "kv": session.kv.report(),

@@ -63,7 +63,7 @@ class Captured:
     """A session as it is at one time.
 
     key: of its conversation and its settings
-    model, nexus, signature: what it depends on: the files of weights and of Nexus tokens, and settings
+    model, nexus, signature: what it depends on: the files of weights and of Nexus tokens; adapters and settings
     system, messages: the conversation
     arrays: as ChatSession.snapshot gives them
     parts: of its archive; the next answer changes them, unless they are shared
@@ -248,7 +248,7 @@ def _made_with(model: Path, nexus: Path | None, signature: Mapping[str, Any]) ->
 
 
 def _signature(session: ChatSession) -> dict[str, Any]:
-    return {"tools": list(session.config.tools) or None, **session.cache.signature}
+    return {"tools": list(session.config.tools) or None, "set of LoRA adapters": session.model.changed_by or None, **session.cache.signature}
 
 
 def _nexus_path(session: ChatSession) -> Path | None:
