@@ -25,7 +25,7 @@ from kvlocal_cli import chat_commands
 from kvlocal_cli.answer_options import answer_options
 from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
 from kvlocal_cli.chat_record import ChatRecord
-from kvlocal_cli.chat_screen import Screen, status_line
+from kvlocal_cli.chat_screen import Screen, last_exchange, status_line
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
 from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, warn_of_base_model, write_answer
@@ -33,6 +33,7 @@ from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, warn_o
 
 @click.command("chat")
 @click.argument("name", required=False, metavar="[MODEL]")
+@click.option("-m", "--model", metavar="MODEL", help="The model, in place of the argument.")
 @session_options
 @answer_options
 @click.option("--session", "session_name", metavar="NAME|FILE",
@@ -43,6 +44,7 @@ from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, warn_o
 @click.option("--verbose", is_flag=True, help="Without a terminal, say on stderr what a terminal would show.")
 def chat_command(
     name: str | None,
+    model: str | None,
     config: SessionConfig,
     loading: Loading,
     asked: AnswerOptions,
@@ -63,6 +65,9 @@ def chat_command(
     \b
         printf 'Hello\\nWhat did I just say?\\n' | kvlocal chat
     """
+    if name is not None and model is not None:
+        raise click.UsageError("the model is named twice: leave one of the two out")
+    name = name if model is None else model
     if session_name is not None and no_transcript:
         raise click.UsageError("a session is its transcript: give --session or --no-transcript")
     load_path = None if load_from is None else chat_file(load_from)
@@ -152,6 +157,8 @@ class Chat:
                 changes.append(lambda transcript: transcript.add_system(system))
             if earlier.messages:
                 self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
+                if self.screen.interactive:
+                    self.screen.note(last_exchange(earlier))
         self.record.go_on(transcript, snapshots, changes)
 
     @property

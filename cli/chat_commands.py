@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.cells import cell_len, set_cell_size
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.stats import SegmentStats
@@ -98,8 +100,10 @@ def _show_table(chat: Chat, rows: Sequence[Sequence[str]]) -> None:
     for i, column in enumerate(columns):
         pad = str.ljust if i in (1, len(columns) - 1) else str.rjust
         padded.append([pad(cell, max(map(len, column))) for cell in column])
-    for line in zip(*padded, texts, strict=True):
-        chat.screen.show("  ".join(line).rstrip())
+    width = shutil.get_terminal_size().columns if chat.screen.interactive else None
+    for cells in zip(*padded, texts, strict=True):
+        line = "  ".join(cells).rstrip()
+        chat.screen.show(line if width is None or cell_len(line) <= width else set_cell_size(line, width - 1) + "…")
 
 
 def _row(segment: SegmentStats, archived: int) -> tuple[str, ...]:
@@ -209,7 +213,10 @@ def _check_agreed(chat: Chat) -> None:
 
 def _system(chat: Chat, argument: str) -> None:
     if not argument:
-        chat.screen.show(printable(chat.config.system or "the model's own"))
+        own = chat.session.template.own_system_prompt
+        chat.screen.show(printable(chat.config.system if chat.config.system is not None else own or "none"))
+        if chat.config.system is None and own:
+            chat.screen.note("that is the model's own")
         return
     system = None if argument == '""' else argument
     chat.replace(replace(chat.config, system=system), chat.session.messages)

@@ -6,7 +6,8 @@ import click
 from rich.console import Console
 
 from kvlocal.chat.stats import KvStats, TurnStats
-from kvlocal_cli.terminal import is_terminal
+from kvlocal.conversations.records import Conversation
+from kvlocal_cli.terminal import is_terminal, printable
 
 
 class Screen:
@@ -67,3 +68,13 @@ def status_line(last: TurnStats, kv: KvStats, compressions: int) -> str:
     elif last.stop_reason == "length":
         parts.insert(0, f"cut off at {last.answer_tokens} tokens")
     return " · ".join(parts)
+
+
+def last_exchange(conversation: Conversation, n_lines: int = 20) -> str:
+    """The last turn and its answer, of each no more than so many lines."""
+    shown = []
+    for message in conversation.messages[-2:]:
+        lines = printable(message["content"]).strip().splitlines()
+        cut = [*lines[:n_lines], f"… {len(lines) - n_lines} more lines"] if len(lines) > n_lines else lines
+        shown.append(("\n>>> " if message["role"] == "user" else "") + "\n".join(cut))
+    return "\n".join(shown) + "\n"

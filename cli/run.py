@@ -17,6 +17,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
 from kvlocal.llama.sampling import MAX_SEED
 from kvlocal_cli.answer_options import answer_options
+from kvlocal_cli.groups import TextCommand
 from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
 from kvlocal_cli.terminal import (
     INTERRUPTED,
@@ -31,18 +32,21 @@ from kvlocal_cli.terminal import (
 )
 
 
-@click.command("run")
+@click.command("run", cls=TextCommand)
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
+@click.option("-m", "--model", metavar="MODEL", help="The model, in place of the argument.")
 @session_options
 @answer_options
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without a chat template, and print how it goes on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
-def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading, asked: AnswerOptions, raw: bool, as_json: bool) -> None:
+def run_command(
+    words: tuple[str, ...], model: str | None, config: SessionConfig, loading: Loading, asked: AnswerOptions, raw: bool, as_json: bool
+) -> None:
     """Answer one PROMPT and print nothing but the answer.
 
     MODEL is a name that `kvlocal models` lists or the path of a GGUF file. A single argument is taken for MODEL if it
     is such a name, begins with hf: or ends in .gguf, else for PROMPT, and the default model answers; to ask exactly
-    such a word, name the model too.
+    such a word, name the model too, also by -m.
 
     What is piped in is the prompt, or follows PROMPT after an empty line:
 
@@ -51,7 +55,7 @@ def run_command(words: tuple[str, ...], config: SessionConfig, loading: Loading,
     """
     if raw and config.system is not None:
         raise click.UsageError("--raw takes the text as it is, without a system prompt: leave --system out, or write it into the text")
-    name, prompt = _model_and_prompt(words)
+    name, prompt = _model_and_prompt(words, model)
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
@@ -100,11 +104,13 @@ def _pieces(session: ChatSession | TextSession, prompt: str, asked: AnswerOption
     return session.answer(asked)
 
 
-def _model_and_prompt(words: tuple[str, ...]) -> tuple[str, str]:
-    if len(words) > 2:
+def _model_and_prompt(words: tuple[str, ...], model: str | None) -> tuple[str, str]:
+    if len(words) > (2 if model is None else 1):
         raise click.UsageError('too many arguments: put the prompt in quotes, as in kvlocal run "Why is the sky blue?"')
-    name, prompt = DEFAULT_MODEL, None
-    if len(words) == 2:
+    name, prompt = model or DEFAULT_MODEL, None
+    if model is not None:
+        prompt = words[0] if words else None
+    elif len(words) == 2:
         name, prompt = words
     elif words and _names_a_model(words[0]):
         name = words[0]

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import termios
 import threading
 import time
 import unicodedata
@@ -52,10 +53,24 @@ class Interruptible:
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        self._echo = _show_control_characters(False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._echo:
+            _show_control_characters(True)
         signal.signal(signal.SIGINT, self._previous)
+
+
+def _show_control_characters(shown: bool) -> bool:
+    """Whether a terminal shows ^C where it is typed, which would stand in an answer. Returns whether it did until now."""
+    if not is_terminal(sys.stdin):
+        return False
+    attributes = termios.tcgetattr(sys.stdin)
+    before = bool(attributes[3] & termios.ECHOCTL)
+    attributes[3] = attributes[3] | termios.ECHOCTL if shown else attributes[3] & ~termios.ECHOCTL
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
+    return before
 
 
 class ReadingBar:

@@ -81,6 +81,7 @@ def test_piped_commands(chat, state):
     assert len(re.findall(STATUS, result.stderr)) == 3
     assert "taken back: Hello" in result.stderr
     assert contents(state) == []
+    assert chat("--no-transcript", stdin="/system").stdout == "You are a helpful AI assistant named SmolLM, trained by Hugging Face\n"
     assert "Unread" not in transcripts(state)[0].read_text()
 
 
@@ -335,6 +336,20 @@ def test_ctrl_c_while_a_long_turn_is_read_takes_it_back(terminal, state, tmp_pat
         chat.type("/bye\r")
         assert chat.wait_for_end() == 0
     assert contents(state)[::2] == ["Hello"]
+
+
+def test_what_a_terminal_shows_fits_it(terminal):
+    """No row is broken, and Ctrl-C does not stand in the answer."""
+    with terminal("--max-tokens", "4000", "--no-transcript") as chat:
+        chat.wait_for_prompt()
+        chat.type("Write a long story about a cat, " + "with whiskers and paws " * 12 + ".\r")
+        chat.wait_for("Once|once|cat.*[Cc]at[^ ]* ")
+        chat.type("\x03")
+        shown = chat.wait_for_prompt()
+        assert "stopped" in shown and "^C" not in shown
+        chat.type("/kv\r")
+        rows = [line for line in chat.wait_for_prompt().splitlines() if re.search("[█░]", line)]
+        assert len(rows) == 3 and all(len(row) <= 120 for row in rows) and rows[1].endswith("…")
 
 
 def test_kill_in_mid_answer_loses_nothing_shown(terminal, state):

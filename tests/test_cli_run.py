@@ -157,6 +157,25 @@ def test_a_model_that_was_not_trained_to_chat_is_told(kvlocal_run, env, short_sm
         assert says in terminal.wait_for_prompt().replace("\n", "")
 
 
+def test_a_prompt_that_looks_like_an_option(kvlocal_run, smollm2):
+    for args in (["-5"], ["-m", str(smollm2), "-5"], [str(smollm2), *GREEDY, "-5"], ["--", "-5"]):
+        report = json.loads(kvlocal_run("run", "--json", "--max-tokens", "1", *THREADS, *args).stdout)
+        assert report["prompt"] == "-5", args
+    # the value of an option is one, and what is none is wrong
+    assert "temperature is -1.0" in failed(kvlocal_run("run", "--temp", "-1", "Hi"), 2)
+    assert "-x" in failed(kvlocal_run("run", "-x", "Hi"), 2)
+
+
+def test_the_model_as_an_option(kvlocal_run, smollm2):
+    """As in the other commands; what is left is the prompt, whatever it looks like."""
+    report = json.loads(kvlocal_run("run", "-m", str(smollm2), "--json", *GREEDY, "smollm2-135m").stdout)
+    assert (report["model"], report["prompt"]) == (str(smollm2), "smollm2-135m")
+    assert "quotes" in failed(kvlocal_run("run", "-m", str(smollm2), "two", "words"), 2)
+    assert kvlocal_run("chat", "-m", str(smollm2), *GREEDY, "--no-transcript", stdin="Hi").returncode == 0
+    assert "named twice" in failed(kvlocal_run("chat", "-m", str(smollm2), str(smollm2)), 2)
+    assert "a text is answered by `kvlocal run`" in failed(kvlocal_run("chat", "hello there"), 1)
+
+
 def test_a_long_prompt_is_compressed(kvlocal_run):
     text = "The quick brown fox jumps over the lazy dog. " * 60
     result = kvlocal_run("run", "--kv-budget", "128", "--stride", "64", "--json", *GREEDY, stdin=text)

@@ -291,7 +291,8 @@ def test_killed_at_the_prompt_and_in_an_answer(smollm2, path, number):
         first.kill(number)
         assert first.wait_for_end() == -number
     with start() as second:
-        assert "back in trip: 2 messages" in second.wait_for_prompt()
+        shown = second.wait_for_prompt()
+        assert "back in trip: 2 messages" in shown and f"\n>>> Name a bird.\n{messages(path)[1].strip()}\n" in shown
         second.type("Write a long story about a cat.\r")
         second.wait_for(r"\?2004l")
         second.wait_for(r"(\w+ ){12}")
