@@ -2,10 +2,8 @@
 
 import json
 import secrets
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import click
 
@@ -14,19 +12,16 @@ from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.text_session import TextSession
 from kvlocal.errors import KvlocalError
-from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
 from kvlocal.llama.sampling import MAX_SEED
 from kvlocal_cli.answer_options import answer_options
 from kvlocal_cli.groups import TextCommand
-from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
+from kvlocal_cli.options import Loaded, Loading, session_options
+from kvlocal_cli.prompt import model_and_prompt
 from kvlocal_cli.terminal import (
     INTERRUPTED,
     Interruptible,
     ReadingBar,
     archive_lost,
-    decode_input,
-    is_terminal,
-    telling_of_silence,
     warn_of_base_model,
     write_answer,
 )
@@ -35,12 +30,20 @@ from kvlocal_cli.terminal import (
 @click.command("run", cls=TextCommand)
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
 @click.option("-m", "--model", metavar="MODEL", help="The model, in place of the argument.")
+@click.option("-f", "--file", "files", multiple=True, metavar="FILE", help="A text that belongs to the prompt; can be repeated, and written @FILE.")
 @session_options
 @answer_options
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without a chat template, and print how it goes on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
 def run_command(
-    words: tuple[str, ...], model: str | None, config: SessionConfig, loading: Loading, asked: AnswerOptions, raw: bool, as_json: bool
+    words: tuple[str, ...],
+    model: str | None,
+    files: tuple[str, ...],
+    config: SessionConfig,
+    loading: Loading,
+    asked: AnswerOptions,
+    raw: bool,
+    as_json: bool,
 ) -> None:
     """Answer one PROMPT and print nothing but the answer.
 
@@ -48,14 +51,15 @@ def run_command(
     is such a name, begins with hf: or ends in .gguf, else for PROMPT, and the default model answers; to ask exactly
     such a word, name the model too, also by -m.
 
-    What is piped in is the prompt, or follows PROMPT after an empty line:
+    What is piped in is the prompt, or follows PROMPT after an empty line, and so do the texts of files:
 
     \b
         kvlocal run "Sum this up." < report.txt
+        kvlocal run "What has changed?" @old.txt @new.txt
     """
     if raw and config.system is not None:
         raise click.UsageError("--raw takes the text as it is, without a system prompt: leave --system out, or write it into the text")
-    name, prompt = _model_and_prompt(words, model)
+    name, prompt = model_and_prompt(words, model, files)
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
@@ -102,35 +106,6 @@ def _pieces(session: ChatSession | TextSession, prompt: str, asked: AnswerOption
         return session.send(prompt, asked)
     session.read(prompt)
     return session.answer(asked)
-
-
-def _model_and_prompt(words: tuple[str, ...], model: str | None) -> tuple[str, str]:
-    if len(words) > (2 if model is None else 1):
-        raise click.UsageError('too many arguments: put the prompt in quotes, as in kvlocal run "Why is the sky blue?"')
-    name, prompt = model or DEFAULT_MODEL, None
-    if model is not None:
-        prompt = words[0] if words else None
-    elif len(words) == 2:
-        name, prompt = words
-    elif words and _names_a_model(words[0]):
-        name = words[0]
-    elif words:
-        prompt = words[0]
-    parts = [clean_text(prompt)] if prompt else []
-    if sys.stdin is not None and not is_terminal(sys.stdin):
-        with telling_of_silence("waiting for the end of standard input, which belongs to the prompt; where there is none, run it with </dev/null"):
-            parts.append(decode_input(sys.stdin.buffer.read()))
-    prompt = "\n\n".join(part for part in parts if part.strip())
-    if not prompt:
-        raise click.UsageError("there is no prompt: give one as an argument or through a pipe")
-    return name, prompt
-
-
-def _names_a_model(word: str) -> bool:
-    if word in Catalogue.load().entries or word.startswith("hf:"):
-        return True
-    # a path that does not exist gets an error, not an answer
-    return Path(word).suffix.lower() == ".gguf" and "\n" not in word
 
 
 def _report(

@@ -166,6 +166,25 @@ def test_a_prompt_that_looks_like_an_option(kvlocal_run, smollm2):
     assert "-x" in failed(kvlocal_run("run", "-x", "Hi"), 2)
 
 
+def test_files_belong_to_the_prompt(kvlocal_run, smollm2, tmp_path):
+    for name, text in (("a.txt", "\ufeffCats ☃\r\nsleep.\n"), ("b.txt", "Dogs run.\n")):
+        (tmp_path / name).write_bytes(text.encode())
+    a, b, none = (str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt"))
+    for args, stdin, prompt in (
+        ([f"@{a}"], "", "Cats ☃\nsleep."),
+        (["-f", a, "Sum up."], "Piped.\n", "Sum up.\n\nCats ☃\nsleep.\n\nPiped."),
+        ([str(smollm2), "Sum up.", f"@{a}", "--file", b], "", "Sum up.\n\na.txt:\n\nCats ☃\nsleep.\n\nb.txt:\n\nDogs run."),
+        (["@@ada"], "", "@ada"),
+        (["@ada says hi"], "", "@ada says hi"),
+    ):
+        report = json.loads(kvlocal_run("run", "--json", "--max-tokens", "1", *THREADS, *args, stdin=stdin).stdout)
+        assert report["prompt"] == prompt
+    assert f"cannot read {none} (No such file or directory)" in failed(kvlocal_run("run", "Sum up.", f"@{none}"), 2)
+    assert "cannot read" in failed(kvlocal_run("run", "-f", str(tmp_path)), 2)
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
+    assert "is no text in UTF-8" in failed(kvlocal_run("run", "-f", none), 2)
+
+
 def test_the_model_as_an_option(kvlocal_run, smollm2):
     """As in the other commands; what is left is the prompt, whatever it looks like."""
     report = json.loads(kvlocal_run("run", "-m", str(smollm2), "--json", *GREEDY, "smollm2-135m").stdout)
