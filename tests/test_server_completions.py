@@ -54,12 +54,13 @@ def test_a_text_is_gone_on_with(client, model):
 @pytest.mark.parametrize("as_tokens", [False, True])
 def test_several_texts_each_as_if_alone(client, model, as_tokens):
     """More than wait at once, and several choices for each."""
-    texts = [f"{i}. {SHORT}" for i in range(7)]
+    texts = [f"{i}. {SHORT}" for i in range(5)]
     alone = [complete(client, text, max_tokens=4).choices[0].text for text in texts]
-    answer = complete(client, [model.tokenize(text, parse_special=True).tolist() for text in texts] if as_tokens else texts, max_tokens=4, n=2, best_of=2)
-    assert [choice.index for choice in answer.choices] == list(range(14))
+    given = [model.tokenize(text, parse_special=True).tolist() for text in texts] if as_tokens else texts
+    answer = complete(client, given, max_tokens=4, n=2, best_of=2)
+    assert [choice.index for choice in answer.choices] == list(range(10))
     assert [choice.text for choice in answer.choices] == [text for text in alone for _ in range(2)]
-    assert answer.usage.completion_tokens == 4 * 14
+    assert answer.usage.completion_tokens == 4 * 10
     assert answer.usage.prompt_tokens == sum(len(model.tokenize(text, parse_special=True)) for text in texts)
 
 
@@ -85,7 +86,8 @@ def test_log_probabilities_in_the_old_format(client):
     for token, logprob, top in list(zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True))[1:]:
         assert top[token] == logprob and len(top) in (2, 3)
     without = complete(client, "Zwölf Köche — ", logprobs=0, max_tokens=4).choices[0].logprobs
-    assert without.tokens == told.tokens[-4:] and without.text_offset == told.text_offset[-4:] and [len(top) for top in without.top_logprobs] == [1] * 4
+    assert without.tokens == told.tokens[-4:] and without.text_offset == told.text_offset[-4:]
+    assert [len(top) for top in without.top_logprobs] == [1] * 4
 
 
 def test_the_text_alone_can_be_asked_for(client):
@@ -101,17 +103,17 @@ def test_what_is_asked_for_is_kept(client, model):
     hot = {"temperature": 1.5, "seed": 5, "n": 2}
     first, second = (complete(client, **hot).choices for _ in range(2))
     assert [one.text for one in first] == [one.text for one in second] and first[0].text != first[1].text
-    (token,) = model.tokenize(text, parse_special=True)[:1].tolist()
-    assert complete(client, max_tokens=1, logit_bias={str(token): -100}).choices[0].text != complete(client, max_tokens=1).choices[0].text
+    (token,) = model.tokenize(" Paris", parse_special=True)
+    assert complete(client, max_tokens=1, logit_bias={str(token): 100}).choices[0].text == " Paris"
     assert complete(client, extra_body={"grammar": 'root ::= "yes" | "no"'}).choices[0].text in ("yes", "no")
 
 
 def test_a_text_beyond_the_budget_and_what_it_begins_with(client):
-    text = (LONG * 60).strip()
+    text = (LONG * 35).strip()
     first = complete(client, text)
-    assert first.usage.prompt_tokens > 1000 and first.choices[0].text
+    assert first.usage.prompt_tokens > 640 and first.choices[0].text
     again = complete(client, text + first.choices[0].text + " And then")
-    assert again.usage.prompt_tokens_details.cached_tokens > 900
+    assert again.usage.prompt_tokens_details.cached_tokens > 600
     assert complete(client, text).choices[0].text == first.choices[0].text
 
 
@@ -156,8 +158,8 @@ def test_empty_fields_are_as_good_as_absent_ones(server):
     assert server.post("/completions", {"prompt": "a", "max_tokens": -1}).json["usage"]["completion_tokens"] <= 12
 
 
-def running(server):
-    line = next(line for line in server.get("/metrics").data.decode().splitlines() if line.startswith("kvlocal_running "))
+def gauge(server, name):
+    line = next(line for line in server.get("/metrics").data.decode().splitlines() if line.startswith(f"kvlocal_{name} "))
     return float(line.split()[1])
 
 
@@ -166,22 +168,22 @@ def test_a_client_that_goes_away_ends_its_texts(server, stream):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     body = {"prompt": [SHORT] * 40, "max_tokens": 100_000, "stream": stream}
     connection.request("POST", "/v1/completions", json.dumps(body))
-    assert until(lambda: running(server) == 2)
+    assert until(lambda: gauge(server, "running") == 2)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
-    assert until(lambda: running(server) == 0)
+    assert until(lambda: gauge(server, "running") == 0)
     assert server.post("/v1/completions", {"prompt": SHORT, "max_tokens": 1}).status == 200
 
 
 def test_many_texts_of_one_client_leave_room_for_others(server):
     found = []
-    thread = threading.Thread(target=lambda: found.append(server.post("/v1/completions", {"prompt": [SHORT] * 30, "max_tokens": 20})))
+    thread = threading.Thread(target=lambda: found.append(server.post("/v1/completions", {"prompt": [SHORT] * 12, "max_tokens": 8})))
     thread.start()
-    assert until(lambda: running(server) == 2)
+    assert until(lambda: gauge(server, "running") == 2)
     assert server.post("/v1/completions", {"prompt": SHORT, "max_tokens": 1}).status == 200
     assert not found
     thread.join(120)
-    assert len(found[0].json["choices"]) == 30
+    assert len(found[0].json["choices"]) == 12
 
 
 # embeddings
@@ -189,16 +191,15 @@ def test_many_texts_of_one_client_leave_room_for_others(server):
 
 def test_a_client_that_goes_away_ends_its_embeddings(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    connection.request("POST", "/v1/embeddings", json.dumps({"input": [LONG * 100] * 1000}))
-    with pytest.raises(TimeoutError):
-        server.request("POST", "/v1/embeddings", {"input": "a"}, timeout=2)
+    connection.request("POST", "/v1/embeddings", json.dumps({"input": [LONG * 20] * 1000}))
+    assert until(lambda: gauge(server, "embedding") == 1)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
-    assert len(server.post("/v1/embeddings", {"input": "a"}).json["data"]) == 1
+    assert until(lambda: gauge(server, "embedding") == 0)
 
 
 def test_embeddings(client, model):
-    texts = ["A cat sat on the mat.", "The quarterly earnings rose.", LONG * 20]
+    texts = ["A cat sat on the mat.", "The quarterly earnings rose.", LONG * 15]
     answer = client.embeddings.create(model="any", input=texts)  # the client asks for base64
     vectors = [np.array(each.embedding) for each in answer.data]
     assert [each.index for each in answer.data] == [0, 1, 2] and answer.object == "list" and answer.data[0].object == "embedding"

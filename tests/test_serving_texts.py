@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from test_serving import CONFIG, LONG, answer, ask, chat, finished, model, n_read, user  # noqa: F401
+from test_serving import CONFIG, LONG, answer, ask, chat, finished, model, n_read, user, wait_for  # noqa: F401
 
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.text_session import TextSession
@@ -35,7 +35,7 @@ def goes_on(engine, prompt, **options):
 
 def test_it_is_that_of_a_session_alone(model, engine):  # noqa: F811
     with TextSession(model, CONFIG) as alone:
-        for prompt in (SHORT, LONG * 20):
+        for prompt in (SHORT, LONG * 16):
             alone.read(prompt)
             expected = "".join(alone.answer())
             last = finished(go_on(engine, prompt))
@@ -44,7 +44,7 @@ def test_it_is_that_of_a_session_alone(model, engine):  # noqa: F811
 
 
 def test_what_it_begins_with_is_not_read_again(engine):
-    text = (LONG * 20).strip()
+    text = (LONG * 16).strip()
     grown = text + goes_on(engine, text).message["content"] + " And so on."
     last = goes_on(engine, grown)
     assert n_read(last) < 20 and last.usage.cached_tokens > 300
@@ -52,7 +52,7 @@ def test_what_it_begins_with_is_not_read_again(engine):
 
 
 def test_conversations_and_texts_give_each_other_their_slots(engine):
-    messages, _ = chat(engine, LONG * 20, "Which ships?")
+    messages, _ = chat(engine, LONG * 14, "Which ships?")
     expected = [goes_on(engine, f"{i}. {LONG * 10}").message["content"] for i in range(3)]
     last = answer(engine, *messages, user("And then?"))
     assert n_read(last) < 20
@@ -71,7 +71,7 @@ def test_the_text_comes_first_if_it_is_wanted(engine):
 
 def test_a_text_that_is_cancelled_stops_soon_and_leaves_its_slot(engine):
     for tokens in (4000, 1):
-        answering = go_on(engine, LONG * (1 if tokens > 1 else 200), max_tokens=tokens)
+        answering = go_on(engine, LONG * (1 if tokens > 1 else 100), max_tokens=tokens)
         time.sleep(0.3)
         started = time.perf_counter()
         answering.cancel()
@@ -99,7 +99,7 @@ def test_texts_wait_in_the_same_queue(engine):
 
 def test_a_long_text_does_not_hold_up_an_answer(engine):
     *_, before = ask(engine, user("Hello"), max_tokens=40).events()
-    reading = go_on(engine, LONG * 400)
+    reading = go_on(engine, LONG * 150)
     time.sleep(0.3)
     *_, last = ask(engine, user("Hello"), max_tokens=40).events()
     reading.cancel()
@@ -111,9 +111,9 @@ def test_a_long_text_does_not_hold_up_an_answer(engine):
 
 def test_texts_are_embedded_beside_an_answer(model, engine):  # noqa: F811
     with Embedder(model, n_threads=1) as embedder:
-        expected = [embedder.embed(text) for text in (SHORT, LONG * 20)]
+        expected = [embedder.embed(text) for text in (SHORT, LONG * 16)]
     running = ask(engine, user("Tell me a story."), max_tokens=4000)
-    found = engine.embed([SHORT, LONG * 20], threading.Event()).result(120)
+    found = engine.embed([SHORT, LONG * 16], threading.Event()).result(120)
     assert all(np.array_equal(one.vector, vector) for one, vector in zip(found, expected, strict=True)) and found[1].n_tokens > 300
     running.cancel()
     *pieces, last = running.events()
@@ -128,7 +128,7 @@ def test_what_has_no_embedding_is_told(engine):
 
 def test_embeddings_that_nobody_wants_any_more_end(engine):
     gone = threading.Event()
-    jobs = [engine.embed([LONG * 60] * 100, gone) for _ in range(5)]
+    jobs = [engine.embed([LONG * 20] * 100, gone) for _ in range(5)]
     with pytest.raises(EngineBusy):
         engine.embed([SHORT], threading.Event())
     time.sleep(0.2)
@@ -139,9 +139,18 @@ def test_embeddings_that_nobody_wants_any_more_end(engine):
     assert len(engine.embed([SHORT], threading.Event()).result(60)) == 1
 
 
+def test_many_long_texts_do_not_hold_up_a_short_one(engine):
+    gone = threading.Event()
+    long = engine.embed([LONG * 5] * 1000, gone)
+    assert len(engine.embed([SHORT, SHORT], threading.Event()).result(60)) == 2
+    assert engine.stats().embedding == 1 and not long.done()
+    gone.set()
+    wait_for(lambda: engine.stats().embedding == 0)
+
+
 def test_closing_ends_embeddings(model):  # noqa: F811
     engine = Engine(model, CONFIG)
-    jobs = [engine.embed([LONG * 60] * 100, threading.Event()) for _ in range(2)]
+    jobs = [engine.embed([LONG * 20] * 100, threading.Event()) for _ in range(2)]
     time.sleep(0.3)
     engine.close()
     for job in jobs:

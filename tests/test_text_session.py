@@ -62,8 +62,9 @@ def test_tokens_are_taken_as_they_are(model, session):
     assert complete(session, tokens.tolist()) == expected and complete(session, tokens) == expected
 
 
-@pytest.mark.parametrize("config", [CONFIG, WITHOUT_ARCHIVE], ids=["archive", "without"])
-def test_a_text_beyond_the_budget_is_compressed(model, config):
+@pytest.mark.parametrize("policy", ["recall", "snapkv", "kvzip", "nexus", "dynsplit", "streaming"])
+def test_a_text_beyond_the_budget_is_compressed(model, policy):
+    config = dataclasses.replace(CONFIG, policy=policy, archive=None)
     with TextSession(model, config) as session:
         assert complete(session, LONG)
         assert session.kv.history_tokens > 300 and session.kv.used <= 160 and session.kv.compressions
@@ -189,7 +190,16 @@ def test_a_loop_that_ends_early_ends_it(session):
     assert session.last.stop_reason == "stopped" and session.model.detokenize(session.tokens) == SHORT + first.text
     session.read(SHORT)
     session.stop()
+    assert not "".join(session.answer()) and session.last.stop_reason == "stopped"
     assert complete(session, SHORT)
+
+
+@pytest.mark.parametrize("prompt, top", [("Once upon a time", None), (SHORT, None), (SHORT, 1)])
+def test_cells_that_are_not_certain_are_not_used(session, prompt, top):
+    expected = complete(session, prompt)
+    complete(session, SHORT)
+    session.cache.doubt()
+    assert session.read(prompt, top_logprobs=top) == 0 and "".join(session.answer()) == expected
 
 
 def test_a_read_that_is_broken_off_leaves_nothing_wrong(model):

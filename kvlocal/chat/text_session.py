@@ -139,6 +139,8 @@ class TextSession(Answerer):
         """
         self._end_answer()
         self._prompt, self.prompt_logprobs = None, ()
+        # stop() may come while the text is read
+        self._answer = AnswerInProgress(self._reader)
         ids = prompt_tokens(self.model, prompt)
         started = time.perf_counter()
         n_known = self._go_back_to(0 if top_logprobs is not None else _n_common(self.tokens, ids[:-1]))
@@ -158,7 +160,7 @@ class TextSession(Answerer):
         """The text becomes its first tokens, as many of n_tokens as the way back leaves; returns how many."""
         cache = self.cache
         n_there = 0 if cache.uncertain else cache.ledger.n_tokens
-        if n_there == n_tokens:
+        if n_there == n_tokens and not cache.uncertain:
             return n_tokens
         lengths = [length for length in reversed(cache.marked) if 0 < length <= n_tokens]
         # A few tokens can be cut off the end, but the cells that were chosen for them stay: the same text is gone on with in the same way from marks.
@@ -213,7 +215,7 @@ class TextSession(Answerer):
             raise SessionError("there is no text to go on with: read one first")
         rules = text_rules(options)
         grammar = Grammar(self.model, rules) if rules else None
-        answer = self._answer = AnswerInProgress(self._reader)
+        answer = self._answer = self._answer or AnswerInProgress(self._reader)
         answer.begin(self._sampler, AnswerStream(self.model, asked_stop=options.stop), (), *self._prompt)
         # the same seed goes on with the same text in the same way
         self._sampler.begin(0 if self.sampling.seed is not None else self._n_drawn, grammar)

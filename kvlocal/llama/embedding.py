@@ -18,7 +18,7 @@ from kvlocal.llama.model import Model
 DEFAULT_LENGTH = 8192  # tokens of an input, as OpenAI's models have it
 
 _LEAST_CELLS = 512
-_N_UBATCH = 256  # tokens that are evaluated at once where a text may be divided
+_N_UBATCH = 256  # tokens that are evaluated at once; each costs memory for its logits, which nobody wants
 
 Text = str | Sequence[int] | npt.NDArray[np.int32]
 T = TypeVar("T")
@@ -32,7 +32,8 @@ class Embedder:
     """Embeds texts with a model, in a context of its own, which is made when the first text comes and again for a longer one.
 
     A model that was trained for it says how the vectors of a text's tokens become one (its pooling type), and llama.cpp computes that; of any other
-    model it is the mean of the last layer's outputs behind its norm. May be used from several threads; one at a time computes.
+    model it is the mean of the last layer's outputs behind its norm. A long text is evaluated micro-batch by micro-batch, unless its tokens see what
+    follows them. May be used from several threads; one at a time computes.
 
     Args:
         model: the weights; must outlive it.
@@ -60,12 +61,11 @@ class Embedder:
         self._model, self._n_threads = model, n_threads
         self._compute: Callable[[Callable[[], Any]], Any] = compute
         architecture = model.metadata.get("general.architecture", "")
-        pooling = int(model.metadata.get(f"{architecture}.pooling_type", lib.LLAMA_POOLING_TYPE_NONE))
-        if pooling == lib.LLAMA_POOLING_TYPE_RANK:
+        self._pooling = int(model.metadata.get(f"{architecture}.pooling_type", lib.LLAMA_POOLING_TYPE_NONE))
+        if self._pooling == lib.LLAMA_POOLING_TYPE_RANK:
             raise EmbeddingError(f"{model.path} ranks texts and has no embeddings of them: choose another model")
-        self._pooled = pooling != lib.LLAMA_POOLING_TYPE_NONE
-        # a token that sees what follows it, and llama.cpp's pooling, want all of a text at once
-        self._whole = self._pooled or model.metadata.get(f"{architecture}.attention.causal") == "false"
+        # a token that sees what follows it wants all of a text at once
+        self._whole = model.metadata.get(f"{architecture}.attention.causal") == "false"
         self.max_tokens = min(max_tokens, model.n_ctx_train)
         self.n_embd = model.n_embd_out
         self._context: Context | None = None
@@ -101,12 +101,16 @@ class Embedder:
         with self._lock:
             context = self._context_for(len(tokens))
             self._compute(context.clear)
-            if self._whole:
-                return np.asarray(self._compute(lambda: self._of_whole(context, tokens)), np.float32)
-            total = np.zeros(self.n_embd, np.float64)
+            vectors, lengths = [], []
             for start in range(0, len(tokens), context.n_ubatch):
-                total += self._compute(lambda start=start: self._sum(context, tokens, start))  # type: ignore[misc]
-            return (total / len(tokens)).astype(np.float32)
+                part = tokens[start : start + context.n_ubatch]
+                vectors.append(self._compute(lambda part=part, start=start: self._vector(context, part, start)))  # type: ignore[misc]
+                lengths.append(len(part))
+        if self._pooling == self._lib.LLAMA_POOLING_TYPE_CLS:
+            return vectors[0]
+        if self._pooling == self._lib.LLAMA_POOLING_TYPE_LAST:
+            return vectors[-1]
+        return np.average(np.array(vectors, np.float64), axis=0, weights=lengths).astype(np.float32)
 
     def checked(self, text: Text) -> npt.NDArray[np.int32]:
         """The tokens that `embed` embeds, int32 [n].
@@ -138,18 +142,12 @@ class Embedder:
             self._lib.llama_set_embeddings(self._context.pointer, True)
         return self._context
 
-    def _sum(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float64]:
-        """The sum of the vectors of the tokens of a micro-batch, float64 [n_embd]."""
-        part = tokens[start : start + context.n_ubatch]
-        context.decode(part, start, logits="all")
-        rows = np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(part), self.n_embd))
-        return rows.sum(axis=0, dtype=np.float64)
-
-    def _of_whole(self, context: Context, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64] | npt.NDArray[np.float32]:
-        """The vector of a text that is evaluated at once, [n_embd]."""
-        if not self._pooled:
-            return self._sum(context, tokens, 0) / len(tokens)
-        context.decode(tokens, 0, logits="all")
+    def _vector(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
+        """The vector of the tokens of a micro-batch, which begins at a position: as the model pools them, else their mean; float32 [n_embd]."""
+        context.decode(tokens, start, logits="all")
+        if self._pooling == self._lib.LLAMA_POOLING_TYPE_NONE:
+            rows = np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(tokens), self.n_embd))
+            return rows.mean(axis=0, dtype=np.float64).astype(np.float32)
         pointer = self._lib.llama_get_embeddings_seq(context.pointer, 0)
         if not pointer:
             raise EngineError("llama.cpp gave no embedding: try again, or use another model")

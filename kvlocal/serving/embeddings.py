@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,8 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Scheduler, Stopped
 from kvlocal.serving.live import Cancelled
 from kvlocal.serving.request import EngineBusy, EngineClosed
+
+_CLOSING = "the engine is closing: ask again when it has started anew"
 
 
 class Embedded(NamedTuple):
@@ -30,9 +34,24 @@ class Embedded(NamedTuple):
     n_tokens: int
 
 
+@dataclass(eq=False)
+class _Job:
+    """A request.
+
+    texts: those that are still to be embedded; tokens once it is worked on
+    gone: set when nobody waits for it any more
+    """
+
+    texts: deque[Prompt]
+    gone: threading.Event
+    future: Future[list[Embedded]] = field(default_factory=Future)
+    found: list[Embedded] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+
 class Embeddings:
-    """Embeds texts, one request after another. What computes is called in the thread that computes everything (kvlocal.llama.scheduler), micro-batch
-    by micro-batch; between two of them the conversations get as much time, if there are any.
+    """Embeds texts, one of each request in turn. What computes is called in the thread that computes everything (kvlocal.llama.scheduler),
+    micro-batch by micro-batch; between two of them the conversations get as much time, if there are any.
 
     The context is made for the first text.
 
@@ -65,31 +84,50 @@ class Embeddings:
             if self._n_requests > self._waiting:
                 raise EngineBusy(max(1.0, self._seconds * self._n_requests))
             self._n_requests += 1
-            future = self._executor.submit(self._embed, texts, gone)
-            # also of one that is cancelled before it begins
-            future.add_done_callback(self._leave)
-            return future
+            job = _Job(deque(texts), gone)
+            # also if it is cancelled before it begins
+            job.future.add_done_callback(lambda _: self._leave(job))
+            self._executor.submit(self._step, job)
+            return job.future
 
-    def _leave(self, _: object) -> None:
+    @property
+    def n_requests(self) -> int:
+        """Requests that are worked on or wait."""
+        return self._n_requests
+
+    def _leave(self, job: _Job) -> None:
         with self._lock:
             self._n_requests -= 1
+            self._seconds += (time.perf_counter() - job.started - self._seconds) / 8
 
-    def _embed(self, texts: Sequence[Prompt], gone: threading.Event) -> list[Embedded]:
-        started = time.perf_counter()
-        self._gone = gone
+    def _step(self, job: _Job) -> None:
+        """Embeds the next text of a request; the others come behind what waits meanwhile."""
+        if not job.future.running() and not job.future.set_running_or_notify_cancel():
+            return
+        self._gone = job.gone
         try:
-            if self._embedder is None:
-                self._embedder = Embedder(self._model, n_threads=self._n_threads, compute=self._compute)
-            # what is wrong with one of them is told before the first is computed
-            checked = [self._embedder.checked(text) for text in texts]
-            return [Embedded(self._embedder.embed(tokens), len(tokens)) for tokens in checked]
-        finally:
-            with self._lock:
-                self._seconds += (time.perf_counter() - started - self._seconds) / 8
+            embedder = self._embedder = self._embedder or Embedder(self._model, n_threads=self._n_threads, compute=self._compute)
+            if not job.found:
+                # what is wrong with one of them is told before the first is computed
+                job.texts = deque(embedder.checked(text) for text in job.texts)
+            if job.texts:
+                tokens = job.texts.popleft()
+                job.found.append(Embedded(embedder.embed(tokens), len(tokens)))
+        except BaseException as error:  # noqa: BLE001 - it is that of the request
+            job.future.set_exception(error)
+            return
+        with self._lock:
+            if job.texts and not self._closing:
+                self._executor.submit(self._step, job)
+                return
+        if job.texts:
+            job.future.set_exception(EngineClosed(_CLOSING))
+        else:
+            job.future.set_result(job.found)
 
     def _compute(self, function: Callable[[], Any]) -> Any:
         if self._closing:
-            raise EngineClosed("the engine is closing: ask again when it has started anew")
+            raise EngineClosed(_CLOSING)
         if self._gone.is_set():
             raise Cancelled
         seconds = 0.0
@@ -106,7 +144,7 @@ class Embeddings:
             with self._scheduler.turn():
                 result = self._scheduler.call(timed)
         except Stopped:
-            raise EngineClosed("the engine is closing: ask again when it has started anew") from None
+            raise EngineClosed(_CLOSING) from None
         if self._scheduler.busy:
             time.sleep(seconds)
         return result

@@ -172,6 +172,7 @@ class Engine:
                 parallel=len(self._workers),
                 running=len(self._running),
                 waiting=len(self._queue),
+                embedding=self._embeddings.n_requests,
                 conversations=len(infos),
                 in_slots=sum(info.in_slot for info in infos),
                 bytes_in_memory=self._keeper.conversations.bytes_in_memory(),
@@ -238,8 +239,7 @@ class Engine:
             try:
                 text.read(answering, request, tokens)
                 said, reason = text.go_on(answering, request) if request.draws else ("", "length")
-            except (KvlocalError, Cancelled):
-                # it is noted what is in its cells, or that they are not certain
+            except Cancelled:
                 texts.release(text)
                 raise
             except BaseException:
