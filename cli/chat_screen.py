@@ -15,14 +15,15 @@ class Screen:
 
     Args:
         verbose: show notes and status lines, on stderr, also where there is no terminal.
+        person: False where no person takes part, also on a terminal.
 
     Attributes:
         interactive: whether a person types: stdin and at least one output are a terminal.
     """
 
-    def __init__(self, *, verbose: bool) -> None:
+    def __init__(self, *, verbose: bool, person: bool = True) -> None:
         outputs = [stream for stream in (sys.stdout, sys.stderr) if is_terminal(stream)]
-        self.interactive = is_terminal(sys.stdin) and bool(outputs)
+        self.interactive = person and is_terminal(sys.stdin) and bool(outputs)
         self.terminal = outputs[0] if self.interactive else sys.stderr
         self._notes = Console(file=self.terminal, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._silent = not (self.interactive or verbose)

@@ -10,7 +10,7 @@ import kvlocal
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.batch import batch_command
 from kvlocal_cli.bench import bench_command
-from kvlocal_cli.chat import chat_command
+from kvlocal_cli.chat_command import chat_command
 from kvlocal_cli.doctor import doctor_command
 from kvlocal_cli.evaluations import eval_group
 from kvlocal_cli.groups import CommandGroup

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from kvlocal.files.text import text_of
-from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue
+from kvlocal.hub.catalogue import Catalogue
 from kvlocal_cli.options import clean_text
 from kvlocal_cli.terminal import decode_input, is_terminal, telling_of_silence
 
 
-def model_and_prompt(words: Sequence[str], model: str | None, files: Sequence[str] = ()) -> tuple[str, str]:
-    """The model that is asked, and the prompt.
+def model_and_prompt(words: Sequence[str], model: str | None, files: Sequence[str] = ()) -> tuple[str | None, str]:
+    """The model that is asked, None if none is named, and the prompt.
 
     Args:
         words: the arguments; @FILE is a file, any other the prompt, or the model and the prompt.
@@ -42,7 +42,7 @@ def _is_file(word: str) -> bool:
     return word.startswith("@") and len(word.split()) == 1 and not word.startswith("@@") and len(word) > 1
 
 
-def _split(words: Sequence[str], model: str | None) -> tuple[str, str | None]:
+def _split(words: Sequence[str], model: str | None) -> tuple[str | None, str | None]:
     if len(words) > (2 if model is None else 1):
         raise click.UsageError('too many arguments: put the prompt in quotes, as in kvlocal run "Why is the sky blue?"')
     texts = [word[1:] if word.startswith("@@") else word for word in words]
@@ -50,7 +50,7 @@ def _split(words: Sequence[str], model: str | None) -> tuple[str, str | None]:
         return texts[0], texts[1]
     if model is None and words and _names_a_model(words[0]):
         return words[0], None
-    return model or DEFAULT_MODEL, texts[0] if texts else None
+    return model, texts[0] if texts else None
 
 
 def _text(path: Path) -> str:

@@ -4,6 +4,7 @@ import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import click
 
@@ -11,11 +12,18 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.text_session import TextSession
+from kvlocal.conversations.named_sessions import last_used, new_session_path
+from kvlocal.conversations.records import Conversation
+from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.sampling import MAX_SEED
 from kvlocal_cli.answer_options import answer_options
+from kvlocal_cli.chat import Chat
+from kvlocal_cli.chat_command import model_of
+from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.groups import TextCommand
-from kvlocal_cli.options import Loaded, Loading, session_options
+from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
 from kvlocal_cli.prompt import model_and_prompt
 from kvlocal_cli.terminal import (
     INTERRUPTED,
@@ -33,12 +41,16 @@ from kvlocal_cli.terminal import (
 @click.option("-f", "--file", "files", multiple=True, metavar="FILE", help="A text that belongs to the prompt; can be repeated, and written @FILE.")
 @session_options
 @answer_options
+@click.option("--session", "session_name", metavar="NAME|FILE", help="Ask in the conversation that is kept under this name, or begin it.")
+@click.option("-c", "--continue", "goes_on", is_flag=True, help="Ask in the chat or session that was used last.")
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without a chat template, and print how it goes on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
 def run_command(
     words: tuple[str, ...],
     model: str | None,
     files: tuple[str, ...],
+    session_name: str | None,
+    goes_on: bool,
     config: SessionConfig,
     loading: Loading,
     asked: AnswerOptions,
@@ -59,10 +71,17 @@ def run_command(
     """
     if raw and config.system is not None:
         raise click.UsageError("--raw takes the text as it is, without a system prompt: leave --system out, or write it into the text")
+    in_chat = session_name is not None or goes_on
+    if in_chat and (raw or (session_name is not None and goes_on)):
+        raise click.UsageError("--session, --continue and --raw are three ways of asking: give one of them")
     name, prompt = model_and_prompt(words, model, files)
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
+    if in_chat:
+        _ask_in_chat(last_used() if session_name is None else new_session_path(session_name), name, prompt, config, loading, asked, as_json)
+        return
+    name = name or DEFAULT_MODEL
     bar, said = ReadingBar(), []
     with loading.loaded(name, config) as loaded, _session(loaded, bar, raw) as session, Interruptible(session) as turn:
         if not raw:
@@ -82,16 +101,42 @@ def run_command(
             raise
         answer, lost = "".join(said), session.kv.archive_lost
         if as_json:
-            click.echo(json.dumps(_report(name, prompt, answer, session, asked, raw), indent=2, ensure_ascii=False))
+            _print_report(name, prompt, answer, session, asked, raw)
         elif not answer.endswith("\n"):
             click.echo()
-        last = session.last
-    if last and last.stop_reason == "length" and not as_json:
-        click.echo(f"kvlocal: the answer was cut off at {last.answer_tokens} tokens: give a larger --max-tokens", err=True)
+        if not as_json:
+            _tell_cut_off(session)
     if lost:
         click.echo(f"kvlocal: {archive_lost(lost)}", err=True)
     if turn.interrupted:
         click.get_current_context().exit(INTERRUPTED)
+
+
+def _ask_in_chat(
+    path: Path, name: str | None, prompt: str, config: SessionConfig, loading: Loading, asked: AnswerOptions, as_json: bool
+) -> None:
+    """Asks behind what was said before, and keeps it."""
+    with Transcript.resume(path) as kept:
+        earlier = kept.conversation or Conversation()
+        name = model_of(earlier, name, Screen(verbose=False))
+        config = replace(config, system=earlier.system if config.system is None else clean_text(config.system))
+        with loading.loaded(name, config) as loaded, Chat(name, loaded, Screen(verbose=False, person=False), loading, asked) as chat:
+            warn_of_base_model(name, loaded.model)
+            chat.keep_session(kept)
+            if as_json:
+                chat.write = lambda _: None
+            chat.ask(prompt)
+            chat.record.save_snapshot(chat.session)
+            chat.record.tell_unsaid()
+            if as_json:
+                _print_report(name, prompt, chat.session.messages[-1]["content"], chat.session, asked, raw=False)
+            else:
+                _tell_cut_off(chat.session)
+
+
+def _tell_cut_off(session: ChatSession | TextSession) -> None:
+    if session.last and session.last.stop_reason == "length":
+        click.echo(f"kvlocal: the answer was cut off at {session.last.answer_tokens} tokens: give a larger --max-tokens", err=True)
 
 
 def _session(loaded: Loaded, bar: ReadingBar, raw: bool) -> ChatSession | TextSession:
@@ -108,12 +153,10 @@ def _pieces(session: ChatSession | TextSession, prompt: str, asked: AnswerOption
     return session.answer(asked)
 
 
-def _report(
-    name: str, prompt: str, answer: str, session: ChatSession | TextSession, asked: AnswerOptions, raw: bool
-) -> dict[str, object]:
+def _print_report(name: str, prompt: str, answer: str, session: ChatSession | TextSession, asked: AnswerOptions, raw: bool) -> None:
     last = session.last
     assert last is not None  # after an answer
-    return {
+    report = {
         "model": name,
         **({"lora": [{"path": str(each.path), "scale": each.scale} for each in session.model.adapters]} if session.model.adapters else {}),
         "prompt": prompt,
@@ -139,4 +182,4 @@ def _report(
         },
         "stop_reason": last.stop_reason,
     }
-
+    click.echo(json.dumps(report, indent=2, ensure_ascii=False))

@@ -226,6 +226,36 @@ def test_a_session_is_loaded_by_its_name(chat, path, tmp_path):
     assert result.returncode == 1 and result.stderr.startswith("kvlocal: there is no file none and no session of that name: ")
 
 
+def test_run_asks_in_a_session_or_in_what_was_used_last(chat, path, short_smollm2, tmp_path):
+    """The answers are those of a chat; nothing is read again, and the model is that of the session."""
+
+    def ask(*args: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "kvlocal_cli", "run", *OPTIONS, *args]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+
+    nothing = ask("-c", "Hi")
+    assert nothing.returncode == 1 and "there is no chat yet to go on with" in nothing.stderr
+    together = chat("--session", str(tmp_path / "one.jsonl"), stdin=ASKED[:3])
+    first = ask("-m", str(short_smollm2), "--session", "trip", ASKED[0])
+    second = ask("--session", "trip", ASKED[1])
+    third = ask("--json", "-c", ASKED[2])
+    report = json.loads(third.stdout)
+    assert messages(path) == messages(tmp_path / "one.jsonl") and len(messages(path)) == 6
+    assert first.stdout + second.stdout + report["answer"].rstrip("\n") + "\n" == together.stdout
+    cut_off = "kvlocal: the answer was cut off at 12 tokens: give a larger --max-tokens\n"
+    assert first.stderr in ("", cut_off) and second.stderr in ("", cut_off) and third.stderr == ""
+    assert report["model"] == str(short_smollm2) and report["prompt"] == ASKED[2]
+    # a chat without a name too, and what is newer than that
+    chat("--session", "trip", stdin=[])
+    chat(stdin=["Hello"])
+    [plain] = (path.parents[1] / "chats").glob("*.jsonl")
+    assert ask("-c", "And now?").returncode == 0 and messages(plain)[::2] == ["Hello", "And now?"]
+    ask("--session", "trip", ASKED[3])
+    assert ask("-c", "Go on.").returncode == 0 and messages(path)[-2] == "Go on."
+    for args in (("--raw", "-c"), ("-c", "--session", "trip"), ("--raw", "--session", "trip")):
+        assert ask(*args, "Hi").returncode == 2
+
+
 def test_no_room_for_the_snapshot_is_said_once_and_nothing_else_is_lost(chat, path):
     result = chat("--session", "trip", stdin=ASKED[:3], limit=2**16)
     assert result.returncode == 0 and result.stderr.count("\n") == 1

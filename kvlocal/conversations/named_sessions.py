@@ -23,7 +23,7 @@ from kvlocal.conversations.records import (
     text_of_file,
 )
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Transcript, in_use, write_fork
+from kvlocal.conversations.transcript import Transcript, chat_path, in_use, write_fork
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, remedy, replacing, staging_of
 from kvlocal.files.lock import Busy, open_locked
@@ -127,6 +127,19 @@ def existing_path(text: str) -> Path:
         where = "`kvlocal sessions list` shows those there are" if path.parent == sessions_dir() else "check the path"
         raise KvlocalError(f"there is no session {text}: {where}")
     return path
+
+
+def last_used() -> Path:
+    """The transcript of the chat or session in which something was said last.
+
+    Raises:
+        KvlocalError: there is none.
+    """
+    places = (sessions_dir(), chat_path().parent)
+    found = [(status.st_mtime, path) for place in places for path in place.glob(f"*{SUFFIX}") if (status := path.stat()).st_size]
+    if not found:
+        raise KvlocalError("there is no chat yet to go on with: begin one, or a session with --session NAME")
+    return max(found)[1]
 
 
 def chat_file(text: str) -> Path:
