@@ -1,8 +1,8 @@
 """Runs quantized GGUF models on a patched llama.cpp and keeps long chats inside a fixed KV-cache budget.
 
 The rooms of this package, from the ground up; each imports only from those above it: errors and interrupts, files, gguf, policies, llama,
-hub, template, cache, nexus, chat, conversations, batch, serving, server, training, evaluation, benchmark, doctor. The names below are what
-a program needs.
+hub, template, cache, nexus, chat, conversations, batch, serving, openai_forms, server, compat, training, evaluation, benchmark, doctor. The
+names below are what a program needs.
 """
 
 from importlib import import_module

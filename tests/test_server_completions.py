@@ -186,6 +186,11 @@ def test_many_texts_of_one_client_leave_room_for_others(server):
     assert len(found[0].json["choices"]) == 12
 
 
+def test_more_answers_to_a_chat_than_may_wait(client):
+    answer = client.chat.completions.create(model="any", messages=[{"role": "user", "content": "Hello"}], n=8, max_tokens=2)
+    assert [choice.index for choice in answer.choices] == list(range(8))
+
+
 # embeddings
 
 

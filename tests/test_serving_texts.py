@@ -148,6 +148,13 @@ def test_many_long_texts_do_not_hold_up_a_short_one(engine):
     wait_for(lambda: engine.stats().embedding == 0)
 
 
+def test_closing_gives_embeddings_time(model):  # noqa: F811
+    engine = Engine(model, CONFIG)
+    job = engine.embed([LONG * 5] * 2, threading.Event())
+    engine.close(60)
+    assert len(job.result(0)) == 2
+
+
 def test_closing_ends_embeddings(model):  # noqa: F811
     engine = Engine(model, CONFIG)
     jobs = [engine.embed([LONG * 20] * 100, threading.Event()) for _ in range(2)]

@@ -44,6 +44,7 @@ class Embedder:
     Attributes:
         n_embd: length of a vector.
         max_tokens: the longest text.
+        pooling: the model's own pooling type, by llama.cpp's numbers; 0 if it was trained for none.
 
     Raises:
         EmbeddingError: the model ranks texts and embeds none.
@@ -61,8 +62,8 @@ class Embedder:
         self._model, self._n_threads = model, n_threads
         self._compute: Callable[[Callable[[], Any]], Any] = compute
         architecture = model.metadata.get("general.architecture", "")
-        self._pooling = int(model.metadata.get(f"{architecture}.pooling_type", lib.LLAMA_POOLING_TYPE_NONE))
-        if self._pooling == lib.LLAMA_POOLING_TYPE_RANK:
+        self.pooling = int(model.metadata.get(f"{architecture}.pooling_type", lib.LLAMA_POOLING_TYPE_NONE))
+        if self.pooling == lib.LLAMA_POOLING_TYPE_RANK:
             raise EmbeddingError(f"{model.path} ranks texts and has no embeddings of them: choose another model")
         # a token that sees what follows it wants all of a text at once
         self._whole = model.metadata.get(f"{architecture}.attention.causal") == "false"
@@ -97,20 +98,37 @@ class Embedder:
 
     def raw(self, text: Text) -> npt.NDArray[np.float32]:
         """As `embed`, of the length that the model gives it."""
+        parts = self._parts(text, self._vector)
+        vectors, lengths = [vector for vector, _ in parts], [length for _, length in parts]
+        if self.pooling == self._lib.LLAMA_POOLING_TYPE_CLS:
+            return vectors[0]
+        if self.pooling == self._lib.LLAMA_POOLING_TYPE_LAST:
+            return vectors[-1]
+        return np.average(np.array(vectors, np.float64), axis=0, weights=lengths).astype(np.float32)
+
+    def rows(self, text: Text) -> npt.NDArray[np.float32]:
+        """The vectors of the tokens of a text one by one, float32 [n, n_embd].
+
+        Raises:
+            EmbeddingError: as `embed` does, or the model has them only as one.
+        """
+        if self.pooling != self._lib.LLAMA_POOLING_TYPE_NONE:
+            raise EmbeddingError(f"{self._model.path} has one embedding for a text and none for each token: ask for that")
+        return np.concatenate([rows for rows, _ in self._parts(text, self._rows)])
+
+    def _parts(
+        self, text: Text, made: Callable[[Context, npt.NDArray[np.int32], int], npt.NDArray[np.float32]]
+    ) -> list[tuple[npt.NDArray[np.float32], int]]:
+        """What is made of each micro-batch of a text, and how many tokens it has."""
         tokens = self.checked(text)
         with self._lock:
             context = self._context_for(len(tokens))
             self._compute(context.clear)
-            vectors, lengths = [], []
+            found = []
             for start in range(0, len(tokens), context.n_ubatch):
                 part = tokens[start : start + context.n_ubatch]
-                vectors.append(self._compute(lambda part=part, start=start: self._vector(context, part, start)))  # type: ignore[misc]
-                lengths.append(len(part))
-        if self._pooling == self._lib.LLAMA_POOLING_TYPE_CLS:
-            return vectors[0]
-        if self._pooling == self._lib.LLAMA_POOLING_TYPE_LAST:
-            return vectors[-1]
-        return np.average(np.array(vectors, np.float64), axis=0, weights=lengths).astype(np.float32)
+                found.append((self._compute(lambda part=part, start=start: made(context, part, start)), len(part)))  # type: ignore[misc]
+        return found
 
     def checked(self, text: Text) -> npt.NDArray[np.int32]:
         """The tokens that `embed` embeds, int32 [n].
@@ -144,14 +162,18 @@ class Embedder:
 
     def _vector(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
         """The vector of the tokens of a micro-batch, which begins at a position: as the model pools them, else their mean; float32 [n_embd]."""
+        if self.pooling == self._lib.LLAMA_POOLING_TYPE_NONE:
+            return self._rows(context, tokens, start).mean(axis=0, dtype=np.float64).astype(np.float32)
         context.decode(tokens, start, logits="all")
-        if self._pooling == self._lib.LLAMA_POOLING_TYPE_NONE:
-            rows = np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(tokens), self.n_embd))
-            return rows.mean(axis=0, dtype=np.float64).astype(np.float32)
         pointer = self._lib.llama_get_embeddings_seq(context.pointer, 0)
         if not pointer:
             raise EngineError("llama.cpp gave no embedding: try again, or use another model")
         return np.ctypeslib.as_array(pointer, (self.n_embd,)).copy()
+
+    def _rows(self, context: Context, tokens: npt.NDArray[np.int32], start: int) -> npt.NDArray[np.float32]:
+        """The vectors of the tokens of a micro-batch, float32 [n, n_embd], of a model that pools none."""
+        context.decode(tokens, start, logits="all")
+        return np.ctypeslib.as_array(self._lib.llama_get_embeddings(context.pointer), (len(tokens), self.n_embd)).copy()
 
     def close(self) -> None:
         """Frees the context. Closing twice is harmless."""

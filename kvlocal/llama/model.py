@@ -102,6 +102,8 @@ class Model:
         self.bos: int | None = bos if bos >= 0 else None
         eos = lib.llama_vocab_eos(self._vocab)
         self.eos: int | None = eos if eos >= 0 else None
+        newline = lib.llama_vocab_nl(self._vocab)
+        self.newline: int | None = newline if newline >= 0 else None
         self.add_bos = self.bos is not None and bool(lib.llama_vocab_get_add_bos(self._vocab))
 
     def _check_has_kv_cache(self) -> None:

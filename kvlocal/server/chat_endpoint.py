@@ -8,8 +8,8 @@ from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kvlocal.openai_forms.chat_reply import ChatReply
 from kvlocal.server.body import body_of, fields_of
-from kvlocal.server.chat_reply import ChatReply
 from kvlocal.server.errors import ApiError
 from kvlocal.server.generation import Generation, chat_generation, collected, unless_gone
 from kvlocal.server.schemas import ChatRequest

@@ -8,8 +8,8 @@ from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kvlocal.openai_forms.completion_reply import CompletionReply
 from kvlocal.server.body import body_of, fields_of
-from kvlocal.server.completion_reply import CompletionReply
 from kvlocal.server.completion_request import text_requests
 from kvlocal.server.errors import ApiError
 from kvlocal.server.generation import Generation, collected, unless_gone

@@ -5,7 +5,8 @@ from __future__ import annotations
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingParams
-from kvlocal.server.chat_request import limit, sampling, schema_of, stops
+from kvlocal.openai_forms.chat_fields import schema_of
+from kvlocal.server.chat_request import limit, response_format_of, sampling, stops
 from kvlocal.server.errors import invalid, of_failure
 from kvlocal.server.inputs import texts_of
 from kvlocal.server.schemas import CompletionRequest
@@ -32,7 +33,7 @@ def text_requests(fields: CompletionRequest, owner: str, defaults: SamplingParam
             stop=stops(fields.stop),
             max_tokens=limit((DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens) if draws else None),
             grammar=fields.grammar,
-            json_schema=schema_of(fields.response_format, fields.grammar),
+            json_schema=schema_of(response_format_of(fields.response_format), fields.grammar),
             top_logprobs=fields.logprobs,
         )
         params = [sampling(fields, defaults, i) for i in range(fields.n or 1)]

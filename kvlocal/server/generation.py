@@ -12,7 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from kvlocal.errors import KvlocalError
-from kvlocal.server.chat_reply import Choice
+from kvlocal.openai_forms.chat_reply import Choice
 from kvlocal.server.chat_request import answer_requests
 from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.metrics import Metrics
@@ -31,8 +31,8 @@ _AGAIN_SECONDS = 0.1  # until an engine that was busy is asked again
 class Generation(Generic[_Request]):
     """Answers on their way; leaving the block of this context manager cancels those that are not finished.
 
-    As many of them at once as the engine answers are with it, so that they take no more than their part of its queue. Once the first is taken, the
-    others are, as soon as there is room for them.
+    The engine has no more of them at once than it answers at once, so that one client's do not fill its queue. Where it takes the first, the others
+    follow as soon as there is room for them.
 
     Args:
         requests: one for each answer.

@@ -15,6 +15,20 @@ from kvlocal.serving.record import Record
 from kvlocal.template.markup import Message
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A conversation as it was after an answer, in the memory of its process.
+
+    system, tools, turns, captured, n_tokens: as KeptConversation has them
+    """
+
+    system: str | None
+    tools: Sequence[Mapping[str, Any]]
+    turns: Sequence[Message]
+    captured: Captured | None
+    n_tokens: int
+
+
 @dataclass(eq=False)
 class KeptConversation:
     """A conversation that is kept.
@@ -64,6 +78,10 @@ class KeptConversation:
     def is_aside(self) -> bool:
         """Whether it is a single question so far, as the ones that programs ask beside a conversation: for a title, say."""
         return len(self.turns) <= 2
+
+    def checkpoint(self) -> Checkpoint:
+        """It as it is now."""
+        return Checkpoint(self.system, self.tools, [dict(turn) for turn in self.turns], self.captured, self.n_tokens)
 
     def bytes_in_memory(self) -> int:
         """What it takes besides cells; parts that it shares with others count."""

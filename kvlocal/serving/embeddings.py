@@ -66,7 +66,8 @@ class Embeddings:
         self._gone = threading.Event()  # of the request that is worked on
         # guards what follows
         self._lock = threading.RLock()
-        self._closing = False
+        self._left = threading.Condition(self._lock)
+        self._refuses = self._closing = False
         self._n_requests = 0
         self._seconds = 1.0  # that a request takes, a moving average
 
@@ -79,7 +80,7 @@ class Embeddings:
             EngineClosed: it takes no more.
         """
         with self._lock:
-            if self._closing:
+            if self._refuses:
                 raise EngineClosed("the engine is closing: start it again")
             if self._n_requests > self._waiting:
                 raise EngineBusy(max(1.0, self._seconds * self._n_requests))
@@ -99,6 +100,7 @@ class Embeddings:
         with self._lock:
             self._n_requests -= 1
             self._seconds += (time.perf_counter() - job.started - self._seconds) / 8
+            self._left.notify_all()
 
     def _step(self, job: _Job) -> None:
         """Embeds the next text of a request; the others come behind what waits meanwhile."""
@@ -149,9 +151,11 @@ class Embeddings:
             time.sleep(seconds)
         return result
 
-    def close(self) -> None:
-        """Ends what is worked on and what waits, and frees the context; the scheduler's driver still has to run."""
+    def close(self, grace_seconds: float = 0.0) -> None:
+        """Takes no more requests, gives those there are so much time, ends them, and frees the context; the driver has to run still."""
         with self._lock:
+            self._refuses = True
+            self._left.wait_for(lambda: not self._n_requests, grace_seconds)
             self._closing = True
         self._executor.shutdown()
         if self._embedder is not None:

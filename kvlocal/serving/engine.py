@@ -22,7 +22,7 @@ from kvlocal.llama.scheduler import Stopped
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import owner_digest
-from kvlocal.serving.conversation import ConversationInfo, KeptConversation
+from kvlocal.serving.conversation import Checkpoint, ConversationInfo, KeptConversation
 from kvlocal.serving.embeddings import Embedded, Embeddings
 from kvlocal.serving.keeper import Keeper
 from kvlocal.serving.live import Cancelled
@@ -158,6 +158,37 @@ class Engine:
         except Stopped:
             raise SessionError("the engine is closed: start it again") from None
 
+    def forget(self, owner: str) -> None:
+        """Removes all conversations of an owner, and what is in slots of other texts.
+
+        Raises:
+            KvlocalError: one of them is being answered, or cannot be removed.
+        """
+        for info in self.conversations(owner):
+            self.delete(info.id, owner)
+        try:
+            with self._slots.scheduler.turn():
+                self._keeper.texts.forget(owner_digest(owner))
+        except Stopped:
+            raise SessionError("the engine is closed: start it again") from None
+
+    def checkpoint(self, conversation: str, owner: str) -> Checkpoint:
+        """A conversation as it is now, for `take_up`.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+            SessionError: it is being answered.
+        """
+        found = self._of(conversation, owner)
+        with self._keeper.conversations.lock:
+            if found.answering:
+                raise SessionError(f"the conversation {conversation} is being answered: stop that first, or wait for it")
+            return found.checkpoint()
+
+    def take_up(self, checkpoint: Checkpoint, owner: str) -> None:
+        """Requests can go on from there again, whatever became of the conversation; it is kept in memory alone."""
+        self._keeper.take_up(checkpoint, owner_digest(owner))
+
     def _of(self, conversation: str, owner: str) -> KeptConversation:
         found = self._keeper.conversations.get(conversation, owner_digest(owner))
         if found is None:
@@ -286,6 +317,7 @@ class Engine:
     def close(self, grace_seconds: float = 0.0) -> None:
         """Takes no more requests, gives the running answers so much time, stops them where they are, and frees everything. Those that wait end
         without an answer. Closing twice is harmless."""
+        until = time.monotonic() + grace_seconds
         with self._changed:
             self._closing = True
             waiting = list(self._queue)
@@ -299,7 +331,7 @@ class Engine:
             for answering in running:
                 answering.cancel()
             self._wait_until_idle(_LEAVE_SECONDS)
-        self._embeddings.close()
+        self._embeddings.close(max(0.0, until - time.monotonic()))
         self._driving = False
         for thread in (self._driver, *self._workers):
             thread.join()

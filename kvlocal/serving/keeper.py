@@ -18,7 +18,7 @@ from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import chain, owner_digest, turn_digest
-from kvlocal.serving.conversation import KeptConversation
+from kvlocal.serving.conversation import Checkpoint, KeptConversation
 from kvlocal.serving.conversations import Conversations, Found
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Directory, new_id
@@ -119,6 +119,21 @@ class Keeper:
             if not ending or left <= 0:
                 return found
             self.conversations.released.wait(left)
+
+    def take_up(self, checkpoint: Checkpoint, owner: str) -> None:
+        """Adds a conversation to those in memory, unless there is nothing to go on from, or one that is the same and idle is there.
+
+        owner: an owner_digest
+        """
+        if checkpoint.captured is None:
+            return
+        added = KeptConversation(
+            new_id(), owner, checkpoint.system, checkpoint.tools, list(checkpoint.turns), captured=checkpoint.captured, n_tokens=checkpoint.n_tokens
+        )
+        with self.conversations.lock:
+            found = self.conversations.find(added.chain, owner)
+            if found is None or found.conversation.chain != added.chain or found.conversation.answering:
+                self.conversations.add(added)
 
     # into a slot, and out of it
 

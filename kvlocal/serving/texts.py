@@ -128,6 +128,12 @@ class Texts:
         text.session.close()
         self._give_slot()
 
+    def forget(self, owner: str) -> None:
+        """The idle texts of an owner leave their slots."""
+        for text in [text for text in self._idle if text.owner == owner]:
+            self._idle.remove(text)
+            self.drop(text)
+
     def leave_slot(self) -> bool:
         """The idle one that was used the longest ago leaves its slot; False if there is none."""
         if not self._idle:

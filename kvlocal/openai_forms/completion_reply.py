@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob
-from kvlocal.server.chat_reply import Choice, finish_reason, finite, usage
+from kvlocal.openai_forms.chat_reply import Choice, finish_reason, finite, usage
 from kvlocal.serving.request import Finished
 
 
@@ -29,6 +29,31 @@ class TokenOffsets:
         """Where the next token begins, whose bytes these are; one that begins within a character begins where that does."""
         before, self._n = self._n, self._n + len(self._decoder.decode(data))
         return max(0, before)
+
+
+class TokensTold:
+    """The log-probabilities of the tokens of a text, as they come.
+
+    n_before: characters that it goes on with; None if all of the text is told
+    """
+
+    def __init__(self, n_before: int | None) -> None:
+        self._n_before = n_before
+        self._offsets: TokenOffsets | None = None
+
+    def take(self, text: str, told: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Of the next tokens, with the text that they come with. A token that nothing stands before has none."""
+        if self._offsets is None:
+            # a vocabulary that puts a space before every text says one character more
+            is_first_more = self._n_before is None and told and told[0].token.startswith(b" ") and not text.startswith(" ")
+            self._offsets = TokenOffsets(-bool(is_first_more) if self._n_before is None else self._n_before)
+        offsets = self._offsets
+        return {
+            "tokens": [text_of(each.token) for each in told],
+            "token_logprobs": [None if math.isnan(each.logprob) else finite(each.logprob) for each in told],
+            "top_logprobs": [None if math.isnan(each.logprob) else _top(each) for each in told],
+            "text_offset": [offsets.take(each.token) for each in told],
+        }
 
 
 @dataclass(frozen=True)
@@ -51,7 +76,7 @@ class CompletionReply:
     with_usage: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    _offsets: dict[int, TokenOffsets] = field(default_factory=dict, init=False, repr=False)
+    _told: dict[int, TokensTold] = field(default_factory=dict, init=False, repr=False)
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -84,17 +109,9 @@ class CompletionReply:
         return {"text": text, "index": index, "logprobs": chances, "finish_reason": reason}
 
     def _logprobs(self, index: int, text: str, told: Sequence[TokenLogprob]) -> dict[str, Any]:
-        offsets = self._offsets.get(index)
-        if offsets is None:
-            # a vocabulary that puts a space before every text says one character more
-            is_first_more = self.echo and told and told[0].token.startswith(b" ") and not text.startswith(" ")
-            offsets = self._offsets[index] = TokenOffsets(-bool(is_first_more) if self.echo else self.lengths[index])
-        return {
-            "tokens": [text_of(each.token) for each in told],
-            "token_logprobs": [None if math.isnan(each.logprob) else finite(each.logprob) for each in told],
-            "top_logprobs": [None if math.isnan(each.logprob) else _top(each) for each in told],
-            "text_offset": [offsets.take(each.token) for each in told],
-        }
+        if index not in self._told:
+            self._told[index] = TokensTold(None if self.echo else self.lengths[index])
+        return self._told[index].take(text, told)
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}

@@ -157,8 +157,4 @@ def finite(logprob: float) -> float:
 
 
 def _chance(token: bytes, logprob: float) -> dict[str, Any]:
-    return {
-        "token": token.decode("utf-8", "replace"),
-        "logprob": finite(logprob),
-        "bytes": list(token),
-    }
+    return {"token": token.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(token)}
