@@ -54,6 +54,7 @@ class Generation(Generic[_Request]):
         self._answerings: list[Answering] = []
         self._n_finished = 0
         self._first = True
+        self._place: asyncio.Future[tuple[str, int]] = self._loop.create_future()
         try:
             self._submit()
         except EngineBusy as error:
@@ -67,6 +68,8 @@ class Generation(Generic[_Request]):
         answering = self._engine.submit(request)
         self._to_come.popleft()
         self._answerings.append(answering)
+        if index == 0:
+            answering.on_place(self._pass_on_place)
         answering.on_event(lambda event: self._pass_on(index, event))
 
     def _submit_others(self) -> None:
@@ -92,6 +95,21 @@ class Generation(Generic[_Request]):
         """Called in the thread that computes."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    def _pass_on_place(self, conversation: str, n_messages: int) -> None:
+        """Called in the thread that works on the request."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._set_place, (conversation, n_messages))
+
+    def _set_place(self, place: tuple[str, int]) -> None:
+        # whoever waits for it may have gone
+        if not self._place.done():
+            self._place.set_result(place)
+
+    async def place(self) -> tuple[str, int]:
+        """The conversation that the first answer is in, and how many messages that has with it; it is known before any event. "" and 0 if the request
+        ended before it was worked on."""
+        return await self._place
 
     @property
     def n(self) -> int:

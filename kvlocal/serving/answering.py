@@ -24,6 +24,8 @@ class Answering:
         self._lock = threading.RLock()
         self._past: list[Event] = []
         self._listener: Callable[[Event], None] | None = None
+        self._place: tuple[str, int] | None = None
+        self._place_listener: Callable[[str, int], None] = lambda conversation, n_messages: None
         self._stop: Callable[[], None] = lambda: None
         self._cancelled = False
 
@@ -40,6 +42,14 @@ class Answering:
             past, self._past = self._past, []
             for event in past:
                 listener(event)
+
+    def on_place(self, listener: Callable[[str, int], None]) -> None:
+        """Calls a function once, as soon as it is known where the answer will be: in which conversation, and how many messages that has then, as
+        Finished says it. It is called before any event, in the thread that works on the request."""
+        with self._lock:
+            self._place_listener = listener
+            if self._place is not None:
+                listener(*self._place)
 
     def events(self) -> Iterator[Event]:
         """Waits for each event and yields it; the last one is Finished. Closing the iterator before that cancels the request."""
@@ -79,9 +89,19 @@ class Answering:
         if cancelled:
             stop()
 
+    def put(self, conversation: str, n_messages: int) -> None:
+        """Where the answer will be."""
+        with self._lock:
+            if self._place is None:
+                self._place = conversation, n_messages
+                self._place_listener(conversation, n_messages)
+
     def emit(self, event: Event) -> None:
         """Passes an event on. What the listener raises is lost: it concerns no one else."""
         with self._lock:
+            if isinstance(event, Finished):
+                # of a request that ended before it had a place
+                self.put(event.conversation, event.n_messages)
             if self._listener is None:
                 self._past.append(event)
             else:
