@@ -6,7 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
-from typing import Self, TypeVar
+from functools import partial
+from typing import NamedTuple, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -22,6 +23,12 @@ from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import AnswerRequest, EngineBusy, Event, Finished
 
 _Result = TypeVar("_Result")
+
+
+class Begun(NamedTuple):
+    """An answer is worked on now. conversation: the one it belongs to"""
+
+    conversation: str
 
 
 class Generation:
@@ -40,7 +47,7 @@ class Generation:
 
     def __init__(self, engine: Engine, requests: Sequence[AnswerRequest], metrics: Metrics) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Begun | Event]] = asyncio.Queue()
         self._metrics, self._started = metrics, time.perf_counter()
         self.requests = requests
         self._answerings: list[Answering] = []
@@ -55,9 +62,10 @@ class Generation:
             self.cancel()
             raise of_failure(error) from None
         for index, answering in enumerate(self._answerings):
-            answering.on_event(lambda event, index=index: self._pass_on(index, event))  # type: ignore[misc]
+            pass_on = partial(self._pass_on, index)
+            answering.on_event(pass_on, lambda conversation, pass_on=pass_on: pass_on(Begun(conversation)))  # type: ignore[misc]
 
-    def _pass_on(self, index: int, event: Event) -> None:
+    def _pass_on(self, index: int, event: Begun | Event) -> None:
         """Called in the thread that computes."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
@@ -68,6 +76,12 @@ class Generation:
         return len(self.requests)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """As `all_events`, without what comes before the first pieces."""
+        async for index, event in self.all_events():
+            if not isinstance(event, Begun):
+                yield index, event
+
+    async def all_events(self) -> AsyncIterator[tuple[int, Begun | Event]]:
         """The events of all answers as they come, each with the index of its answer, until all are finished.
 
         Raises:
@@ -76,7 +90,7 @@ class Generation:
         for _ in self._answerings:
             while True:
                 index, event = await self._queue.get()
-                if self._first:
+                if self._first and not isinstance(event, Begun):
                     self._first = False
                     self._metrics.first_token.observe(time.perf_counter() - self._started)
                 if isinstance(event, Finished):

@@ -40,7 +40,9 @@ class Guard:
 
     def _refusal(self, headers: Headers) -> ApiError | None:
         origin = headers.get("origin")
-        if origin and not self._any and origin not in self._origins and not re.fullmatch(LOCAL_ORIGIN, origin):
+        # the server's own page has the address that it is called by, whatever that is
+        own = origin is not None and origin.partition("://")[2].lower() == headers.get("host", "").lower()
+        if origin and not own and not self._any and origin not in self._origins and not re.fullmatch(LOCAL_ORIGIN, origin):
             return ApiError(403, "web pages of this origin may not use the server: start it with --cors-origin ORIGIN, or with a key")
         if self._hosts is not None and not self._is_own(headers.get("host", "")):
             return ApiError(403, "the server is not called by this name: use localhost or an address")

@@ -24,19 +24,25 @@ class Answering:
         self._lock = threading.RLock()
         self._past: list[Event] = []
         self._listener: Callable[[Event], None] | None = None
+        self._begun: Callable[[str], None] = lambda conversation: None
+        self._conversation = ""
         self._stop: Callable[[], None] = lambda: None
         self._cancelled = False
 
-    def on_event(self, listener: Callable[[Event], None]) -> None:
+    def on_event(self, listener: Callable[[Event], None], begun: Callable[[str], None] = lambda conversation: None) -> None:
         """Calls a function with each event, those that came already among them, in order. There is one listener.
 
-        It is called in the thread that computes, so it must not wait for anything: in a program with asyncio it is
+        begun: called before, once it is known to which conversation the request belongs
+
+        Both are called in the thread that computes, so they must not wait for anything: in a program with asyncio the first is
         `lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)`.
         """
         with self._lock:
             if self._listener is not None:
                 raise ValueError("somebody listens already")
-            self._listener = listener
+            self._listener, self._begun = listener, begun
+            if self._conversation:
+                begun(self._conversation)
             past, self._past = self._past, []
             for event in past:
                 listener(event)
@@ -78,6 +84,12 @@ class Answering:
             self._stop, cancelled = stop, self._cancelled
         if cancelled:
             stop()
+
+    def begin(self, conversation: str) -> None:
+        """It is worked on now, in this conversation."""
+        with self._lock:
+            self._conversation = conversation
+            self._begun(conversation)
 
     def emit(self, event: Event) -> None:
         """Passes an event on. What the listener raises is lost: it concerns no one else."""

@@ -12,7 +12,10 @@ from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import chain, turn_digest
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Record
+from kvlocal.serving.shown_map import ShownMap
 from kvlocal.template.markup import Message
+
+_TITLE = 80  # characters
 
 
 @dataclass(eq=False)
@@ -26,6 +29,7 @@ class KeptConversation:
     record: of it on the disk, None if nothing is kept there
     answering: the request that is worked on in it, None while it is idle
     live: it is in a slot
+    shown: its cache, as others see it
     captured: as it was after its last answer; in memory, to go on from
     written: the last one that the disk has
     deleted: nobody is to find it any more
@@ -41,6 +45,7 @@ class KeptConversation:
     record: Record | None = None
     answering: Answering | None = None
     live: LiveConversation | None = None
+    shown: ShownMap = field(default_factory=ShownMap)
     captured: Captured | None = None
     written: Captured | None = None
     deleted: bool = False
@@ -77,6 +82,7 @@ class KeptConversation:
 class ConversationInfo:
     """A conversation as others see it.
 
+    title: how the first text of the user begins
     turns: texts of the user
     tokens: tokens of all of it
     in_slot, answering: whether it is in a slot, and whether a request is worked on in it
@@ -85,6 +91,7 @@ class ConversationInfo:
     """
 
     id: str
+    title: str
     turns: int
     tokens: int
     in_slot: bool
@@ -96,8 +103,9 @@ class ConversationInfo:
     @classmethod
     def of(cls, conversation: KeptConversation) -> ConversationInfo:
         """As it is now."""
-        turns = sum(turn["role"] == "user" for turn in conversation.turns)
+        texts = [turn["content"] for turn in conversation.turns if turn["role"] == "user"]
+        title = " ".join(texts[0][: 2 * _TITLE].split())[:_TITLE] if texts else ""
         on_disk = conversation.record.n_bytes() if conversation.record else 0
         in_memory = conversation.bytes_in_memory()
         in_slot, answering = conversation.live is not None, conversation.answering is not None
-        return cls(conversation.id, turns, conversation.n_tokens, in_slot, answering, in_memory, on_disk, conversation.last_used)
+        return cls(conversation.id, title, len(texts), conversation.n_tokens, in_slot, answering, in_memory, on_disk, conversation.last_used)

@@ -23,6 +23,7 @@ from kvlocal.serving.conversation import KeptConversation
 from kvlocal.serving.conversations import Conversations, Found
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Directory, new_id
+from kvlocal.serving.request import NEW
 from kvlocal.template.markup import Message
 
 _CANCELLED_SECONDS = 10.0  # that an answer may take to end which was cancelled
@@ -91,13 +92,14 @@ class Keeper:
         owner, tools = owner_digest(request.owner), _tools(answering)
         digests = chain(owner, system, tools, turns)
         with self.conversations.lock:
-            found = self._find(digests, owner)
+            found = self._find(digests, owner, request.conversation)
             if request.keep_trimmed:
                 trimmed = self.conversations.find_trimmed(digests[0], [turn_digest(turn) for turn in turns], owner)
                 found = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else found
             known = found.conversation.turns[: found.n_kept] if found else []
             all_turns = [*known, *turns[found.n_given if found else 0 :]]
-            if found and known and found.goes_on and found.conversation.answering is None:
+            goes_on = found is not None and known and found.goes_on and request.conversation != NEW
+            if found and goes_on and found.conversation.answering is None:
                 conversation = found.conversation
             else:
                 conversation = KeptConversation(new_id(), owner, system, tools)
@@ -106,11 +108,11 @@ class Keeper:
             conversation.answering = answering
             return Assignment(conversation, found, all_turns)
 
-    def _find(self, digests: Sequence[str], owner: str) -> Found | None:
+    def _find(self, digests: Sequence[str], owner: str, preferred: str | None) -> Found | None:
         """As Conversations.find; an answer that nobody wants any more is waited for, as it ends soon."""
         deadline = time.monotonic() + _CANCELLED_SECONDS
         while True:
-            found = self.conversations.find(digests, owner)
+            found = self.conversations.find(digests, owner, preferred)
             ending = found is not None and found.conversation.answering is not None and found.conversation.answering.cancelled
             left = deadline - time.monotonic()
             if not ending or left <= 0:
@@ -129,7 +131,7 @@ class Keeper:
         if conversation.live is None:
             self._free_a_slot()
             try:
-                conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus)
+                conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus, conversation.shown)
             except BaseException:
                 self._n_free += 1
                 raise
@@ -202,6 +204,8 @@ class Keeper:
             live.session.second_read()
             conversation.captured = Captured.of(live.session, lasting=True) if can_be_captured(live.session) else None
         conversation.n_tokens = live.session.kv.history_tokens
+        if not live.session.cache.uncertain:
+            conversation.shown.settle(live.map())
 
     def give_up(self, assignment: Assignment) -> None:
         """What was read for a request is of no use, and the conversation is what it was before; in a turn."""
@@ -213,6 +217,7 @@ class Keeper:
         """Others may go on with the conversation; what is to be kept of it is written in a thread of its own."""
         with self.conversations.lock:
             conversation.answering = None
+            conversation.shown.end()
             conversation.touch()
             self.conversations.released.notify_all()
             deleted = conversation.deleted
