@@ -103,9 +103,12 @@ class ConversationInfo:
     @classmethod
     def of(cls, conversation: KeptConversation) -> ConversationInfo:
         """As it is now."""
-        texts = [turn["content"] for turn in conversation.turns if turn["role"] == "user"]
+        answering = conversation.answering
+        # the first message is no turn yet while it is read
+        said = conversation.turns or (answering.request.messages if answering else ())
+        texts = [turn["content"] for turn in said if turn["role"] == "user"]
         title = " ".join(texts[0][: 2 * _TITLE].split())[:_TITLE] if texts else ""
         on_disk = conversation.record.n_bytes() if conversation.record else 0
         in_memory = conversation.bytes_in_memory()
-        in_slot, answering = conversation.live is not None, conversation.answering is not None
-        return cls(conversation.id, title, len(texts), conversation.n_tokens, in_slot, answering, in_memory, on_disk, conversation.last_used)
+        states = conversation.live is not None, answering is not None
+        return cls(conversation.id, title, len(texts), conversation.n_tokens, *states, in_memory, on_disk, conversation.last_used)

@@ -23,15 +23,20 @@ export class Chat {
    * id: that the server knows it by, "" before its first answer begins
    * messages: as the server has them; the answers of this page also have `thought`, and `error` where they failed
    * isFork: it begins as another one, which stays
+   * unsent: a text that the server has not got so far
    */
   constructor(id = "", messages = [], isFork = false) {
-    Object.assign(this, { id, messages, isFork, running: null, begun: false });
+    Object.assign(this, { id, messages, isFork, running: null, begun: false, unsent: "" });
   }
 
   /** Answers what was said last; `changed` is called whenever there is something new, and with "begun" once the server works on it. */
   async answer(changed) {
     const running = (this.running = new AbortController());
+    // what failed before it said anything was no answer
+    this.messages = this.messages.filter(({ error, content }) => !error || content);
     const asked = this.messages.map(sent);
+    const before = this.id;
+    let isKept = false;
     const message = { role: "assistant", content: "", thought: "" };
     this.messages.push(message);
     this.begun = false;
@@ -44,6 +49,8 @@ export class Chat {
         message.content += delta.content ?? "";
         message.thought += delta.reasoning_content ?? "";
         const reason = chunk.choices[0]?.finish_reason;
+        // if it was stopped while the message was read the server has nothing of it
+        if (reason) isKept = Boolean(chunk.conversation);
         if (reason === "length") message.end = "It ended at the greatest length that the server allows.";
         const begins = !this.begun && Boolean(chunk.conversation);
         this.begun ||= begins;
@@ -51,8 +58,11 @@ export class Chat {
       }
     } catch (error) {
       if (error.name !== "AbortError") message.error = error instanceof api.ApiError ? error.message : String(error);
-      else if (!message.content) message.error = "Stopped before the answer began.";
     } finally {
+      if (!isKept && !message.content && !message.thought) {
+        this.id = before;
+        message.error ??= "It was stopped before the answer began.";
+      } else if (!message.content && !message.error) message.end ??= "The answer is empty.";
       this.running = null;
       changed("ended");
     }

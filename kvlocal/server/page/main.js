@@ -133,21 +133,25 @@ async function open(id, again = false) {
 
 async function send(text) {
   chat.messages.push({ role: "user", content: text });
-  // it is kept as a draft until the server has it
-  stored.set(draftName(), text);
-  await answer();
+  await answer(text);
 }
 
-async function answer() {
+/** text: what is new, if it is not only another answer. */
+async function answer(text = "") {
   const answered = chat;
   const draft = draftName();
   running.add(answered);
+  answered.unsent = text;
+  keepDraft();
   answered.isFork = false;
   const work = answered.answer((what) => {
     const shown = answered === chat;
     if (what === "begun") {
+      // a new conversation has a name now, and the server has what was said
       stored.set(draft, "");
+      answered.unsent = "";
       if (shown) {
+        keepDraft();
         history.replaceState(null, "", `#${answered.id}`);
         map.look();
       }
@@ -162,11 +166,15 @@ async function answer() {
   say("The answer comes.");
   await work;
   running.delete(answered);
+  const last = answered.messages.at(-1);
+  if (last.error && !last.content) answered.unsent = text;
   if (answered === chat) {
+    if (!answered.id) history.replaceState(null, "", location.pathname + location.search);
     thread.update();
     update();
     map.look();
-    say(answered.messages.at(-1).error ?? "The answer is there.");
+    keepDraft();
+    say(last.error ?? "The answer is there.");
   }
   refresh();
 }
@@ -212,8 +220,9 @@ async function remove(id, title) {
 const message = $("message");
 const draftName = () => `kvlocal-draft-${chat.id || "new"}`;
 
+/** What is in the box, or else what was sent and the server has not got, would be gone with the page. */
 function keepDraft() {
-  if (!chat.running || chat.begun) stored.set(draftName(), message.value);
+  stored.set(draftName(), message.value || chat.unsent);
 }
 
 function grow() {
@@ -239,7 +248,10 @@ $("composer").addEventListener("submit", (event) => {
   grow();
   send(text);
 });
-$("stop").addEventListener("click", () => chat.stop());
+$("stop").addEventListener("click", () => {
+  chat.stop();
+  message.focus();
+});
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
   if (chat.running) {

@@ -37,11 +37,10 @@ export class Thread {
       const state = JSON.stringify([message.role, message.content, message.thought, message.error, message.end, isLast, isLast && Boolean(running), Boolean(running)]);
       if (this.shown[i]?.state === state) return;
       const element = this.message(message, i, numbers[i], isLast);
-      if (this.shown[i]) {
-        keepState(this.shown[i].element, element);
-        this.shown[i].element.replaceWith(element);
-      } else this.element.append(element);
-      this.shown[i] = { state, element };
+      if (!this.shown[i]) {
+        this.element.append(element);
+        this.shown[i] = { state, element };
+      } else this.shown[i] = { state, element: changed(this.shown[i].element, element) };
     });
     this.element.setAttribute("aria-busy", String(Boolean(running)));
     if (!messages.length) {
@@ -56,9 +55,10 @@ export class Thread {
     const { thought, text } = isAnswer ? split(message.content) : { thought: "", text: message.content ?? "" };
     const comes = isAnswer && isLast && running;
     const body = make("div", { class: "text" });
+    const thinks = Boolean(comes && !text);
     const allThought = message.thought || thought;
     if (allThought) {
-      body.append(make("details", { class: "thought", open: Boolean(comes && !text) }, make("summary", {}, "Thought"), make("div", {}, render(allThought))));
+      body.append(make("details", { class: "thought", open: thinks, "data-thinks": String(thinks) }, make("summary", {}, "Thought"), make("div", {}, render(allThought))));
     }
     if (isAnswer) body.append(render(text));
     else body.append(make("div", { class: "as-typed" }, text));
@@ -127,11 +127,25 @@ export class Thread {
   }
 }
 
-/** A thought that somebody opened or closed stays so. */
-function keepState(before, after) {
-  const old = before.querySelector("details.thought");
-  const now = after.querySelector("details.thought");
-  if (old && now && before.querySelector(".comes, .text")) now.open = old.open;
+/** Makes a message another one. What is the same in both stays, so that a selection in it does, and a thought that somebody opened or closed. */
+function changed(before, after) {
+  const [old, now] = [before, after].map((element) => element.querySelector(":scope > .text"));
+  if (!old || before.className !== after.className) {
+    before.replaceWith(after);
+    return after;
+  }
+  const [oldThought, thought] = [old, now].map((text) => text.querySelector(":scope > .thought"));
+  if (oldThought && thought && oldThought.dataset.thinks === thought.dataset.thinks) thought.open = oldThought.open;
+  old.className = now.className;
+  const wanted = [...now.childNodes];
+  wanted.forEach((node, i) => {
+    const there = old.childNodes[i];
+    if (!there) old.append(node);
+    else if (!there.isEqualNode(node)) there.replaceWith(node);
+  });
+  while (old.childNodes.length > wanted.length) old.lastChild.remove();
+  before.querySelector(":scope > .actions").replaceWith(after.querySelector(":scope > .actions"));
+  return before;
 }
 
 async function copy(text, button) {
