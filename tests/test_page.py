@@ -51,7 +51,7 @@ def visit(browser):
 
     @contextmanager
     def opened(server, path="/", *, expected=(), **options):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 760}, **options})
         page, complaints = context.new_page(), []
         page.set_default_timeout(SECONDS)
         page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)

@@ -10,7 +10,7 @@ from kvlocal.chat.cache_map import CacheMap
 
 _WATCHED_SECONDS = 3.0  # that somebody who has looked is likely to look again
 _INTERVAL_SECONDS = 0.2  # between two maps of an answer
-_SHARE = 0.02  # of the time of an answer that may go into maps of it
+_SHARE = 0.03  # of the time of an answer that may go into maps of it
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ const STOP_SECONDS = 10; // for an answer to end that was asked to
 
 /** What is sent of a message: of an answer what it said, as thoughts are not part of a history. */
 function sent({ role, content, tool_calls, tool_call_id }) {
-  return { role, content: role === "assistant" ? split(content).text : content, ...(tool_calls && { tool_calls }), ...(tool_call_id && { tool_call_id }) };
+  const said = role === "assistant" ? split(content).text : content;
+  return { role, content: said, ...(tool_calls && { tool_calls }), ...(tool_call_id && { tool_call_id }) };
 }
 
 /** An answer's thought, which a kept conversation has between tags, and the rest of it. */

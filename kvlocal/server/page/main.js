@@ -59,11 +59,13 @@ function drawList() {
   const rows = list.map(({ id, title, turns, last_used, answering }) => {
     const shown = id === chat.id;
     const words = [`${turns} turn${turns === 1 ? "" : "s"}`, answering ? "answering" : ago(now - last_used)];
+    const link = { href: `#${id}`, "aria-current": shown ? "page" : undefined, onclick: () => fold("sidebar", false) };
+    const button = { type: "button", class: "icon", "aria-label": `Delete “${title}”`, title: "Delete", onclick: () => remove(id, title) };
     return make(
       "li",
       { class: shown ? "current" : "" },
-      make("a", { href: `#${id}`, "aria-current": shown ? "page" : undefined, onclick: () => fold("sidebar", false) }, make("span", {}, title || "…"), make("small", { class: "quiet" }, words.join(" · "))),
-      make("button", { type: "button", class: "icon", "aria-label": `Delete “${title}”`, title: "Delete", onclick: () => remove(id, title) }, icon("remove")),
+      make("a", link, make("span", {}, title || "…"), make("small", { class: "quiet" }, words.join(" · "))),
+      make("button", button, icon("remove")),
     );
   });
   // whoever moves through the list by keyboard stays where he was
@@ -207,6 +209,7 @@ async function remove(id, title) {
   if (dialog.returnValue !== "yes") return;
   try {
     await api.remove(id);
+    list = list.filter((each) => each.id !== id);
     if (id === chat.id) show(new Chat());
     message.focus();
   } catch (error) {

@@ -1,4 +1,4 @@
-// The map of the cache: each text of a conversation, how much of it is in the cache, in the archive, or back from there, and what the answer looked at.
+// The map of the cache: how much of each text of a conversation is in the cache, in the archive, or back from there, and what the answer looked at.
 
 import * as api from "./api.js";
 import { turns } from "./chat.js";
@@ -25,7 +25,8 @@ export class CacheMap {
     for (const [kind, text] of [["cached", "in the cache"], ["recalled", "recalled"], ["archived", "in the archive"], ["gone", "gone"]]) {
       legend.append(make("li", {}, make("span", { class: `swatch ${kind}` }), text));
     }
-    this.content = make("div", {}, this.figure, make("div", { class: "gauge", role: "presentation" }, this.gauge, this.budget), this.numbers, this.head(), this.list, this.looked, legend);
+    const gauge = make("div", { class: "gauge", role: "presentation" }, this.gauge, this.budget);
+    this.content = make("div", {}, this.figure, gauge, this.numbers, this.head(), this.list, this.looked, legend);
     element.append(this.note, this.content);
   }
 
@@ -109,7 +110,8 @@ export class CacheMap {
   /** The texts alone, while nothing is known of their cells. */
   fromMessages() {
     const numbers = turns(this.chat.messages);
-    return this.chat.messages.map(({ role, content }, i) => ({ role, turn: numbers[i], text: content ?? "", tokens: 0, cached: 0, archived: 0, recalled: 0, attention: null }));
+    const unknown = { tokens: 0, cached: 0, archived: 0, recalled: 0, attention: null };
+    return this.chat.messages.map(({ role, content }, i) => ({ ...unknown, role, turn: numbers[i], text: content ?? "" }));
   }
 
   drawParts(parts) {
@@ -141,7 +143,8 @@ export class CacheMap {
       last: "",
     };
     row.bar.append(row.cached, row.recalled);
-    row.button = make("button", { type: "button", class: role, onclick: () => this.actions.reveal(turn, role) }, row.label, row.text, row.share, row.bar);
+    const properties = { type: "button", class: role, onclick: () => this.actions.reveal(turn, role) };
+    row.button = make("button", properties, row.label, row.text, row.share, row.bar);
     row.item = make("li", {}, row.button);
     return row;
   }

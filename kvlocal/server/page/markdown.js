@@ -119,7 +119,10 @@ function item(lines, loose, depth) {
   if (task) lines[0] = lines[0].slice(task[0].length);
   const inner = blocks(lines, depth + 1);
   const element = make("li", {});
-  if (task) element.append(make("input", { type: "checkbox", checked: task[1] !== " ", disabled: true, "aria-label": task[1] === " " ? "to do" : "done" }), " ");
+  if (task) {
+    const checked = task[1] !== " ";
+    element.append(make("input", { type: "checkbox", checked, disabled: true, "aria-label": checked ? "done" : "to do" }), " ");
+  }
   for (const block of inner) {
     if (!loose && block.tagName === "P") element.append(...block.childNodes);
     else element.append(block);

@@ -34,7 +34,8 @@ export class Thread {
     while (this.shown.length > messages.length) this.shown.pop().element.remove();
     messages.forEach((message, i) => {
       const isLast = i === messages.length - 1;
-      const state = JSON.stringify([message.role, message.content, message.thought, message.error, message.end, isLast, isLast && Boolean(running), Boolean(running)]);
+      const { role, content, thought, error, end } = message;
+      const state = JSON.stringify([role, content, thought, error, end, isLast, Boolean(running), this.chat.begun]);
       if (this.shown[i]?.state === state) return;
       const element = this.message(message, i, numbers[i], isLast);
       if (!this.shown[i]) {
@@ -58,11 +59,14 @@ export class Thread {
     const thinks = Boolean(comes && !text);
     const allThought = message.thought || thought;
     if (allThought) {
-      body.append(make("details", { class: "thought", open: thinks, "data-thinks": String(thinks) }, make("summary", {}, "Thought"), make("div", {}, render(allThought))));
+      const properties = { class: "thought", open: thinks, "data-thinks": String(thinks) };
+      body.append(make("details", properties, make("summary", {}, "Thought"), make("div", {}, render(allThought))));
     }
     if (isAnswer) body.append(render(text));
     else body.append(make("div", { class: "as-typed" }, text));
-    for (const call of message.tool_calls ?? []) body.append(make("pre", { tabIndex: 0 }, make("code", {}, `${call.function?.name}(${call.function?.arguments})`)));
+    for (const { function: called } of message.tool_calls ?? []) {
+      body.append(make("pre", { tabIndex: 0 }, make("code", {}, `${called?.name}(${called?.arguments})`)));
+    }
     if (comes) {
       if (!text && !allThought) body.append(make("p", { class: "quiet waits" }, this.chat.begun ? "Reading" : "Waiting"));
       else body.classList.add("comes");
@@ -78,12 +82,9 @@ export class Thread {
       if (isAnswer && isLast && !running) add("Regenerate", () => this.actions.regenerate(i), `Regenerate the ${which}`);
       if (isAnswer && !running && !message.error) add("Fork", () => this.actions.fork(i), `Fork after the ${which}`);
     }
-    return make(
-      "article",
-      { class: `message ${message.role}`, tabIndex: -1, "aria-label": `${NAMES[message.role] ?? message.role}, turn ${turn}`, "data-turn": String(turn), "data-role": message.role },
-      body,
-      buttons,
-    );
+    const label = `${NAMES[message.role] ?? message.role}, turn ${turn}`;
+    const properties = { class: `message ${message.role}`, tabIndex: -1, "aria-label": label, "data-turn": String(turn), "data-role": message.role };
+    return make("article", properties, body, buttons);
   }
 
   /** A message becomes a box to write in. */
@@ -102,12 +103,9 @@ export class Thread {
       const text = box.value.trim();
       if (text) this.actions.edit(i, text);
     };
-    const form = make(
-      "form",
-      { class: "editor", onsubmit: save },
-      box,
-      make("div", { class: "buttons" }, make("button", { type: "button", onclick: end }, "Cancel"), make("button", { type: "submit", class: "main" }, "Send")),
-    );
+    const cancel = make("button", { type: "button", onclick: end }, "Cancel");
+    const send = make("button", { type: "submit", class: "main" }, "Send");
+    const form = make("form", { class: "editor", onsubmit: save }, box, make("div", { class: "buttons" }, cancel, send));
     box.addEventListener("keydown", (event) => {
       if (event.key === "Escape") {
         event.stopPropagation();
@@ -163,6 +161,6 @@ function welcome() {
     "div",
     { class: "welcome" },
     make("p", {}, "Ask something."),
-    make("p", { class: "quiet" }, "However long this conversation becomes, its cache stays as small as it is: the map beside it shows what of each turn is in there."),
+    make("p", { class: "quiet" }, "However long a conversation becomes, its cache stays small. The map shows what of each turn is in there."),
   );
 }
