@@ -170,7 +170,8 @@ class Chat:
         if screen.interactive:
             lines = TypedLines(screen.terminal, chat_commands.names())
             kept = f"kept in {self.record.transcript.path}" if self.record.transcript else "not kept in a file"
-            screen.note(f"{self.name}, {self.config.policy}, {self.session.kv.budget} cells. This chat is {kept}.")
+            changed = "".join(f" with {adapter}" for adapter in self._model.adapters)
+            screen.note(f"{self.name}{changed}, {self.config.policy}, {self.session.kv.budget} cells. This chat is {kept}.")
             screen.note("/help lists the commands, Ctrl-D leaves.")
         else:
             lines = PipedLines()

@@ -225,6 +225,7 @@ def settings(chat: Chat) -> dict[str, Any]:
         "stride": config.stride,
         "ctk": config.type_k,
         "ctv": config.type_v,
+        **({"lora": " ".join(map(str, loras))} if (loras := chat.session.model.adapters) else {}),
     }
 
 

@@ -8,17 +8,23 @@ import click
 from rich.filesize import decimal
 
 from kvlocal.doctor.diagnosis import diagnose
+from kvlocal.llama.adapter import Lora
+from kvlocal_cli.options import lora_option
 
 
 @click.command("doctor")
 @click.argument("model", required=False)
+@lora_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def doctor_command(model: str | None, as_json: bool) -> None:
+def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> None:
     """Say what this installation consists of, and what is wrong if anything is: then the exit code is 1.
 
-    With MODEL, a name from the catalogue or a GGUF file, also what its KV cache costs and whether it can be compressed.
+    With MODEL, a name from the catalogue or a GGUF file, also what its KV cache costs and whether it can be compressed; with
+    --lora whether these adapters go with it.
     """
-    report = diagnose(model)
+    if lora and model is None:
+        raise click.UsageError("--lora is for a model: name it too")
+    report = diagnose(model, lora)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -60,6 +66,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             ("trained context", f"{model['trained_context']:,} tokens{window}"),
             ("chat template", model["template"] or "unusable"),
         ]
+        for adapter in model["lora"]:
+            rows.append(("LoRA", f"{adapter['path']} at {adapter['scale']:g}, {adapter['tensors']} tensors, {decimal(adapter['size'])}"))
         if model["compressible"]:
             rotates = "" if model["can_rotate"] else ", keys cannot be rotated"
             rows.append(("compressible", f"{model['compressible_layers']} layers of {model['kv_heads']} KV heads{rotates}"))

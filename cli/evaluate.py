@@ -3,7 +3,7 @@
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,12 +26,13 @@ from kvlocal.files.atomic import atomic_write
 from kvlocal.files.fingerprint import fingerprint, run_key
 from kvlocal.files.replaceable import check_replaceable, holds_results
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
-from kvlocal_cli.options import parse_ratios
+from kvlocal_cli.options import lora_option, parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
 
@@ -66,6 +67,7 @@ _OPTIONS = (
                  help="Layers that go to the GPU, -1 for all; without one it has no effect."),
     click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]"),
     click.option("--nexus", metavar="FILE", help="Nexus tokens for the policies that use them, or off.  [default: as kvlocal chat finds them]"),
+    lora_option,
     click.option("--json", "json_path", type=_PATH, metavar="FILE",
                  help="Also write the results as one JSON object; unfinished ones are kept in FILE.partial."),
     click.option("--plot", "plot_path", type=_PATH, metavar="FILE", help="Draw quality against cells kept, as .png, .svg or .pdf."),
@@ -97,7 +99,7 @@ def run_options(command: Callable[..., Any], budget: int | None = None) -> Calla
         force: bool,
         **others: Any,
     ) -> Any:
-        own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "nexus", "json_path")}
+        own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "nexus", "lora", "json_path")}
         if click.get_current_context().get_parameter_source("ratios") is ParameterSource.DEFAULT:
             kv_budget = kv_budget or budget
         elif kv_budget:
@@ -132,6 +134,7 @@ class Run:
         seed: int,
         gpu_layers: int,
         nexus: str | None,
+        lora: Sequence[Lora],
         json_path: Path | None,
         variants: list[Variant],
         base: SessionConfig,
@@ -142,6 +145,8 @@ class Run:
         self._name, self._path, self._gpu_layers = model, resolve(model), gpu_layers
         self._json_path, self._plot_path = json_path, plot_path
         self._variants = variants
+        self._lora = lora
+        self._used: list[dict[str, Any]] = []  # of these, what has an effect
         self.fingerprint = fingerprint(self._path)
         self._nexus_choice = nexus
         self.nexus: NexusTokens | None = None
@@ -158,7 +163,10 @@ class Run:
                     check_file(self._path, variant.config(self.base), self._gpu_layers)
                 except CannotRecall as error:
                     cannot[variant.spec] = str(error)
-            model = Model(self._path, n_gpu_layers=self._gpu_layers)
+            model = Model(self._path, n_gpu_layers=self._gpu_layers, lora=self._lora)
+        self._used = [
+            {"file": each.path.name, "sha256_of_blocks": each.fingerprint, "scale": each.scale} for each in model.adapters if each.scale
+        ]
         for spec, why in cannot.items():
             _say(f"{spec} cannot be measured: {why}")
         self._variants = [variant for variant in self._variants if variant.spec not in cannot]
@@ -191,6 +199,7 @@ class Run:
             "model_sha256_of_blocks": self.fingerprint,
             **own,
             **({"nexus_sha256": fingerprint(Path(self.nexus.path))} if self.nexus else {}),
+            **({"lora": self._used} if self._used else {}),
             "seed": self.seed,
             **({"budget": self.base.budget} if self.base.budget else {}),
             **{name: getattr(self.base, name) for name in ("window", "stride", "n_sink", "n_ubatch", "type_k", "type_v")},

@@ -58,7 +58,10 @@ def dialogue_command(run: Run, data_path: Path, concat: int, limit: int | None, 
         raise KvlocalError(f"no dialogue in {data_path} has a field {by!r} with a text to be told apart by: {has}")
     with run.loaded() as model:
         dialogues = shuffled(data.dialogues, run.seed)[:limit]
-        depends = {"llama.cpp": load_library().bindings_version, "model": run.fingerprint, "types": [run.base.type_k, run.base.type_v]}
+        depends: dict[str, object] = {"llama.cpp": load_library().bindings_version, "model": run.fingerprint}
+        depends["types"] = [run.base.type_k, run.base.type_v]
+        if model.changed_by:
+            depends["lora"] = model.changed_by
         with waiting("reading the dialogues"):
             task = DialogueTask(model, run.base, dialogues, concat, ReferenceCache(run.cache), depends, run.nexus, by)
         left_out = {"empty": data.n_empty, "too_long": task.n_too_long, "without_history": task.n_without_history}

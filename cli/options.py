@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
 from kvlocal.hub.catalogue import resolve
+from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
 from kvlocal.llama.model import Model
@@ -83,6 +84,27 @@ def parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> tup
     return ratios
 
 
+class LoraFile(click.ParamType):
+    """A LoRA adapter, FILE or FILE:SCALE."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
+        """Raises BadParameter if there is no such file, or its scale is no number."""
+        if isinstance(value, Lora):
+            return value
+        try:
+            return Lora.parse(value)
+        except KvlocalError as error:
+            self.fail(str(error), param, ctx)
+
+
+lora_option = click.option(
+    "--lora", multiple=True, type=LoraFile(), metavar="FILE[:SCALE]",
+    help="A LoRA adapter for the model, as GGUF, and how much of it: 1 unless said otherwise, 0 for nothing; can be repeated.",
+)  # fmt: skip
+
+
 _OPTIONS = (
     click.option(
         "--kv-budget", type=click.IntRange(min=1), metavar="N",
@@ -123,6 +145,7 @@ _OPTIONS = (
         "--nexus", metavar="FILE",
         help="Nexus tokens for the policies that use them, or off.  [default: a file for this model beside it, among the models, or shipped]",
     ),
+    lora_option,
     click.option(
         "--archive", type=click.Choice(STORES),
         help=f"Keep what is removed in memory, or in memory and then in a file, and recall of it what is asked for.  "
@@ -204,29 +227,31 @@ class Loading:
     gpu_layers: as in Model
     nexus: a Nexus file, OFF, or None for one that is found
     may_change_policy: whether the policy is a default, which a model that cannot recall, or one without Nexus tokens, has another of
+    lora: adapters that it is used with
     """
 
     gpu_layers: int
     nexus: str | None
     may_change_policy: bool
+    lora: Sequence[Lora] = ()
 
     @contextmanager
     def loaded(self, name: str, config: SessionConfig, parallel: int = 1, undo: bool = True) -> Iterator[Loaded]:
         """The model of that name or path, if so many conversations with it, with undo or without, fit into memory.
 
         Raises:
-            KvlocalError: there is none, it cannot be loaded, it takes too much memory, or a Nexus file that was named cannot be used.
+            KvlocalError: there is none, it cannot be loaded, it takes too much memory, or a Nexus file or an adapter that was named cannot be used.
         """
         path = resolve(name)
         try:
             self.check(path, config, parallel, undo)
         except CannotRecall:
-            if not self.may_change_policy or config.archive is not None:
+            if not self.may_change_policy:
                 raise
             config = replace(config, policy=_without_archive(self.nexus))
             self.check(path, config, parallel, undo)
         with waiting(f"loading {name}"):
-            model = Model(path, n_gpu_layers=self.gpu_layers)
+            model = Model(path, n_gpu_layers=self.gpu_layers, lora=self.lora)
         with model:
             yield Loaded(model, *self._tokens(model, config))
 
@@ -241,7 +266,7 @@ class Loading:
         """
         config = check_file(path, config, self.gpu_layers)
         if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
-            memory_estimate.check(path, config, parallel, undo, instead_of)
+            memory_estimate.check(path, config, parallel, undo, instead_of, self.lora)
 
     def _tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         if "nexus" not in policies.make(config.policy, config.policy_args).needs:
@@ -271,6 +296,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         policy: str | None,
         policy_args: dict[str, str],
         nexus: str | None,
+        lora: tuple[Lora, ...],
         gpu_layers: int,
         stride: int,
         positions: Positions,
@@ -293,7 +319,9 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         try:
-            loading = Loading(gpu_layers, nexus, may_change_policy=policy is None)
+            kept_as = archive_ram, archive_dir, archive_type
+            wants_archive = archive in ("ram", "disk") or kept_as != (None, None, None)
+            loading = Loading(gpu_layers, nexus, policy is None and not wants_archive, lora)
             if policy is None:
                 # Nexus tokens are named to be used, and keys that always move cannot be looked up
                 recalls = archive in ("ram", "disk") or (archive is None and positions != "cache" and nexus in (None, OFF))
@@ -321,7 +349,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 archive_dir=archive_dir,
                 archive_type=archive_type,
             )
-            if config.store == "off" and not (archive_ram is None and archive_dir is None and archive_type is None):
+            if config.store == "off" and kept_as != (None, None, None):
                 raise click.UsageError(
                     "--archive-ram, --archive-dir and --archive-type say how an archive is kept and there is none here: leave them out, "
                     "or give --archive disk"

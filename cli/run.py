@@ -110,6 +110,7 @@ def _report(name: str, prompt: str, answer: str, session: ChatSession) -> dict[s
     assert last is not None  # after an answer
     return {
         "model": name,
+        **({"lora": [{"path": str(each.path), "scale": each.scale} for each in session.model.adapters]} if session.model.adapters else {}),
         "prompt": prompt,
         "answer": answer,
         "kv": session.kv.report(),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvlocal.errors import KvlocalError
     from kvlocal.hub.catalogue import resolve
     from kvlocal.hub.pull import pull
+    from kvlocal.llama.adapter import Lora
     from kvlocal.llama.model import Model
     from kvlocal.llama.sampling import SamplingParams
 
@@ -26,6 +27,7 @@ __all__ = [
     "CacheConfig",
     "ChatSession",
     "KvlocalError",
+    "Lora",
     "Model",
     "SamplingParams",
     "SessionConfig",
@@ -40,6 +42,7 @@ _HOMES = {
     "CacheConfig": "kvlocal.cache.config",
     "ChatSession": "kvlocal.chat.session",
     "KvlocalError": "kvlocal.errors",
+    "Lora": "kvlocal.llama.adapter",
     "Model": "kvlocal.llama.model",
     "SamplingParams": "kvlocal.llama.sampling",
     "SessionConfig": "kvlocal.chat.config",

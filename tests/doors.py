@@ -15,6 +15,7 @@ import numpy as np
 from click.testing import CliRunner
 from fuzzing import SLOW, Door
 from gguf import GGUFWriter, TokenType
+from lora_file import write_lora
 from tiny_model import N_EMBD, N_FF, N_VOCAB, write_tiny_model
 
 from kvlocal.batch.line import Failure, Line
@@ -30,6 +31,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.gsm8k import load_problems
 from kvlocal.evaluation.memory_data import load_memory
 from kvlocal.gguf.container import Container
+from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -39,8 +41,8 @@ from kvlocal.template.chat_template import ChatTemplate
 from kvlocal_cli.main import main
 
 NAMES = (
-    "gguf", "model", "nexus", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues", "conversations",
-    "problems", "template", "arguments",
+    "gguf", "model", "nexus", "adapter", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues",
+    "conversations", "problems", "template", "arguments",
 )  # fmt: skip
 
 CHATML = (
@@ -92,15 +94,22 @@ def doors(directory: Path) -> Iterator[list[Door]]:
     whole = model.read_bytes()
     nexus = directory / "seed.nexus.gguf"
     write_nexus(nexus, model)
+    adapter = write_lora(directory / "seed.lora.gguf", model, ["blk.0.ffn_up.weight"])
     window = directory / "window.gguf"
     write_chat_model(window, family="gemma3", n_layer=6)
     transcript = _transcript(directory)
     snapshots = [_snapshot(path) for path in (model, window)]
-    with Elsewhere(load_models) as load_model, Elsewhere(resume_chats, model) as resume, Elsewhere(resume_chats, window) as resume_window:
+    with (
+        Elsewhere(load_models) as load_model,
+        Elsewhere(load_adapters, model) as load_adapter,
+        Elsewhere(resume_chats, model) as resume,
+        Elsewhere(resume_chats, window) as resume_window,
+    ):
         yield [
             Door("gguf", [whole], file_door(directory / "a.gguf", _container)),
             Door("model", [whole], file_door(directory / "b.gguf", load_model), focus=[range(whole.index(b"tokenizer.ggml.tokens"))]),
             Door("nexus", [nexus.read_bytes()], file_door(directory / "c.nexus.gguf", NexusFile.load)),
+            Door("adapter", [adapter.read_bytes()], file_door(directory / "j.gguf", load_adapter)),
             Door("snapshot", snapshots[:1], sealed_door(directory / "f.snapshot", resume), focus=_beginnings(snapshots[0])),
             Door("window snapshot", snapshots[1:], sealed_door(directory / "g.snapshot", resume_window), focus=_beginnings(snapshots[1])),
             Door("transcript", [transcript, _saved(directory)], file_door(directory / "d.jsonl", load), JSON_WORDS),
@@ -361,6 +370,17 @@ def load_models() -> Callable[[Path], None]:
             with Context(model, n_cells=256, n_ubatch=32, n_threads=1) as context:
                 context.decode(np.arange(4, dtype=np.int32) % model.n_vocab, 0)
                 context.logits()
+
+    return load
+
+
+def load_adapters(path: Path) -> Callable[[Path], None]:
+    """Loads this model with an adapter, and decodes a few tokens."""
+
+    def load(file: Path) -> None:
+        with Model(path, lora=[Lora(file, 0.5)]) as model, Context(model, n_cells=256, n_ubatch=32, n_threads=1) as context:
+            context.decode(np.arange(4, dtype=np.int32), 0)
+            context.logits()
 
     return load
 

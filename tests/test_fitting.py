@@ -120,6 +120,15 @@ def test_an_archive_that_a_model_cannot_have(tmp_path):
     check_file(write_header(tmp_path / "some.gguf", "gpt-oss", sinks=2), SessionConfig(**RECALL), n_gpu_layers())
 
 
+@pytest.mark.parametrize("option", [("--archive-ram", "100"), ("--archive-type", "f16"), ("--archive-dir", "."), ("--archive", "ram")])
+def test_an_archive_that_was_asked_for_is_not_left_out_in_silence(tmp_path, option):
+    path = write_header(tmp_path / "capped.gguf", "gemma2")
+    result = CliRunner().invoke(main, ["run", str(path), "Hello", *option])
+    assert result.exit_code == 1 and "cannot recall from an archive: give --archive off" in result.stderr
+    # without, another policy is the default, and the file is found to lack its tensors
+    assert "recall" not in CliRunner().invoke(main, ["run", str(path), "Hello"]).stderr
+
+
 def test_a_budget_beyond_the_trained_context(tmp_path):
     path = write_header(tmp_path / "short.gguf")
     assert "give at most 3968" in refused(path, budget=4096)

@@ -54,6 +54,20 @@ def test_the_newest_share_stays_and_the_rest_goes_by_attention():
     np.testing.assert_array_equal(Recall(recent=0.0, blocks=1).plan(state(scores), 5).keep[0, 0], [3, 7, 9, 18, 19])
 
 
+def test_only_heads_that_win_attention_look_far_for_what_was_asked():
+    rng = np.random.default_rng(0)
+    scores = rng.dirichlet(np.full(60, 0.1), (3, 4)).astype(np.float32)
+    usual = Recall(recent=0.8, asked=0.2, worth=0.1, blocks=1)
+    given, n_far = state(scores, n_pinned=2, window=4), 0
+    keep = usual.for_question.plan(given, 20).keep
+    for layer, head in np.ndindex(3, 4):
+        near, far = (Recall(recent=recent, blocks=1).plan(given, 20).keep[layer, head] for recent in (0.8, 0.2))
+        looks = scores[layer, head, far].sum() > scores[layer, head, near].sum() + 0.1
+        n_far += looks
+        np.testing.assert_array_equal(keep[layer, head], far if looks else near)
+    assert 0 < n_far < 12
+
+
 def test_blocks_are_chosen_by_their_largest_cell():
     scores = np.zeros((1, 1, 11), np.float32)
     scores[0, 0, [5, 10]] = 0.5, 0.7
@@ -283,6 +297,25 @@ def test_without_its_archive_the_conversation_goes_on(model, tmp_path, changes, 
         assert cache.compressor.recaller is None and reason in cache.compressor.lost
         cache.begin(0)
         assert cache.compressor.recaller is not None and cache.compressor.lost == ""
+
+
+def test_boxes_of_keys_take_from_the_memory_of_the_archive(model, monkeypatch):
+    monkeypatch.setattr(recall, "_QUICK", recall._Search(1, BLOCK, 1))
+    monkeypatch.setattr(recall, "_CLOSE", recall._Search(1, BLOCK, 1))
+
+    def bytes_of_rows(archive):
+        return sum(chunk.k.nbytes + chunk.v.nbytes for chunk in archive.chunks())
+
+    with BudgetedCache(model, CONFIG) as cache:
+        for turn in range(8):
+            cache.read(user(100, turn))
+        archive = cache.compressor.recaller.archive
+        rows = bytes_of_rows(archive)
+        assert archive.bytes_in_memory == rows + rows // 16
+    with BudgetedCache(model, replace(CONFIG, archive_ram=rows)) as cache:
+        for turn in range(8):
+            cache.read(user(100, turn))
+        assert cache.compressor.recaller is None and "filled the" in cache.compressor.lost
 
 
 @pytest.fixture(scope="module")

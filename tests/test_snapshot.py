@@ -17,7 +17,7 @@ from kvlocal.conversations import snapshot as module
 from kvlocal.conversations.archive_file import archive_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import EXACT, read_on
-from kvlocal.conversations.snapshot import SnapshotError, Snapshots
+from kvlocal.conversations.snapshot import VERSION, SnapshotError, Snapshots
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import staging_of
 from kvlocal.llama.model import Model
@@ -265,7 +265,7 @@ def test_no_part_of_the_file_can_be_lost_or_changed(model, snapshots, kept):
 
 
 FORGED = [
-    {"format": 1}, {"version": 3}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
+    {"format": 1}, {"version": VERSION + 1}, {"made_with": None}, {"made_with": []}, {"conversations": None}, {"conversations": [[-1, "x"]]},
     {"conversations": [[True, "x"]]}, {"conversations": [["4"]]}, {"arrays": None}, {"arrays": {}}, {"arrays": [["cache", "|u1"]]},
     {"arrays": [["cache", "|u1", [2**62]]]}, {"arrays": [["cache", "|u1", [-1]]]}, {"arrays": [["cache", "|O", [1]]]},
     {"arrays": [["cache", "|u1", 1]]}, {"arrays": [["ledger.tokens", "<i4", [30, 3, 2**40]]]}, {"arrays": [["ledger.tokens", "<i4", [2**31, 3, 1]]]},
@@ -575,3 +575,24 @@ def test_a_sliding_window_comes_back_with_its_archive(tmp_path, snapshots):
         assert through.undo() == back.undo()
         assert ask(through, asked[1:]) == ask(back, asked[1:])
         check_equal(through, back)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_an_archive_that_another_program_cuts_short_is_given_up(shallow_model, snapshots, undo):
+    """To read a mapped file behind its end would end the process."""
+    with session(shallow_model, **RECALL) as through:
+        ask(through, ASKED)
+        snapshots.save(through)
+        chat, _ = back_again(shallow_model, snapshots, through.messages)
+        messages = through.messages
+    with chat:
+        assert chat.kv.archive_bytes[1] > 0
+        os.truncate(archive_path(snapshots.path), 4096)
+        del chat._begin, chat.restore
+        if undo:
+            chat.undo(2)
+        ask(chat, ASKED[:1])
+        assert not chat.cache.uncertain
+        # turns that cannot be taken back are read again, into another archive
+        assert chat.kv.archive_bytes[0] > 0 if undo else "cut short" in chat.kv.archive_lost
+        assert len(chat.messages) == len(messages) + (2 - 4 * undo)

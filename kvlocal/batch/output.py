@@ -29,7 +29,9 @@ def settings_key(model: Model, config: SessionConfig, nexus: NexusTokens | None)
     archive has its room."""
     settings = asdict(replace(config, policy_args=dict(config.policy_args), n_threads=None, archive=config.store, archive_ram=0, archive_dir=None))
     paths = [Path(model.path), *([Path(nexus.path)] if nexus else [])]
-    return run_key({"kvlocal": kvlocal.__version__, "settings": settings, "files": [fingerprint(path) for path in paths]})
+    files = [fingerprint(path) for path in paths]
+    lora = {"lora": model.changed_by} if model.changed_by else {}
+    return run_key({"kvlocal": kvlocal.__version__, "settings": settings, "files": files, **lora})
 
 
 class Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -62,6 +63,10 @@ class _StoredMark:
     mark: ArchivedMark
     block: Block | None
     shared: bool = False
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        return self.mark.data
 
 
 class Archive:
@@ -161,6 +166,14 @@ class Archive:
         """The keys, [L, H, CHUNK, row size] for every CHUNK tokens."""
         return [chunk.k for chunk in self._chunks[: -(-self.n_tokens // CHUNK)]]
 
+    def beside(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for what is derived from the rows, which counts as theirs until `close`.
+
+        Raises:
+            ArchiveFailed: there is no room for it.
+        """
+        return self._memory.take(n_bytes).data
+
     # marks
 
     def add_mark(self, mark: ArchivedMark) -> None:
@@ -249,6 +262,16 @@ class Archive:
         block.data[:] = data
         return block
 
+    def check(self) -> None:
+        """To read what is missing in a file would end the process.
+
+        Raises:
+            ArchiveFailed: somebody has cut a file short that this archive has parts in.
+        """
+        files = {id(file): file for stored in self._stored() if not stored.block and (file := _file_of(stored.data)) is not None}
+        if any(file.size() < len(file) for file in files.values()):
+            raise ArchiveFailed("its file was cut short by another program")
+
     def _let_go(self, stored: _Chunk | _StoredMark) -> None:
         if stored.block:
             self._memory.give_back(stored.block, reusable=not stored.shared)
@@ -259,3 +282,11 @@ class Archive:
         self._chunks.clear()
         self._marks.clear()
         self._memory.close()
+
+
+def _file_of(data: npt.NDArray[np.uint8]) -> mmap.mmap | None:
+    """The mapped file that an array is in; None for one in memory."""
+    base: object = data
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return base if isinstance(base, mmap.mmap) else None

@@ -310,7 +310,7 @@ class BudgetedCache(ArchivedCells):
         """Evaluates vectors in place of token embeddings, float32 [n, n_embd], in a segment of their own: the first of them, as many as there is
         room for once the cache is compressed. Returns how many.
 
-        adapter: is on for this alone
+        adapter: is on for this alone, besides those of the model
         """
         self.check_certain()
         if len(vectors) > self.n_free:

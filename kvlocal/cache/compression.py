@@ -175,8 +175,8 @@ class Compressor:
             return False
         try:
             refill = self.recaller.choose(ledger, n_keep, policy, closely)
-        except NativeError as error:
-            if not error.unsupported:
+        except (ArchiveFailed, NativeError) as error:
+            if isinstance(error, NativeError) and not error.unsupported:
                 raise
             self.give_up_archive(str(error))
             return False

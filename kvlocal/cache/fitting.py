@@ -47,7 +47,9 @@ def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
     if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
         raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
     if config.store != "off" and not attention.plain:
-        raise CannotRecall(f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: leave the archive off")
+        raise CannotRecall(
+            f"{path.name} has a soft cap or attention sinks, and cannot recall from an archive: give --archive off, and no other option of it"
+        )
     if config.store != "off" and config.archive_type:
         _check_blocks(path, attention, 2 * (("--archive-type", config.archive_type),))
     return config

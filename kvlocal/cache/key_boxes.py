@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,7 +14,7 @@ from kvlocal.llama.cells import BLOCK, NativeCache
 class KeyBoxes:
     """The least and the largest number in each channel of the keys of each block, as Quest and ArkVale have them.
 
-    They take an eighth of what the keys take as f16, in memory, wherever the archive is and whatever its types are.
+    They take an eighth of what the keys take as f16, whatever the archive's types are, from the memory of the archive and then from its disk.
 
     native: the cache whose keys they are
     """
@@ -27,11 +29,16 @@ class KeyBoxes:
         self._n_blocks = min(self._n_blocks, n_tokens // BLOCK)
 
     def of(self, archive: Archive) -> list[npt.NDArray[np.float16]]:
-        """For each of its chunks [L, H, 2, head size, CHUNK / BLOCK], filled for all blocks that are whole (NativeCache.fill_boxes)."""
+        """For each of its chunks [L, H, 2, head size, CHUNK / BLOCK], filled for all blocks that are whole (NativeCache.fill_boxes).
+
+        Raises:
+            ArchiveFailed: there is no room for them.
+        """
         keys, per_chunk = archive.key_chunks(), CHUNK // BLOCK
         layout = self._native.layout()
+        shape = layout.n_layer, layout.n_head_kv, 2, layout.n_embd_head_k, per_chunk
         while len(self._chunks) < len(keys):
-            self._chunks.append(np.zeros((layout.n_layer, layout.n_head_kv, 2, layout.n_embd_head_k, per_chunk), np.float16))
+            self._chunks.append(archive.beside(2 * math.prod(shape)).view(np.float16).reshape(shape))
         end = archive.n_tokens // BLOCK
         while self._n_blocks < end:
             chunk, at = divmod(self._n_blocks, per_chunk)

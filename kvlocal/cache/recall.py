@@ -75,8 +75,9 @@ class Recaller:
         """Stores the tokens that came since the last time, which are the last cells of every head.
 
         Raises:
-            ArchiveFailed: there is no room for them.
+            ArchiveFailed: there is no room for them, or what was stored is there no more.
         """
+        self.archive.check()
         n_new = ledger.n_tokens - self.archive.n_tokens
         if n_new == 0:
             return
@@ -94,8 +95,10 @@ class Recaller:
 
         Raises:
             ValueError: the mark is none of this archive.
+            ArchiveFailed: what was stored is there no more.
             NativeError: the native layer refused it or failed.
         """
+        self.archive.check()
         tokens = mark.tokens(*ledger.tokens.shape[:2])
         self.archive.truncate(mark.n_tokens)
         if self.archive.n_tokens != mark.n_tokens:
@@ -126,6 +129,10 @@ class Recaller:
         """The n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`.
 
         closely: whether it may take longer, because much depends on it
+
+        Raises:
+            ArchiveFailed: there is no room for what finds them.
+            NativeError: the native layer refused it or failed.
         """
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         positions = self.positions(ledger, ledger.next_position)

@@ -25,7 +25,7 @@ from kvlocal.cache.archive import ArchivePart
 from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.session import ChatSession
-from kvlocal.conversations.archive_file import ArchiveFile, Extent, archive_path
+from kvlocal.conversations.archive_file import N_DIGEST, ArchiveFile, Extent, archive_path
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import replace_at_leisure
 from kvlocal.files.fingerprint import fingerprint
@@ -33,12 +33,11 @@ from kvlocal.llama.library import load as load_library
 from kvlocal.template.markup import Message
 
 FORMAT = "kvlocal-snapshot"
-VERSION = 2
+VERSION = 3
 
 _MAX_HEADER = 2**20  # bytes
 _MAX_LENGTHS = 2000  # of the conversation that a header names
 _CHUNK = 2**22  # bytes that are written before the next look at whether to stop
-_N_DIGEST = hashlib.sha256().digest_size
 
 
 class SnapshotError(KvlocalError):
@@ -64,7 +63,7 @@ class Captured:
     """A session as it is at one time.
 
     key: of its conversation and its settings
-    model, nexus, signature: what it depends on: the files of weights and of Nexus tokens, and settings
+    model, nexus, signature: what it depends on: the files of weights and of Nexus tokens; adapters and settings
     system, messages: the conversation
     arrays: as ChatSession.snapshot gives them
     parts: of its archive; the next answer changes them, unless they are shared
@@ -249,7 +248,7 @@ def _made_with(model: Path, nexus: Path | None, signature: Mapping[str, Any]) ->
 
 
 def _signature(session: ChatSession) -> dict[str, Any]:
-    return {"tools": list(session.config.tools) or None, **session.cache.signature}
+    return {"tools": list(session.config.tools) or None, "set of LoRA adapters": session.model.changed_by or None, **session.cache.signature}
 
 
 def _nexus_path(session: ChatSession) -> Path | None:
@@ -326,13 +325,13 @@ def _common(conversations: object, system: str | None, messages: Sequence[Messag
 
 
 def _table(extents: Sequence[Extent]) -> Arrays:
-    """Where the parts of the archive are. archive.extents: int64 [2, n], starts and sizes; archive.digests: uint8 [32, n]"""
+    """Where the parts of the archive are. archive.extents: int64 [2, n], starts and sizes; archive.digests: uint8 [16, n]"""
     places = np.array([extent[:2] for extent in extents], np.int64).reshape(-1, 2).T
-    digests = np.frombuffer(b"".join(extent.digest for extent in extents), np.uint8).reshape(-1, _N_DIGEST).T
+    digests = np.frombuffer(b"".join(extent.digest for extent in extents), np.uint8).reshape(-1, N_DIGEST).T
     return {"archive.extents": places, "archive.digests": digests}
 
 
-_TABLE_LIMITS: Limits = {"archive.extents": ("<i8", (2, 2**20)), "archive.digests": ("u1", (_N_DIGEST, 2**20))}
+_TABLE_LIMITS: Limits = {"archive.extents": ("<i8", (2, 2**20)), "archive.digests": ("u1", (N_DIGEST, 2**20))}
 
 
 def _extents(arrays: Mapping[str, npt.NDArray[np.generic]]) -> list[Extent]:
@@ -344,7 +343,7 @@ def _extents(arrays: Mapping[str, npt.NDArray[np.generic]]) -> list[Extent]:
     if "archive.extents" not in arrays:
         return []
     starts, sizes = arrays["archive.extents"].tolist()
-    digests = arrays.get("archive.digests", np.zeros((_N_DIGEST, 0), np.uint8)).T
+    digests = arrays.get("archive.digests", np.zeros((N_DIGEST, 0), np.uint8)).T
     if len(digests) != len(starts):
         raise SnapshotError("the snapshot is damaged")
     return [Extent(start, size, digest.tobytes()) for start, size, digest in zip(starts, sizes, digests, strict=True)]
@@ -371,7 +370,7 @@ def _read_arrays(
             raise SnapshotError("the snapshot is damaged")
         sizes[name] = dtype, tuple(shape)
     n_data = sum(dtype.itemsize * math.prod(shape) for dtype, shape in sizes.values())
-    if os.fstat(file.fileno()).st_size != n_header + n_data + _N_DIGEST:
+    if os.fstat(file.fileno()).st_size != n_header + n_data + hashlib.sha256().digest_size:
         raise SnapshotError("the snapshot is incomplete")
     file.seek(0)
     digest = hashlib.sha256(file.read(n_header))

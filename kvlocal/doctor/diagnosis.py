@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import kvlocal
@@ -14,7 +14,10 @@ from kvlocal.doctor.memory_estimate import largest_budget
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import models_dir
+from kvlocal.gguf.container import Container
+from kvlocal.gguf.lora import changed_tensors
 from kvlocal.hub.catalogue import Catalogue, HubFile
+from kvlocal.llama.adapter import Adapter, Lora, check_lora
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.ggml import DEVICE_KINDS, functions
@@ -25,7 +28,7 @@ from kvlocal.template.chat_template import ChatTemplate
 _T = TypeVar("_T")
 
 
-def diagnose(model: str | None = None) -> dict[str, Any]:
+def diagnose(model: str | None = None, lora: Sequence[Lora] = ()) -> dict[str, Any]:
     """A report for JSON; a part that cannot be found out is None, and the reason is in its "problems".
 
     Sizes are in bytes. Keys:
@@ -40,6 +43,7 @@ def diagnose(model: str | None = None) -> dict[str, Any]:
 
     Args:
         model: a catalogue name or a path, as `catalogue.resolve` takes it.
+        lora: adapters for it.
     """
     problems: list[str] = []
     hints: list[str] = []
@@ -54,7 +58,7 @@ def diagnose(model: str | None = None) -> dict[str, Any]:
     }
     if model is not None:
         # Without the library the one problem would be named twice.
-        report["model"] = library and _attempt(problems, lambda: _describe_model(problems, library, model))
+        report["model"] = library and _attempt(problems, lambda: _describe_model(problems, library, model, lora))
     return report | {"hints": hints, "problems": problems}
 
 
@@ -131,17 +135,19 @@ def _describe_models(problems: list[str], hints: list[str]) -> dict[str, Any]:
     }
 
 
-def _describe_model(problems: list[str], library: Library, name: str) -> dict[str, Any]:
+def _describe_model(problems: list[str], library: Library, name: str, lora: Sequence[Lora]) -> dict[str, Any]:
     """What a session needs to know about a model.
 
     Keys: path, description, architecture, parameters, size (bytes of the weights), trained_context (tokens), sliding_window (tokens, 0 for none),
     template (ChatTemplate.source, None if it cannot be used), compressible, compressible_layers, kv_heads, can_rotate, kv_bytes_per_1000_cells
     (of the compressible cache, by cache type; None for a type that does not fit the heads), largest_budget (cells that fit into the memory that is
-    free, with an f16 cache and the default policy, at most what the model was trained for; None where the system does not say how much is free).
+    free, with an f16 cache and the default policy, at most what the model was trained for; None where the system does not say how much is free),
+    lora (of the adapters that go with it path, scale, tensors that it changes, and size in bytes).
     """
     path = Catalogue.load().resolve(name)
     with Model(path) as model:
         template = _attempt(problems, lambda: ChatTemplate.from_model(model).source)
+        adapters = [_attempt(problems, lambda each=each: _describe_adapter(model, each)) for each in lora]  # type: ignore[misc]
         with Context(model, n_cells=256, n_ubatch=32) as context:
             try:
                 layout = NativeCache(context.pointer).layout()
@@ -172,5 +178,13 @@ def _describe_model(problems: list[str], library: Library, name: str) -> dict[st
             "kv_heads": layout and layout.n_head_kv,
             "can_rotate": layout and layout.can_rotate,
             "kv_bytes_per_1000_cells": cost,
-            "largest_budget": largest_budget(path, SessionConfig()),
+            "largest_budget": largest_budget(path, SessionConfig(), lora),
+            "lora": [adapter for adapter in adapters if adapter],
         }
+
+
+def _describe_adapter(model: Model, lora: Lora) -> dict[str, Any]:
+    base, container = Container(model.path), Container(lora.path)
+    check_lora(lora, base)
+    Adapter(model, lora.path, lora.scale, base=base)
+    return {"path": str(lora.path), "scale": lora.scale, "tensors": len(changed_tensors(container)), "size": container.status.st_size}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,6 +13,7 @@ from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
+from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import CELL_BLOCK
 
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
@@ -27,7 +29,7 @@ class OutOfMemory(KvlocalError):
 class MemoryEstimate:
     """Bytes of main memory that one conversation takes, all in all.
 
-    weights: of the model
+    weights: of the model and of the adapters beside it
     cell: of one cell of the cache in all layers and heads, with its copy for undo if the policy removes cells and no archive has them
     other: everything else
     """
@@ -37,7 +39,7 @@ class MemoryEstimate:
     other: int
 
     @classmethod
-    def of(cls, model: Container, config: SessionConfig, undo: bool = True) -> Self | None:
+    def of(cls, model: Container, config: SessionConfig, undo: bool = True, lora: Sequence[Lora] = ()) -> Self | None:
         """An estimate from the metadata; where some layers have a sliding window, as if they had none. None if they do not say enough; what is
         missing is for llama.cpp to complain about."""
         attention = Attention.of(model)
@@ -45,7 +47,7 @@ class MemoryEstimate:
             return None
         has_way_back = config.store != "off" and not attention.window
         copies = 2 if undo and allocation(config, attention.n_ctx_train).evicts and not has_way_back else 1
-        weights = sum(tensor.data.nbytes for tensor in model.tensors.values())
+        weights = sum(tensor.data.nbytes for tensor in model.tensors.values()) + sum(each.path.stat().st_size for each in lora)
         cell = copies * attention.cell_bytes(config.type_k, config.type_v)
         return cls(weights, cell, _PROCESS + config.n_ubatch * _ROWS_OF_A_TOKEN * attention.n_embd * 4)
 
@@ -57,8 +59,11 @@ class MemoryEstimate:
         return max(0, (free - self.weights - self.other) // self.cell // CELL_BLOCK * CELL_BLOCK)
 
 
-def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None) -> None:
-    """Whether so many conversations with this model, with undo or without, fit into the memory that is free; nothing where that cannot be found out.
+def check(
+    path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None, lora: Sequence[Lora] = ()
+) -> None:
+    """Whether so many conversations with this model and its adapters, with undo or without, fit into the memory that is free; nothing where that
+    cannot be found out.
 
     instead_of: how a conversation is kept that ends before, whose memory is free then
 
@@ -67,11 +72,11 @@ def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = Tru
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _estimate(path, config, undo)
+    found = _estimate(path, config, undo, lora)
     if free is None or found is None:
         return
     estimate, n_ctx_train = found
-    if instead_of and (ends := _estimate(path, instead_of, undo)):
+    if instead_of and (ends := _estimate(path, instead_of, undo, lora)):
         free += ends[0].total(allocation(instead_of, n_ctx_train).n_cells) - ends[0].weights
     asked = allocation(config, n_ctx_train)
     need = estimate.total(parallel * asked.n_cells)
@@ -86,8 +91,9 @@ def check(path: Path, config: SessionConfig, parallel: int = 1, undo: bool = Tru
     raise OutOfMemory(f"{wanted}, too little for any budget: {fewer}make more memory free, raise a limit on it, or choose a smaller model")
 
 
-def largest_budget(path: Path, config: SessionConfig) -> int | None:
-    """The most cells that a conversation with this model can keep in the memory that is free, at most what the model was trained for; 0 for none.
+def largest_budget(path: Path, config: SessionConfig, lora: Sequence[Lora] = ()) -> int | None:
+    """The most cells that a conversation with this model and its adapters can keep in the memory that is free, at most what the model was trained
+    for; 0 for none.
 
     None where that cannot be found out.
 
@@ -95,7 +101,7 @@ def largest_budget(path: Path, config: SessionConfig) -> int | None:
         ContainerError: the file cannot be read.
     """
     free = available_memory()
-    found = _estimate(path, config, undo=True)
+    found = _estimate(path, config, True, lora)
     if free is None or found is None:
         return None
     estimate, n_ctx_train = found
@@ -103,10 +109,10 @@ def largest_budget(path: Path, config: SessionConfig) -> int | None:
     return max(0, min(n_ctx_train, estimate.most_cells(free)) - slack)
 
 
-def _estimate(path: Path, config: SessionConfig, undo: bool) -> tuple[MemoryEstimate, int] | None:
+def _estimate(path: Path, config: SessionConfig, undo: bool, lora: Sequence[Lora]) -> tuple[MemoryEstimate, int] | None:
     """With the model's trained context. None where the metadata do not say enough."""
     model = Container(path)
-    attention, estimate = Attention.of(model), MemoryEstimate.of(model, config, undo)
+    attention, estimate = Attention.of(model), MemoryEstimate.of(model, config, undo, lora)
     return (estimate, attention.n_ctx_train) if attention and estimate else None
 
 

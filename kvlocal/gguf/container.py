@@ -65,6 +65,7 @@ class Header:
     path: where it was opened
     status: of the file when it was
     metadata: numbers, booleans and strings as Python has them, arrays of numbers as numpy arrays; arrays of strings are left out
+    kinds: the types of all values
 
     Raises:
         ContainerError: no such file, not GGUF, or cut off.
@@ -81,6 +82,7 @@ class Header:
         except OSError as error:
             raise ContainerError(f"{self.path} cannot be read ({error.strerror}): name a GGUF file") from error
         self.metadata: dict[str, Any] = {}
+        self.kinds: dict[str, GGUFValueType] = {}
         # where the first of each array is, and how many there are
         self._string_arrays: dict[str, tuple[int, int]] = {}
         try:
@@ -95,7 +97,8 @@ class Header:
             readable = " and ".join(map(str, _VERSIONS))
             raise ContainerError(f"{self.path} is GGUF of version {version}, and this kvlocal reads {readable}: convert it anew or update kvlocal")
         for _ in range(n_keys):
-            key, kind = self._string(), GGUFValueType(*self._unpack("<I"))
+            key = self._string()
+            kind = self.kinds[key] = GGUFValueType(*self._unpack("<I"))
             if kind != GGUFValueType.ARRAY:
                 self.metadata[key] = self._value(kind)
             else:

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.adapter import Adapter
+from kvlocal.llama.adapter import Adapter, use_adapters
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.library import load
@@ -139,12 +139,14 @@ class Context:
         self._batch = TokenBatch(lib, self.n_ubatch, self.n_seq_max, self.n_outputs)
         # llama.cpp makes micro-batches no larger than the cache
         self.n_recorded = min(n_recorded, self.n_ubatch)
-        if self.n_recorded:
-            try:
+        try:
+            if model.adapters:
+                self.use_adapter(None)
+            if self.n_recorded:
                 NativeCache(pointer).enable_ring(self.n_recorded)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pointer(self) -> int:
@@ -213,15 +215,12 @@ class Context:
         self._run(len(token))
 
     def use_adapter(self, adapter: Adapter | None) -> None:
-        """What is decoded from now on is computed with this adapter on top of the weights, or with the weights alone.
+        """What is decoded from now on is computed with this adapter on top of those of the model, or with those alone.
 
         Raises:
             EngineError: llama.cpp refused it.
         """
-        lib, n = self._lib, 0 if adapter is None else 1
-        pointers = (lib.llama_adapter_lora_p_ctypes * n)(*([] if adapter is None else [adapter.pointer]))
-        if lib.llama_set_adapters_lora(self.pointer, pointers, n, (ctypes.c_float * n)(*[1.0] * n)):
-            raise EngineError(f"the adapter {adapter.path if adapter else ''} cannot be used with this model: name another file")
+        use_adapters(self.pointer, [*self.model.adapters, *([adapter] if adapter else [])])
 
     def decode_embeddings(self, embd: npt.ArrayLike, pos: int, seq: int = 0, logits: Outputs = "none") -> None:
         """Evaluate vectors in place of token embeddings and append them to a sequence.

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import weakref
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from kvlocal.gguf.container import ALIGNMENT, ContainerError, Header
 from kvlocal.gguf.safety import Alphabet, examine
+from kvlocal.llama.adapter import Adapter, Lora, checked_base
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load
 from kvlocal.llama.log import NativeLog
@@ -34,19 +36,24 @@ class Model:
         path: the GGUF file.
         n_gpu_layers: how many layers go to the GPU, -1 for all; without a GPU backend it has no effect. With 0 everything is computed on the CPU.
         use_mmap: map the file instead of reading it.
+        lora: adapters that everything is computed with.
 
     Attributes:
+        adapters: the same as they are loaded.
         contexts: what was made with it and is closed first.
 
     Raises:
-        EngineError: no such file, not GGUF, not loadable, or a model without a plain KV cache.
+        EngineError: no such file, not GGUF, not loadable, a model without a plain KV cache, or an adapter for another one.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, n_gpu_layers: int = 0, use_mmap: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, n_gpu_layers: int = 0, use_mmap: bool = True, lora: Sequence[Lora] = ()
+    ) -> None:
         self.path = Path(path)
         self.n_gpu_layers = n_gpu_layers
         check_is_gguf(self.path)
         header, self._alphabet = _sound(self.path)
+        base = checked_base(self.path, lora)
         self._lib = lib = load().llama_cpp
         lib.llama_backend_init()
 
@@ -72,6 +79,11 @@ class Model:
         self.is_diffusion = bool(lib.llama_model_is_diffusion(pointer))
         self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
         self._check_has_kv_cache()
+        try:
+            self.adapters = tuple(Adapter(self, each.path, each.scale, base=base) for each in lora)
+        except BaseException:
+            self.close()
+            raise
 
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(pointer)
         self.n_embd: int = lib.llama_model_n_embd(pointer)
@@ -105,6 +117,11 @@ class Model:
                     f"{self.path} works with {kind} instead of a plain KV cache, so there is nothing to compress: "
                     "choose a decoder-only attention model"
                 )
+
+    @property
+    def changed_by(self) -> list[list[str | float]]:
+        """Fingerprint and scale of each adapter that has an effect: what is computed depends on it as on the file of the weights."""
+        return [[adapter.fingerprint, adapter.scale] for adapter in self.adapters if adapter.scale]
 
     def _string(self, function: Any, *args: int) -> str:
         """What a `(model, ..., buffer, size) -> length` function of llama.cpp writes."""

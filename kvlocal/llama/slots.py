@@ -24,7 +24,7 @@ class _Request:
     """What a slot wants to be decoded, and what became of it.
 
     rows: tokens, int32 [n], or vectors in their place, float32 [n, n_embd]
-    adapter: what is on for this alone
+    adapter: what is on for this alone, besides those of the model
     result: the logits that were asked for, float32 [n or 1, n_vocab]
     """
 
@@ -198,7 +198,7 @@ class Slot:
         self._logits = request.result
 
     def use_adapter(self, adapter: Adapter | None) -> None:
-        """What this slot decodes from now on is computed with this adapter, or with the weights alone."""
+        """What this slot decodes from now on is computed with this adapter besides those of the model, or with those alone."""
         self._adapter = adapter
 
     def check_output(self, i: int = -1) -> None:

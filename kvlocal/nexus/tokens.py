@@ -34,8 +34,9 @@ class NexusTokens:
     def __init__(self, model: Model, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.file = NexusFile.load(path)
-        self.file.check_base(Container(model.path))
-        self.adapter = Adapter(model, path) if self.file.adapter else None
+        base = Container(model.path)
+        self.file.check_base(base)
+        self.adapter = Adapter(model, path, base=base) if self.file.adapter else None
 
     def vectors(self, k: int) -> npt.NDArray[np.float32]:
         """The first k rows of the table, float32 [k, n_embd]."""

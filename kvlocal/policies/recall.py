@@ -20,7 +20,8 @@ class Recall:
     beside it; choosing from an archive is what InfLLM and ArkVale do.
 
     recent: share of the budget for the newest cells
-    asked: the same behind what the user says and at the beginning of an answer, when what was asked for counts more than the thread
+    asked: the same behind what the user says and at the beginning of an answer, in the heads that look for what was asked
+    worth: attention that a head must win by that for it to be one of them
     refresh: tokens of an answer after which it chooses again, where there is an archive; sooner at the beginning of an answer
     again: tokens at the end of what the user says that are evaluated a second time, with what they recalled in the cells; 0 for none
     pool: each score is raised to the largest of so many cells around it, 1 for none
@@ -34,6 +35,7 @@ class Recall:
 
     recent: float = 0.7
     asked: float = 0.3
+    worth: float = 0.01
     refresh: int = 16
     again: int = 64
     pool: int = 1
@@ -43,6 +45,7 @@ class Recall:
     def __post_init__(self) -> None:
         check_weight("recent", self.recent)
         check_weight("asked", self.asked)
+        check_weight("worth", self.worth)
         check_weight("whole", self.whole)
         check_kernel("pool", self.pool)
         for name, least in (("refresh", 1), ("again", 0), ("blocks", 1)):
@@ -50,9 +53,9 @@ class Recall:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     @property
-    def for_question(self) -> Recall:
+    def for_question(self) -> RecallForQuestion:
         """The choice when something was just asked."""
-        return replace(self, recent=self.asked)
+        return RecallForQuestion(self)
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         scores = pooled(needed(state.scores), state.window, self.pool)
@@ -67,6 +70,27 @@ class Recall:
             chosen = keep_best(by_block, state, budget - n_single)
             np.put_along_axis(by_cell, chosen, np.inf, axis=-1)
         return Plan(keep_best(by_cell, state, budget))
+
+
+@dataclass(frozen=True)
+class RecallForQuestion:
+    """As `usual`, but heads whose attention wins by it have a smaller share for the newest: `usual.asked`.
+
+    Few heads look for what was asked; for the others nothing far away is worth the newest cells, which the first words of an answer will want, though
+    the last of the question do not look at them.
+    """
+
+    needs: ClassVar[frozenset[str]] = Recall.needs
+    evicts: ClassVar[bool] = True
+    rotates: ClassVar[bool] = False
+
+    usual: Recall
+
+    def plan(self, state: CacheState, budget: int) -> Plan:
+        scores = needed(state.scores)
+        usual, asked = (policy.plan(state, budget).keep for policy in (self.usual, replace(self.usual, recent=self.usual.asked)))
+        before, after = (np.take_along_axis(scores, keep, axis=-1).sum(axis=-1, keepdims=True) for keep in (usual, asked))
+        return Plan(np.where(after - before > self.usual.worth, asked, usual))
 
 
 def _newest_first(scores: Scores, n_recent: int) -> Scores:

@@ -56,6 +56,7 @@ async def props(request: Request) -> Response:
         "total_slots": service.engine.stats().parallel,
         "model_alias": service.name,
         "model_path": model.path.name,
+        "lora_adapters": [{"path": adapter.path.name, "scale": adapter.scale} for adapter in model.adapters],
         "build_info": f"kvlocal {kvlocal.__version__}",
         "policy": config.policy,
         "kv_budget": service.engine.budget,

@@ -74,15 +74,17 @@ def main() -> None:
                 snapshots.save(chat)
                 next_save = chat.kv.history_tokens + args.tokens // 20
                 print(f"{chat.kv.history_tokens} tokens, {memory()['RssAnon']:.0f} MB", file=sys.stderr)
-        answers = []
+        answers, before = [], dict(vars(chat.seconds))
         for i in range(LAST):
             answers.append(said(chat, script.turn(turn + i).text))
+        last = {name: seconds - before[name] for name, seconds in vars(chat.seconds).items()}
         snapshots.save(chat)
         kept.write_text(json.dumps(chat.messages))
         result = {
             "tokens": chat.kv.history_tokens,
             "minutes": (time.perf_counter() - began) / 60,
             "share_of_recall": chat.seconds.recall / sum(vars(chat.seconds).values()),
+            "share_of_recall_in_the_last_turns": last["recall"] / sum(last.values()),
             "memory_of_an_empty_session": empty,
             "memory": memory(),
             "archive_ram": args.archive_ram,
