@@ -3,6 +3,7 @@
 import os
 import shutil
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,35 @@ def test_a_conversation_is_deleted_after_a_question(server, visit):
             assert until(lambda there=there: (server.get(f"/conversations/{identity}").status == 200) == there)
         page.wait_for_selector(".welcome")
         assert page.locator("#conversations li", has_text="nobody needs").count() == 0
+
+
+def test_the_keyboard_reaches_everything(server, visit):
+    with visit(server) as page:
+        say(page, "Hello!")
+        identity = shown(page)
+        page.locator(".skip").focus()
+        assert page.evaluate("document.querySelector('.skip').getBoundingClientRect().top >= 0")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "message" and shown(page) == identity
+        page.locator(".skip").focus()
+        describe = """() => {
+            const element = document.activeElement;
+            const label = element.getAttribute("aria-label") || element.labels?.[0]?.textContent || element.textContent;
+            return [element.localName, label.trim(), getComputedStyle(element).outlineStyle];
+        }"""
+        reached = []
+        while len(reached) < 60:
+            page.keyboard.press("Tab")
+            reached.append(page.evaluate(describe))
+            if reached[-1][1].startswith("Turn 1, answer"):
+                break
+        labels = [label for _, label, _ in reached]
+        order = ("New conversation", "Delete “Hello!”", "Dark or light", "Edit the message of turn 1", "Fork after the answer of turn 1", "Message",
+                 "Send", "Turn 1, you")  # fmt: skip
+        for one, next_one in pairwise(order):
+            at = [next(i for i, label in enumerate(labels) if label.startswith(each)) for each in (one, next_one)]
+            assert at[0] < at[1], (one, next_one)
+        assert all(label and (outline != "none" or name == "textarea") for name, label, outline in reached)
 
 
 def test_what_goes_wrong_is_said_and_nothing_typed_is_lost(server, visit):

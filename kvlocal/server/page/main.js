@@ -289,6 +289,12 @@ $("shade").addEventListener("click", () => {
   fold("map", false);
 });
 
+// the link of the keyboard past the list; an address with # is a conversation
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  message.focus();
+});
+
 // the key
 
 api.onKeyWanted(async (wasWrong) => {

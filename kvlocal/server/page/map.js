@@ -1,7 +1,6 @@
 // The map of the cache: how much of each text of a conversation is in the cache, in the archive, or back from there, and what the answer looked at.
 
 import * as api from "./api.js";
-import { turns } from "./chat.js";
 import { make } from "./dom.js";
 
 const MILLISECONDS = 300; // between two looks while an answer comes
@@ -84,7 +83,6 @@ export class CacheMap {
   draw({ cache, attention, parts, answering }) {
     if (!cache) {
       this.empty(answering ? "" : "This conversation is on the disk. It comes back into the cache with your next message.");
-      if (!answering) this.drawParts(this.fromMessages(), false);
       return;
     }
     this.note.hidden = true;
@@ -98,20 +96,13 @@ export class CacheMap {
     if (cache.archived) words.push(`${number(cache.archived)} archived`);
     if (cache.recalled) words.push(`${number(cache.recalled)} cells recalled just now`);
     this.numbers.textContent = words.join(" · ");
-    this.drawParts(parts, cache.archived > 0);
+    this.drawParts(parts);
     this.looked.hidden = !attention;
     if (attention) {
       this.looked.textContent =
         `The answer looked ${percent(attention.earlier)} at earlier turns, ${percent(attention.current)} at its own, ` +
         `${percent(attention.beginning)} at the beginning.${attention.everything ? "" : " Of what the cache still held."}`;
     }
-  }
-
-  /** The texts alone, while nothing is known of their cells. */
-  fromMessages() {
-    const numbers = turns(this.chat.messages);
-    const unknown = { tokens: 0, cached: 0, archived: 0, recalled: 0, attention: null };
-    return this.chat.messages.map(({ role, content }, i) => ({ ...unknown, role, turn: numbers[i], text: content ?? "" }));
   }
 
   drawParts(parts) {
