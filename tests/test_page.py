@@ -265,6 +265,10 @@ def test_edit_regenerate_and_fork_leave_the_conversation_as_it_was(server, visit
         ended(page)
         edited = shown(page)
         assert edited != first and kept(server, edited)[:2] == before[:2] and kept(server, edited)[2]["content"] == "Which colour is it?\nIn a word."
+        page.go_back()
+        comes(page, f"location.hash === '#{first}' && document.querySelectorAll('.message.user')[1].textContent.includes('letters')")
+        page.go_forward()
+        comes(page, f"location.hash === '#{edited}' && document.querySelectorAll('.message.user')[1].textContent.includes('word')")
         action(page, "assistant", 1, "Regenerate")
         page.wait_for_selector("#stop:visible")
         ended(page)

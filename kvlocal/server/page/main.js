@@ -154,7 +154,9 @@ async function answer(text = "") {
       answered.unsent = "";
       if (shown) {
         keepDraft();
-        history.replaceState(null, "", `#${answered.id}`);
+        // after an edit the way back leads to the conversation as it was
+        const enter = location.hash ? "pushState" : "replaceState";
+        if (location.hash.slice(1) !== answered.id) history[enter](null, "", `#${answered.id}`);
         map.look();
       }
       refresh();
