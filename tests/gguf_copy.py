@@ -47,6 +47,7 @@ def copy(
     target: Path,
     *,
     metadata: Mapping[str, Any] = {},
+    added: Mapping[str, bool | int] = {},
     names: Mapping[str, str] = {},
     tensors: Iterable[tuple[str, np.ndarray, GGMLQuantizationType, tuple[int, ...]]] | None = None,
 ) -> None:
@@ -54,6 +55,7 @@ def copy(
 
     Args:
         metadata: other values of keys that are there, of the same types.
+        added: keys that are not there, bool or uint32.
         names: of tokens, {old: new}.
         tensors: name, data, type and shape of each, outermost dimension first; those of the source by default.
     """
@@ -61,6 +63,9 @@ def copy(
     for key, value in metadata.items():
         if key in pairs:
             pairs[key] = _text(key) + struct.pack("<I", source.kinds[key]) + _value(source.kinds[key], value)
+    for key, value in added.items():
+        kind = GGUFValueType.BOOL if isinstance(value, bool) else GGUFValueType.UINT32
+        pairs[key] = _text(key) + struct.pack("<I", kind) + _value(kind, value)
     if names:
         key = "tokenizer.ggml.tokens"
         texts = [names.get(text, text) for text in (text.decode("utf-8", "surrogateescape") for text in source.strings(key))]

@@ -268,7 +268,7 @@ def test_sequences_have_streams_of_their_own(model: Model, context: Context, tok
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n_cells": 0}, {"n_cells": 2**31}, {"n_cells": 64, "type_k": "q9"}, {"n_cells": 64, "n_seq_max": 0}]
+    "wrong", [{"n_cells": 0}, {"n_cells": 2**31}, {"n_cells": 64, "type_k": "q9"}, {"n_cells": 64, "n_seq_max": 0}, {"n_cells": 64, "n_threads": -1}]
 )
 def test_impossible_contexts(model: Model, wrong: dict[str, object]) -> None:
     with pytest.raises(EngineError):

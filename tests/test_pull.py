@@ -210,6 +210,25 @@ def test_hub_file_is_fetched_once(hub, models):
     assert hub.target.read_bytes() == GGUF + b"newer"
 
 
+FIND = "import sys\nfrom kvlocal.hub.pull import find_in_repository, pull\nprint(pull(find_in_repository('owner/repo', sys.argv[1])))"
+
+
+def test_a_pattern_finds_a_file(hub, models, monkeypatch):
+    """On the hub, and on the disk without asking the hub."""
+    listed = [{"type": "file", "oid": COMMIT, "size": len(GGUF), "path": name} for name in ("README.md", "file.gguf", "part/other.gguf")]
+    tree = Served(json.dumps(listed).encode())
+    for query in ("recursive=true&expand=false", "recursive=True&expand=False"):  # as versions of the client write it
+        hub.server.files[f"/api/models/owner/repo/tree/main?{query}"] = tree
+    assert "2 files of owner/repo fit [fp]*.gguf" in hub.run("[fp]*.gguf", source=FIND).err
+    assert "no files of owner/repo fit x*.gguf: name one of those there are (file.gguf, part/other.gguf)" in hub.run("x*.gguf", source=FIND).err
+    found = hub.run("f*.gguf", source=FIND)
+    assert found.out == f"{hub.target}\n", found.err
+    seen = len(tree.requests)
+    assert hub.run("f*.gguf", source=FIND).out == f"{hub.target}\n" and len(tree.requests) == seen
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "check the network and pull again" in hub.run("x*.gguf", source=FIND).err
+
+
 def test_progress_without_a_terminal_is_lines(hub):
     result = hub.run(source="from kvlocal_cli import models\nmodels.REPORT_SECONDS = 0" + PULL)
     assert f"checking hf:owner/repo/file.gguf: {decimal(len(GGUF))} of {decimal(len(GGUF))}" in result.err.splitlines()

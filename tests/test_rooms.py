@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kvlocal"
 ROOMS = (
     "errors", "interrupts", "files", "gguf", "policies", "llama", "hub", "template", "cache", "nexus", "chat", "conversations", "batch",
-    "serving", "server", "training", "evaluation", "benchmark", "doctor",
+    "serving", "openai_forms", "server", "compat", "training", "evaluation", "benchmark", "doctor",
 )  # fmt: skip
 MODULES = {
     ".".join(("kvlocal", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")

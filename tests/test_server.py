@@ -282,7 +282,8 @@ def test_a_client_that_goes_away_ends_its_answer(server):
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}, {"x-api-key": "first-kez"}])
 def test_without_a_key_nothing_is_told(locked, headers):
-    for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/conversations"), ("POST", "/v1/chat/completions"), ("GET", "/props")):
+    gets, posts = ("/v1/models", "/metrics", "/conversations", "/props"), ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+    for method, path in (*(("GET", path) for path in gets), *(("POST", path) for path in posts)):
         answer = locked.request(method, path, None, headers)
         assert answer.status == 401 and answer.error["code"] == "invalid_api_key"
     assert locked.get("/health").status == 200

@@ -28,6 +28,23 @@ def test_litellm(address):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == answer.choices[0].message.content
 
 
+def test_litellm_with_texts_and_embeddings(address):
+    litellm = pytest.importorskip("litellm")
+    asked = {"api_base": address, "api_key": "any"}
+    answer = litellm.text_completion(model="text-completion-openai/any", prompt="The capital of France is", max_tokens=4, **asked)
+    assert answer.choices[0].text and answer.usage.completion_tokens == 4
+    found = litellm.embedding(model="openai/any", input=["A cat.", "A dog."], **asked)
+    assert len(found.data) == 2 and sum(value**2 for value in found.data[0]["embedding"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_langchain_with_texts_and_embeddings(address):
+    langchain_openai = pytest.importorskip("langchain_openai")
+    asked = {"base_url": address, "api_key": "any", "model": "any", "max_retries": 0}
+    assert langchain_openai.OpenAI(**asked, max_tokens=4).invoke("The capital of France is")
+    embeddings = langchain_openai.OpenAIEmbeddings(**asked, check_embedding_ctx_length=False)
+    assert len(embeddings.embed_documents(["A cat.", "A dog."])) == 2
+
+
 def test_llm(address, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     (tmp_path / "extra-openai-models.yaml").write_text(f"- model_id: local\n  model_name: any\n  api_base: {address}\n")

@@ -3,7 +3,7 @@
 import math
 
 from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob, ToolCallDelta
-from kvlocal.server.chat_reply import ChatReply, Choice, logprobs, usage
+from kvlocal.openai_forms.chat_reply import ChatReply, Choice, logprobs, usage
 from kvlocal.serving.request import Finished, Usage
 
 

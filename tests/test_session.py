@@ -296,7 +296,7 @@ def test_seeds_repeat_and_clear_starts_again(model):
 
 
 def test_impossible_settings_are_refused(model):
-    sizes = ({"budget": 20}, {"budget": 0}, {"budget": 8192}, {"stride": 0}, {"window": 65}, {"max_tokens": 0})
+    sizes = ({"budget": 20}, {"budget": 0}, {"budget": 8192}, {"stride": 0}, {"window": 65}, {"max_tokens": 0}, {"n_threads": -1})
     for changes in (*sizes, {"policy": "magic"}, {"type_k": "q9"}):
         with pytest.raises(KvlocalError):
             session(model, **changes)

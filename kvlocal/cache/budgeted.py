@@ -200,7 +200,7 @@ class BudgetedCache(ArchivedCells):
             progress(stop, len(ids))
             if breaks and stop == breaks[0]:
                 del breaks[0]
-                self._recall_for_answer()
+                self.recall_for_answer()
             if stop == len(ids):
                 return stop
             start = stop
@@ -246,17 +246,24 @@ class BudgetedCache(ArchivedCells):
         policy = self._recall.for_question if self._interval < self._recall.refresh else self._recall
         return self.compressor.choose_again(self.ledger, self._recall.refresh + 1, policy, closely)
 
-    def _recall_for_answer(self) -> None:
-        """Behind what the user says: brings what it is about into the cells.
+    @property
+    def n_again(self) -> int:
+        """The most tokens that `recall_for_answer` evaluates a second time."""
+        return min(self._recall.again, self.context.n_ubatch) if self.compressor.recaller else 0
+
+    def recall_for_answer(self) -> None:
+        """Behind what the user says, which was just read: brings what it is about into the cells. Without an archive there is nothing to bring.
 
         Queries of deep layers only ask for what shallower ones have found. So the end of the text is evaluated a second time with what it recalled,
         and then the cells are chosen once more. The queries of an answer's beginning say more again: what comes next is chosen for soon.
         """
+        if not self.compressor.recaller:
+            return
         self._interval = max(1, self._recall.refresh // 4)
         # a compression just now chose for what is read, not for what is asked
         self.compressor.chosen_at = 0
         if self._choose(closely=True):
-            self._evaluate_again(min(self._recall.again, self.ledger.n_tokens - self.ledger.segments[-1].start, self.context.n_ubatch))
+            self._evaluate_again(min(self.n_again, self.ledger.n_tokens - self.ledger.segments[-1].start))
             self._choose(closely=True)
 
     def _evaluate_again(self, n: int) -> None:

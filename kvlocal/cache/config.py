@@ -71,7 +71,7 @@ class CacheConfig:
     archive_type: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "memory", "stride", "window", "n_ubatch"):
+        for name in ("budget", "memory", "stride", "window", "n_ubatch", "n_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CacheError(f"{name} is {value}: it must be at least 1")

@@ -13,7 +13,7 @@ class TokenLogprob:
     """How likely a token was among all of the vocabulary, before anything that samples changed that.
 
     token: its bytes
-    logprob: the natural logarithm of its probability
+    logprob: the natural logarithm of its probability; NaN for the first token of a text, before which there is nothing
     top: the likeliest tokens at its place and theirs, the likeliest first
     """
 

@@ -9,10 +9,16 @@ from kvlocal.chat.config import SessionError
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.llama.grammar import GrammarRules
 from kvlocal.template.chat_template import ChatTemplate
-from kvlocal.template.compiled import AnswerFormat, TemplateError
+from kvlocal.template.compiled import AnswerFormat, CompiledTemplate, TemplateError
 
 # Text in front of calls, in the grammars that llama.cpp makes. A call that has to come comes at once: small models would talk until they are cut off.
 _TALK_BEFORE = re.compile(r"^(root ::= .*?)\buntil-\d+\? ", re.MULTILINE)
+
+# What an answer as a whole is, in these grammars: a value in the fences of a block of code, too.
+_WHOLE = re.compile(r"^root ::= .*$", re.MULTILINE)
+
+# Stands for a template where there is none: the grammar of a JSON schema does not depend on it.
+_NO_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 # Several calls that are written one after another, which llama.cpp also allows where there is to be one.
 _SEVERAL = re.compile(r"^(tool-calls ::= )\((tool-call space)\)\+$", re.MULTILINE)
@@ -40,8 +46,7 @@ def answer_rules(template: ChatTemplate, options: AnswerOptions) -> tuple[Answer
         allowed = [tool for tool in template.tools if not options.allowed_tools or tool["function"]["name"] in options.allowed_tools]
         asked = {"tools": allowed, "tool_choice": options.tool_choice, "parallel_tool_calls": options.parallel_tool_calls}
     if options.json_schema is not None:
-        # llama.cpp takes an empty schema for none
-        asked["json_schema"] = dict(options.json_schema) or {"type": "object"}
+        asked["json_schema"] = _schema(options)
     try:
         found = template.answer_format(**asked)
     except TemplateError as error:
@@ -61,3 +66,29 @@ def answer_rules(template: ChatTemplate, options: AnswerOptions) -> tuple[Answer
     if not options.parallel_tool_calls:
         text = _SEVERAL.sub(r"\1\2", text)
     return found, replace(found.grammar, text=text)
+
+
+def text_rules(options: AnswerOptions) -> GrammarRules | None:
+    """What the continuation of a text with these options has to follow, None for nothing.
+
+    Raises:
+        SessionError: they are of a chat, or cannot be had.
+    """
+    if options.tools or options.tool_choice == "required":
+        raise SessionError("tools are called in chats alone: leave them out, or begin a chat")
+    if options.grammar is not None:
+        return GrammarRules(options.grammar)
+    if options.json_schema is None:
+        return None
+    try:
+        found = CompiledTemplate(_NO_TEMPLATE).answer_format([{"role": "user", "content": "a"}], json_schema=_schema(options))
+    except TemplateError as error:
+        raise SessionError(f"the JSON schema cannot be followed ({error}): correct it or leave it out") from error
+    if found.grammar is None:
+        raise SessionError("the JSON schema cannot be followed: correct it or leave it out")
+    return GrammarRules(_WHOLE.sub("root ::= response-format", found.grammar.text))
+
+
+def _schema(options: AnswerOptions) -> dict[str, object]:
+    """llama.cpp takes an empty schema for none."""
+    return dict(options.json_schema or {}) or {"type": "object"}

@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from kvlocal.cache.budgeted import BudgetedCache
+from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.looked_at import recalled_turns
 from kvlocal.chat.stats import StopReason, TurnStats
-from kvlocal.chat.turn_reader import TurnReader
 from kvlocal.llama.sampling import Sampler, log_probabilities
 from kvlocal.template.answer import AnswerStream, Told
-from kvlocal.template.chat_template import ChatTemplate
 from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
+
+
+class PieceReader(Protocol):
+    """Brings text into a cache: that of turns (kvlocal.chat.turn_reader), or any.
+
+    cache: where it goes
+    end_tokens: those that end an answer
+    """
+
+    @property
+    def cache(self) -> BudgetedCache: ...
+
+    @property
+    def end_tokens(self) -> Collection[int]: ...
+
+    def passages(self, pieces: Sequence[Piece]) -> list[Passage]:
+        """The tokens of pieces."""
+        ...
+
+    def read(self, pieces: Sequence[Piece]) -> int:
+        """Evaluates pieces; returns the number of tokens."""
+        ...
 
 
 class AnswerInProgress:
@@ -26,7 +47,7 @@ class AnswerInProgress:
 
     There is one at a time that may. Once it is over, whoever ended it, it touches nothing any more, and what iterates over it gets a SessionError.
 
-    reader: the cache and the template
+    reader: the cache, and how texts come into it
 
     stopped: it is to end after its current token, or before its first one; may be set
     over: whether it has ended
@@ -34,7 +55,7 @@ class AnswerInProgress:
     stats: in numbers, None before it has ended
     """
 
-    def __init__(self, reader: TurnReader) -> None:
+    def __init__(self, reader: PieceReader) -> None:
         self._reader, self._cache = reader, reader.cache
         self.stopped = self.over = False
         self.message: Message | None = None
@@ -69,7 +90,7 @@ class AnswerInProgress:
             SessionError: it is over.
         """
         self._check_current()
-        cache, template, stream, message = self._cache, self._reader.template, self._stream, self._begun
+        cache, ends, stream, message = self._cache, self._reader.end_tokens, self._stream, self._begun
         reason: StopReason = "stopped"
         self._started = time.perf_counter()
         try:
@@ -85,7 +106,7 @@ class AnswerInProgress:
                 if top_logprobs is not None:
                     self._logprobs.append(token_logprob(cache, token, top_logprobs))
                 cache.seconds.sample += time.perf_counter() - sampling
-                if token in template.end_tokens:
+                if token in ends:
                     reason = "end"
                     break
                 cache.append(np.array([token], np.int32), "decode")
@@ -98,7 +119,7 @@ class AnswerInProgress:
                 if stream.stopped:
                     reason = "stop" if stream.stopped_as_asked else "end"
                     break
-            rest = stream.finish(cut=not ended_by_model(self._drawn, template))
+            rest = stream.finish(cut=not ended_by_model(self._drawn, ends))
             message["content"] += rest.text
             self.end("tool_calls" if reason == "end" and stream.calls else reason)
         except GeneratorExit:
@@ -130,7 +151,7 @@ class AnswerInProgress:
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
             ]
         n = len(self._fed)
-        if not ended_by_model(self._drawn, self._reader.template) or self._stream.has_closing:
+        if not ended_by_model(self._drawn, self._reader.end_tokens) or self._stream.has_closing:
             n = keep_said(self._reader, self._sampler, self._stream, self._fed, self._begun["content"])
         self._close(n, reason)
 
@@ -160,18 +181,18 @@ def is_object(text: str) -> bool:
         return False
 
 
-def ended_by_model(drawn: Sequence[int], template: ChatTemplate) -> bool:
+def ended_by_model(drawn: Sequence[int], ends: Collection[int]) -> bool:
     """Whether these tokens are those of an answer that the model ended by a token."""
-    return bool(drawn) and drawn[-1] in template.end_tokens
+    return bool(drawn) and drawn[-1] in ends
 
 
-def text_of(stream: AnswerStream, drawn: Sequence[int], template: ChatTemplate) -> str:
+def text_of(stream: AnswerStream, drawn: Sequence[int], ends: Collection[int]) -> str:
     """What an answer says that was drawn as these tokens; the stream is new."""
-    text = "".join(stream.push(token) for token in drawn if token not in template.end_tokens)
-    return text + stream.flush(cut=not ended_by_model(drawn, template))
+    text = "".join(stream.push(token) for token in drawn if token not in ends)
+    return text + stream.flush(cut=not ended_by_model(drawn, ends))
 
 
-def keep_said(reader: TurnReader, sampler: Sampler, stream: AnswerStream, fed: Sequence[int], content: str) -> int:
+def keep_said(reader: PieceReader, sampler: Sampler, stream: AnswerStream, fed: Sequence[int], content: str) -> int:
     """Takes tokens at the end of an answer out of the cache that say what is not in it: a stop string, the beginning of a character or of a stop
     string, or of what the template writes behind answers. Returns how many tokens the answer has then.
 

@@ -37,12 +37,17 @@ class SessionConfig(CacheConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "tools", tuple(self.tools))
-        _check_tools(self.tools)
+        check_tools(self.tools)
         if self.max_tokens < 1:
             raise SessionError(f"max_tokens is {self.max_tokens}: it must be at least 1")
 
 
-def _check_tools(tools: Sequence[Any]) -> None:
+def check_tools(tools: Sequence[Any]) -> None:
+    """Whether these are tools, each of another name.
+
+    Raises:
+        SessionError: they are not.
+    """
     names = set()
     for i, tool in enumerate(tools, 1):
         function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.budgeted import Passage
-from kvlocal.cache.compression import Seconds
 from kvlocal.cache.noted_cells import Arrays, Limits
 from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.answer_rules import answer_rules
@@ -19,15 +18,11 @@ from kvlocal.chat.config import SessionError
 from kvlocal.chat.looked_at import LookedAt, looked_at
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.state import SessionState, limits, with_state, without_state
-from kvlocal.chat.stats import KvStats, SegmentStats, segment_stats
 from kvlocal.chat.turns import Turns
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.grammar import Grammar
-from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.template.markup import Message
-
-T = TypeVar("T")
 
 
 class ChatSession(Turns):
@@ -73,36 +68,8 @@ class ChatSession(Turns):
         self.n_answers += 1
         return answer
 
-    def _until_end(self, answer: AnswerInProgress, options: AnswerOptions, form: Callable[[str, AnswerPiece], T]) -> Iterator[T]:
-        """What the answer says as it comes, each time in a form that may be empty, which is then left out."""
-        # by a name, so that what is raised from outside does not end it before it is mended
-        pieces = answer.pieces(options.max_tokens or self.max_tokens, options.top_logprobs)
-        try:
-            for text, piece in pieces:
-                if formed := form(text, piece):
-                    yield formed
-        except (Exception, KeyboardInterrupt):
-            if not answer.over:
-                self._mend(answer)
-            raise
-        finally:
-            if self._answer is answer:
-                self._end_answer()
-
-    def _mend(self, answer: AnswerInProgress) -> None:
-        """After an exception in the middle of an answer: the cache holds what is noted again, or is not used any more."""
-        self._answer = None
-        if not self.cache.set_length(self.cache.ledger.n_tokens):
-            self._try_to_read_again(self.messages)
-        answer.break_off()
-        self.last = answer.stats
-
-    def stop(self) -> None:
-        """Ends the answer that is on its way after its current token, or before its first one while the turn is still read; safe in a signal
-        handler."""
-        answer = self._answer
-        if answer is not None:
-            answer.stopped = True
+    def _recover(self) -> None:
+        self._try_to_read_again(self.messages)
 
     def regenerate(self, options: AnswerOptions = AnswerOptions()) -> Iterator[str]:
         """Takes the last answer back and generates another one."""
@@ -130,7 +97,7 @@ class ChatSession(Turns):
         message: Message = {"role": "assistant", "content": content} | ({"tool_calls": list(tool_calls)} if tool_calls else {})
         # the calls are compared by name and arguments: ids are drawn anew
         called = [(call["function"]["name"], call["function"]["arguments"]) for call in tool_calls]
-        said = text_of(stream, drawn, self.template), [(call.name, call.arguments) for call in stream.calls]
+        said = text_of(stream, drawn, self.template.end_tokens), [(call.name, call.arguments) for call in stream.calls]
         if said != (content, called) or not self.messages or self.messages[-1]["role"] == "assistant":
             self.add_messages([message])
             return
@@ -145,7 +112,7 @@ class ChatSession(Turns):
                 if token not in self.template.end_tokens:
                     self.cache.append(np.array([token], np.int32), "decode")
                     fed.append(token)
-            if not ended_by_model(drawn, self.template) or stream.has_closing:
+            if not ended_by_model(drawn, self.template.end_tokens) or stream.has_closing:
                 keep_said(self._reader, self._sampler, stream, fed, content)
         except BaseException:
             self._take_back(1)
@@ -224,41 +191,7 @@ class ChatSession(Turns):
         self._sampler.recent.extend(state.recent)
         self.messages[:] = [dict(message) for message in messages]
 
-    # how tokens are drawn
-
-    def set_sampling(self, sampling: SamplingParams) -> None:
-        """Draws tokens in another way from the next answer on; the repeat penalty still looks at those of the last ones."""
-        self._end_answer()
-        sampler = Sampler(self.model, sampling)
-        sampler.recent.extend(self._sampler.recent)
-        self._sampler.close()
-        self._sampler = sampler
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """How tokens are drawn."""
-        return self._sampler.params
-
-    @property
-    def seed(self) -> int:
-        """The seed in use, also when none was given."""
-        return self._sampler.seed
-
     # what can be asked
-
-    @property
-    def kv(self) -> KvStats:
-        """The cache in numbers."""
-        return KvStats.of(self.cache)
-
-    @property
-    def seconds(self) -> Seconds:
-        """Where the time went since the session was made."""
-        return self.cache.seconds
-
-    def segments(self) -> list[SegmentStats]:
-        """What is left of each turn, in order."""
-        return segment_stats(self.cache)
 
     def looked_at(self) -> LookedAt:
         """What the last answer looked at.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -26,6 +26,11 @@ class TurnReader:
     def __init__(self, cache: BudgetedCache, template: ChatTemplate, nexus: NexusTokens | None, progress: Progress | None) -> None:
         self.cache, self.template, self.nexus = cache, template, nexus
         self._progress = progress
+
+    @property
+    def end_tokens(self) -> Collection[int]:
+        """Those that end an answer."""
+        return self.template.end_tokens
 
     def passages(self, pieces: Sequence[Piece]) -> list[Passage]:
         """The tokens of pieces."""

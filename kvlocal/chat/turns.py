@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from itertools import pairwise
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +13,12 @@ import numpy.typing as npt
 from kvlocal.cache.budgeted import BudgetedCache, Progress
 from kvlocal.cache.fitting import fitted
 from kvlocal.cache.second_read import SecondRead
+from kvlocal.chat.answerer import Answerer
 from kvlocal.chat.answering import AnswerInProgress
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.messages import turns_of
 from kvlocal.chat.opening import checked_opening, checked_template, repetition
 from kvlocal.chat.state import Mark
-from kvlocal.chat.stats import TurnStats
 from kvlocal.chat.turn_reader import TurnReader
 from kvlocal.errors import KvlocalError
 from kvlocal.interrupts import CtrlCWaits
@@ -33,7 +32,7 @@ from kvlocal.template.markup import Message
 from kvlocal.template.pieces import Piece
 
 
-class Turns:
+class Turns(Answerer):
     """A conversation as turns that are given, taken back and read again. ChatSession answers them.
 
     model: the weights; must outlive the session
@@ -75,12 +74,12 @@ class Turns:
         self.config = config = fitted(model.path, config, model.n_gpu_layers)
         self.template = checked_template(model, config, nexus)
         self.messages: list[Message] = []
-        self.last: TurnStats | None = None
+        self.last = None
         self.max_tokens = config.max_tokens
         self._system = config.system
         self._undo = undo
         # of the last user turn, until it has ended
-        self._answer: AnswerInProgress | None = None
+        self._answer = None
         with ExitStack() as opened:
             self.cache = BudgetedCache(model, config, spare=spare, n_outputs=n_outputs, undo=undo, make_context=make_context)
             opened.callback(self.cache.close)
@@ -211,22 +210,6 @@ class Turns:
         self.settle()
         self.cache.compress()
 
-    # the answer to the last user turn
-
-    def _end_answer(self) -> None:
-        """An answer that is on its way ends as far as it came."""
-        answer = self._answer
-        if answer and answer.message is not None:
-            self._answer = None
-            answer.end()
-            self.last = answer.stats
-
-    def _leave_answer(self) -> None:
-        """An answer that is on its way is of a conversation that is no more."""
-        if self._answer and self._answer.message is not None:
-            self._answer.over = True
-        self._answer = None
-
     # the way back
 
     def undo(self, n_turns: int = 1) -> list[Message]:
@@ -340,18 +323,6 @@ class Turns:
     def system(self) -> str | None:
         """The system prompt, None for the template's own default."""
         return self._system
-
-    def close(self) -> None:
-        """Frees the cache. Closing twice is harmless."""
-        self._leave_answer()
-        self._sampler.close()
-        self.cache.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _check_follows(last: str, role: str) -> None:

@@ -6,6 +6,7 @@ dies, however it dies, and the next pull removes every staging directory whose l
 """
 
 import errno
+import fnmatch
 import hashlib
 import os
 import re
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import publish
@@ -33,6 +35,7 @@ Progress = Callable[[str, int, int | None], None]
 
 _CHUNK = 1 << 20  # bytes
 _STAGING = ".pull-"
+_MAX_LISTED = 20  # files that an error names
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -65,6 +68,32 @@ def pull(model: str | Entry | HubFile, *, force: bool = False, progress: Progres
     except OSError as error:
         raise _disk_error(error) from error
     return model.path
+
+
+def find_in_repository(repository: str, pattern: str) -> HubFile:
+    """The GGUF file of a hub repository whose path fits a pattern (fnmatch): one that is on disk, or else, by the hub's own list, one that can be
+    pulled.
+
+    Args:
+        repository: owner/repository.
+
+    Raises:
+        KvlocalError: no such file or several, or the hub cannot be asked.
+    """
+    if not any(sign in pattern for sign in "*?["):
+        return HubFile.parse(f"hf:{repository}/{pattern}")
+    wanted = HubFile.parse(f"hf:{repository}/{pattern.removesuffix('.gguf')}.gguf")
+    paths = [found.file for found in HubFile.pulled() if (found.owner, found.repo, found.revision) == (wanted.owner, wanted.repo, None)]
+    fitting = [path for path in paths if fnmatch.fnmatch(path, pattern)]
+    if not fitting:
+        huggingface_hub = _hub_client()
+        with _hub_errors(wanted), _quiet_hub():
+            paths = [path for path in huggingface_hub.HfApi().list_repo_files(repository) if path.lower().endswith(".gguf")]
+        fitting = [path for path in paths if fnmatch.fnmatch(path, pattern)]
+    if len(fitting) != 1:
+        listed = ", ".join(sorted(fitting or paths)[:_MAX_LISTED]) or "no GGUF file"
+        raise KvlocalError(f"{len(fitting) or 'no'} files of {repository} fit {pattern}: name one of those there are ({listed})")
+    return HubFile(wanted.owner, wanted.repo, fitting[0])
 
 
 @dataclass(frozen=True)
@@ -192,13 +221,7 @@ def _pip_failure(part: Part, output: str) -> str:
 
 def _fetch_hub_file(hub_file: HubFile, staging: _Staging, report: Progress) -> Path:
     """The verified GGUF file of a hub repository in the staging directory."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise KvlocalError(
-            f"hf: models need huggingface_hub: run `{sys.executable} -m pip install huggingface_hub`"
-        ) from error
-
+    huggingface_hub = _hub_client()
     repository = f"{hub_file.owner}/{hub_file.repo}"
     with _hub_errors(hub_file), _quiet_hub():
         url = huggingface_hub.hf_hub_url(repository, hub_file.file, revision=hub_file.revision)
@@ -225,6 +248,21 @@ def _fetch_hub_file(hub_file: HubFile, staging: _Staging, report: Progress) -> P
             f"{hub_file.name} arrived with another sha256 than the hub says and was thrown away: pull again"
         )
     return staged
+
+
+def _hub_client() -> ModuleType:
+    """huggingface_hub.
+
+    Raises:
+        KvlocalError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise KvlocalError(
+            f"hf: models need huggingface_hub: run `{sys.executable} -m pip install huggingface_hub`"
+        ) from error
+    return huggingface_hub
 
 
 @contextmanager

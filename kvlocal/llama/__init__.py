@@ -1,1 +1,3 @@
-"""The patched llama.cpp: loading it, its models and contexts, the cells of their caches, sampling, and conversations that decode together."""
+"""The patched llama.cpp: loading it, its models and contexts, the cells of their caches, sampling, embeddings, and conversations that decode
+together.
+"""

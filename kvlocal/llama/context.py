@@ -90,6 +90,10 @@ class Context:
         for name, value in (("n_cells", n_cells), ("n_ubatch", n_ubatch), ("n_seq_max", n_seq_max)):
             if value < 1:
                 raise EngineError(f"{name} is {value}, but must be at least 1")
+        for name, number in (("n_threads", n_threads), ("n_threads_batch", n_threads_batch)):
+            # ggml ends the process for any that is smaller
+            if number is not None and number < 1:
+                raise EngineError(f"{name} is {number}, but must be at least 1")
         if n_cells * n_seq_max > _MAX_CELLS:
             raise EngineError(f"{n_seq_max} x {n_cells} cells are too many: choose a smaller budget")
         if not 0 <= n_recorded <= n_ubatch:
@@ -368,6 +372,12 @@ class Context:
 
 def _bytes_of(array: npt.NDArray[np.uint8]) -> Any:
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+
+
+def kv_type_of(number: int) -> str | None:
+    """The key of KV_TYPES for one of the numbers that llama.cpp's programs name types by (ggml_type); None if a cache cannot be made of it."""
+    lib = load().llama_cpp
+    return next((name for name in KV_TYPES if _ggml_type(lib, name) == number), None)
 
 
 def _ggml_type(lib: Any, name: str) -> int:

@@ -87,6 +87,7 @@ class Model:
 
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(pointer)
         self.n_embd: int = lib.llama_model_n_embd(pointer)
+        self.n_embd_out: int = lib.llama_model_n_embd_out(pointer)
         self.n_layer: int = lib.llama_model_n_layer(pointer)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         self.n_params: int = lib.llama_model_n_params(pointer)
@@ -101,6 +102,8 @@ class Model:
         self.bos: int | None = bos if bos >= 0 else None
         eos = lib.llama_vocab_eos(self._vocab)
         self.eos: int | None = eos if eos >= 0 else None
+        newline = lib.llama_vocab_nl(self._vocab)
+        self.newline: int | None = newline if newline >= 0 else None
         self.add_bos = self.bos is not None and bool(lib.llama_vocab_get_add_bos(self._vocab))
 
     def _check_has_kv_cache(self) -> None:
@@ -219,9 +222,9 @@ class Model:
         if not 0 <= token < self.n_vocab:
             raise EngineError(f"{token} is no token of {self.path}: tokens go from 0 to {self.n_vocab - 1}")
 
-    def detokenize(self, tokens: npt.ArrayLike) -> str:
-        """The text of tokens [n]; control tokens are left out, broken UTF-8 becomes U+FFFD."""
-        pieces = (self.token_bytes(int(token)) for token in np.asarray(tokens, dtype=np.int32).ravel())
+    def detokenize(self, tokens: npt.ArrayLike, special: bool = False) -> str:
+        """The text of tokens [n]; control tokens are left out unless they are asked for (token_bytes), broken UTF-8 becomes U+FFFD."""
+        pieces = (self.token_bytes(int(token), special) for token in np.asarray(tokens, dtype=np.int32).ravel())
         return b"".join(pieces).decode("utf-8", "replace")
 
     def close(self) -> None:

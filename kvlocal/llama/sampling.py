@@ -109,6 +109,9 @@ class Sampler:
     Attributes:
         seed: the seed in use, also when the parameters left it open.
         recent: the tokens that the repeat penalty looks at, the oldest first.
+
+    Raises:
+        SamplingError: a token that is biased is none of the model's.
     """
 
     def __init__(self, model: Model, params: SamplingParams) -> None:
@@ -117,7 +120,7 @@ class Sampler:
         self.seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
 
         for token in params.logit_bias:
-            model.check_token(token)
+            _check(0 <= token < model.n_vocab, "logit_bias of token", token, f"a token: they go from 0 to {model.n_vocab - 1}")
         self._biased = np.array([*params.logit_bias], np.int32)
         self._biases = np.array([*params.logit_bias.values()], np.float32)
         self._grammar: Grammar | None = None

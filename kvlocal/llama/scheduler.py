@@ -34,6 +34,11 @@ class Scheduler:
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._stopped = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether threads take part now."""
+        return self._n_taking_part > 0
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """A thread takes part inside.

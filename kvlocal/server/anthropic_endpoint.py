@@ -15,7 +15,7 @@ from kvlocal.server.errors import ApiError
 from kvlocal.server.generation import Generation, chat_generation, collected, unless_gone
 from kvlocal.server.service import service_of
 from kvlocal.server.streaming import Stream, event
-from kvlocal.serving.request import Finished
+from kvlocal.serving.request import AnswerRequest, Finished
 
 
 async def messages(request: Request) -> Response:
@@ -39,7 +39,7 @@ async def _messages(request: Request) -> Response:
     return JSONResponse(reply.whole(choice))
 
 
-async def _events(generation: Generation, reply: AnthropicReply) -> AsyncIterator[ServerSentEvent]:
+async def _events(generation: Generation[AnswerRequest], reply: AnthropicReply) -> AsyncIterator[ServerSentEvent]:
     yield _named(reply.begin())
     try:
         async for _, piece in generation.events():

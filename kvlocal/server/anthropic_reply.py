@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlocal.chat.answer_piece import AnswerPiece
-from kvlocal.server.chat_reply import Choice
+from kvlocal.openai_forms.chat_reply import Choice
 from kvlocal.server.errors import ApiError
 from kvlocal.serving.request import Finished, Usage
 

@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvlocal.errors import KvlocalError
 from kvlocal.server import anthropic_endpoint, conversation_endpoints, model_endpoints, page_endpoint
 from kvlocal.server.chat_endpoint import chat_completions
+from kvlocal.server.completion_endpoint import completions
+from kvlocal.server.embedding_endpoint import embeddings
 from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.guard import ANY, LOCAL_ORIGIN, Guard
 from kvlocal.server.metrics import Metrics
@@ -30,6 +32,8 @@ _APIS: dict[str, tuple[str, _Endpoint]] = {
     "/models": ("GET", model_endpoints.models),
     "/models/{name:path}": ("GET", model_endpoints.model),
     "/chat/completions": ("POST", chat_completions),
+    "/completions": ("POST", completions),
+    "/embeddings": ("POST", embeddings),
     "/responses": ("POST", responses),
     "/messages": ("POST", anthropic_endpoint.messages),
 }

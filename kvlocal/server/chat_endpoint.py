@@ -8,14 +8,14 @@ from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from kvlocal.openai_forms.chat_reply import ChatReply
 from kvlocal.server.body import body_of, fields_of
-from kvlocal.server.chat_reply import ChatReply
 from kvlocal.server.errors import ApiError
 from kvlocal.server.generation import Begun, Generation, chat_generation, collected, unless_gone
 from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import service_of
 from kvlocal.server.streaming import DONE, Stream, event
-from kvlocal.serving.request import Finished
+from kvlocal.serving.request import AnswerRequest, Finished
 
 
 async def chat_completions(request: Request) -> Response:
@@ -33,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
     return JSONResponse(reply.whole(choices))
 
 
-async def _chunks(generation: Generation, reply: ChatReply) -> AsyncIterator[ServerSentEvent]:
+async def _chunks(generation: Generation[AnswerRequest], reply: ChatReply) -> AsyncIterator[ServerSentEvent]:
     ends = []
     try:
         async for index, piece in generation.all_events():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,8 +11,10 @@ from pydantic import ValidationError
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.messages import MessageError
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.embedding import EmbeddingError
 from kvlocal.llama.grammar import GrammarError
 from kvlocal.llama.sampling import SamplingError
+from kvlocal.openai_forms.chat_fields import FieldError
 from kvlocal.serving.request import EngineClosed
 from kvlocal.template.compiled import TemplateError
 
@@ -93,10 +94,14 @@ def of_failure(error: KvlocalError) -> ApiError:
     """A failure of the library: of the request where it is about messages or sampling, else of the server."""
     if isinstance(error, MessageError):
         return invalid(str(error), "messages")
+    if isinstance(error, FieldError):
+        return invalid(str(error), error.field)
     if isinstance(error, EngineClosed):
         return ApiError(503, str(error), code="closing", retry_after=5)
     if isinstance(error, GrammarError):
         return invalid(str(error), "grammar")
+    if isinstance(error, EmbeddingError):
+        return invalid(str(error), "input")
     if isinstance(error, SessionError):
         return invalid(str(error))
     if isinstance(error, TemplateError):
@@ -105,8 +110,3 @@ def of_failure(error: KvlocalError) -> ApiError:
         name = str(error).split(" ", 1)[0]
         return invalid(str(error), name if name.replace("_", "").isalnum() else None)
     return ApiError(500, str(error))
-
-
-def not_among(value: str, known: Sequence[str]) -> str:
-    """The end of a sentence about a value that is none of those known."""
-    return f"is {value[:40]!r}: use one of {', '.join(known)}"

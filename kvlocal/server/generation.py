@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from kvlocal.errors import KvlocalError
-from kvlocal.server.chat_reply import Choice
+from kvlocal.openai_forms.chat_reply import Choice
 from kvlocal.server.chat_request import answer_requests
 from kvlocal.server.errors import ApiError, of_failure
 from kvlocal.server.metrics import Metrics
@@ -20,9 +21,12 @@ from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import Service
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.engine import Engine
-from kvlocal.serving.request import AnswerRequest, EngineBusy, Event, Finished
+from kvlocal.serving.request import AnswerRequest, EngineBusy, Event, Finished, TextRequest
 
 _Result = TypeVar("_Result")
+_Request = TypeVar("_Request", AnswerRequest, TextRequest)
+
+_AGAIN_SECONDS = 0.1  # until an engine that was busy is asked again
 
 
 class Begun(NamedTuple):
@@ -31,11 +35,14 @@ class Begun(NamedTuple):
     conversation: str
 
 
-class Generation:
+class Generation(Generic[_Request]):
     """Answers on their way; leaving the block of this context manager cancels those that are not finished.
 
+    The engine has no more of them at once than it answers at once, so that one client's do not fill its queue. Where it takes the first, the others
+    follow as soon as there is room for them.
+
     Args:
-        requests: one for each answer; all of them are taken, or none.
+        requests: one for each answer.
         metrics: counts what it took.
 
     Attributes:
@@ -45,25 +52,49 @@ class Generation:
         ApiError: the engine is busy, or closing, or cannot answer this.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[AnswerRequest], metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[_Request], metrics: Metrics) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Begun | Event]] = asyncio.Queue()
-        self._metrics, self._started = metrics, time.perf_counter()
-        self.requests = requests
+        self._engine, self._metrics, self._started = engine, metrics, time.perf_counter()
+        self.requests: Sequence[_Request] = requests
+        self._to_come: deque[tuple[int, _Request]] = deque(enumerate(requests))
         self._answerings: list[Answering] = []
+        self._n_finished = 0
         self._first = True
         try:
-            for request in requests:
-                self._answerings.append(engine.submit(request))
+            self._submit()
         except EngineBusy as error:
-            self.cancel()
             raise ApiError(503, str(error), code="busy", retry_after=error.retry_after) from None
+        except KvlocalError as error:
+            raise of_failure(error) from None
+        self._submit_others()
+
+    def _submit(self) -> None:
+        index, request = self._to_come[0]
+        answering = self._engine.submit(request)
+        self._to_come.popleft()
+        self._answerings.append(answering)
+        pass_on = partial(self._pass_on, index)
+        answering.on_event(pass_on, lambda conversation: pass_on(Begun(conversation)))
+
+    def _submit_others(self) -> None:
+        """As many as there is room for.
+
+        Raises:
+            ApiError: the engine is closing, or cannot answer one.
+        """
+        try:
+            while self._to_come and self._n_running < self._engine.parallel:
+                self._submit()
+        except EngineBusy:
+            pass
         except KvlocalError as error:
             self.cancel()
             raise of_failure(error) from None
-        for index, answering in enumerate(self._answerings):
-            pass_on = partial(self._pass_on, index)
-            answering.on_event(pass_on, lambda conversation, pass_on=pass_on: pass_on(Begun(conversation)))  # type: ignore[misc]
+
+    @property
+    def _n_running(self) -> int:
+        return len(self._answerings) - self._n_finished
 
     def _pass_on(self, index: int, event: Begun | Event) -> None:
         """Called in the thread that computes."""
@@ -87,21 +118,26 @@ class Generation:
         Raises:
             ApiError: an answer failed.
         """
-        for _ in self._answerings:
-            while True:
-                index, event = await self._queue.get()
-                if self._first and not isinstance(event, Begun):
-                    self._first = False
-                    self._metrics.first_token.observe(time.perf_counter() - self._started)
-                if isinstance(event, Finished):
-                    if event.error is not None:
-                        raise of_failure(event.error)
-                    yield index, event
-                    break
-                yield index, event
+        while self._n_finished < self.n:
+            if not self._n_running:
+                # others were faster
+                await asyncio.sleep(_AGAIN_SECONDS)
+                self._submit_others()
+                continue
+            index, event = await self._queue.get()
+            if self._first and not isinstance(event, Begun):
+                self._first = False
+                self._metrics.first_token.observe(time.perf_counter() - self._started)
+            if isinstance(event, Finished):
+                if event.error is not None:
+                    raise of_failure(event.error)
+                self._n_finished += 1
+                self._submit_others()
+            yield index, event
 
     def cancel(self) -> None:
         """Nobody wants the answers any more."""
+        self._to_come.clear()
         for answering in self._answerings:
             answering.cancel()
 
@@ -112,7 +148,7 @@ class Generation:
         self.cancel()
 
 
-def chat_generation(service: Service, fields: ChatRequest, owner: str) -> Generation:
+def chat_generation(service: Service, fields: ChatRequest, owner: str) -> Generation[AnswerRequest]:
     """The answers that the body of a request asks for.
 
     Raises:
@@ -122,7 +158,7 @@ def chat_generation(service: Service, fields: ChatRequest, owner: str) -> Genera
     return Generation(service.engine, requests, service.metrics)
 
 
-async def collected(generation: Generation) -> list[Choice]:
+async def collected(generation: Generation[Any]) -> list[Choice]:
     """All answers, once they are whole.
 
     Raises:

@@ -84,8 +84,7 @@ async def detokenize(request: Request) -> Response:
     for i, token in enumerate(fields.tokens):
         if not 0 <= token < service.model.n_vocab:
             raise invalid(f"tokens.{i} is {token}: tokens go from 0 to {service.model.n_vocab - 1}", f"tokens.{i}")
-    data = b"".join(service.model.token_bytes(token, special=True) for token in fields.tokens)
-    return JSONResponse({"content": data.decode("utf-8", "replace")})
+    return JSONResponse({"content": service.model.detokenize(fields.tokens, special=True)})
 
 
 async def metrics(request: Request) -> Response:

@@ -15,7 +15,7 @@ from kvlocal.server.responses_reply import ResponsesReply
 from kvlocal.server.responses_request import ResponsesRequest, chat_request
 from kvlocal.server.service import service_of
 from kvlocal.server.streaming import Stream, event
-from kvlocal.serving.request import Finished
+from kvlocal.serving.request import AnswerRequest, Finished
 
 
 async def responses(request: Request) -> Response:
@@ -43,7 +43,7 @@ async def responses(request: Request) -> Response:
     return JSONResponse(reply.response())
 
 
-async def _events(generation: Generation, reply: ResponsesReply, keep: Callable[[], None]) -> AsyncIterator[ServerSentEvent]:
+async def _events(generation: Generation[AnswerRequest], reply: ResponsesReply, keep: Callable[[], None]) -> AsyncIterator[ServerSentEvent]:
     for each in reply.begin():
         yield _named(each)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlocal.chat.answer_piece import AnswerPiece, ToolCallDelta
-from kvlocal.server.chat_reply import Choice, logprobs
+from kvlocal.openai_forms.chat_reply import Choice, logprobs
 from kvlocal.server.errors import ApiError
 from kvlocal.server.responses_request import ResponsesRequest
 from kvlocal.serving.request import Finished, Usage

@@ -12,6 +12,10 @@ Tokens = Annotated[int, Field(ge=-1)]
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_INPUTS = 2048  # texts of one request, as OpenAI has it
+
+# a text, several, the tokens of one, or those of several
+Texts = str | list[str] | list[int] | list[list[int]]
 
 
 class Fields(BaseModel):
@@ -98,6 +102,35 @@ class ChatRequest(Sampled):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     conversation: str | None = None
+
+
+class CompletionRequest(Sampled):
+    """The body of /v1/completions.
+
+    logprobs: for how many of the likeliest tokens besides the one that was drawn
+    suffix: what comes behind what is to be said; models of texts do not know it
+    best_of: of how many answers the n likeliest are wanted
+    """
+
+    prompt: Texts
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None
+
+
+class EmbeddingRequest(Fields):
+    """The body of /v1/embeddings.
+
+    dimensions: so many of the first are told, as a vector of length 1
+    """
+
+    input: Texts
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
 
 
 class TokenizeRequest(Fields):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
-from kvlocal.serving.request import AnswerRequest, Event, Finished
+from kvlocal.serving.request import AnswerRequest, Event, Finished, TextRequest
 
 
 class Answering:
@@ -17,7 +17,7 @@ class Answering:
     request: what was asked
     """
 
-    def __init__(self, request: AnswerRequest, leave_queue: Callable[[Answering], None] = lambda answering: None) -> None:
+    def __init__(self, request: AnswerRequest | TextRequest, leave_queue: Callable[[Answering], None] = lambda answering: None) -> None:
         self.request = request
         self._leave_queue = leave_queue
         # again by a listener that cancels

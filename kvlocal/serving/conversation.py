@@ -12,10 +12,25 @@ from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import chain, turn_digest
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Record
+from kvlocal.serving.request import AnswerRequest
 from kvlocal.serving.shown_map import ShownMap
 from kvlocal.template.markup import Message
 
 _TITLE = 80  # characters
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A conversation as it was after an answer, in the memory of its process.
+
+    system, tools, turns, captured, n_tokens: as KeptConversation has them
+    """
+
+    system: str | None
+    tools: Sequence[Mapping[str, Any]]
+    turns: Sequence[Message]
+    captured: Captured | None
+    n_tokens: int
 
 
 @dataclass(eq=False)
@@ -70,6 +85,10 @@ class KeptConversation:
         """Whether it is a single question so far, as the ones that programs ask beside a conversation: for a title, say."""
         return len(self.turns) <= 2
 
+    def checkpoint(self) -> Checkpoint:
+        """It as it is now."""
+        return Checkpoint(self.system, self.tools, [dict(turn) for turn in self.turns], self.captured, self.n_tokens)
+
     def bytes_in_memory(self) -> int:
         """What it takes besides cells; parts that it shares with others count."""
         captured = self.captured
@@ -105,7 +124,8 @@ class ConversationInfo:
         """As it is now."""
         answering = conversation.answering
         # the first message is no turn yet while it is read
-        said = conversation.turns or (answering.request.messages if answering else ())
+        request = answering.request if answering else None
+        said = conversation.turns or (request.messages if isinstance(request, AnswerRequest) else ())
         texts = [turn["content"] for turn in said if turn["role"] == "user"]
         title = " ".join(texts[0][: 2 * _TITLE].split())[:_TITLE] if texts else ""
         on_disk = conversation.record.n_bytes() if conversation.record else 0

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Self
 from kvlocal.cache.fitting import fitted
 from kvlocal.chat.beside import slots_for
 from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.text_session import Prompt, prompt_tokens
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Stopped
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import owner_digest
-from kvlocal.serving.conversation import ConversationInfo, KeptConversation
+from kvlocal.serving.conversation import Checkpoint, ConversationInfo, KeptConversation
+from kvlocal.serving.embeddings import Embedded, Embeddings
 from kvlocal.serving.keeper import Keeper
 from kvlocal.serving.live import Cancelled
-from kvlocal.serving.request import AnswerRequest, EngineBusy, EngineClosed, Finished, UnknownConversation, Usage
+from kvlocal.serving.request import AnswerRequest, EngineBusy, EngineClosed, Finished, TextRequest, UnknownConversation, Usage
 from kvlocal.serving.shown_map import CacheView
 from kvlocal.serving.stats import EngineStats, Totals
 from kvlocal.template.markup import Message
@@ -37,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers requests with one model, `parallel` of them at once, the others in the order in which they came.
+    """Answers requests with one model, `parallel` of them at once, the others in the order in which they came. In the same way it goes on with texts.
 
     One thread computes, as kvlocal.llama.scheduler says; each request that is worked on has one more, in which it takes turns with the others. A
     long prompt is read micro-batch by micro-batch, and after each of them the others get tokens for as long as it took. What goes wrong
@@ -77,6 +80,7 @@ class Engine:
         except BaseException:
             self._slots.close()
             raise
+        self._embeddings = Embeddings(model, self._slots.scheduler, waiting + parallel, config.n_threads)
         # guards what follows
         self._changed = threading.Condition()
         self._queue: deque[Answering] = deque()
@@ -90,14 +94,19 @@ class Engine:
         for thread in (self._driver, *self._workers):
             thread.start()
 
-    def submit(self, request: AnswerRequest) -> Answering:
-        """Takes a request; the answer comes as events of what it returns.
+    @property
+    def parallel(self) -> int:
+        """How many requests are answered at once."""
+        return len(self._workers)
+
+    def submit(self, request: AnswerRequest | TextRequest) -> Answering:
+        """Takes a request; the answer, or what goes on with the text, comes as events of what it returns.
 
         Raises:
             EngineBusy: too many wait already.
             KvlocalError: the engine is closed, or the last message is none that can be answered.
         """
-        if not request.messages or request.messages[-1]["role"] not in ("user", "tool"):
+        if isinstance(request, AnswerRequest) and (not request.messages or request.messages[-1]["role"] not in ("user", "tool")):
             raise SessionError("there is no turn to answer: the last message must be one of the user")
         answering = Answering(request, self._leave_queue)
         with self._changed:
@@ -109,6 +118,18 @@ class Engine:
             self._queue.append(answering)
             self._changed.notify()
         return answering
+
+    def embed(self, texts: Sequence[Prompt], gone: threading.Event) -> Future[list[Embedded]]:
+        """Embeds texts, or their tokens, beside the requests and in no slot; the result has one for each.
+
+        Args:
+            gone: set when nobody waits for it any more.
+
+        Raises:
+            EngineBusy: too many wait already.
+            EngineClosed: the engine is closed.
+        """
+        return self._embeddings.submit(texts, gone)
 
     def conversations(self, owner: str | None = None) -> list[ConversationInfo]:
         """What is kept, the last used first: of one owner, or of all if None."""
@@ -173,6 +194,37 @@ class Engine:
         except Stopped:
             raise SessionError("the engine is closed: start it again") from None
 
+    def forget(self, owner: str) -> None:
+        """Removes all conversations of an owner, and what is in slots of other texts.
+
+        Raises:
+            KvlocalError: one of them is being answered, or cannot be removed.
+        """
+        for info in self.conversations(owner):
+            self.delete(info.id, owner)
+        try:
+            with self._slots.scheduler.turn():
+                self._keeper.texts.forget(owner_digest(owner))
+        except Stopped:
+            raise SessionError("the engine is closed: start it again") from None
+
+    def checkpoint(self, conversation: str, owner: str) -> Checkpoint:
+        """A conversation as it is now, for `take_up`.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+            SessionError: it is being answered.
+        """
+        found = self._of(conversation, owner)
+        with self._keeper.conversations.lock:
+            if found.answering:
+                raise SessionError(f"the conversation {conversation} is being answered: stop that first, or wait for it")
+            return found.checkpoint()
+
+    def take_up(self, checkpoint: Checkpoint, owner: str) -> None:
+        """Requests can go on from there again, whatever became of the conversation; it is kept in memory alone."""
+        self._keeper.take_up(checkpoint, owner_digest(owner))
+
     def _of(self, conversation: str, owner: str) -> KeptConversation:
         found = self._keeper.conversations.get(conversation, owner_digest(owner))
         if found is None:
@@ -187,6 +239,7 @@ class Engine:
                 parallel=len(self._workers),
                 running=len(self._running),
                 waiting=len(self._queue),
+                embedding=self._embeddings.n_requests,
                 conversations=len(infos),
                 in_slots=sum(info.in_slot for info in infos),
                 bytes_in_memory=self._keeper.conversations.bytes_in_memory(),
@@ -234,8 +287,9 @@ class Engine:
 
     def _finished(self, answering: Answering) -> Finished:
         """Carries a request out; what goes wrong is in the result."""
+        request = answering.request
         try:
-            return self._answer(answering)
+            return self._go_on(answering, request) if isinstance(request, TextRequest) else self._answer(answering, request)
         except (Stopped, Cancelled):
             return _without_answer()
         except KvlocalError as error:
@@ -244,9 +298,26 @@ class Engine:
             _log.exception("a request failed")
             return _without_answer(KvlocalError(f"the answer failed by a fault in kvlocal ({type(error).__name__}): try again"))
 
-    def _answer(self, answering: Answering) -> Finished:
+    def _go_on(self, answering: Answering, request: TextRequest) -> Finished:
+        texts, turn = self._keeper.texts, self._slots.scheduler.turn
+        tokens = prompt_tokens(self.model, request.prompt)
+        with turn():
+            text = texts.take(owner_digest(request.owner), tokens)
+            try:
+                text.read(answering, request, tokens)
+                said, reason = text.go_on(answering, request) if request.draws else ("", "length")
+            except Cancelled:
+                texts.release(text)
+                raise
+            except BaseException:
+                texts.drop(text)
+                raise
+            texts.release(text)
+        return Finished({"role": "assistant", "content": said}, reason, text.usage)
+
+    def _answer(self, answering: Answering, request: AnswerRequest) -> Finished:
         keeper, turn = self._keeper, self._slots.scheduler.turn
-        assignment = keeper.take(answering)
+        assignment = keeper.take(answering, request)
         conversation, error = assignment.conversation, None
         answering.begin(conversation.id)
         try:
@@ -283,6 +354,7 @@ class Engine:
     def close(self, grace_seconds: float = 0.0) -> None:
         """Takes no more requests, gives the running answers so much time, stops them where they are, and frees everything. Those that wait end
         without an answer. Closing twice is harmless."""
+        until = time.monotonic() + grace_seconds
         with self._changed:
             self._closing = True
             waiting = list(self._queue)
@@ -296,6 +368,7 @@ class Engine:
             for answering in running:
                 answering.cancel()
             self._wait_until_idle(_LEAVE_SECONDS)
+        self._embeddings.close(max(0.0, until - time.monotonic()))
         self._driving = False
         for thread in (self._driver, *self._workers):
             thread.join()

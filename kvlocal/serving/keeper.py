@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.conversations.snapshot import Captured, SnapshotError, can_be_captured
@@ -19,11 +18,12 @@ from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import chain, owner_digest, turn_digest
-from kvlocal.serving.conversation import KeptConversation
+from kvlocal.serving.conversation import Checkpoint, KeptConversation
 from kvlocal.serving.conversations import Conversations, Found
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Directory, new_id
-from kvlocal.serving.request import NEW
+from kvlocal.serving.request import NEW, AnswerRequest
+from kvlocal.serving.texts import Texts
 from kvlocal.template.markup import Message
 
 _CANCELLED_SECONDS = 10.0  # that an answer may take to end which was cancelled
@@ -63,6 +63,7 @@ class Keeper:
     ram, disk: how much they may take (Conversations)
 
     conversations: all of them
+    texts: what is gone on with without a conversation, in the same slots
 
     Raises:
         KvlocalError: there is no such directory to be had.
@@ -72,6 +73,7 @@ class Keeper:
         self, slots: Slots, n: int, model: Model, config: SessionConfig, nexus: NexusTokens | None, path: Path | None, ram: int, disk: int
     ) -> None:
         self._slots, self._n_free, self._model, self._config, self._nexus = slots, n, model, config, nexus
+        self.texts = Texts(slots, model, config, self.take_slot, self.give_slot)
         self.conversations = Conversations(ram, disk)
         self._directory = Directory(path) if path else None
         for owner, record, said, last_used in self._directory.found() if self._directory else ():
@@ -86,10 +88,10 @@ class Keeper:
 
     # where a request belongs
 
-    def take(self, answering: Answering) -> Assignment:
+    def take(self, answering: Answering, request: AnswerRequest) -> Assignment:
         """The conversation that a request belongs to, an old one or a new one, which nobody else has until `release`."""
-        request, (system, turns) = answering.request, _split(answering.request.messages)
-        owner, tools = owner_digest(request.owner), _tools(answering)
+        system, turns = _split(request.messages)
+        owner, tools = owner_digest(request.owner), tuple(request.options.tools)
         digests = chain(owner, system, tools, turns)
         with self.conversations.lock:
             found = self._find(digests, owner, request.conversation)
@@ -119,6 +121,21 @@ class Keeper:
                 return found
             self.conversations.released.wait(left)
 
+    def take_up(self, checkpoint: Checkpoint, owner: str) -> None:
+        """Adds a conversation to those in memory, unless there is nothing to go on from, or one that is the same and idle is there.
+
+        owner: an owner_digest
+        """
+        if checkpoint.captured is None:
+            return
+        added = KeptConversation(
+            new_id(), owner, checkpoint.system, checkpoint.tools, list(checkpoint.turns), captured=checkpoint.captured, n_tokens=checkpoint.n_tokens
+        )
+        with self.conversations.lock:
+            found = self.conversations.find(added.chain, owner)
+            if found is None or found.conversation.chain != added.chain or found.conversation.answering:
+                self.conversations.add(added)
+
     # into a slot, and out of it
 
     def seat(self, assignment: Assignment) -> LiveConversation:
@@ -129,11 +146,11 @@ class Keeper:
         """
         conversation = assignment.conversation
         if conversation.live is None:
-            self._free_a_slot()
+            self.take_slot()
             try:
                 conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus, conversation.shown)
             except BaseException:
-                self._n_free += 1
+                self.give_slot()
                 raise
             self._go_on_from(assignment, conversation.live)
         return conversation.live
@@ -154,14 +171,24 @@ class Keeper:
         except (SnapshotError, SessionError) as error:
             _log.info("%s is read again: %s", source.id, error)
 
-    def _free_a_slot(self) -> None:
+    def take_slot(self) -> None:
+        """One slot fewer is free; what is idle in one leaves it, texts first.
+
+        Raises:
+            SessionError: in all of them is something that is worked on.
+        """
         with self.conversations.lock:
-            if not self._n_free:
+            if not self._n_free and not self.texts.leave_slot():
                 leaving = self.conversations.next_to_leave_slot()
                 if leaving is None:
                     raise SessionError("all slots are taken: try again")
                 self._leave_slot(leaving)
             self._n_free -= 1
+
+    def give_slot(self) -> None:
+        """One slot more is free."""
+        with self.conversations.lock:
+            self._n_free += 1
 
     def _leave_slot(self, conversation: KeptConversation) -> None:
         """It goes on later from what was captured of it."""
@@ -170,7 +197,7 @@ class Keeper:
             if live is None:
                 return
             live.close()
-            self._n_free += 1
+            self.give_slot()
             if conversation.record:
                 conversation.record.close()
             elif conversation.captured is None:
@@ -284,6 +311,7 @@ class Keeper:
             self._closing = True
             self._to_do.notify()
         self._writer.join()
+        self.texts.close()
         for conversation in self.conversations:
             self._leave_slot(conversation)
         if self._directory:
@@ -294,7 +322,3 @@ def _split(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
     """The system prompt and the turns."""
     has_system = messages[0]["role"] == "system"
     return (messages[0]["content"] if has_system else None), list(messages[has_system:])
-
-
-def _tools(answering: Answering) -> Sequence[Mapping[str, Any]]:
-    return tuple(answering.request.options.tools)

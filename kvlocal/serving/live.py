@@ -14,7 +14,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
-from kvlocal.serving.request import AnswerRequest, Usage
+from kvlocal.serving.request import AnswerRequest, TextRequest, Usage
 from kvlocal.serving.shown_map import ShownMap
 from kvlocal.template.markup import Message
 
@@ -107,7 +107,7 @@ class LiveConversation:
         ledger = self.session.cache.ledger
         return ledger.n_tokens - ledger.n_nexus
 
-    def _draw_as(self, request: AnswerRequest) -> None:
+    def _draw_as(self, request: AnswerRequest | TextRequest) -> None:
         """The same seed gives the same answer to the same conversation, also if it was answered before."""
         session = self.session
         wanted = request.sampling or session.config.sampling

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.options import AnswerOptions
+from kvlocal.chat.text_session import Prompt
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.template.markup import Message
@@ -54,10 +55,29 @@ class AnswerRequest:
 
 
 @dataclass(frozen=True)
+class TextRequest:
+    """A text that is to be gone on with as it is, without a chat template (kvlocal.chat.text_session); no conversation is kept of it.
+
+    owner: whose it is; what is in the cells of another owner's text is not used for it
+    prompt: the text, or its tokens
+    sampling, options: as AnswerRequest has them
+    echo: the text comes first, as a piece with the log-probabilities of its tokens if any are asked for
+    draws: whether it is gone on with, and not only read
+    """
+
+    owner: str
+    prompt: Prompt
+    sampling: SamplingParams | None = None
+    options: AnswerOptions = field(default_factory=AnswerOptions)
+    echo: bool = False
+    draws: bool = True
+
+
+@dataclass(frozen=True)
 class Usage:
     """How many tokens a request took.
 
-    prompt_tokens: of the whole conversation before the answer
+    prompt_tokens: of the whole conversation before the answer, or of the text
     cached_tokens: of these, those that were not read again
     completion_tokens: of the answer
     """
@@ -71,10 +91,10 @@ class Usage:
 class Finished:
     """The last event of a request.
 
-    message: the answer as it is in the conversation; without content if there is none
+    message: the answer as it is in the conversation, or what goes on with the text; without content if there is none
     stop_reason: why it ended, as TurnStats says; "stopped" if it was cancelled, "error" after an error
     usage: what it took
-    conversation: the conversation it is in, "" if it did not come so far
+    conversation: the conversation it is in, "" for a text, or if it did not come so far
     n_messages: how many messages that has with it, the system prompt not counted
     error: what went wrong, None if nothing did
     """

@@ -39,6 +39,7 @@ class EngineStats(Totals):
 
     parallel: slots
     running, waiting: requests that are worked on, and that wait
+    embedding: requests for embeddings that are worked on or wait
     conversations, in_slots: that are kept, and of these in slots
     bytes_in_memory, bytes_on_disk: what they take besides cells
     """
@@ -46,6 +47,7 @@ class EngineStats(Totals):
     parallel: int
     running: int
     waiting: int
+    embedding: int
     conversations: int
     in_slots: int
     bytes_in_memory: int

@@ -26,13 +26,14 @@ from shallow_model import write_shallow_model
 from kvlocal.hub.catalogue import resolve
 
 SECRET = "zanzibar-7431"  # of the other key
-POSTED = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize", "/detokenize")
+POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses", "/tokenize", "/detokenize")
 PATHS = (*POSTED, "/conversations/x", "/v1/models", "/metrics", "/nothing")
 SOUND: dict[str, Any] = {
     "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}], "input": "Hello", "content": "Hello",
     "tokens": [1, 2, 3], "max_tokens": 2, "max_output_tokens": 2, "stream": False, "stop": ["x"], "seed": 1, "temperature": 0.5, "top_p": 0.9,
     "top_k": 3, "min_p": 0.1, "n": 1, "tools": [{"type": "function", "function": {"name": "f"}}], "response_format": {"type": "json_object"},
     "logit_bias": {"1": 2}, "stream_options": {"include_usage": True}, "tool_choice": "auto", "previous_response_id": None, "system": "x",
+    "prompt": ["Hello", "World"], "echo": True, "logprobs": 2, "best_of": 1, "suffix": "", "encoding_format": "base64", "dimensions": 8,
 }  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 2**31, 2**63, 2**70, 1e308, -0.0, "", "x" * 5000, "\x00", "\u202e", "😀" * 100, [], {}, [[]], {"type": "text"}, ["a", None],
@@ -44,7 +45,7 @@ def mutated(rng: random.Random) -> bytes:
     """A body: sound, with odd values, nested, or with broken bytes."""
     body = {name: SOUND[name] for name in rng.sample(list(SOUND), rng.randrange(len(SOUND)))}
     if rng.random() < 0.7:
-        body |= {name: SOUND[name] for name in ("messages", "input", "content", "tokens", "max_tokens", "max_output_tokens")}
+        body |= {name: SOUND[name] for name in ("messages", "input", "prompt", "content", "tokens", "max_tokens", "max_output_tokens")}
     for name in rng.sample(list(SOUND), rng.randrange(3)):
         body[name] = rng.choice(ODD)
     data = json.dumps(body).encode()

@@ -82,7 +82,7 @@ export class CacheMap {
 
   draw({ cache, attention, parts, answering }) {
     if (!cache) {
-      this.empty(answering ? "" : "This conversation is on the disk. It comes back into the cache with your next message.");
+      this.empty(answering ? "" : "Nothing of this conversation is in the cache now. It comes back with your next message.");
       return;
     }
     this.note.hidden = true;

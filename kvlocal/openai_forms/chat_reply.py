@@ -151,9 +151,10 @@ def logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     ]
 
 
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can hold it."""
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+
+
 def _chance(token: bytes, logprob: float) -> dict[str, Any]:
-    return {
-        "token": token.decode("utf-8", "replace"),
-        "logprob": logprob if math.isfinite(logprob) else _LEAST_LOGPROB,
-        "bytes": list(token),
-    }
+    return {"token": token.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(token)}
