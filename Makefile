@@ -5,6 +5,7 @@
 # make sanitize  the native tests under the address and undefined behaviour sanitizers
 # make leaks     a short run of the library under LeakSanitizer, which shares that build
 # make stock     llama.cpp without our patches, in build/stock/dist/lib, to compare with
+# make stock-server  llama.cpp's own server without our patches, in build/stock-server/bin, to compare with
 # make pack      everything that a machine without a network needs, in build/kvlocal-offline.tar.gz (ARGS="--help" tells the options)
 # make cuda-toolkit  what compiles for NVIDIA devices, into .venv, where the system has no CUDA toolkit
 # make gpu-report    builds with CUDA and measures on the device, in build/gpu-report (ARGS="--help" tells the options)
@@ -31,7 +32,7 @@ endif
 # Standard input and output belong to the chat and to the tests alone.
 bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 
-.PHONY: chat test lint setup sanitize leaks stock pack cuda-toolkit gpu-report clean
+.PHONY: chat test lint setup sanitize leaks stock stock-server pack cuda-toolkit gpu-report clean
 
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
@@ -73,6 +74,9 @@ leaks:
 
 stock:
 	@$(bootstrap) && $(call library,stock,-DKVLOCAL_STOCK=ON -DCMAKE_BUILD_TYPE=Release)
+
+stock-server:
+	@$(bootstrap) && .venv/bin/python native/stock_server.py
 
 pack:
 	@$(bootstrap) && .venv/bin/python native/pack.py $(ARGS)

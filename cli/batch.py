@@ -20,7 +20,7 @@ from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.context import MAX_SEQUENCES
 from kvlocal_cli.options import Loading, session_options
 from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED
+from kvlocal_cli.terminal import INTERRUPTED, warn_of_base_model
 
 _BLOCK = 2**16
 
@@ -58,6 +58,7 @@ def batch_command(
         raise click.UsageError(f"{target} is the input: name another output")
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
     with _Interrupt() as interrupt, loading.loaded(model, config, parallel, undo=False) as loaded:
+        warn_of_base_model(model, loaded.model)
         results = Results(target, settings_key(*loaded), replace=force, retry=retry)
         outcomes = run_batch(
             report.lines(), loaded.model, loaded.config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll,

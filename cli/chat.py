@@ -1,4 +1,4 @@
-"""`kvlocal chat`: a conversation on a terminal or through a pipe."""
+"""Chat: a conversation on a terminal or through a pipe, with its transcript."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -6,90 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-import click
-
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.opening import checked_template
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
-from kvlocal.conversations.named_sessions import session_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.replay import read_on
-from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
-from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
-from kvlocal_cli.answer_options import answer_options
 from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
 from kvlocal_cli.chat_record import ChatRecord
-from kvlocal_cli.chat_screen import Screen
+from kvlocal_cli.chat_screen import Screen, last_exchange, status_line
 from kvlocal_cli.idle import Idle
-from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
+from kvlocal_cli.options import Loaded, Loading
 from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_answer
-
-
-@click.command("chat")
-@click.argument("name", required=False, metavar="[MODEL]")
-@session_options
-@answer_options
-@click.option("--session", "session_name", metavar="NAME|FILE",
-              help="Begin a conversation that is kept under this name or in this file, or go on with it where it ended.")
-@click.option("--load", "load_path", type=click.Path(path_type=Path), metavar="FILE",
-              help="Go on with a saved chat or a transcript.")
-@click.option("--no-transcript", is_flag=True, help="Keep no file of this chat.")
-@click.option("--verbose", is_flag=True, help="Without a terminal, say on stderr what a terminal would show.")
-def chat_command(
-    name: str | None,
-    config: SessionConfig,
-    loading: Loading,
-    asked: AnswerOptions,
-    session_name: str | None,
-    load_path: Path | None,
-    no_transcript: bool,
-    verbose: bool,
-) -> None:
-    """Chat with a model.
-
-    MODEL is a name that `kvlocal models` lists, or the path of a GGUF file. Without it a session goes on with its own model.
-
-    The chat never ends: what it was about stays in the KV cache as far as the budget goes. Type /help for the commands.
-    Every chat is kept in a transcript, word by word; --session goes on with one where it ended, whatever ended it.
-
-    Without a terminal turns are read from stdin, one a line, and the answers are plain text on stdout:
-
-    \b
-        printf 'Hello\\nWhat did I just say?\\n' | kvlocal chat
-    """
-    if session_name is not None and no_transcript:
-        raise click.UsageError("a session is its transcript: give --session or --no-transcript")
-    begun = Conversation() if load_path is None else load(load_path)
-    kept = None if session_name is None else Transcript.resume(session_path(session_name))
-    with kept or nullcontext():
-        earlier = (kept and kept.conversation) or Conversation()
-        if earlier.messages and load_path:
-            raise click.UsageError(f"the session {session_name} has begun already: load the file into another one, or in the chat with /load")
-        name = name or earlier.model or DEFAULT_MODEL
-        before = begun if load_path else earlier
-        system = before.system if config.system is None else clean_text(config.system)
-        config = replace(config, system=system)
-        with loading.loaded(name, config) as loaded, Chat(name, loaded, Screen(verbose=verbose), loading, asked) as chat:
-            if begun.messages:
-                # before there is a transcript: a file that does not fit leaves none
-                chat.replace(chat.config, begun.messages)
-            if kept:
-                chat.keep_session(kept)
-            elif not no_transcript:
-                chat.record.begin(chat.name, chat.config.system)
-            if load_path and begun.messages:
-                chat.record.add(lambda transcript: transcript.add_load(begun.messages, system))
-                chat_commands.note_loaded(chat, load_path, begun)
-            chat.run()
-            failed = chat.failed
-    if failed:
-        click.get_current_context().exit(1)
 
 
 class Chat:
@@ -97,6 +30,7 @@ class Chat:
 
     Attributes:
         record: how it is kept
+        write: where the pieces of answers go; may be set
         failed: whether a command failed; on a terminal the user has seen it, a script needs the exit code.
     """
 
@@ -105,9 +39,11 @@ class Chat:
     ) -> None:
         self.name = name
         self.screen = screen
+        self.write: Callable[[str], None] = write_answer
         self.failed = False
         self._model, self._nexus, self._loading, self._asked = loaded.model, loaded.nexus, loading, asked
         self._bar = ReadingBar()
+        self._before: Conversation | None = None  # what was cleared or replaced last
         self._told_lost = ""  # why the archive was given up, once that was said
         self.record = ChatRecord(screen)
         self._idle = Idle(lambda stop: self.record.save_snapshot(self.session, stop))
@@ -129,6 +65,7 @@ class Chat:
             KvlocalError: that does not go together with the model or the configuration, or nothing can be written.
         """
         snapshots, earlier = Snapshots(snapshot_path(transcript.path)), transcript.conversation
+        changes: list[Callable[[Transcript], None]] = []
         model = self._lasting_name
         if earlier is None:
             transcript.begin(model=model, system=self.config.system)
@@ -136,13 +73,16 @@ class Chat:
             if earlier.model != model:
                 earlier.drawn.clear()
             self._take_up(earlier, snapshots)
+            self._before = earlier.before
             if earlier.model != model:
-                transcript.add_model(model)
-            if earlier.system != self.config.system:
-                transcript.add_system(self.config.system)
+                changes.append(lambda transcript: transcript.add_model(model))
+            if (system := self.config.system) != earlier.system:
+                changes.append(lambda transcript: transcript.add_system(system))
             if earlier.messages:
                 self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
-        self.record.go_on(transcript, snapshots)
+                if self.screen.interactive:
+                    self.screen.note(last_exchange(earlier))
+        self.record.go_on(transcript, snapshots, changes)
 
     @property
     def _lasting_name(self) -> str:
@@ -273,6 +213,42 @@ class Chat:
         self.record.add(lambda transcript: transcript.add_undo(n_turns))
         return taken
 
+    def clear(self) -> None:
+        """Forget everything but the system prompt; it can be brought back."""
+        before = self._put_aside()
+        self.session.clear()
+        self._before = before
+        self.record.add(Transcript.add_clear)
+
+    def load(self, conversation: Conversation) -> None:
+        """Go on with another conversation; what was said until now can be brought back.
+
+        Raises:
+            KvlocalError: as `replace` does.
+        """
+        system, messages, before = conversation.system, conversation.messages, self._put_aside()
+        self.replace(replace(self.config, system=system), messages)
+        self._before = before
+        self.record.add(lambda transcript: transcript.add_load(messages, system))
+
+    def bring_back(self) -> int:
+        """Where nothing was said since, bring back what was cleared or replaced last. Returns how many messages that are, 0 if there is nothing.
+
+        Raises:
+            KvlocalError: as `replace` does.
+        """
+        before = self._before
+        if before is None or self.session.messages:
+            return 0
+        self.replace(replace(self.config, system=before.system), before.messages)
+        self._before = before.before
+        self.record.add(Transcript.add_undo)
+        return len(before.messages)
+
+    def _put_aside(self) -> Conversation | None:
+        messages = [dict(message) for message in self.session.messages]
+        return Conversation(messages, self.config.system, before=self._before).put_aside()
+
     def edit(self, turn: int, text: str) -> None:
         """Send this in the place of a user turn, as if all that came from there on had not been, and show the answer.
 
@@ -363,7 +339,7 @@ class Chat:
             for piece in turn.answering(pieces) if turn else pieces:
                 # first what outlives the program
                 self.record.add_piece(piece)
-                write_answer(piece)
+                self.write(piece)
             if last := self.session.last:
                 reason, drawn = last.stop_reason, last.drawn
         except KeyboardInterrupt:
@@ -372,26 +348,12 @@ class Chat:
         finally:
             self.record.add(lambda transcript: transcript.end_answer(reason, drawn, self.session.kv.history_tokens))
             if not piece.endswith("\n"):
-                write_answer("\n")
+                self.write("\n")
 
     def _show_status(self, compressions: int) -> None:
         last, kv = self.session.last, self.session.kv
         assert last is not None  # after an answer
-        parts = [
-            f"{last.tokens_per_second:.1f} tok/s",
-            f"{kv.used}/{kv.budget} cells",
-            f"{kv.history_tokens} tokens of history",
-            f"{kv.compressions} compression{'s' * (kv.compressions != 1)}",
-        ]
-        if kv.compressions > compressions:
-            parts[-1] += f" ({kv.compressions - compressions} in this turn)"
-        if last.recalled:
-            parts.append(f"recalled from turn{'s' * (len(last.recalled) > 1)} {', '.join(map(str, last.recalled))}")
-        if last.stop_reason == "stopped":
-            parts.insert(0, "stopped")
-        elif last.stop_reason == "length":
-            parts.insert(0, f"cut off at {last.answer_tokens} tokens")
-        self.screen.note(" · ".join(parts))
+        self.screen.note(status_line(last, kv, compressions))
         if kv.archive_lost and kv.archive_lost != self._told_lost:
             self.screen.warn(archive_lost(kv.archive_lost))
         self._told_lost = kv.archive_lost

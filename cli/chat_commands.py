@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.cells import cell_len, set_cell_size
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.stats import SegmentStats
-from kvlocal.conversations.named_sessions import session_path
+from kvlocal.conversations.named_sessions import chat_file, new_session_path, outside
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
+from kvlocal.llama.sampling import with_temperature
 from kvlocal_cli.options import split_policy_arg
 from kvlocal_cli.terminal import printable
 
@@ -97,8 +100,10 @@ def _show_table(chat: Chat, rows: Sequence[Sequence[str]]) -> None:
     for i, column in enumerate(columns):
         pad = str.ljust if i in (1, len(columns) - 1) else str.rjust
         padded.append([pad(cell, max(map(len, column))) for cell in column])
-    for line in zip(*padded, texts, strict=True):
-        chat.screen.show("  ".join(line).rstrip())
+    width = shutil.get_terminal_size().columns if chat.screen.interactive else None
+    for cells in zip(*padded, texts, strict=True):
+        line = "  ".join(cells).rstrip()
+        chat.screen.show(line if width is None or cell_len(line) <= width else set_cell_size(line, width - 1) + "…")
 
 
 def _row(segment: SegmentStats, archived: int) -> tuple[str, ...]:
@@ -166,6 +171,9 @@ def _regen(chat: Chat, argument: str) -> None:
 
 def _undo(chat: Chat, argument: str) -> None:
     n_turns = _number("/undo", argument, int) if argument else 1
+    if n_turns == 1 and (n_back := chat.bring_back()):
+        chat.screen.note(f"back again: {n_back} messages")
+        return
     taken = chat.undo(n_turns)
     turns = f"{n_turns} turns, from: " if n_turns > 1 else ""
     chat.screen.note(f"taken back: {turns}{_start(taken[0]['content'])}")
@@ -181,20 +189,34 @@ def _edit(chat: Chat, argument: str) -> None:
 def _fork(chat: Chat, argument: str) -> None:
     if not argument:
         raise KvlocalError("/fork needs a name for the new session")
-    path = session_path(argument)
+    path = new_session_path(argument)
     chat.fork(path)
-    chat.screen.note(f"this chat goes on in the session {path.stem}; the one until now stays as it is")
+    chat.screen.note(f"this chat goes on in the session {path.stem}{outside(path)}; the one until now stays as it is")
 
 
 def _clear(chat: Chat, argument: str) -> None:
-    chat.session.clear()
-    chat.record.add(lambda transcript: transcript.add_clear())
-    chat.screen.note("forgotten; the system prompt stays")
+    _check_agreed(chat)
+    chat.clear()
+    chat.screen.note("forgotten; the system prompt stays, and /undo brings the rest back")
+
+
+def _check_agreed(chat: Chat) -> None:
+    """Asks before a session loses its turns.
+
+    Raises:
+        KvlocalError: they are to stay.
+    """
+    n = len(chat.session.messages)
+    if chat.record.is_session and n and not chat.screen.agrees(f"Put the {n} messages of this session aside?"):
+        raise KvlocalError("nothing has changed")
 
 
 def _system(chat: Chat, argument: str) -> None:
     if not argument:
-        chat.screen.show(printable(chat.config.system or "the model's own"))
+        own = chat.session.template.own_system_prompt
+        chat.screen.show(printable(chat.config.system if chat.config.system is not None else own or "none"))
+        if chat.config.system is None and own:
+            chat.screen.note("that is the model's own")
         return
     system = None if argument == '""' else argument
     chat.replace(replace(chat.config, system=system), chat.session.messages)
@@ -247,12 +269,10 @@ def _set(chat: Chat, argument: str) -> None:
         for name, value in settings(chat).items():
             if isinstance(value, dict):
                 value = " ".join(f"{key}={arg}" for key, arg in value.items()) or "-"
-            chat.screen.show(f"{name.ljust(14)}  {value}")
+            chat.screen.show(f"{name.ljust(14)}  {value}{'  (as the chat began)' if name in _FIXED else ''}")
         return
     if name not in _SETTABLE:
-        close = difflib.get_close_matches(name, _SETTABLE, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(_SETTABLE)}"
-        raise KvlocalError(f"/set does not know {printable(name[:40])}: {hint}")
+        raise KvlocalError(f"/set {printable(name[:40])} is not possible: {_instead_of(name)}")
     if not value:
         raise KvlocalError(f"/set {name} needs a value")
     config = chat.config
@@ -263,7 +283,14 @@ def _set(chat: Chat, argument: str) -> None:
     elif name == "kv-budget":
         chat.replace(replace(config, memory=None, budget=_number(name, value, int)), chat.session.messages)
     elif name == "policy":
+        budget = chat.session.kv.budget
         chat.replace(_with_policy(config, value), chat.session.messages)
+        if chat.session.kv.budget != budget:
+            chat.screen.note(f"kv-budget: {chat.session.kv.budget}, which goes with that policy")
+    elif name == "temp":
+        sampling = with_temperature(config.sampling, _number(name, value, float))
+        chat.session.set_sampling(sampling)
+        chat.config = replace(config, sampling=sampling)
     else:
         field, kind = _SAMPLING[name]
         number = None if (name, value) == ("seed", "random") else _number(name, value, kind)
@@ -275,6 +302,16 @@ def _set(chat: Chat, argument: str) -> None:
 
 
 _SETTABLE = (*_SAMPLING, "max-tokens", "kv-budget", "policy")
+_FIXED = ("stride", "ctk", "ctv")
+
+
+def _instead_of(name: str) -> str:
+    """What somebody can do who wants to set what /set cannot."""
+    options = [opt.removeprefix("--") for parameter in click.get_current_context().command.params for opt in parameter.opts if opt.startswith("--")]
+    close = next(iter(difflib.get_close_matches(name, [*_SETTABLE, *options], n=1)), None)
+    if close is None:
+        return f"it takes {', '.join(_SETTABLE)}"
+    return f"did you mean {close}?" if close in _SETTABLE else f"begin a chat with --{close}"
 
 
 def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
@@ -294,18 +331,19 @@ def _with_policy(config: SessionConfig, text: str) -> SessionConfig:
 
 
 def _save(chat: Chat, argument: str) -> None:
-    path = _path(argument, "/save")
+    force = argument == "--force" or argument.startswith("--force ")
+    path = _path(argument.removeprefix("--force").strip() if force else argument, "/save")
     messages = [dict(message) for message in chat.session.messages]
-    save(path, Conversation(messages, chat.config.system, chat.name, settings(chat)))
+    conversation = Conversation(messages, chat.config.system, chat.name, settings(chat))
+    save(path, conversation, lambda path: force or (chat.screen.interactive and chat.screen.agrees(f"{path} is there already. Replace it?")))
     chat.screen.note(f"saved {len(messages)} messages to {path}")
 
 
 def _load(chat: Chat, argument: str) -> None:
-    path = _path(argument, "/load")
+    path = chat_file(str(_path(argument, "/load")))
     conversation = load(path)
-    system, messages = conversation.system, conversation.messages
-    chat.replace(replace(chat.config, system=system), messages)
-    chat.record.add(lambda transcript: transcript.add_load(messages, system))
+    _check_agreed(chat)
+    chat.load(conversation)
     note_loaded(chat, path, conversation)
 
 
@@ -340,14 +378,14 @@ _COMMANDS = {
     "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part, and what was recalled", _kv),
     "/why": Command("/why [all]", "which earlier turns the last answer looked at, by their share of its attention", _why),
     "/regen": Command("/regen", "another answer to the last turn", _regen),
-    "/undo": Command("/undo [N]", "take the last turn and its answer back, or the last N", _undo),
+    "/undo": Command("/undo [N]", "take the last turn and its answer back, or the last N; behind /clear or /load bring back what was there", _undo),
     "/edit": Command("/edit N TEXT", "say something else in turn N, as /kv numbers them; what follows is dropped", _edit),
     "/fork": Command("/fork NAME", "go on in a new session; the one until now stays as it is", _fork),
     "/clear": Command("/clear", "forget everything but the system prompt", _clear),
     "/system": Command("/system [TEXT]", 'show the system prompt or change it; "" goes back to the model\'s own', _system),
     "/set": Command("/set [NAME VALUE]", f"show the settings or change one: {', '.join(_SETTABLE)}", _set),
-    "/save": Command("/save FILE", "write the conversation to a file", _save),
-    "/load": Command("/load FILE", "go on with a saved conversation or a transcript", _load),
+    "/save": Command("/save [--force] FILE", "write the conversation to a file, as Markdown if it ends in .md", _save),
+    "/load": Command("/load FILE|NAME", "go on with a saved conversation, a transcript or a session", _load),
     "/bye": Command("/bye", "leave", _bye),
 }
 

@@ -1,6 +1,6 @@
 """How a chat outlives its program: its transcript, and in a session the snapshot beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvlocal.chat.session import ChatSession
@@ -9,6 +9,8 @@ from kvlocal.conversations.snapshot import Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript, chat_path
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.chat_screen import Screen
+
+Change = Callable[[Transcript], None]
 
 
 class ChatRecord:
@@ -26,6 +28,7 @@ class ChatRecord:
         self._screen = screen
         self._snapshots: Snapshots | None = None
         self._left: list[Transcript] = []
+        self._changes: list[Change] = []  # of a session, that are written when something is said
         # of failures to write: what is to be said, and what has been
         self._unsaid = ""
         self._said: set[str] = set()
@@ -37,9 +40,14 @@ class ChatRecord:
         except KvlocalError as error:
             self._go_on_without(error)
 
-    def go_on(self, transcript: Transcript, snapshots: Snapshots) -> None:
-        """Go on with those of a session."""
-        self.transcript, self._snapshots = transcript, snapshots
+    def go_on(self, transcript: Transcript, snapshots: Snapshots, changes: Sequence[Change] = ()) -> None:
+        """Go on with those of a session. changes: what is otherwise from now on; until something is said, all files stay as they are."""
+        self.transcript, self._snapshots, self._changes = transcript, snapshots, [*changes]
+
+    @property
+    def is_session(self) -> bool:
+        """Whether the chat is kept under a name."""
+        return self._snapshots is not None
 
     def fork(self, path: Path, model: str, conversation: Conversation) -> None:
         """Go on in a new session at that path, with all there was until now, which stays where it is kept.
@@ -59,6 +67,8 @@ class ChatRecord:
         try:
             if before is None and conversation.messages:
                 transcript.add_load(conversation.messages, conversation.system)
+            elif self._changes:
+                self._write_changes(transcript)
             elif transcript.conversation and transcript.conversation.model != model:
                 transcript.add_model(model)
         except TranscriptError:
@@ -82,6 +92,7 @@ class ChatRecord:
         if self.transcript is None:
             return
         try:
+            self._write_changes(self.transcript)
             add(self.transcript)
         except TranscriptError as error:
             if self._snapshots:
@@ -101,6 +112,7 @@ class ChatRecord:
             self.add(lambda transcript: transcript.add_user(text))
             return
         try:
+            self._write_changes(self.transcript)
             self.transcript.add_user(text)
         except TranscriptError as error:
             raise KvlocalError(f"{error}; your turn is not taken: send it again then") from error
@@ -117,7 +129,7 @@ class ChatRecord:
     def save_snapshot(self, session: ChatSession, stop: Callable[[], bool] = lambda: False) -> None:
         """Write the snapshot of a session, until `stop` says so. What hinders it is said by `tell_unsaid`, as this may be a thread."""
         try:
-            if self._snapshots:
+            if self._snapshots and not self._changes:
                 self._snapshots.save(session, stop)
                 self.leave_others(session)
         except KvlocalError as error:
@@ -137,6 +149,11 @@ class ChatRecord:
         """Close the transcript. Closing twice is harmless."""
         for transcript in (*self._left, *([self.transcript] if self.transcript else [])):
             transcript.close()
+
+    def _write_changes(self, transcript: Transcript) -> None:
+        while self._changes:
+            # the transcript remembers what it cannot write now
+            self._changes.pop(0)(transcript)
 
     def _go_on_without(self, error: KvlocalError) -> None:
         self._screen.warn(f"{error}; the chat goes on without a transcript, /save keeps it")

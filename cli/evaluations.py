@@ -12,12 +12,13 @@ from kvlocal.evaluation.reference import ReferenceCache
 from kvlocal.llama.library import load as load_library
 from kvlocal_cli.evaluate import Run, run_options
 from kvlocal_cli.evaluate_memory import gsm8k_command, memory_command
+from kvlocal_cli.groups import CommandGroup
 from kvlocal_cli.terminal import waiting
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.group("eval")
+@click.group("eval", cls=CommandGroup)
 def eval_group() -> None:
     """Compare policies: how much of a conversation is left in the compressed cache.
 

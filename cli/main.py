@@ -10,9 +10,10 @@ import kvlocal
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.batch import batch_command
 from kvlocal_cli.bench import bench_command
-from kvlocal_cli.chat import chat_command
+from kvlocal_cli.chat_command import chat_command
 from kvlocal_cli.doctor import doctor_command
 from kvlocal_cli.evaluations import eval_group
+from kvlocal_cli.groups import CommandGroup
 from kvlocal_cli.models import models_command, pull_command
 from kvlocal_cli.nexus import nexus_group
 from kvlocal_cli.run import run_command
@@ -23,7 +24,7 @@ from kvlocal_cli.terminal import INTERRUPTED
 FAILURE = 1
 
 
-class Kvlocal(click.Group):
+class Kvlocal(CommandGroup):
     """A group whose failures are one sentence on stderr: exit code 1, for wrong usage 2, after Ctrl-C 130."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -62,15 +63,11 @@ def _fail(sentence: str, code: int) -> NoReturn:
 
 @click.group(
     cls=Kvlocal,
-    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(kvlocal.__version__, prog_name="kvlocal")
-@click.pass_context
-def main(ctx: click.Context) -> None:
+def main() -> None:
     """Chat with quantized GGUF models on this machine, inside a fixed KV-cache budget."""
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
 
 
 for command in (

@@ -8,12 +8,13 @@ import click
 from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal.nexus.file import NexusFile
+from kvlocal_cli.groups import CommandGroup
 from kvlocal_cli.nexus_eval import eval_command
 from kvlocal_cli.nexus_synth import synth_command
 from kvlocal_cli.nexus_train import NEXUS_FILE, held_out_text, train_command
 
 
-@click.group("nexus")
+@click.group("nexus", cls=CommandGroup)
 def nexus_group() -> None:
     """Nexus tokens: trained soft tokens that stand for finished turns of a conversation."""
 

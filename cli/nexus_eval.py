@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvlocal.errors import KvlocalError
-from kvlocal.evaluation.statistics import bootstrap
+from kvlocal.evaluation.statistics import mean_over_chats, shown
 from kvlocal.nexus.file import NexusFile
 from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
 from kvlocal_cli.options import parse_ratios
@@ -58,13 +58,13 @@ def eval_command(
     rows = []
     for name in found[0]:
         kept, _, ratio = name.partition("@")
-        mean, lo, hi = bootstrap([one[name] for one in found], [1] * len(found))
+        mean, lo, hi = mean_over_chats([one[name] for one in found], [1] * len(found))
         rows.append({"kept": kept, "ratio": float(ratio) if ratio else None, "mean": mean, "lo": lo, "hi": hi, "n": len(found)})
     if as_json:
         click.echo(json.dumps({"rows": rows}, indent=2))
         return
     for name, row in zip(found[0], rows, strict=True):
-        click.echo(f"{name:<14}{row['mean']:.4f}  [{row['lo']:.4f}, {row['hi']:.4f}]")
+        click.echo(f"{name:<14}{shown(row['mean'], row['lo'], row['hi'], digits=4)}")
 
 
 def _tracked(examples: "list[Example]") -> "Iterator[Example]":

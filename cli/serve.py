@@ -70,9 +70,10 @@ def serve_command(
     try:
         from kvlocal.server import serving
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
             raise
-        raise KvlocalError(f"kvlocal serve needs {error.name}, which is not installed: pip install 'kvlocal[serve]'") from error
+        raise KvlocalError(f"kvlocal serve needs {package}, which is not installed: pip install 'kvlocal[serve]'") from error
     if not all(key.strip() for key in api_keys):
         raise click.UsageError("an API key is empty: give one that is not, or leave the option out")
     config = replace(config, system=None if config.system is None else clean_text(config.system))

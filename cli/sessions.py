@@ -9,12 +9,24 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from kvlocal.conversations.named_sessions import Session, delete, existing_path, fork, markdown, rename, session, session_path, sessions
+from kvlocal.conversations.named_sessions import (
+    Session,
+    delete,
+    existing_path,
+    fork,
+    markdown,
+    new_session_path,
+    outside,
+    rename,
+    session,
+    sessions,
+)
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import saved
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, atomic_write
 from kvlocal_cli.chat_commands import open_end
+from kvlocal_cli.groups import CommandGroup
 from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 
 COLUMNS = ("name", "model", "turns", "tokens", "last used", "size")
@@ -25,7 +37,7 @@ _EXPORTS: dict[str, Callable[[str, Conversation], bytes]] = {
 }
 
 
-@click.group("sessions")
+@click.group("sessions", cls=CommandGroup)
 def sessions_group() -> None:
     """List, show, rename, fork, export and delete the conversations that `kvlocal chat --session` keeps.
 
@@ -63,7 +75,9 @@ def show_command(name: str) -> None:
 @click.argument("new_name", metavar="NEW_NAME|FILE")
 def rename_command(name: str, new_name: str) -> None:
     """Give a session another name."""
-    rename(existing_path(name), session_path(new_name))
+    path = new_session_path(new_name)
+    rename(existing_path(name), path)
+    _say_where(path)
 
 
 @sessions_group.command("fork")
@@ -72,7 +86,9 @@ def rename_command(name: str, new_name: str) -> None:
 @click.option("--turns", type=click.IntRange(min=0), metavar="N", help="Take over your first N turns and their answers; all of them if not given.")
 def fork_command(name: str, new_name: str, turns: int | None) -> None:
     """Begin another session with what was said in one, which stays as it is."""
-    fork(existing_path(name), session_path(new_name), turns)
+    path = new_session_path(new_name)
+    fork(existing_path(name), path, turns)
+    _say_where(path)
 
 
 @sessions_group.command("export")
@@ -104,6 +120,11 @@ def delete_command(name: str, yes: bool) -> None:
             raise click.UsageError("nobody can be asked: confirm with --yes")
         click.confirm(f"Delete the session {printable(name)} with all that was said in it?", abort=True, err=True)
     delete(path)
+
+
+def _say_where(path: Path) -> None:
+    if where := outside(path):
+        click.echo(f"kvlocal: the session is{where}", err=True)
 
 
 def _describe(found: Session) -> dict[str, Any]:

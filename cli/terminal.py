@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import termios
 import threading
 import time
 import unicodedata
@@ -14,8 +15,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from kvlocal.chat.session import ChatSession
+from kvlocal.chat.answerer import Answerer
 from kvlocal.files.text import text_of
+from kvlocal.llama.model import Model
+from kvlocal.template.chat_template import ChatTemplate
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -31,7 +34,7 @@ class Interruptible:
     `answering` on it stops the answer.
     """
 
-    def __init__(self, session: ChatSession) -> None:
+    def __init__(self, session: Answerer) -> None:
         self._session = session
         self._answering = False
         self.interrupted = False
@@ -50,10 +53,24 @@ class Interruptible:
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        self._echo = _show_control_characters(False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._echo:
+            _show_control_characters(True)
         signal.signal(signal.SIGINT, self._previous)
+
+
+def _show_control_characters(shown: bool) -> bool:
+    """Whether a terminal shows ^C where it is typed, which would stand in an answer. Returns whether it did until now."""
+    if not is_terminal(sys.stdin):
+        return False
+    attributes = termios.tcgetattr(sys.stdin)
+    before = bool(attributes[3] & termios.ECHOCTL)
+    attributes[3] = attributes[3] | termios.ECHOCTL if shown else attributes[3] & ~termios.ECHOCTL
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
+    return before
 
 
 class ReadingBar:
@@ -151,3 +168,13 @@ def telling_of_silence(text: str) -> Iterator[None]:
 def archive_lost(reason: str) -> str:
     """What to say when the archive was given up."""
     return f"the archive was given up ({reason}): what leaves the cache cannot be recalled any more"
+
+
+def warn_of_base_model(name: str, model: Model) -> None:
+    """Say on stderr that a model was most likely not trained to chat."""
+    if not ChatTemplate.from_model(model).is_own:
+        click.echo(
+            f"kvlocal: {name} has no chat template, so it was most likely not trained to chat, and may run on: `kvlocal run --raw` completes a text "
+            "with such a model",
+            err=True,
+        )

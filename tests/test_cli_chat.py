@@ -81,6 +81,7 @@ def test_piped_commands(chat, state):
     assert len(re.findall(STATUS, result.stderr)) == 3
     assert "taken back: Hello" in result.stderr
     assert contents(state) == []
+    assert chat("--no-transcript", stdin="/system").stdout == "You are a helpful AI assistant named SmolLM, trained by Hugging Face\n"
     assert "Unread" not in transcripts(state)[0].read_text()
 
 
@@ -195,7 +196,7 @@ def test_why_without_an_archive(chat):
 
 def test_save_and_load(chat, state, tmp_path):
     saved = tmp_path / "saved.json"
-    first = chat("--system", "Be kind.", stdin=f"Hello\nMy name is Ada.\n/save {saved}\n/undo\n/save {saved}\n/regen\n")
+    first = chat("--system", "Be kind.", stdin=f"Hello\nMy name is Ada.\n/save {saved}\n/undo\n/save --force {saved}\n/regen\n")
     assert first.returncode == 0, first.stderr
     data = json.loads(saved.read_text())
     assert data["format"] == "kvlocal-chat" and data["system"] == "Be kind." and data["settings"]["temp"] == 0
@@ -206,6 +207,62 @@ def test_save_and_load(chat, state, tmp_path):
     assert "read 2 messages" in second.stderr
     assert second.stdout.splitlines() == ["Be kind.", *first.stdout.splitlines()[2:]]
     assert json.loads((tmp_path / "two.json").read_text())["messages"] == data["messages"]
+
+
+def test_what_set_shows_and_takes(chat):
+    """Greedy is greedy, however it is asked for; what cannot be set is told, and what goes with another policy."""
+    wrong = ["/set stop x", "/set stride 3", "/set stopp x", "/set warmth 1"]
+    lines = ["/set temp 0.5", "/set", "/set temp 0", "/set", "/set repeat-penalty 1.3", "/set temp 0.5", "/set policy full", "/set", *wrong]
+    result = chat("--no-transcript", "--verbose", stdin="\n".join(lines))
+    assert re.findall(r"^repeat-penalty +(\S+)$", result.stdout, re.MULTILINE) == ["1.1", "1.0", "1.3"]
+    assert re.findall(r"^(\S+) .*\(as the chat began\)$", result.stdout, re.MULTILINE) == 3 * ["stride", "ctk", "ctv"]
+    assert re.search("^kv-budget: 8192, which goes with that policy$", result.stderr, re.MULTILINE)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("kvlocal: ")]
+    assert [error.rpartition(": ")[2][:26] for error in errors] == [
+        "begin a chat with --stop", "begin a chat with --stride", "begin a chat with --stop", "it takes temp, top-k, top-p"[:26]
+    ]  # fmt: skip
+    result = chat("--no-transcript", "--kv-ratio", "0.5", stdin="/set policy full\n/set policy streaming")
+    assert result.returncode == 1 and "removes nothing" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_save_replaces_nothing_without_being_told(chat, terminal, tmp_path):
+    saved, text = tmp_path / "saved.json", tmp_path / "talk.md"
+    text.write_text("mine")
+    result = chat("--no-transcript", stdin=f"Hello\n/save {saved}\nGood day\n/save {saved}\n/save {text}\n/save --force\n/save --force {text}")
+    assert result.returncode == 1
+    errors = result.stderr.splitlines()
+    assert [f"{path} is there already: choose another name, or write /save --force {path}" in errors[i] for i, path in ((0, saved), (1, text))]
+    assert len(errors) == 3 and "needs a file name" in errors[2]
+    assert len(json.loads(saved.read_text())["messages"]) == 2
+    answers = result.stdout.splitlines()
+    assert text.read_text() == f"# talk\n\n## You\n\nHello\n\n## Answer\n\n{answers[0]}\n\n## You\n\nGood day\n\n## Answer\n\n{answers[1]}\n"
+    with terminal("--no-transcript", f"--load={saved}") as typed:
+        typed.wait_for_prompt()
+        typed.type("/undo\r")
+        typed.wait_for_prompt()
+        for answer, n_messages in (("n\r", 2), ("\x03", 2), ("y\r", 0)):
+            typed.type(f"/save {saved}\r")
+            assert f"{saved} is there already. Replace it? [y/N]" in typed.wait_for(r"\[y/N\]")
+            typed.type(answer)
+            assert ("saved 0 messages" in typed.wait_for_prompt()) == (n_messages == 0)
+            assert len(json.loads(saved.read_text())["messages"]) == n_messages
+        typed.type("\x04")
+        assert typed.wait_for_end() == 0
+
+
+def test_what_was_cleared_or_replaced_comes_back(chat, state, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"format": "kvlocal-chat", "version": 1, "system": "Be rude.", "messages": [{"role": "user", "content": "Hm"}]}))
+    lines = ["Hello", "/clear", "Good day", f"/load {other}", "/undo", "/undo", "/system", "/undo", "/undo", "/regen", "/undo", "/undo"]
+    result = chat("--system", "Be kind.", "--verbose", stdin="\n".join(lines))
+    assert result.returncode == 1 and result.stderr.count("\nkvlocal: ") == 1
+    # the turn that was loaded, the one before that, the one that was cleared, and there is no more
+    said = re.findall("^(taken back|back again|kvlocal): ([^:\n]*)", result.stderr, re.MULTILINE)
+    assert said == [("taken back", "Hm"), ("back again", "2 messages"), ("taken back", "Good day"), ("back again", "2 messages"),
+                    ("taken back", "Hello"), ("kvlocal", "there is nothing to undo")]  # fmt: skip
+    answers = result.stdout.splitlines()
+    assert answers[2] == "Be kind." and answers[3] == answers[0]
+    assert contents(state) == []
 
 
 def test_loading_a_turn_without_an_answer(chat, state, tmp_path):
@@ -279,6 +336,20 @@ def test_ctrl_c_while_a_long_turn_is_read_takes_it_back(terminal, state, tmp_pat
         chat.type("/bye\r")
         assert chat.wait_for_end() == 0
     assert contents(state)[::2] == ["Hello"]
+
+
+def test_what_a_terminal_shows_fits_it(terminal):
+    """No row is broken, and Ctrl-C does not stand in the answer."""
+    with terminal("--max-tokens", "4000", "--no-transcript") as chat:
+        chat.wait_for_prompt()
+        chat.type("Write a long story about a cat, " + "with whiskers and paws " * 12 + ".\r")
+        chat.wait_for("Once|once|cat.*[Cc]at[^ ]* ")
+        chat.type("\x03")
+        shown = chat.wait_for_prompt()
+        assert "stopped" in shown and "^C" not in shown
+        chat.type("/kv\r")
+        rows = [line for line in chat.wait_for_prompt().splitlines() if re.search("[█░]", line)]
+        assert len(rows) == 3 and all(len(row) <= 120 for row in rows) and rows[1].endswith("…")
 
 
 def test_kill_in_mid_answer_loses_nothing_shown(terminal, state):

@@ -4,12 +4,15 @@ import importlib
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 from test_rooms import MODULES, ROOMS
 
 from kvlocal.batch.line import OPTIONS
+from kvlocal.cache.compression import Seconds
+from kvlocal.chat.stats import REPORTED, StopReason
 from kvlocal.policies import DEFAULT_POLICY, POLICIES, WITHOUT_ARCHIVE, WITHOUT_NEXUS
 from kvlocal_cli import chat_commands, options
 from kvlocal_cli.main import main
@@ -67,6 +70,24 @@ def test_the_table_of_policies():
                  for field in fields(policy)}  # fmt: skip
         assert code(row[2]) == [f"{key}={value}" for key, value in shown.items()], name
         assert ("the default where" in row[1]) == (name in (DEFAULT_POLICY, WITHOUT_ARCHIVE, WITHOUT_NEXUS))
+
+
+def test_the_table_of_hyper_parameters():
+    documented = [name for row in table("docs/chat.md", "hyper-parameter") for name in code(row[0])]
+    assert sorted(documented) == sorted({field.name for policy in POLICIES.values() for field in fields(policy)})
+
+
+def test_the_table_of_environment_variables():
+    documented = {name for row in table("docs/chat.md", "variable") for name in code(row[0])}
+    sources = [path.read_text() for folder in ("kvlocal", "cli") for path in (ROOT / folder).rglob("*.py")]
+    assert documented == {name for text in sources for name in re.findall(r"\b(?:KVLOCAL|XDG)_[A-Z_]+\b", text)}
+
+
+def test_the_keys_of_the_json_of_run_are_documented():
+    rows = {name: row[1] for row in table("docs/chat.md", "key") for name in code(row[0])}
+    phases = [f"{field.name}_seconds" for field in fields(Seconds)]
+    assert set(code(rows["kv"])) == set(REPORTED) and code(rows["timings"])[-len(phases) :] == phases
+    assert code(rows["stop_reason"])[0:1] == ["end"] and {*get_args(StopReason)} - {"tool_calls"} <= {*code(rows["stop_reason"])}
 
 
 def test_the_table_of_commands():

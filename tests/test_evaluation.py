@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,24 @@ def test_bootstrap_against_a_slow_one():
     means = [sum(sums[i] for i in draw) / sum(counts[i] for i in draw) for draw in draws]
     assert found.value == pytest.approx(sums.sum() / counts.sum())
     assert (found.lo, found.hi) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.005)
+
+
+def test_one_chat_has_no_interval(tmp_path):
+    """However many values it has."""
+    task = SimpleNamespace(name="recall", metrics=["choice", "choice@<500"])
+    variants = [FULL, Variant.parse("snapkv", 0.5)]
+    one = {(variant.spec, variant.ratio): {0: Measurement(0.5, {"choice": [1.0, 0.0], "choice@<500": [1.0]})} for variant in variants}
+    two = {place: {**chats, 1: Measurement(0.5, {"choice": [1.0]})} for place, chats in one.items()}
+    found = report.rows(task, variants, one, 0)
+    assert [(row.mean, row.lo, row.hi, row.n) for row in found] == 2 * [(0.5, None, None, 2), (1, None, None, 1)]
+    (_, whole), (_, split) = report.tables(found)
+    assert [line[-1] for line in whole] == ["0.500", "0.500"] and [line[-1] for line in split] == ["1.000", "1.000"]
+    assert json.loads(json.dumps(report.document(found, {})))["rows"][0]["lo"] is None
+    (_, whole), (_, split) = report.tables(report.rows(task, variants, two, 0))
+    assert all(re.fullmatch(r"0\.667 \[0\.\d+, 1\.000\]", line[-1]) for line in whole) and split[0][-1] == "1.000"
+    pytest.importorskip("matplotlib")
+    plot.draw(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_bootstrap_is_deterministic_and_exact_without_spread():

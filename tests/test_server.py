@@ -119,6 +119,36 @@ def test_responses(client):
         client.responses.create(model="any", input="Again.", previous_response_id="resp_none")
 
 
+def test_a_response_is_gone_on_with_after_a_restart(short_smollm2, tmp_path):
+    options = (*OPTIONS, "--archive-dir", str(tmp_path))
+    with ServerProcess(short_smollm2, *options) as server:
+        first = server.post("/v1/responses", {"input": "Say hello.", "instructions": "Be brief."}).json
+        stream = server.post("/v1/responses", {"input": "And now in French.", "previous_response_id": first["id"], "stream": True})
+        events = [json.loads(line.removeprefix("data: ")) for line in stream.data.decode().splitlines() if line.startswith("data: ")]
+        second = events[-1]["response"]
+        assert events[0]["response"]["id"] == second["id"] != first["id"]
+    with ServerProcess(short_smollm2, *options) as server:
+        usages = []
+        for name in (first["id"], second["id"]):
+            answer = server.post("/v1/responses", {"input": "Again.", "previous_response_id": name})
+            assert answer.status == 200, answer.json
+            usages.append(answer.json["usage"])
+        before = first["usage"], second["usage"]
+        assert all(now["input_tokens"] > then["total_tokens"] for now, then in zip(usages, before, strict=True))
+        assert all(now["input_tokens"] - now["input_tokens_details"]["cached_tokens"] < 15 for now in usages)
+        conversation = server.get("/conversations").json["data"][0]["id"]
+        for name in ("resp_none", f"resp_{conversation}_1", f"resp_{conversation}_99", f"resp_{conversation}_0", f"resp_{conversation}_\u0661"):
+            assert server.post("/v1/responses", {"input": "Again.", "previous_response_id": name}).status == 404
+
+
+def test_a_response_of_another_key_is_none(locked):
+    asked = {"input": "Say hello."}
+    first = locked.post("/v1/responses", asked, Authorization="Bearer first-key").json
+    for key, status in (("second-key", 404), ("first-key", 200)):
+        answer = locked.post("/v1/responses", {**asked, "previous_response_id": first["id"]}, Authorization=f"Bearer {key}")
+        assert answer.status == status
+
+
 def test_a_stream_of_a_response(client):
     with client.responses.stream(model="any", input="Say hello.") as stream:
         events = list(stream)
@@ -180,7 +210,22 @@ def test_log_probabilities(client):
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens)
 
 
+@pytest.mark.parametrize("module", ["uvicorn", "sse_starlette", "prometheus_client"])
+def test_without_the_packages_of_a_server_it_says_what_to_install(module):
+    script = f"import sys; sys.modules[{module!r}] = None; from kvlocal_cli.main import main; main(['serve', 'no-such-model'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"kvlocal: kvlocal serve needs {module}, which is not installed: pip install 'kvlocal[serve]'\n"
+
+
 # Other forms
+
+
+def test_what_the_caches_take_is_told(server):
+    """2 slots, each with 512 cells at least of keys and values, 3 heads of 64 numbers in 2 bytes, in each layer."""
+    (line,) = [line for line in server.get("/metrics").data.decode().splitlines() if line.startswith("kvlocal_kv_bytes ")]
+    told = server.get("/props").json["kv_bytes"]
+    assert told == float(line.split()[1]) >= 2 * 512 * 2 * 3 * 64 * 2
 
 
 def test_anthropics_form(server):

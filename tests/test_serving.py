@@ -17,6 +17,7 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.messages import canonical
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
+from kvlocal.conversations.archive_file import ArchiveFile
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -189,6 +190,36 @@ def test_an_edit_reads_what_comes_after_it_and_leaves_the_old_conversation(engin
     assert n_read(answer(engine, *messages, user("And then?"))) < 20
     assert n_read(answer(engine, *edited, user("And then?"))) < 20
     assert engine.messages(results[0].conversation, "me")[:9] == messages and engine.messages(others[0].conversation, "me")[:5] == edited
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_an_edit_of_the_second_of_ten_texts(model, n_tokens, parallel):
+    """Whether the client cuts off what came after it or sends it again, what came before it is not read again, and the old conversation goes on."""
+    texts = [f"Day {i}. {LONG * 2}Which ships came by?" for i in range(10)]
+    with Engine(model, CONFIG, parallel=parallel) as engine:
+        messages, results = chat(engine, *texts)
+        before = results[0].usage.prompt_tokens + results[0].usage.completion_tokens
+        assert results[-1].usage.prompt_tokens > 2 * CONFIG.budget
+        cut = answer(engine, *messages[:3], user("Which storms?"))
+        assert before <= cut.usage.cached_tokens and n_read(cut) <= n_tokens("Which storms?") + 12
+        whole = answer(engine, *messages[:3], user("Which boats?"), *messages[4:], user("And then?"))
+        assert before <= whole.usage.cached_tokens <= before + 12
+        assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_questions_beside_a_conversation_cost_it_nothing(model, parallel):
+    """As web pages ask them after each answer: for a title, with what was said in it, and for tags, with the system prompt of the chat."""
+    with Engine(model, CONFIG, parallel=parallel) as engine:
+        messages, _ = chat(engine, LONG * 20)
+        for text in ("Which ships?", "Which birds?", "Which storms?"):
+            said_so_far = "\n".join(message["content"] for message in messages[1:])
+            beside = [ask(engine, user(f"Give this chat a title: {said_so_far}")), ask(engine, SYSTEM, user(f"Tag this chat: {said_so_far}"))]
+            assert {finished(one).stop_reason for one in beside} == {"length"}
+            messages.append(user(text))
+            last = answer(engine, *messages)
+            assert n_read(last) < 20 and last.n_messages == len(messages)
+            messages.append(said(last))
 
 
 def test_another_answer_to_the_same_is_a_conversation_of_its_own(engine):
@@ -459,6 +490,7 @@ def test_calls_of_tools_are_part_of_a_conversation(with_tools, tmp_path):
         messages = [*canonical(messages), said(after), user("Thank you.")]
         assert answer(engine, *messages, tool_choice="none").usage.cached_tokens == 0  # without the tools it is another conversation
     with Engine(with_tools, CONFIG, parallel=1, directory=tmp_path) as engine:
+        assert engine.messages(last.conversation, "me")[2]["tool_calls"] == calls
         again = answer(engine, *messages, tools=[WEATHER], tool_choice="none")
         assert again.conversation == last.conversation and n_read(again) < 40
 
@@ -475,6 +507,28 @@ def test_what_the_disk_has_can_leave_memory(model, tmp_path):
         chat(engine, "Good morning!", history=())
         wait_for(lambda: sum(one.bytes_in_memory > 0 for one in engine.conversations()) == 1)
         assert n_read(answer(engine, *messages, user("And then?"))) < 20
+
+
+def test_others_get_tokens_while_a_conversation_is_read_from_the_disk(model, tmp_path, monkeypatch):
+    with Engine(model, CONFIG, parallel=2, directory=tmp_path) as engine:
+        messages, _ = chat(engine, LONG * 20)
+    read, progress, arrived = ArchiveFile.read, threading.Event(), []
+
+    def slow_read(file, extents):
+        """A disk that takes until another answer has come further."""
+        progress.clear()
+        arrived.append(progress.wait(60))
+        return read(file, extents)
+
+    monkeypatch.setattr(ArchiveFile, "read", slow_read)
+    with Engine(model, CONFIG, parallel=2, directory=tmp_path) as engine:
+        other = ask(engine, user("Tell me a story."), max_tokens=4000)
+        started = threading.Event()
+        other.on_event(lambda event: (started.set(), progress.set()))
+        assert started.wait(60)
+        assert n_read(answer(engine, *messages, user("And then?"))) < 20
+        other.cancel()
+    assert arrived == [True]
 
 
 @pytest.mark.parametrize("archive", ["ram", "disk", "off"])
@@ -557,3 +611,19 @@ def test_a_conversation_may_be_deleted_by_two_threads_at_once(tmp_path, monkeypa
             thread.join()
     assert not errors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_conversation_that_has_no_snapshot_begins_from_that_of_another(model, tmp_path):
+    """A server that is killed soon after a conversation was forked has written its words, and no snapshot of it."""
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        messages, _ = chat(engine, LONG * 20, "Which ships?")
+        fork = answer(engine, *messages[:3], user("Which storms?"))
+    (snapshot,) = tmp_path.glob(f"*/{fork.conversation}.jsonl.snapshot")
+    snapshot.unlink()
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        other = answer(engine, *messages[:3], user("Which storms?"))
+        assert n_read(other) < 20 and other.conversation != fork.conversation
+    snapshot.with_name(f"{other.conversation}.jsonl.snapshot").unlink()
+    with Engine(model, CONFIG, parallel=1, directory=tmp_path) as engine:
+        last = answer(engine, *messages[:3], user("Which storms?"), said(fork), user("And then?"))
+        assert n_read(last) < 50 and last.conversation in (fork.conversation, other.conversation)

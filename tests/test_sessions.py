@@ -150,8 +150,110 @@ def test_options_that_do_not_go_together(chat, path, tmp_path):
 def test_another_system_prompt_goes_into_the_transcript(chat, path):
     chat("--session", "trip", "--system", "Be kind.", stdin=ASKED[:1])
     assert "Be kind." in chat("--session", "trip", stdin=["/system"]).stdout
-    result = chat("--session", "trip", "--system", "Be rude.", stdin=["/system"])
+    result = chat("--session", "trip", "--system", "Be rude.", stdin=["/system", "Hello"])
     assert "another conversation" in result.stderr and Transcript.read(path).system == "Be rude."
+
+
+def test_another_model_is_asked_for_and_changes_nothing_until_something_is_said(chat, path, smollm2, short_smollm2):
+    """Nor does another system prompt."""
+
+    def files() -> dict[str, bytes]:
+        return {name: (path.parent / name).read_bytes() for name in os.listdir(path.parent)}
+
+    def again(answer: str) -> Terminal:
+        terminal = Terminal("chat", str(smollm2), *OPTIONS, "--session", "trip", "--system", "Be rude.", env=os.environ)
+        asked = terminal.wait_for(r"\[y/N\]")
+        assert f"was led with {short_smollm2}" in asked and f"Read it with {smollm2}" in asked
+        terminal.type(f"{answer}\r")
+        return terminal
+
+    chat("--session", "trip", stdin=ASKED[:1])
+    before = files()
+    assert len(before) == 3
+    with again("n") as terminal:
+        assert terminal.wait_for_end() == 130
+    assert files() == before
+    with again("y") as terminal:
+        assert "back in trip: 2 messages" in terminal.wait_for_prompt()
+        time.sleep(0.5)
+        terminal.type("\x04")
+        assert terminal.wait_for_end() == 0
+    assert files() == before
+    # nobody can be asked
+    result = chat("--session", "trip", stdin=["/kv"], model=str(smollm2))
+    assert result.returncode == 0 and "[y/N]" not in result.stdout + result.stderr and files() == before
+    # the same file by another name
+    assert chat("--session", "trip", stdin=[], model=os.path.relpath(short_smollm2)).returncode == 0 and files() == before
+    with again("y") as terminal:
+        terminal.wait_for_prompt()
+        terminal.type(f"{ASKED[2]}\r")
+        terminal.wait_for_prompt()
+        terminal.type("\x04")
+        assert terminal.wait_for_end() == 0
+    kept = Transcript.read(path)
+    assert kept.model == str(smollm2) and kept.system == "Be rude." and len(kept.messages) == 4 and [*kept.drawn] == [3]
+    assert files()["trip.jsonl"].startswith(before["trip.jsonl"])
+
+
+def test_a_session_is_cleared_when_the_person_agrees_and_comes_back(chat, path, smollm2, tmp_path):
+    chat("--session", "trip", stdin=ASKED[:2])
+    said = messages(path)
+    with Terminal("chat", *OPTIONS, "--session", "trip", env=os.environ) as terminal:
+        terminal.wait_for_prompt()
+        for command in ("/clear", "/load trip"):
+            terminal.type(f"{command}\r")
+            assert "Put the 4 messages of this session aside?" in terminal.wait_for(r"\[y/N\]")
+            terminal.type("n\r")
+            assert "nothing has changed" in terminal.wait_for_prompt() and messages(path) == said
+        terminal.type("/clear\r")
+        terminal.wait_for(r"\[y/N\]")
+        terminal.type("y\r")
+        assert "/undo brings the rest back" in terminal.wait_for_prompt() and messages(path) == []
+        terminal.type("\x04")
+        assert terminal.wait_for_end() == 0
+    # also in another process, and it is not asked twice
+    result = chat("--session", "trip", "--verbose", stdin=["/clear", "/undo", "/regen"])
+    assert result.returncode == 0 and "back again: 4 messages" in result.stderr
+    assert messages(path)[:3] == said[:3] and len(messages(path)) == 4
+
+
+def test_a_session_is_loaded_by_its_name(chat, path, tmp_path):
+    chat("--session", "trip", "--system", "Be kind.", stdin=ASKED[:1])
+    for args, stdin in ((("--load", "trip"), ["/system"]), ((), ["/load trip", "/system"])):
+        result = chat("--no-transcript", "--verbose", *args, stdin=stdin)
+        assert result.returncode == 0 and f"read 2 messages from {path}" in result.stderr and "Be kind." in result.stdout
+    result = chat("--load", "none", stdin=[])
+    assert result.returncode == 1 and result.stderr.startswith("kvlocal: there is no file none and no session of that name: ")
+
+
+def test_run_asks_in_a_session_or_in_what_was_used_last(chat, path, short_smollm2, tmp_path):
+    """The answers are those of a chat; nothing is read again, and the model is that of the session."""
+
+    def ask(*args: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "kvlocal_cli", "run", *OPTIONS, *args]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+
+    nothing = ask("-c", "Hi")
+    assert nothing.returncode == 1 and "there is no chat yet to go on with" in nothing.stderr
+    together = chat("--session", str(tmp_path / "one.jsonl"), stdin=ASKED[:3])
+    first = ask("-m", str(short_smollm2), "--session", "trip", ASKED[0])
+    second = ask("--session", "trip", ASKED[1])
+    third = ask("--json", "-c", ASKED[2])
+    report = json.loads(third.stdout)
+    assert messages(path) == messages(tmp_path / "one.jsonl") and len(messages(path)) == 6
+    assert first.stdout + second.stdout + report["answer"].rstrip("\n") + "\n" == together.stdout
+    cut_off = "kvlocal: the answer was cut off at 12 tokens: give a larger --max-tokens\n"
+    assert first.stderr in ("", cut_off) and second.stderr in ("", cut_off) and third.stderr == ""
+    assert report["model"] == str(short_smollm2) and report["prompt"] == ASKED[2]
+    # a chat without a name too, and what is newer than that
+    chat("--session", "trip", stdin=[])
+    chat(stdin=["Hello"])
+    [plain] = (path.parents[1] / "chats").glob("*.jsonl")
+    assert ask("-c", "And now?").returncode == 0 and messages(plain)[::2] == ["Hello", "And now?"]
+    ask("--session", "trip", ASKED[3])
+    assert ask("-c", "Go on.").returncode == 0 and messages(path)[-2] == "Go on."
+    for args in (("--raw", "-c"), ("-c", "--session", "trip"), ("--raw", "--session", "trip")):
+        assert ask(*args, "Hi").returncode == 2
 
 
 def test_no_room_for_the_snapshot_is_said_once_and_nothing_else_is_lost(chat, path):
@@ -219,7 +321,8 @@ def test_killed_at_the_prompt_and_in_an_answer(smollm2, path, number):
         first.kill(number)
         assert first.wait_for_end() == -number
     with start() as second:
-        assert "back in trip: 2 messages" in second.wait_for_prompt()
+        shown = second.wait_for_prompt()
+        assert "back in trip: 2 messages" in shown and f"\n>>> Name a bird.\n{messages(path)[1].strip()}\n" in shown
         second.type("Write a long story about a cat.\r")
         second.wait_for(r"\?2004l")
         second.wait_for(r"(\w+ ){12}")
@@ -327,6 +430,46 @@ def test_list_shows_what_there_is(path, capsys):
     assert found["trip"]["turns"] == 2 and found["trip"]["bytes"] == path.stat().st_size + 1000 and found["broken"]["turns"] is None
 
 
+def test_the_number_of_tokens_is_that_of_what_is_left(path, capsys):
+    """After every record: turns that are taken back take their tokens with them, and what nobody has counted is not told."""
+
+    def tokens() -> str:
+        assert run("list") == 0
+        found = re.search(r"^trip +m\S* +\d +(\S+) ", capsys.readouterr().out, re.MULTILINE)[1]
+        assert run("show", "trip") == 0 and re.search(rf"^tokens +{found}$", capsys.readouterr().out, re.MULTILINE)
+        return found
+
+    def answer(n: int | None) -> None:
+        transcript.add_piece("x")
+        transcript.end_answer("end", [1], n)
+
+    path.parent.mkdir(parents=True)
+    with Transcript.open(path, model="m", system=None) as transcript:
+        for n in (20, 40, 60):
+            transcript.add_user("a")
+            answer(n)
+        assert tokens() == "60"
+        transcript.add_undo()
+        assert tokens() == "40"
+        transcript.add_regen()
+        assert tokens() == "20"
+        answer(45)
+        assert tokens() == "45"
+        transcript.add_user("b")
+        assert tokens() == "45"
+        answer(None)
+        assert tokens() == "-"
+        transcript.add_undo(2)
+        assert tokens() == "20"
+        # other tokens, or other ones before the first turn
+        for change in (lambda: transcript.add_system("Be kind."), lambda: transcript.add_model("m2"), transcript.add_clear):
+            change()
+            assert tokens() == "-"
+            transcript.add_user("c")
+            answer(30)
+            assert tokens() == "30"
+
+
 def test_show_and_export(path, capsys, tmp_path):
     make(path, "a", "Was\nnun? ☃")
     with Transcript.resume(path) as transcript:
@@ -362,6 +505,27 @@ def test_rename(path):
     assert new.read_bytes() == content and snapshot_path(new).stat().st_size == 1000
     assert archive_path(snapshot_path(new)).stat().st_size == 500
     assert not path.exists() and not snapshot_path(path).exists() and not archive_path(snapshot_path(path)).exists()
+
+
+def test_a_session_that_leaves_the_others_is_told_of_and_no_directory_is_made(path, chat, tmp_path, monkeypatch, capsys):
+    make(path, "a")
+    content = path.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for command in ("rename", "fork"):
+        said = failure(command, "trip", "a b/c")
+        assert "'a b/c' is a file in a b, which is no directory" in said and "a name without /" in said and said.count("\n") == 1
+    result = chat("--session", "a b/c", stdin=[])
+    assert result.returncode == 1 and "which is no directory" in result.stderr
+    assert "which is no directory" in chat(stdin=["/fork a b/c"]).stderr
+    assert path.read_bytes() == content and not (tmp_path / "a b").exists()
+    (tmp_path / "a b").mkdir()
+    capsys.readouterr()
+    for command in (["fork", "trip", "a b/c"], ["rename", "trip", "a b/d.jsonl"]):
+        assert run(*command) == 0
+        where = tmp_path / command[2]
+        assert capsys.readouterr().err == f"kvlocal: the session is in the file {where}, which `kvlocal sessions list` does not show\n"
+        assert where.read_bytes() == content
+    assert run("rename", "a b/d.jsonl", "trip") == 0 and capsys.readouterr().err == "" and path.read_bytes() == content
 
 
 def test_fork(path):

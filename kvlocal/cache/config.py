@@ -83,6 +83,8 @@ class CacheConfig:
             raise CacheError(f"n_sink is {self.n_sink}: it must be at least 0")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise CacheError(f"the ratio is {self.ratio}: it must be at least 0 and below 1, the share of the history to remove")
+        if self.ratio and self.policy in policies.POLICIES and not policies.make(self.policy).evicts:
+            raise CacheError(f"the policy {self.policy} removes nothing, and a ratio says how much to remove: leave one of them out")
         if self.positions not in get_args(Positions):
             raise CacheError(f"the positions are {self.positions!r}: they must be one of {', '.join(get_args(Positions))}")
         if self.archive is not None and self.archive not in STORES:

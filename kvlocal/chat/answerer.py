@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Self, TypeVar
+from dataclasses import asdict
+from typing import Any, Self, TypeVar
 
 from kvlocal.cache.budgeted import BudgetedCache
 from kvlocal.cache.compression import Seconds
+from kvlocal.cache.config import allocation
 from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.answering import AnswerInProgress
+from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.stats import KvStats, SegmentStats, TurnStats, segment_stats
+from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 
@@ -21,12 +25,14 @@ class Answerer:
     """What the answers to turns and the continuations of texts have in common. Who makes it sets
 
     model: the weights
+    config: how it is kept and answered
     cache: where the tokens go
     max_tokens: the longest answer; may be set
     last: the last answer in numbers, None before the first
     """
 
     model: Model
+    config: SessionConfig
     cache: BudgetedCache
     max_tokens: int
     last: TurnStats | None
@@ -113,6 +119,22 @@ class Answerer:
     def seconds(self) -> Seconds:
         """Where the time went since the session was made."""
         return self.cache.seconds
+
+    def settings(self) -> dict[str, Any]:
+        """What an answer depends on besides the model, the text and AnswerOptions, as it is in use, by the names of SessionConfig and SamplingParams.
+
+        With the same again a machine gives the same answer. Where an archive is kept makes no difference.
+        """
+        values = asdict(self.config)
+        sampling = values.pop("sampling")
+        del values["archive_dir"], values["archive_ram"]
+        in_use = {
+            "budget": allocation(self.config, self.model.n_ctx_train).budget,
+            "archive": self.config.store,
+            "n_threads": load().llama_cpp.llama_n_threads(self.cache.context.pointer),
+            "seed": self.seed,
+        }
+        return {**values, **sampling, **in_use}
 
     def segments(self) -> list[SegmentStats]:
         """What is left of each turn, in order."""

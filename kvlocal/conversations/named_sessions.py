@@ -23,7 +23,7 @@ from kvlocal.conversations.records import (
     text_of_file,
 )
 from kvlocal.conversations.snapshot import snapshot_path
-from kvlocal.conversations.transcript import Transcript, in_use, write_fork
+from kvlocal.conversations.transcript import Transcript, chat_path, in_use, write_fork
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, remedy, replacing, staging_of
 from kvlocal.files.lock import Busy, open_locked
@@ -50,6 +50,25 @@ def session_path(text: str) -> Path:
     if not _NAME.fullmatch(text):
         raise KvlocalError(f"{text[:60]!r} is no name for a session: use letters, digits, spaces, dots and dashes, or give a file as ./{text[:60]}")
     return sessions_dir() / f"{text}{SUFFIX}"
+
+
+def new_session_path(text: str) -> Path:
+    """`session_path` of a session that may begin there.
+
+    Raises:
+        KvlocalError: it is neither a name nor a file in a directory that is there; none is made.
+    """
+    path = session_path(text)
+    if path.parent != sessions_dir() and not path.parent.is_dir():
+        raise KvlocalError(
+            f"{text[:60]!r} is a file in {path.parent}, which is no directory: make its directory first, or give a name without {os.sep}"
+        )
+    return path
+
+
+def outside(path: Path) -> str:
+    """Where a session is that has no name, as the end of a sentence; "" for one with a name."""
+    return "" if path.parent == sessions_dir() else f" in the file {path.absolute()}, which `kvlocal sessions list` does not show"
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,33 @@ def existing_path(text: str) -> Path:
         where = "`kvlocal sessions list` shows those there are" if path.parent == sessions_dir() else "check the path"
         raise KvlocalError(f"there is no session {text}: {where}")
     return path
+
+
+def last_used() -> Path:
+    """The transcript of the chat or session in which something was said last.
+
+    Raises:
+        KvlocalError: there is none.
+    """
+    places = (sessions_dir(), chat_path().parent)
+    found = [(status.st_mtime, path) for place in places for path in place.glob(f"*{SUFFIX}") if (status := path.stat()).st_size]
+    if not found:
+        raise KvlocalError("there is no chat yet to go on with: begin one, or a session with --session NAME")
+    return max(found)[1]
+
+
+def chat_file(text: str) -> Path:
+    """The file of a chat to load: a file of that name, or else the transcript of the session of that name.
+
+    Raises:
+        KvlocalError: there is neither.
+    """
+    path = Path(os.path.expanduser(text))
+    if os.path.exists(path):
+        return path
+    if _NAME.fullmatch(text) and session_path(text).is_file():
+        return session_path(text)
+    raise KvlocalError(f"there is no file {text[:200]} and no session of that name: check the path, or see `kvlocal sessions list`")
 
 
 def _skimmed(path: Path) -> Conversation | None:

@@ -1,5 +1,7 @@
 """The records of a transcript, a JSON object a line, and the conversation that they replay to."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -43,10 +45,11 @@ class Conversation:
         settings: by their option names; informative.
         cut_off: indices into `messages` of answers that a crash cut off.
         drawn: by index into `messages`, the tokens that an answer was drawn as, if they are known; of the last model only.
-        n_tokens: tokens of the whole conversation after its last answer, if that is known.
+        tokens_after: by index into `messages`, the tokens of the whole conversation after an answer, if they are known.
         n_answers: answers since it began or was cleared, those that were taken back too.
         started: when, in ISO 8601.
         tools: that may be called in all of it.
+        before: what a "clear" or a "load" has put aside, which taking back behind the first turn brings again.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -55,10 +58,23 @@ class Conversation:
     settings: dict[str, Any] = field(default_factory=dict)
     cut_off: list[int] = field(default_factory=list)
     drawn: dict[int, list[int]] = field(default_factory=dict)
-    n_tokens: int | None = None
+    tokens_after: dict[int, int] = field(default_factory=dict)
     n_answers: int = 0
     started: str | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    before: Conversation | None = None
+
+    def put_aside(self) -> Conversation | None:
+        """What `before` becomes when other turns take the place of these."""
+        if not self.messages:
+            return self.before
+        return Conversation(self.messages, self.system, cut_off=self.cut_off, before=self.before)
+
+    @property
+    def n_tokens(self) -> int | None:
+        """Tokens of the whole conversation after its last answer, None if that is not known."""
+        answers = (i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "assistant")
+        return self.tokens_after.get(next(answers, -1))
 
 
 def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
@@ -91,7 +107,8 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
                     chat.messages[-1]["content"] += record["text"]
                 elif record.get("reason") != CUT:
                     chat.cut_off.pop()
-                    chat.n_tokens = _count_or_none(record.get("n_tokens"))
+                    if isinstance(n_tokens := record.get("n_tokens"), int):
+                        chat.tokens_after[len(chat.messages) - 1] = n_tokens
                     if drawn := record.get("drawn"):
                         chat.drawn[len(chat.messages) - 1] = [int(token) for token in drawn]
                     if tool_calls := record.get("tool_calls"):
@@ -105,18 +122,23 @@ def replay(path: Path, text: str, *, answers: bool = True) -> Conversation:
                 chat.messages += [_given_turn(message) for message in record["messages"]]
             elif kind == "regen":
                 _drop_answer(chat)
+            elif kind == "undo" and not chat.messages and chat.before:
+                before = chat.before
+                chat.messages, chat.cut_off, chat.system, chat.before = before.messages, before.cut_off, before.system, before.before
             elif kind == "undo":
                 _drop_answer(chat)
                 chat.messages.pop()
             elif kind == "clear":
-                chat.messages, chat.cut_off, chat.drawn, chat.n_tokens, chat.n_answers = [], [], {}, None, 0
+                chat.before = chat.put_aside()
+                chat.messages, chat.cut_off, chat.drawn, chat.tokens_after, chat.n_answers = [], [], {}, {}, 0
             elif kind == "system":
-                chat.system = text_or_none(record["content"])
+                chat.system, chat.tokens_after = text_or_none(record["content"]), {}
             elif kind == "model":
-                chat.model, chat.drawn = record["model"] + "", {}
+                chat.model, chat.drawn, chat.tokens_after = record["model"] + "", {}, {}
             elif kind == "load":
+                chat.before = chat.put_aside()
                 chat.messages, chat.system = checked_turns(path, record)
-                chat.cut_off, chat.drawn, chat.n_tokens = [], {}, None
+                chat.cut_off, chat.drawn, chat.tokens_after = [], {}, {}
             else:
                 raise KeyError(kind)
         except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -142,6 +164,7 @@ def _drop_answer(chat: Conversation) -> None:
         chat.messages.pop()
     chat.cut_off = [i for i in chat.cut_off if i < len(chat.messages)]
     chat.drawn.pop(len(chat.messages), None)
+    chat.tokens_after.pop(len(chat.messages), None)
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -212,10 +235,6 @@ def text_of_file(content: bytes) -> str:
 
 def text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _count_or_none(value: object) -> int | None:
-    return value if isinstance(value, int) else None
 
 
 def not_a_chat(path: Path) -> TranscriptError:

@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from kvlocal.conversations.named_sessions import markdown
 from kvlocal.conversations.records import (
     VERSION,
     Conversation,
@@ -22,16 +24,23 @@ from kvlocal.files.atomic import PRIVATE, atomic_write
 SAVED_FORMAT = "kvlocal-chat"
 
 
-def save(path: str | os.PathLike[str], conversation: Conversation) -> None:
-    """Write a conversation to a file of its own, which only its owner may read. Of the files that exist, only those written here are replaced.
+def save(path: str | os.PathLike[str], conversation: Conversation, may_replace: Callable[[Path], bool] = lambda _: True) -> None:
+    """Write a conversation to a file of its own, which only its owner may read: as Markdown if it ends in .md, else for `load`.
+
+    Args:
+        may_replace: asked of a file that is there already. Of files that do not end in .md, only those written here are replaced.
 
     Raises:
-        KvlocalError: it cannot be written, or another file is in the way.
+        KvlocalError: it cannot be written, or a file is in the way.
     """
     path = Path(path)
-    if os.path.lexists(path) and not _is_saved(path):
-        raise TranscriptError(f"{path} was not written by /save: choose another name or remove it")
-    atomic_write(path, saved(conversation), PRIVATE)
+    as_text = path.suffix.lower() == ".md"
+    if os.path.lexists(path):
+        if not as_text and not _is_saved(path):
+            raise TranscriptError(f"{path} was not written by /save: choose another name or remove it")
+        if not may_replace(path):
+            raise TranscriptError(f"{path} is there already: choose another name, or write /save --force {path}")
+    atomic_write(path, markdown(path.stem, conversation).encode(errors="replace") if as_text else saved(conversation), PRIVATE)
 
 
 def saved(conversation: Conversation) -> bytes:

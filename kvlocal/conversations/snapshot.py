@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,13 @@ class Captured:
         """What it takes besides its parts."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many messages a conversation can have that goes on from it: as many as it has now, or had before each turn that can be taken back, from
+        the last."""
+        before: list[int] = self.arrays["marks.numbers"][1, ::-1].tolist()
+        return [len(self.messages), *before][:_MAX_LENGTHS]
+
     @classmethod
     def of(cls, session: ChatSession, *, lasting: bool = False) -> Self:
         """A session that can_be_captured.
@@ -122,17 +129,31 @@ class Captured:
 
     def header(self, arrays: Arrays) -> bytes:
         """The first line of a snapshot with these arrays."""
-        # of the conversation now, and of that before each turn that can be taken back, from the last
-        lengths = [len(self.messages), *arrays["marks.numbers"][1, ::-1].tolist()][:_MAX_LENGTHS]
         digests = _digests(self.system, self.messages)
         header = {
             "format": FORMAT,
             "version": VERSION,
             "made_with": _made_with(self.model, self.nexus, self.signature),
-            "conversations": [[n, digests[n]] for n in lengths],
+            "conversations": [[n, digests[n]] for n in self.lengths],
             "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
         }
         return json.dumps(header).encode() + b"\n"
+
+
+class Stored(NamedTuple):
+    """A snapshot as it was read.
+
+    messages: those that a session has which is brought there
+    n_turns: how many turns the snapshot has besides
+    arrays: as ChatSession.snapshot gives them
+    extents, data: of the parts of its archive
+    """
+
+    messages: Sequence[Message]
+    n_turns: int
+    arrays: Arrays
+    extents: Sequence[Extent]
+    data: Sequence[npt.NDArray[np.uint8]]
 
 
 class Snapshots:
@@ -181,6 +202,16 @@ class Snapshots:
         """Whether the file is known to hold the conversation as it is."""
         return self._kept == _key(session)
 
+    def lengths(self) -> list[int]:
+        """As Captured.lengths, of what the file has; empty if there is nothing that could be gone on from."""
+        try:
+            with open(self.path, "rb") as file:
+                pairs = _read_header(file)[0].get("conversations")
+        except (OSError, SnapshotError):
+            return []
+        pairs = pairs if isinstance(pairs, list) else []
+        return [pair[0] for pair in pairs if isinstance(pair, list) and pair and type(pair[0]) is int]
+
     def load(self, session: ChatSession, messages: Sequence[Message], *, copy: bool | None = None) -> int:
         """Puts a fresh session where the snapshot was taken, if the conversation came past that point, and returns how many of its messages it has
         then. Where the last turns of the snapshot are others than in the conversation, they are taken back, as far as it has marks.
@@ -189,6 +220,14 @@ class Snapshots:
 
         Raises:
             SnapshotError: there is none, or it does not fit; the session is at its beginning.
+        """
+        return self.resume(session, self.read(session, messages), copy=copy)
+
+    def read(self, session: ChatSession, messages: Sequence[Message]) -> Stored:
+        """The first part of `load`, which waits for the disk and does nothing to the session.
+
+        Raises:
+            SnapshotError: there is none, or it does not fit.
         """
         try:
             with open(self.path, "rb") as file:
@@ -203,10 +242,19 @@ class Snapshots:
             raise SnapshotError("there is no snapshot") from None
         except OSError as error:
             raise SnapshotError(f"the snapshot cannot be read ({error.strerror})") from error
+        return Stored(messages[:n], n_turns, arrays, extents, data)
+
+    def resume(self, session: ChatSession, stored: Stored, *, copy: bool | None = None) -> int:
+        """The second part of `load`. Between the two nothing may be written.
+
+        Raises:
+            SnapshotError: it does not fit; the session is at its beginning.
+        """
+        n_turns, extents = stored.n_turns, stored.extents
         # the words of turns that are taken back do not matter
         turns = n_turns * [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         try:
-            session.resume([*messages[:n], *turns], arrays, data, session.config.store == "ram" if copy is None else copy)
+            session.resume([*stored.messages, *turns], stored.arrays, stored.data, session.config.store == "ram" if copy is None else copy)
         except SessionError as error:
             raise SnapshotError("the snapshot contradicts itself") from error
         if session.cache.archive:
@@ -215,7 +263,7 @@ class Snapshots:
             session.undo(n_turns)
         else:
             self._kept = _key(session)
-        return n
+        return len(stored.messages)
 
     def _read_archive(self, extents: Sequence[Extent]) -> list[npt.NDArray[np.uint8]]:
         try:

@@ -186,7 +186,7 @@ class Transcript:
         self._append({"record": "regen"})
 
     def add_undo(self, n_turns: int = 1) -> None:
-        """The last user turns and their answers are taken out."""
+        """The last user turns and their answers are taken out; where there is none, what was cleared or replaced last is back."""
         self._append(*n_turns * [UNDO], durable=True)
 
     def fork(self, path: Path) -> "Transcript":

@@ -29,7 +29,7 @@ def draw(found: Sequence[MetricRow], path: Path) -> None:
         for i, policy in enumerate(policies):
             shift = _APART * (i - (len(policies) - 1) / 2)
             of_policy = [row for row in found if (row.policy, row.metric) == (policy, metric)]
-            if points := sorted((1 - row.compression + shift, row.mean, row.lo, row.hi) for row in of_policy):
+            if points := sorted((1 - row.compression + shift, row.mean, *_interval(row)) for row in of_policy):
                 kept, mean, lo, hi = zip(*points, strict=True)
                 errors = np.maximum([np.subtract(mean, lo), np.subtract(hi, mean)], 0)
                 axes.errorbar(kept, mean, errors, label=policy, marker="osD^v<>pX*"[i % 10], color=f"C{i % 10}", capsize=2, alpha=0.8)
@@ -41,3 +41,8 @@ def draw(found: Sequence[MetricRow], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     save(figure, path)
+
+
+def _interval(row: MetricRow) -> tuple[float, float]:
+    """From where to where the bar of a mean goes; a single chat has none."""
+    return (row.mean, row.mean) if row.lo is None or row.hi is None else (row.lo, row.hi)

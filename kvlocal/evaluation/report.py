@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvlocal.evaluation.runner import Measurements, Task
-from kvlocal.evaluation.statistics import bootstrap
+from kvlocal.evaluation.statistics import mean_over_chats, shown
 from kvlocal.evaluation.variants import Variant
 
 
@@ -19,7 +19,7 @@ class MetricRow:
 
     policy: its spec
     ratio: share of the history to remove, 0 for the full context
-    mean, lo, hi: over all values, and its 95 % bootstrap interval over chats
+    mean, lo, hi: over all values, and its 95 % bootstrap interval over chats; None where there is one chat
     n: values, of dialogues one a chat, else one a question
     compression: share of the history's cells that were really removed, mean over the chats
     """
@@ -29,8 +29,8 @@ class MetricRow:
     ratio: float
     metric: str
     mean: float
-    lo: float
-    hi: float
+    lo: float | None
+    hi: float | None
     n: int
     compression: float
 
@@ -43,7 +43,7 @@ def rows(task: Task, variants: Sequence[Variant], results: Measurements, seed: i
         for metric in task.metrics:
             values = [measurement.values[metric] for measurement in measured if metric in measurement.values]
             if values:
-                estimate = bootstrap([sum(chat) for chat in values], [len(chat) for chat in values], seed=seed)
+                estimate = mean_over_chats([sum(chat) for chat in values], [len(chat) for chat in values], seed=seed)
                 compression = float(np.mean([measurement.compression for measurement in measured]))
                 n = sum(map(len, values))
                 found.append(MetricRow(task.name, variant.spec, variant.ratio, metric, *estimate, n, compression))
@@ -59,12 +59,12 @@ def tables(found: Sequence[MetricRow]) -> list[tuple[list[str], list[list[str]]]
     """Headers and lines of tables: one of the metrics over everything, one for each metric that is split as `choice@<500`, with a column for each
     part, and one for each way in which metrics are split as `choice@category=date`, with a line for each part.
 
-    A cell is the mean with its interval.
+    A cell is the mean with its interval, if there is one.
     """
     metrics = list(dict.fromkeys(row.metric for row in found))
     whole = [metric for metric in metrics if "@" not in metric]
     split = [[metric for metric in metrics if metric.startswith(f"{name}@") and "=" not in metric] for name in whole]
-    cells = {(row.policy, row.ratio, row.metric): f"{row.mean:.3f} [{row.lo:.3f}, {row.hi:.3f}]" for row in found}
+    cells = {(row.policy, row.ratio, row.metric): shown(row.mean, row.lo, row.hi) for row in found}
     lines = {(row.policy, row.ratio): f"{row.compression:.1%}" for row in found}
     in_columns = [
         (

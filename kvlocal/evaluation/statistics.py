@@ -39,6 +39,17 @@ def bootstrap(sums: npt.ArrayLike, counts: npt.ArrayLike, *, seed: int = 0, resa
     return _estimate(sums.sum() / counts.sum(), np.concatenate(means))
 
 
+def mean_over_chats(sums: npt.ArrayLike, counts: npt.ArrayLike, *, seed: int = 0) -> tuple[float, float | None, float | None]:
+    """As `bootstrap`, but of a single chat no interval is told: how much chats differ is not known then."""
+    mean, lo, hi = bootstrap(sums, counts, seed=seed)
+    return (mean, None, None) if np.size(sums) == 1 else (mean, lo, hi)
+
+
+def shown(mean: float, lo: float | None, hi: float | None, digits: int = 3) -> str:
+    """A mean with its interval, if there is one."""
+    return f"{mean:.{digits}f}" if lo is None or hi is None else f"{mean:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
+
+
 def bootstrap_median(values: npt.ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """The median of values [n] that do not depend on each other, and its percentile bootstrap interval; seed and resamples as for bootstrap."""
     values = np.asarray(values, np.float64)

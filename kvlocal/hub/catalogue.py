@@ -176,6 +176,8 @@ class Catalogue:
     def _unknown(self, name: str) -> KvlocalError:
         close = difflib.get_close_matches(name.lower(), self.entries, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the catalogue has {', '.join(self.entries)}"
+        if len(name.split()) > 1:
+            hint = "a text is answered by `kvlocal run`"
         # A question typed in the place of MODEL can be long.
         shown = name if len(name) <= 60 else name[:60] + "…"
         return KvlocalError(f"no model is called {shown!r}: {hint}")
@@ -184,6 +186,14 @@ class Catalogue:
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """`Catalogue.resolve` with this installation's catalogue."""
     return Catalogue.load().resolve(name_or_path)
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two MODEL arguments mean the same file; of what is not on disk, whether they are the same."""
+    try:
+        return one == other or os.path.samefile(resolve(one), resolve(other))
+    except KvlocalError:
+        return False
 
 
 def is_gguf(path: Path) -> bool:

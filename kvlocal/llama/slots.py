@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.llama.adapter import Adapter
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import CELL_BLOCK, Context
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.model import Model
@@ -143,6 +144,11 @@ class Slots:
         if not self._context.closed:
             self._context.clear(seq)
         heapq.heappush(self._free, seq)
+
+    def kv_bytes(self) -> int:
+        """What the cells and the recorded queries of all slots of the context take, in bytes."""
+        context = self._context
+        return context.kv_bytes() + (NativeCache(context.pointer).layout().ring_bytes if context.n_recorded else 0)
 
     def close(self) -> None:
         """Frees the context that is shared. Closing twice is harmless."""

@@ -61,6 +61,7 @@ class Generation(Generic[_Request]):
         self._answerings: list[Answering] = []
         self._n_finished = 0
         self._first = True
+        self._place: asyncio.Future[tuple[str, int]] = self._loop.create_future()
         try:
             self._submit()
         except EngineBusy as error:
@@ -74,8 +75,8 @@ class Generation(Generic[_Request]):
         answering = self._engine.submit(request)
         self._to_come.popleft()
         self._answerings.append(answering)
-        pass_on = partial(self._pass_on, index)
-        answering.on_event(pass_on, lambda conversation: pass_on(Begun(conversation)))
+        answering.on_place(partial(self._pass_on_place, index))
+        answering.on_event(partial(self._pass_on, index))
 
     def _submit_others(self) -> None:
         """As many as there is room for.
@@ -100,6 +101,25 @@ class Generation(Generic[_Request]):
         """Called in the thread that computes."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    def _pass_on_place(self, index: int, conversation: str, n_messages: int) -> None:
+        """Called in the thread that works on the request."""
+        if conversation:
+            self._pass_on(index, Begun(conversation))
+        if index:
+            return
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._set_place, (conversation, n_messages))
+
+    def _set_place(self, place: tuple[str, int]) -> None:
+        # whoever waits for it may have gone
+        if not self._place.done():
+            self._place.set_result(place)
+
+    async def place(self) -> tuple[str, int]:
+        """The conversation that the first answer is in, and how many messages that has with it; it is known before any event. "" and 0 if the request
+        ended before it was worked on."""
+        return await self._place
 
     @property
     def n(self) -> int:

@@ -51,15 +51,17 @@ async def props(request: Request) -> Response:
         "seed": params.seed,
         "max_tokens": config.max_tokens,
     }
+    stats = await asyncio.to_thread(service.engine.stats)
     return JSONResponse({
         "default_generation_settings": {"n_ctx": model.n_ctx_train, "params": settings},
-        "total_slots": service.engine.stats().parallel,
+        "total_slots": stats.parallel,
         "model_alias": service.name,
         "model_path": model.path.name,
         "lora_adapters": [{"path": adapter.path.name, "scale": adapter.scale} for adapter in model.adapters],
         "build_info": f"kvlocal {kvlocal.__version__}",
         "policy": config.policy,
         "kv_budget": service.engine.budget,
+        "kv_bytes": stats.kv_bytes,
         "archive": config.archive,
     })
 

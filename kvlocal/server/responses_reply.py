@@ -32,11 +32,12 @@ class ResponsesReply:
 
     model: its name
     fields: what was asked; the response says some of it again
+    id: its name
     """
 
     model: str
     fields: ResponsesRequest
-    id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(16)}")
+    id: str
     _created: int = field(default_factory=lambda: int(time.time()))
     _choice: Choice = field(default_factory=Choice)
     _items: list[_Item] = field(default_factory=list)
@@ -79,11 +80,6 @@ class ResponsesReply:
         if choice.finished is not None:
             for _ in self.end(choice.finished):
                 pass
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The answer as a message of the conversation."""
-        return self._choice.message
 
     def fail(self, error: ApiError) -> dict[str, Any]:
         """The last event of a stream that failed."""

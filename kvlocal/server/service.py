@@ -9,7 +9,6 @@ from starlette.requests import Request
 
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
-from kvlocal.server.kept_responses import KeptResponses
 from kvlocal.server.keys import Keys
 from kvlocal.server.metrics import Metrics
 from kvlocal.serving.engine import Engine
@@ -35,7 +34,6 @@ class Service:
     keep_trimmed: bool = False
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] | None = None
-    responses: KeptResponses = field(default_factory=KeptResponses)
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -24,28 +24,32 @@ class Answering:
         self._lock = threading.RLock()
         self._past: list[Event] = []
         self._listener: Callable[[Event], None] | None = None
-        self._begun: Callable[[str], None] = lambda conversation: None
-        self._conversation = ""
+        self._place: tuple[str, int] | None = None
+        self._place_listener: Callable[[str, int], None] = lambda conversation, n_messages: None
         self._stop: Callable[[], None] = lambda: None
         self._cancelled = False
 
-    def on_event(self, listener: Callable[[Event], None], begun: Callable[[str], None] = lambda conversation: None) -> None:
+    def on_event(self, listener: Callable[[Event], None]) -> None:
         """Calls a function with each event, those that came already among them, in order. There is one listener.
 
-        begun: called before, once it is known to which conversation the request belongs
-
-        Both are called in the thread that computes, so they must not wait for anything: in a program with asyncio the first is
+        It is called in the thread that computes, so it must not wait for anything: in a program with asyncio it is
         `lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)`.
         """
         with self._lock:
             if self._listener is not None:
                 raise ValueError("somebody listens already")
-            self._listener, self._begun = listener, begun
-            if self._conversation:
-                begun(self._conversation)
+            self._listener = listener
             past, self._past = self._past, []
             for event in past:
                 listener(event)
+
+    def on_place(self, listener: Callable[[str, int], None]) -> None:
+        """Calls a function once, as soon as it is known where the answer will be: in which conversation, and how many messages that has then, as
+        Finished says it. It is called before any event, in the thread that works on the request."""
+        with self._lock:
+            self._place_listener = listener
+            if self._place is not None:
+                listener(*self._place)
 
     def events(self) -> Iterator[Event]:
         """Waits for each event and yields it; the last one is Finished. Closing the iterator before that cancels the request."""
@@ -85,15 +89,19 @@ class Answering:
         if cancelled:
             stop()
 
-    def begin(self, conversation: str) -> None:
-        """It is worked on now, in this conversation."""
+    def put(self, conversation: str, n_messages: int) -> None:
+        """Where the answer will be."""
         with self._lock:
-            self._conversation = conversation
-            self._begun(conversation)
+            if self._place is None:
+                self._place = conversation, n_messages
+                self._place_listener(conversation, n_messages)
 
     def emit(self, event: Event) -> None:
         """Passes an event on. What the listener raises is lost: it concerns no one else."""
         with self._lock:
+            if isinstance(event, Finished):
+                # of a request that ended before it had a place
+                self.put(event.conversation, event.n_messages)
             if self._listener is None:
                 self._past.append(event)
             else:

@@ -47,6 +47,7 @@ class KeptConversation:
     shown: its cache, as others see it
     captured: as it was after its last answer; in memory, to go on from
     written: the last one that the disk has
+    on_disk: how many turns it can have that is gone on from on the disk (Captured.lengths)
     deleted: nobody is to find it any more
     n_tokens: tokens after its last answer
     last_used: when, in seconds of time.time
@@ -63,6 +64,7 @@ class KeptConversation:
     shown: ShownMap = field(default_factory=ShownMap)
     captured: Captured | None = None
     written: Captured | None = None
+    on_disk: Sequence[int] = ()
     deleted: bool = False
     n_tokens: int = 0
     last_used: float = field(default_factory=time.time)
@@ -75,6 +77,15 @@ class KeptConversation:
         self.turns = [dict(turn) for turn in turns]
         self.chain = chain(self.owner, self.system, self.tools, self.turns)
         self.turn_digests = [turn_digest(turn) for turn in self.turns]
+
+    def n_ready(self, n: int) -> int | None:
+        """How many of its first n turns need not be read again by a conversation that begins with them; None if there is nothing to begin from."""
+        if self.captured:
+            return _longest(self.captured.lengths, n)
+        if self.record and self.answering is None:
+            # to bring in a file for what stands before the first turn is not worth it
+            return _longest(self.on_disk, n) or None
+        return None
 
     def touch(self) -> None:
         """It was used just now."""
@@ -95,6 +106,10 @@ class KeptConversation:
         if captured is None:
             return 0
         return captured.n_bytes + sum(part.data.nbytes for part in captured.parts)
+
+
+def _longest(lengths: Sequence[int], n: int) -> int:
+    return max((length for length in lengths if length <= n), default=0)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,21 @@ class Conversations:
                     best = rank, found
         return best[1] if best else None
 
+    def find_source(self, chain: Sequence[str], owner: str) -> Found | None:
+        """The one from which most of these turns need not be read again; one in memory before one on the disk. It need not be the one that the turns
+        belong to: a server that was killed may have left that without what to go on from."""
+        best: tuple[tuple[int, bool, float], Found] | None = None
+        with self.lock:
+            for one in self._by_id.values():
+                n = n_common(one.chain, chain) if one.owner == owner else -1
+                ready = one.n_ready(n) if n >= 0 else None
+                if ready is None:
+                    continue
+                rank = (ready, one.captured is not None, one.last_used)
+                if best is None or rank > best[0]:
+                    best = rank, Found(one, n, n)
+        return best[1] if best else None
+
     def find_trimmed(self, root: str, digests: Sequence[str], owner: str) -> Found | None:
         """The idle one whose last turns are the first of a history that lacks those before; the longest of them.
 

@@ -75,6 +75,7 @@ class Engine:
         self._n_waiting = waiting
         self._slots, self.budget = slots_for(parallel, model, self.config, nexus, _TOKEN_SHARE)
         self.config = self.config.shared_by(parallel)
+        self._kv_bytes = self._slots.kv_bytes()
         try:
             self._keeper = Keeper(self._slots, parallel, model, self.config, nexus, directory, idle_ram, disk)
         except BaseException:
@@ -242,6 +243,7 @@ class Engine:
                 embedding=self._embeddings.n_requests,
                 conversations=len(infos),
                 in_slots=sum(info.in_slot for info in infos),
+                kv_bytes=self._kv_bytes,
                 bytes_in_memory=self._keeper.conversations.bytes_in_memory(),
                 bytes_on_disk=sum(info.bytes_on_disk for info in infos),
                 **asdict(self._totals),
@@ -319,11 +321,11 @@ class Engine:
         keeper, turn = self._keeper, self._slots.scheduler.turn
         assignment = keeper.take(answering, request)
         conversation, error = assignment.conversation, None
-        answering.begin(conversation.id)
+        answering.put(conversation.id, len(assignment.turns) + 1)
         try:
             try:
+                live = keeper.seat(assignment)
                 with turn():
-                    live = keeper.seat(assignment)
                     live.read(answering, assignment.turns, assignment.n_known)
                 keeper.note_turns(assignment)
                 with turn():

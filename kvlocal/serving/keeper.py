@@ -36,11 +36,13 @@ class Assignment:
     """What is to be done for a request.
 
     conversation: where it belongs
+    is_new: whether it begins with this request
     source: what there is already to go on from, None for nothing
     turns: all that the conversation has before the answer
     """
 
     conversation: KeptConversation
+    is_new: bool
     source: Found | None
     turns: Sequence[Message]
 
@@ -48,11 +50,6 @@ class Assignment:
     def n_known(self) -> int:
         """How many of the turns there are already."""
         return self.source.n_kept if self.source else 0
-
-    @property
-    def is_new(self) -> bool:
-        """Whether the conversation begins with this request."""
-        return self.source is None or self.source.conversation is not self.conversation
 
 
 class Keeper:
@@ -78,7 +75,7 @@ class Keeper:
         self._directory = Directory(path) if path else None
         for owner, record, said, last_used in self._directory.found() if self._directory else ():
             kept = KeptConversation(record.path.stem, owner, said.system, said.tools, said.messages, record)
-            kept.n_tokens, kept.last_used = said.n_tokens or 0, last_used
+            kept.n_tokens, kept.last_used, kept.on_disk = said.n_tokens or 0, last_used, record.snapshots.lengths()
             self.conversations.add(kept)
         self._to_write: list[KeptConversation] = []
         self._to_do = threading.Condition()
@@ -94,21 +91,24 @@ class Keeper:
         owner, tools = owner_digest(request.owner), tuple(request.options.tools)
         digests = chain(owner, system, tools, turns)
         with self.conversations.lock:
-            found = self._find(digests, owner, request.conversation)
+            found, trimmed = self._find(digests, owner, request.conversation), None
             if request.keep_trimmed:
                 trimmed = self.conversations.find_trimmed(digests[0], [turn_digest(turn) for turn in turns], owner)
-                found = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else found
+                trimmed = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else None
+                found = trimmed or found
             known = found.conversation.turns[: found.n_kept] if found else []
             all_turns = [*known, *turns[found.n_given if found else 0 :]]
-            goes_on = found is not None and known and found.goes_on and request.conversation != NEW
-            if found and goes_on and found.conversation.answering is None:
+            goes_on = found and known and found.goes_on and found.conversation.answering is None
+            is_new = not goes_on or request.conversation == NEW
+            if found and not is_new:
                 conversation = found.conversation
             else:
                 conversation = KeptConversation(new_id(), owner, system, tools)
                 conversation.record = self._directory.record(owner, conversation.id) if self._directory else None
                 self.conversations.add(conversation)
+            source = found if trimmed or conversation.live else self.conversations.find_source(digests, owner)
             conversation.answering = answering
-            return Assignment(conversation, found, all_turns)
+            return Assignment(conversation, is_new, source, all_turns)
 
     def _find(self, digests: Sequence[str], owner: str, preferred: str | None) -> Found | None:
         """As Conversations.find; an answer that nobody wants any more is waited for, as it ends soon."""
@@ -139,37 +139,45 @@ class Keeper:
     # into a slot, and out of it
 
     def seat(self, assignment: Assignment) -> LiveConversation:
-        """The conversation of an assignment in a slot, as far as its source goes.
+        """The conversation of an assignment in a slot, as far as its source goes. It takes turns by itself, as it may wait for the disk.
 
         Raises:
             KvlocalError: it cannot be there.
         """
         conversation = assignment.conversation
         if conversation.live is None:
-            self.take_slot()
-            try:
-                conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus, conversation.shown)
-            except BaseException:
-                self.give_slot()
-                raise
-            self._go_on_from(assignment, conversation.live)
+            with self._slots.scheduler.turn():
+                self.take_slot()
+                try:
+                    config = self._config_of(conversation)
+                    live = conversation.live = LiveConversation(self._slots, self._model, config, self._nexus, conversation.shown)
+                except BaseException:
+                    self.give_slot()
+                    raise
+            if assignment.source:
+                self._go_on_from(assignment.source.conversation, live)
+            return live
         return conversation.live
 
     def _config_of(self, conversation: KeptConversation) -> SessionConfig:
         return replace(self._config, system=conversation.system, tools=conversation.tools)
 
-    def _go_on_from(self, assignment: Assignment, live: LiveConversation) -> None:
+    def _go_on_from(self, source: KeptConversation, live: LiveConversation) -> None:
         """Without anything that fits, all is read."""
-        if assignment.source is None:
-            return
-        source, captured = assignment.source.conversation, assignment.source.conversation.captured
+        captured, record, turn = source.captured, source.record, self._slots.scheduler.turn
         try:
             if captured:
-                captured.resume(live.session)
-            elif source.record:
-                source.record.snapshots.load(live.session, source.turns, copy=True)
+                with turn():
+                    captured.resume(live.session)
+            elif record:
+                with record.snapshots_in_use:
+                    stored = record.snapshots.read(live.session, source.turns)
+                    with turn():
+                        record.snapshots.resume(live.session, stored, copy=True)
         except (SnapshotError, SessionError) as error:
             _log.info("%s is read again: %s", source.id, error)
+            if captured is None:
+                source.on_disk = ()
 
     def take_slot(self) -> None:
         """One slot fewer is free; what is idle in one leaves it, texts first.
@@ -300,8 +308,10 @@ class Keeper:
         captured, record = conversation.captured, conversation.record
         if record is None or captured is None or captured is conversation.written or conversation.deleted:
             return
-        if record.snapshots.write(captured, lambda: conversation.deleted):
-            conversation.written = captured
+        with record.snapshots_in_use:
+            written = record.snapshots.write(captured, lambda: conversation.deleted)
+        if written:
+            conversation.written, conversation.on_disk = captured, captured.lengths
         if conversation.deleted:
             record.delete()
 

@@ -34,11 +34,13 @@ class Record:
 
     path: of the transcript
     snapshots: of the session
+    snapshots_in_use: held while one is written, or from when it is read until a session has it
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.snapshots = path, Snapshots(snapshot_path(path))
         self._transcript: Transcript | None = None
+        self.snapshots_in_use = threading.Lock()
         self._deleting = threading.Lock()
 
     def begin(self, model: str, system: str | None, tools: Sequence[Mapping[str, Any]]) -> None:

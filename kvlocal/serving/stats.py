@@ -41,6 +41,7 @@ class EngineStats(Totals):
     running, waiting: requests that are worked on, and that wait
     embedding: requests for embeddings that are worked on or wait
     conversations, in_slots: that are kept, and of these in slots
+    kv_bytes: what the caches of all slots take on the device
     bytes_in_memory, bytes_on_disk: what they take besides cells
     """
 
@@ -50,5 +51,6 @@ class EngineStats(Totals):
     embedding: int
     conversations: int
     in_slots: int
+    kv_bytes: int
     bytes_in_memory: int
     bytes_on_disk: int

@@ -145,6 +145,11 @@ class ChatTemplate:
             raise TemplateError("the model's chat template has no place for tools: leave them out, or use another model")
         return made
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the model's file has it. One that has none is of a model that was most likely not trained to chat."""
+        return self.source == "gguf"
+
     @classmethod
     def _made_for(cls, model: Model, template: str) -> ChatTemplate:
         bos, eos = (
@@ -202,6 +207,16 @@ class ChatTemplate:
             ("system", content, "content"),
             ("system", tail.removesuffix(found.first_header(True)), "markup"),
         )
+
+    @property
+    def own_system_prompt(self) -> str:
+        """The system prompt that the template has where none is given, "" if there is none."""
+        if self.system_folded:
+            return ""
+        head, _, tail = "".join(piece.text for piece in self.prefix(SYSTEM)).partition(SYSTEM)
+        own = "".join(piece.text for piece in self.prefix(None))
+        is_block = own.startswith(head) and own.endswith(tail) and len(own) > len(head) + len(tail)
+        return own[len(head) : len(own) - len(tail)].strip() if is_block else ""
 
     def turn(self, messages: Sequence[Message], new: Sequence[Message]) -> list[Piece]:
         """What a turn appends that is no answer, as `user_turn`: one message of the user, or what tools gave back, and what the user says to that.

@@ -2,12 +2,13 @@
 
 Bodies are mutated and nested, fields have values of other kinds, headers are broken, senders are slow, and connections are closed halfway.
 After each request the server has to be there; what comes back is an HTTP answer or nothing, never a traceback, and never what another key
-has said. At the end its memory is compared with what it took after the first tenth: conversations that were begun meanwhile are kept,
-so it grows with them.
+has said. Memory is looked at --samples times, each time after all conversations that were begun meanwhile are deleted, as those that are kept take
+their place in it. What it does in the second half, where whatever is made once has been made, is a line through its samples.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import socket
@@ -18,14 +19,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from serving_process import OPTIONS, ServerProcess
+from serving_process import OPTIONS, ServerProcess, until
 from shallow_model import write_shallow_model
 
 from kvlocal.hub.catalogue import resolve
 
 SECRET = "zanzibar-7431"  # of the other key
+# glibc gives back what is freed at once: otherwise it is not told from what leaks
+PROMPT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses", "/tokenize", "/detokenize")
 PATHS = (*POSTED, "/conversations/x", "/v1/models", "/metrics", "/nothing")
 SOUND: dict[str, Any] = {
@@ -117,30 +122,55 @@ def is_whole(answer: bytes) -> bool:
     return (bool(lengths) and len(body) >= lengths[0]) or body.endswith(b"0\r\n\r\n")
 
 
+def memory_without_conversations(server: ServerProcess, key: str) -> int:
+    """What the server takes when it keeps no conversation of this key, in bytes."""
+    for each in server.get("/conversations", Authorization=f"Bearer {key}").json["data"]:
+        # one whose client has gone may be answered a little longer
+        assert until(lambda path=f"/conversations/{each['id']}": server.request(
+            "DELETE", path, headers={"Authorization": f"Bearer {key}"}).status in (200, 404)), each  # fmt: skip
+    return server.resident_bytes()
+
+
+def growth(samples: list[tuple[int, int]]) -> tuple[float, float]:
+    """How fast memory grows over samples (requests so far, bytes), in bytes a request, and the standard error of that."""
+    x, y = np.array(samples, float).T
+    x -= x.mean()
+    slope = (x @ y) / (x @ x)
+    rest = y - y.mean() - slope * x
+    return float(slope), float(np.sqrt((rest @ rest) / (len(x) - 2) / (x @ x)))
+
+
 def main() -> None:
-    n, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 1000, int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    rng, statuses, early = random.Random(seed), Counter[str](), 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("requests", type=int, nargs="?", default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=40, help="of the memory")
+    args = parser.parse_args()
+    n, rng, statuses = args.requests, random.Random(args.seed), Counter[str]()
+    samples: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model.gguf"
         write_shallow_model(resolve("smollm2-135m"), model, 3, quantized=True)
-        with ServerProcess(model, *OPTIONS, "--forget", environment={"KVLOCAL_API_KEY": "good-key other-key"}) as server:
+        with ServerProcess(model, *OPTIONS, "--forget", environment={"KVLOCAL_API_KEY": "good-key other-key", **PROMPT_MALLOC}) as server:
             secret = {"messages": [{"role": "user", "content": f"The secret is {SECRET}. " * 5}]}
             assert server.post("/v1/chat/completions", secret, Authorization="Bearer other-key").status == 200
-            for i in range(n):
+            for i in range(1, n + 1):
                 answer = send(server, rng, "good-key")
-                assert server.running, f"request {i} of seed {seed} ended the server: {server.log}"
+                assert server.running, f"request {i} of seed {args.seed} ended the server: {server.log}"
                 assert not answer or answer.startswith(b"HTTP/1.1 "), (i, answer[:200])
                 assert b"Traceback" not in answer and SECRET.encode() not in answer, (i, answer)
                 statuses[answer[9:12].decode() or "closed"] += 1
-                if i == n // 10:
-                    early = server.resident_bytes()
-                if sys.stderr.isatty() or i % 500 == 0:
-                    print(f"\r{i}/{n}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+                if i % max(1, n // args.samples) == 0:
+                    samples.append((i, memory_without_conversations(server, "good-key")))
+                    print(f"{i}/{n}: {samples[-1][1] / 1e6:.1f} MB", file=sys.stderr, flush=True)
             assert server.post("/v1/chat/completions", secret, Authorization="Bearer other-key").status == 200
-            late, log = server.resident_bytes(), server.log
+            log = server.log
     assert "Traceback" not in log, log[-4000:]
     print(f"{n} requests: " + ", ".join(f"{count} times {status}" for status, count in sorted(statuses.items())))
-    print(f"memory after a tenth {early / 1e6:.0f} MB, at the end {late / 1e6:.0f} MB")
+    half = samples[len(samples) // 2 :]
+    slope, error = growth(half)
+    print(f"memory without conversations: {samples[0][1] / 1e6:.1f} MB after {samples[0][0]} requests, {half[0][1] / 1e6:.1f} MB after {half[0][0]}, "
+          f"{half[-1][1] / 1e6:.1f} MB at the end; in the second half {slope:.0f} +- {error:.0f} bytes a request")  # fmt: skip
 
 
 if __name__ == "__main__":
