@@ -53,9 +53,10 @@ def serve_command(
     config: SessionConfig,
     loading: Loading,
 ) -> None:
-    """Answer programs that speak OpenAI's API.
+    """A chat in the browser, and answers for programs that speak OpenAI's API.
 
-    MODEL is a name that `kvlocal models` lists, or the path of a GGUF file. The address is told when it is ready:
+    MODEL is a name that `kvlocal models` lists, or the path of a GGUF file. The address is told when it is ready; a
+    browser shows a chat there, with a map of what of it is in the cache:
 
     \b
         kvlocal serve --port 8080

@@ -12,6 +12,7 @@ import pytest
 from gguf_copy import Source, copy
 
 from kvlocal.chat.answer_piece import AnswerPiece
+from kvlocal.chat.cache_map import CacheMap
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.messages import canonical
 from kvlocal.chat.options import AnswerOptions
@@ -23,7 +24,8 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.serving.chain import owner_digest
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.record import Record
-from kvlocal.serving.request import AnswerRequest, EngineBusy, Finished, UnknownConversation
+from kvlocal.serving.request import NEW, AnswerRequest, EngineBusy, Finished, UnknownConversation
+from kvlocal.serving.shown_map import ShownMap
 
 GREEDY = SamplingParams(temperature=0)
 CONFIG = SessionConfig(budget=256, stride=64, n_ubatch=64, policy="recall", archive="ram", n_threads=1, sampling=GREEDY, max_tokens=8)
@@ -267,6 +269,80 @@ def test_a_history_that_the_client_trimmed(engine, keep_trimmed):
     last = finished(engine.submit(request))
     assert (last.conversation == results[0].conversation) == keep_trimmed and (last.n_messages == 8) == keep_trimmed
     assert (last.usage.prompt_tokens > 200) == keep_trimmed
+
+
+def test_a_request_may_name_its_conversation(engine):
+    """Also where another one has more of the history, and NEW where one has all of it."""
+    messages, results = chat(engine, LONG * 10)
+    fork = finished(engine.submit(AnswerRequest("me", [*messages, user("Which ships?")], conversation=NEW)))
+    assert fork.conversation != results[0].conversation and n_read(fork) < 20
+    history = [*messages, user("Which ships?"), said(fork), user("And which birds?")]
+    for wanted in (results[0].conversation, fork.conversation):
+        assert finished(engine.submit(AnswerRequest("me", history, conversation=wanted))).conversation == wanted
+    assert finished(engine.submit(AnswerRequest("you", history, conversation=fork.conversation))).conversation != fork.conversation
+
+
+def test_the_cache_is_shown_while_it_is_answered(engine):
+    """By maps of the thread that answers, made only while somebody looks; a conversation that is idle is mapped for who asks."""
+    messages, results = chat(engine, *[LONG * 5] * 4)
+    identity = results[0].conversation
+    before = engine.cache_view(identity, "me")
+    assert not before.answering and before.in_slot and before.map.kv.history_tokens > CONFIG.budget
+    assert before.map.looked is not None and any(part.recalled for part in before.map.parts)
+    answering, seen = ask(engine, *messages, user("Which birds?"), max_tokens=4000), []
+    deadline = time.monotonic() + 60
+    while len(seen) < 3 and time.monotonic() < deadline:
+        view = engine.cache_view(identity, "me")
+        if view.answering and view.map is not before.map and view.map not in seen:
+            seen.append(view.map)
+    assert engine.stop(identity, "me")
+    last = finished(answering)
+    assert last.stop_reason == "stopped" and len(seen) == 3
+    n_tokens = [one.kv.history_tokens for one in seen]
+    assert before.map.kv.history_tokens <= n_tokens[0] < n_tokens[2]
+    assert all(sum(part.tokens for part in one.parts) == one.kv.history_tokens for one in seen)
+    after = engine.cache_view(identity, "me")
+    assert not after.answering and not engine.stop(identity, "me")
+    assert last.message["content"].strip().startswith(after.map.parts[-1].text.strip())
+    for forbidden in (engine.cache_view, engine.stop):
+        with pytest.raises(UnknownConversation):
+            forbidden(identity, "you")
+
+
+def test_nobody_looks_and_no_map_is_made(model, monkeypatch):
+    made = []
+    of = CacheMap.of
+    monkeypatch.setattr(CacheMap, "of", lambda cache, **options: made.append(cache) or of(cache, **options))
+    with Engine(model, CONFIG) as engine:
+        answer(engine, user(LONG * 10), max_tokens=60)
+    assert len(made) == 1
+
+
+def test_maps_take_a_small_part_of_the_time():
+    shown, made = ShownMap(), []
+
+    def slow():
+        made.append(time.sleep(0.1))
+
+    shown.refresh(slow)
+    shown.look()
+    end = time.monotonic() + 1.2
+    while time.monotonic() < end:
+        shown.refresh(slow)
+    assert len(made) == 1
+
+
+def test_what_a_finished_answer_looked_at_is_computed_for_who_asks(model):
+    """Without an archive no choice has noted it, and with a policy that does not look at attention nothing is known."""
+    for policy, known in (("snapkv", True), ("streaming", False)):
+        with Engine(model, dataclasses.replace(CONFIG, policy=policy, archive="off"), parallel=1) as engine:
+            _, results = chat(engine, LONG * 10, "Which ships?")
+            view = engine.cache_view(results[0].conversation, "me")
+            assert (view.map.looked is not None) == known
+            assert engine.cache_view(results[0].conversation, "me").map is view.map
+            # what left its slot is shown as it was
+            chat(engine, "Hello!", history=())
+            assert not (later := engine.cache_view(results[0].conversation, "me")).in_slot and later.map is view.map
 
 
 def test_two_requests_for_one_conversation_at_once(engine):

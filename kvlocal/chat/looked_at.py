@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvlocal.cache.attention_of_answer import divided, of_cells, turn_start
+from kvlocal.cache.attention_of_answer import BySegment, divided, of_cells, turn_start
 from kvlocal.cache.budgeted import BudgetedCache
-from kvlocal.cache.ledger import Segment
+from kvlocal.cache.ledger import Ledger, Segment
 from kvlocal.chat.config import SessionError
 
 # turns are named to which a head paid this share of its attention, and this share of the most that a head paid to any
@@ -73,20 +73,28 @@ def looked_at(cache: BudgetedCache) -> LookedAt:
     Raises:
         SessionError: its queries are not known.
     """
-    ledger, noted = cache.ledger, cache.compressor.looked
-    everything = noted.turn_start == turn_start(ledger) and len(noted.attention) > 0
-    if everything:
-        pinned, attention, recalled = noted.pinned, noted.attention, noted.recalled
-    else:
-        found = of_cells(cache.native, cache.layout, ledger)
-        if found is None:
-            raise SessionError(
-                "what the last answer looked at is not known any more: send something first"
-                if cache.layout.n_window
-                else f"the policy {cache.config.policy} does not look at attention, so that nothing is known of it: choose another policy"
-            )
-        pinned, attention = divided(ledger, found)
-        recalled = np.zeros(len(attention))
+    if (noted := looked_at_so_far(cache)) is not None:
+        return noted
+    found = of_cells(cache.native, cache.layout, cache.ledger)
+    if found is None:
+        raise SessionError(
+            "what the last answer looked at is not known any more: send something first"
+            if cache.layout.n_window
+            else f"the policy {cache.config.policy} does not look at attention, so that nothing is known of it: choose another policy"
+        )
+    pinned, attention = divided(cache.ledger, found)
+    return _by_parts(cache.ledger, pinned, attention, np.zeros(len(attention)), everything=False)
+
+
+def looked_at_so_far(cache: BudgetedCache) -> LookedAt | None:
+    """The same of an answer that may still be coming, by what the choices of cells for it saw, without computing anything; None without one."""
+    noted = cache.compressor.looked
+    if noted.turn_start != turn_start(cache.ledger) or not len(noted.attention):
+        return None
+    return _by_parts(cache.ledger, noted.pinned, noted.attention, noted.recalled, everything=True)
+
+
+def _by_parts(ledger: Ledger, pinned: float, attention: BySegment, recalled: BySegment, *, everything: bool) -> LookedAt:
     numbers = turn_numbers(ledger.segments)[: len(attention)]
     is_earlier = np.array(numbers) < numbers[-1]
     earlier, current = float(attention[is_earlier].sum()), float(attention[~is_earlier].sum())

@@ -87,9 +87,9 @@ class ChatReply:
             "conversation": ends[0].conversation if ends else "",
         }
 
-    def begin(self, index: int) -> dict[str, Any]:
-        """The first chunk of an answer."""
-        return self._chunk(index, {"role": "assistant", "content": ""})
+    def begin(self, index: int, conversation: str = "") -> dict[str, Any]:
+        """The first chunk of an answer. conversation: the one it belongs to"""
+        return self._chunk(index, {"role": "assistant", "content": ""}) | {"conversation": conversation}
 
     def piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
         """The chunk of a piece."""

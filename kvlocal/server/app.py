@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvlocal.errors import KvlocalError
-from kvlocal.server import anthropic_endpoint, conversation_endpoints, model_endpoints
+from kvlocal.server import anthropic_endpoint, conversation_endpoints, model_endpoints, page_endpoint
 from kvlocal.server.chat_endpoint import chat_completions
 from kvlocal.server.completion_endpoint import completions
 from kvlocal.server.embedding_endpoint import embeddings
@@ -57,6 +57,10 @@ def make_app(service: Service) -> ASGIApp:
             *(Route(path, endpoint, methods=[method]) for path, (method, endpoint) in paths.items()),
             Route("/conversations/{id}", conversation_endpoints.messages, methods=["GET"]),
             Route("/conversations/{id}", conversation_endpoints.delete, methods=["DELETE"]),
+            Route("/conversations/{id}/map", conversation_endpoints.cache_map, methods=["GET"]),
+            Route("/conversations/{id}/stop", conversation_endpoints.stop, methods=["POST"]),
+            Route("/", page_endpoint.index, methods=["GET"]),
+            Route("/page/{name}", page_endpoint.file, methods=["GET"]),
         ],
         middleware=[
             Middleware(Counted, metrics=service.metrics),

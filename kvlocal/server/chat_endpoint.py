@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from kvlocal.openai_forms.chat_reply import ChatReply
 from kvlocal.server.body import body_of, fields_of
 from kvlocal.server.errors import ApiError
-from kvlocal.server.generation import Generation, chat_generation, collected, unless_gone
+from kvlocal.server.generation import Begun, Generation, chat_generation, collected, unless_gone
 from kvlocal.server.schemas import ChatRequest
 from kvlocal.server.service import service_of
 from kvlocal.server.streaming import DONE, Stream, event
@@ -35,11 +35,11 @@ async def chat_completions(request: Request) -> Response:
 
 async def _chunks(generation: Generation[AnswerRequest], reply: ChatReply) -> AsyncIterator[ServerSentEvent]:
     ends = []
-    for index in range(generation.n):
-        yield event(reply.begin(index))
     try:
-        async for index, piece in generation.events():
-            if isinstance(piece, Finished):
+        async for index, piece in generation.all_events():
+            if isinstance(piece, Begun):
+                yield event(reply.begin(index, piece.conversation))
+            elif isinstance(piece, Finished):
                 ends.append(piece)
                 yield event(reply.end(index, piece))
             else:

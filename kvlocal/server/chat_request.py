@@ -36,7 +36,8 @@ def answer_requests(
         raise of_failure(error) from None
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return [AnswerRequest(owner, messages, each, options, keep_trimmed) for each in params]
+    kept: dict[str, Any] = {"conversation": fields.conversation, "keep_trimmed": keep_trimmed}
+    return [AnswerRequest(owner, messages, each, options, **kept) for each in params]
 
 
 def sampling(fields: Sampled, defaults: SamplingParams, index: int = 0) -> SamplingParams:

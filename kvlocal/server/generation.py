@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
-from typing import Any, Generic, Self, TypeVar
+from functools import partial
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -26,6 +27,12 @@ _Result = TypeVar("_Result")
 _Request = TypeVar("_Request", AnswerRequest, TextRequest)
 
 _AGAIN_SECONDS = 0.1  # until an engine that was busy is asked again
+
+
+class Begun(NamedTuple):
+    """An answer is worked on now. conversation: the one it belongs to"""
+
+    conversation: str
 
 
 class Generation(Generic[_Request]):
@@ -47,7 +54,7 @@ class Generation(Generic[_Request]):
 
     def __init__(self, engine: Engine, requests: Sequence[_Request], metrics: Metrics) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Begun | Event]] = asyncio.Queue()
         self._engine, self._metrics, self._started = engine, metrics, time.perf_counter()
         self.requests: Sequence[_Request] = requests
         self._to_come: deque[tuple[int, _Request]] = deque(enumerate(requests))
@@ -68,9 +75,8 @@ class Generation(Generic[_Request]):
         answering = self._engine.submit(request)
         self._to_come.popleft()
         self._answerings.append(answering)
-        if index == 0:
-            answering.on_place(self._pass_on_place)
-        answering.on_event(lambda event: self._pass_on(index, event))
+        answering.on_place(partial(self._pass_on_place, index))
+        answering.on_event(partial(self._pass_on, index))
 
     def _submit_others(self) -> None:
         """As many as there is room for.
@@ -91,13 +97,17 @@ class Generation(Generic[_Request]):
     def _n_running(self) -> int:
         return len(self._answerings) - self._n_finished
 
-    def _pass_on(self, index: int, event: Event) -> None:
+    def _pass_on(self, index: int, event: Begun | Event) -> None:
         """Called in the thread that computes."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
-    def _pass_on_place(self, conversation: str, n_messages: int) -> None:
+    def _pass_on_place(self, index: int, conversation: str, n_messages: int) -> None:
         """Called in the thread that works on the request."""
+        if conversation:
+            self._pass_on(index, Begun(conversation))
+        if index:
+            return
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._set_place, (conversation, n_messages))
 
@@ -117,6 +127,12 @@ class Generation(Generic[_Request]):
         return len(self.requests)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """As `all_events`, without what comes before the first pieces."""
+        async for index, event in self.all_events():
+            if not isinstance(event, Begun):
+                yield index, event
+
+    async def all_events(self) -> AsyncIterator[tuple[int, Begun | Event]]:
         """The events of all answers as they come, each with the index of its answer, until all are finished.
 
         Raises:
@@ -129,7 +145,7 @@ class Generation(Generic[_Request]):
                 self._submit_others()
                 continue
             index, event = await self._queue.get()
-            if self._first:
+            if self._first and not isinstance(event, Begun):
                 self._first = False
                 self._metrics.first_token.observe(time.perf_counter() - self._started)
             if isinstance(event, Finished):

@@ -21,7 +21,7 @@ ANY = "*"
 class Guard:
     """Refuses requests of foreign web pages, which a browser sends without asking anybody: a server that wants no key would answer them.
 
-    origins: beside LOCAL_ORIGIN; ANY lets all pages in
+    origins: beside LOCAL_ORIGIN and the server itself, by the address that it is called by; ANY lets all pages in
     hosts: names in the header Host beside addresses, against pages whose own name was turned to this machine's address; None for all
     """
 
@@ -40,7 +40,10 @@ class Guard:
 
     def _refusal(self, headers: Headers) -> ApiError | None:
         origin = headers.get("origin")
-        if origin and not self._any and origin not in self._origins and not re.fullmatch(LOCAL_ORIGIN, origin):
+        # the server's own page has the address that it is called by, whatever that is
+        called = (origin or "").partition("://")[2].lower()
+        own = bool(called) and called == headers.get("host", "").lower()
+        if origin and not own and not self._any and origin not in self._origins and not re.fullmatch(LOCAL_ORIGIN, origin):
             return ApiError(403, "web pages of this origin may not use the server: start it with --cors-origin ORIGIN, or with a key")
         if self._hosts is not None and not self._is_own(headers.get("host", "")):
             return ApiError(403, "the server is not called by this name: use localhost or an address")

@@ -87,7 +87,10 @@ class NamedTool(Fields):
 
 
 class ChatRequest(Sampled):
-    """The body of /v1/chat/completions. Messages have a parser of their own (kvlocal.chat.messages)."""
+    """The body of /v1/chat/completions. Messages have a parser of their own (kvlocal.chat.messages).
+
+    conversation: as AnswerRequest has it; not OpenAI's
+    """
 
     messages: list[Any]
     max_completion_tokens: Tokens | None = None
@@ -98,6 +101,7 @@ class ChatRequest(Sampled):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    conversation: str | None = None
 
 
 class CompletionRequest(Sampled):

@@ -12,7 +12,11 @@ from kvlocal.serving.answering import Answering
 from kvlocal.serving.chain import chain, turn_digest
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Record
+from kvlocal.serving.request import AnswerRequest
+from kvlocal.serving.shown_map import ShownMap
 from kvlocal.template.markup import Message
+
+_TITLE = 80  # characters
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class KeptConversation:
     record: of it on the disk, None if nothing is kept there
     answering: the request that is worked on in it, None while it is idle
     live: it is in a slot
+    shown: its cache, as others see it
     captured: as it was after its last answer; in memory, to go on from
     written: the last one that the disk has
     on_disk: how many turns it can have that is gone on from on the disk (Captured.lengths)
@@ -56,6 +61,7 @@ class KeptConversation:
     record: Record | None = None
     answering: Answering | None = None
     live: LiveConversation | None = None
+    shown: ShownMap = field(default_factory=ShownMap)
     captured: Captured | None = None
     written: Captured | None = None
     on_disk: Sequence[int] = ()
@@ -110,6 +116,7 @@ def _longest(lengths: Sequence[int], n: int) -> int:
 class ConversationInfo:
     """A conversation as others see it.
 
+    title: how the first text of the user begins
     turns: texts of the user
     tokens: tokens of all of it
     in_slot, answering: whether it is in a slot, and whether a request is worked on in it
@@ -118,6 +125,7 @@ class ConversationInfo:
     """
 
     id: str
+    title: str
     turns: int
     tokens: int
     in_slot: bool
@@ -129,8 +137,13 @@ class ConversationInfo:
     @classmethod
     def of(cls, conversation: KeptConversation) -> ConversationInfo:
         """As it is now."""
-        turns = sum(turn["role"] == "user" for turn in conversation.turns)
+        answering = conversation.answering
+        # the first message is no turn yet while it is read
+        request = answering.request if answering else None
+        said = conversation.turns or (request.messages if isinstance(request, AnswerRequest) else ())
+        texts = [turn["content"] for turn in said if turn["role"] == "user"]
+        title = " ".join(texts[0][: 2 * _TITLE].split())[:_TITLE] if texts else ""
         on_disk = conversation.record.n_bytes() if conversation.record else 0
         in_memory = conversation.bytes_in_memory()
-        in_slot, answering = conversation.live is not None, conversation.answering is not None
-        return cls(conversation.id, turns, conversation.n_tokens, in_slot, answering, in_memory, on_disk, conversation.last_used)
+        states = conversation.live is not None, answering is not None
+        return cls(conversation.id, title, len(texts), conversation.n_tokens, *states, in_memory, on_disk, conversation.last_used)

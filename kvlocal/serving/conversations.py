@@ -63,10 +63,11 @@ class Conversations:
             conversation.deleted = True
             self._by_id.pop(conversation.id, None)
 
-    def find(self, chain: Sequence[str], owner: str) -> Found | None:
-        """The one with the longest common beginning that there is something of to go on from; that of which nothing is left out before others, an
-        idle one before one that is answering, and one in memory before one on the disk. What stands before the first turn is a beginning, too."""
-        best: tuple[tuple[int, bool, bool, bool, float], Found] | None = None
+    def find(self, chain: Sequence[str], owner: str, preferred: str | None = None) -> Found | None:
+        """The preferred one if the history goes on with it; else the one with the longest common beginning that there is something of to go on from,
+        that of which nothing is left out before others, an idle one before one that is answering, and one in memory before one on the disk. What
+        stands before the first turn is a beginning, too."""
+        best: tuple[tuple[bool, int, bool, bool, bool, float], Found] | None = None
         with self.lock:
             for one in self._by_id.values():
                 n = n_common(one.chain, chain) if one.owner == owner else -1
@@ -75,7 +76,8 @@ class Conversations:
                 if n < 0 or not (in_memory or on_disk):
                     continue
                 found = Found(one, n, n)
-                rank = (n, found.goes_on and one.answering is None, one.answering is None, in_memory, one.last_used)
+                goes_on = found.goes_on and one.answering is None
+                rank = (goes_on and n > 0 and one.id == preferred, n, goes_on, one.answering is None, in_memory, one.last_used)
                 if best is None or rank > best[0]:
                     best = rank, found
         return best[1] if best else None

@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -27,6 +28,7 @@ from kvlocal.serving.embeddings import Embedded, Embeddings
 from kvlocal.serving.keeper import Keeper
 from kvlocal.serving.live import Cancelled
 from kvlocal.serving.request import AnswerRequest, EngineBusy, EngineClosed, Finished, TextRequest, UnknownConversation, Usage
+from kvlocal.serving.shown_map import CacheView
 from kvlocal.serving.stats import EngineStats, Totals
 from kvlocal.template.markup import Message
 
@@ -145,6 +147,34 @@ class Engine:
         system: list[Message] = [] if found.system is None else [{"role": "system", "content": found.system}]
         return system + [dict(turn) for turn in found.turns]
 
+    def cache_view(self, conversation: str, owner: str) -> CacheView:
+        """Where the texts of a conversation are, also while it is answered: nobody waits for the answer, and it not for who looks.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+            KvlocalError: the engine is closed.
+        """
+        found = self._of(conversation, owner)
+        latest, shown = found.shown.look(), found.shown
+        if found.live and not found.answering and not shown.looked_closely:
+            with self._turn():
+                # it may have begun to answer meanwhile, or left its slot
+                if found.live and not found.answering and not found.live.session.cache.uncertain:
+                    shown.settle(found.live.map(closely=True), looked_closely=True)
+                    latest = shown.settled
+        return CacheView(found.answering is not None, found.live is not None, latest)
+
+    def stop(self, conversation: str, owner: str) -> bool:
+        """Ends the answer that is on its way in a conversation, as Answering.cancel does; whether there was one.
+
+        Raises:
+            UnknownConversation: this owner has none of that name.
+        """
+        answering = self._of(conversation, owner).answering
+        if answering is not None:
+            answering.cancel()
+        return answering is not None
+
     def delete(self, conversation: str, owner: str) -> None:
         """Removes a conversation, in memory and on the disk.
 
@@ -153,9 +183,15 @@ class Engine:
             KvlocalError: it is being answered, or it cannot be removed.
         """
         found = self._of(conversation, owner)
+        with self._turn():
+            self._keeper.delete(found)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A turn for a thread that answers nothing."""
         try:
             with self._slots.scheduler.turn():
-                self._keeper.delete(found)
+                yield
         except Stopped:
             raise SessionError("the engine is closed: start it again") from None
 

@@ -22,7 +22,7 @@ from kvlocal.serving.conversation import Checkpoint, KeptConversation
 from kvlocal.serving.conversations import Conversations, Found
 from kvlocal.serving.live import LiveConversation
 from kvlocal.serving.record import Directory, new_id
-from kvlocal.serving.request import AnswerRequest
+from kvlocal.serving.request import NEW, AnswerRequest
 from kvlocal.serving.texts import Texts
 from kvlocal.template.markup import Message
 
@@ -91,14 +91,15 @@ class Keeper:
         owner, tools = owner_digest(request.owner), tuple(request.options.tools)
         digests = chain(owner, system, tools, turns)
         with self.conversations.lock:
-            found, trimmed = self._find(digests, owner), None
+            found, trimmed = self._find(digests, owner, request.conversation), None
             if request.keep_trimmed:
                 trimmed = self.conversations.find_trimmed(digests[0], [turn_digest(turn) for turn in turns], owner)
                 trimmed = trimmed if trimmed and trimmed.n_given > (found.n_given if found else 0) else None
                 found = trimmed or found
             known = found.conversation.turns[: found.n_kept] if found else []
             all_turns = [*known, *turns[found.n_given if found else 0 :]]
-            is_new = not (found and known and found.goes_on and found.conversation.answering is None)
+            goes_on = found and known and found.goes_on and found.conversation.answering is None
+            is_new = not goes_on or request.conversation == NEW
             if found and not is_new:
                 conversation = found.conversation
             else:
@@ -109,11 +110,11 @@ class Keeper:
             conversation.answering = answering
             return Assignment(conversation, is_new, source, all_turns)
 
-    def _find(self, digests: Sequence[str], owner: str) -> Found | None:
+    def _find(self, digests: Sequence[str], owner: str, preferred: str | None) -> Found | None:
         """As Conversations.find; an answer that nobody wants any more is waited for, as it ends soon."""
         deadline = time.monotonic() + _CANCELLED_SECONDS
         while True:
-            found = self.conversations.find(digests, owner)
+            found = self.conversations.find(digests, owner, preferred)
             ending = found is not None and found.conversation.answering is not None and found.conversation.answering.cancelled
             left = deadline - time.monotonic()
             if not ending or left <= 0:
@@ -148,7 +149,8 @@ class Keeper:
             with self._slots.scheduler.turn():
                 self.take_slot()
                 try:
-                    live = conversation.live = LiveConversation(self._slots, self._model, self._config_of(conversation), self._nexus)
+                    config = self._config_of(conversation)
+                    live = conversation.live = LiveConversation(self._slots, self._model, config, self._nexus, conversation.shown)
                 except BaseException:
                     self.give_slot()
                     raise
@@ -237,6 +239,8 @@ class Keeper:
             live.session.second_read()
             conversation.captured = Captured.of(live.session, lasting=True) if can_be_captured(live.session) else None
         conversation.n_tokens = live.session.kv.history_tokens
+        if not live.session.cache.uncertain:
+            conversation.shown.settle(live.map())
 
     def give_up(self, assignment: Assignment) -> None:
         """What was read for a request is of no use, and the conversation is what it was before; in a turn."""
@@ -248,6 +252,7 @@ class Keeper:
         """Others may go on with the conversation; what is to be kept of it is written in a thread of its own."""
         with self.conversations.lock:
             conversation.answering = None
+            conversation.shown.end()
             conversation.touch()
             self.conversations.released.notify_all()
             deleted = conversation.deleted

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kvlocal.chat.cache_map import CacheMap
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.messages import turns_of
 from kvlocal.chat.session import ChatSession
@@ -14,6 +15,7 @@ from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.serving.answering import Answering
 from kvlocal.serving.request import AnswerRequest, TextRequest, Usage
+from kvlocal.serving.shown_map import ShownMap
 from kvlocal.template.markup import Message
 
 
@@ -24,18 +26,33 @@ class Cancelled(Exception):
 class LiveConversation:
     """A session in a slot, and the request that it works on. It is used in turns of the slots' scheduler.
 
+    shown: gets maps of its cache while it is worked on
+
     session: the conversation so far
     usage: what the request has taken
     """
 
-    def __init__(self, slots: Slots, model: Model, config: SessionConfig, nexus: NexusTokens | None) -> None:
+    def __init__(self, slots: Slots, model: Model, config: SessionConfig, nexus: NexusTokens | None, shown: ShownMap) -> None:
         self._answering: Answering | None = None
+        self._shown = shown
         self.usage = Usage()
         self.session = ChatSession(model, config, nexus=nexus, progress=self._check, make_context=slots.open, begin=False)
 
     def _check(self, *_: Any) -> None:
-        if self._answering is not None and self._answering.cancelled:
+        if self._answering is None:
+            return
+        if self._answering.cancelled:
             raise Cancelled
+        self._show()
+
+    def _show(self) -> None:
+        cache = self.session.cache
+        if not cache.uncertain and not cache.compressor.held:
+            self._shown.refresh(self.map)
+
+    def map(self, *, closely: bool = False) -> CacheMap:
+        """Of its cache, as CacheMap.of has it."""
+        return CacheMap.of(self.session.cache, closely=closely)
 
     def read(self, answering: Answering, turns: Sequence[Message], n_known: int) -> None:
         """Makes the conversation these turns, of which it has the first n_known, or as many as the way back leaves it.
@@ -75,6 +92,7 @@ class LiveConversation:
                 said(message["content"][n_said:])
                 n_said = len(message["content"])
                 answering.emit(piece)
+                self._show()
         finally:
             answering.can_stop(lambda: None)
             # where it was broken off, it ends here

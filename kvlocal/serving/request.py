@@ -12,6 +12,8 @@ from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.template.markup import Message
 
+NEW = ""  # in the place of a conversation's ID
+
 
 class EngineBusy(KvlocalError):
     """So many requests wait already that this one was not taken.
@@ -40,6 +42,7 @@ class AnswerRequest:
     messages: the whole conversation, in an order that a session can have (kvlocal.chat.messages)
     sampling: how tokens are drawn, None as the engine's configuration says
     options: what the answer may be
+    conversation: the one to go on with where several have this history; NEW for one of its own, whatever there is, and None leaves it open
     keep_trimmed: where a client has left out the oldest turns, go on with the conversation that has them
     """
 
@@ -47,6 +50,7 @@ class AnswerRequest:
     messages: Sequence[Message]
     sampling: SamplingParams | None = None
     options: AnswerOptions = field(default_factory=AnswerOptions)
+    conversation: str | None = None
     keep_trimmed: bool = False
 
 
