@@ -12,7 +12,7 @@ from test_rows import STEP, numbers
 from tiny_model import write_tiny_model
 
 from kvlocal.cache import recall
-from kvlocal.cache.archive import Archive
+from kvlocal.cache.archive import CHUNK, Archive
 from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.config import CacheConfig, CacheError
 from kvlocal.cache.frames import stretches
@@ -297,6 +297,36 @@ def test_without_its_archive_the_conversation_goes_on(model, tmp_path, changes, 
         assert cache.compressor.recaller is None and reason in cache.compressor.lost
         cache.begin(0)
         assert cache.compressor.recaller is not None and cache.compressor.lost == ""
+
+
+@pytest.mark.parametrize("which", ["model", "short_model"])
+def test_an_answer_looks_on_in_what_its_question_looked_at(which, request, monkeypatch):
+    """And in what is pinned and new; also where keys are stored at positions of several stretches."""
+    monkeypatch.setattr(recall, "_QUICK", recall._Search(1, 6 * BLOCK, 1))
+    monkeypatch.setattr(recall, "_CLOSE", recall._Search(1, 64 * BLOCK, 1))
+    monkeypatch.setattr(recall, "_NEAR", 2)
+    with BudgetedCache(request.getfixturevalue(which), CONFIG) as cache:
+        cache.begin(8)
+        for turn in range(20):
+            cache.read(user(100, turn))
+        ledger, recaller = cache.ledger, cache.compressor.recaller
+        cache.compressor.write_through(ledger)
+        assert (cache.compressor.rotations > 0) == (which == "short_model") and recaller._near is not None
+        n = ledger.n_tokens
+        positions = recaller.positions(ledger, ledger.next_position)
+        exact = cache.native.row_scores(recaller.archive.key_chunks(), n, 16, stretches=stretches(positions - recaller.archive.positions))
+        chunk = np.arange(n) // CHUNK
+        allowed = np.isin(chunk, recaller._near) | (chunk == 0) | (chunk >= (n - 96) // BLOCK * BLOCK // CHUNK)
+        assert not allowed.all()
+        found, scores = recaller._candidates(ledger, 96, positions, recall._QUICK)
+        assert allowed[found].all() and (np.diff(found, axis=-1) > 0).all() and (found[..., -90:] == np.arange(n - 90, n)).all()
+        # without what is left out each query pays more to the rest
+        assert (scores >= np.take_along_axis(exact, found, axis=-1) - 1e-4).all()
+        # the best of what is allowed are found
+        best = np.where(allowed, exact, 0).max(-1)
+        assert (np.take_along_axis(exact, found, axis=-1).max(-1) > 0.5 * best).mean() > 0.95
+        recaller.look_everywhere()
+        assert not allowed[recaller._candidates(ledger, 96, positions, recall._QUICK)[0]].all()
 
 
 def test_boxes_of_keys_take_from_the_memory_of_the_archive(model, monkeypatch):

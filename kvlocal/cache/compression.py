@@ -133,6 +133,8 @@ class Compressor:
             return
         self.before(ledger)
         near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
+        if self.recaller:
+            self.recaller.look_everywhere()
         if self._recall(ledger, self.target(ledger), self.policy):
             if near_end and self.positions == "auto" and self.layout.can_rotate:
                 self._begin_frame(ledger, 0)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.cache.archive import Archive, ArchiveFailed
+from kvlocal.cache.archive import CHUNK, Archive, ArchiveFailed
 from kvlocal.cache.frames import Frame, stretches
 from kvlocal.cache.key_boxes import KeyBoxes
 from kvlocal.cache.ledger import Ledger
@@ -32,6 +32,8 @@ class _Search(NamedTuple):
 # of the attention that the exact choice catches _QUICK leaves 0.95 in 8,000 tokens of dialogues; but a question is asked once, by few of its words:
 # with each second query 0.50 of 48 facts came back where 0.625 do with all
 _QUICK, _CLOSE = _Search(2, 2048, 2), _Search(4, 16384, 1)
+# an answer looks on in so many chunks that its question looked at most, so that it takes as long however much was said before
+_NEAR = 64
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Recaller:
     def __init__(self, native: NativeCache, window: int, archive: Archive, n_ctx_train: int) -> None:
         self._native, self._window, self.archive, self._n_ctx_train = native, window, archive, n_ctx_train
         self._boxes = KeyBoxes(native)
+        # ascending chunks of the archive that a question looked at most, None without one
+        self._near: npt.NDArray[np.intp] | None = None
         # int32 [L * H, tokens and more], the cell that a token is in while a refill is made, -1 for none
         self._cell_of = np.zeros((0, 0), np.int32)
 
@@ -128,7 +132,7 @@ class Recaller:
     def choose(self, ledger: Ledger, n_keep: int, policy: Policy, closely: bool = False) -> Refill:
         """The n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`.
 
-        closely: whether it may take longer, because much depends on it
+        closely: whether it may take longer, because much depends on it; what is chosen without, until `look_everywhere`, is from what this looked at
 
         Raises:
             ArchiveFailed: there is no room for what finds them.
@@ -141,9 +145,15 @@ class Recaller:
             state = CacheState(candidates < ledger.n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
             keep = policy.plan(state, n_keep).keep
             attention = np.bincount(candidates.ravel(), scores.ravel(), n_tokens) / (shape[0] * shape[1])
+            if closely:
+                self._near = _most_looked_at(attention)
             refill = self._refill(ledger, np.take_along_axis(candidates, keep, axis=-1), positions)
             return replace(refill, scores=np.take_along_axis(scores, keep, axis=-1), attention=attention)
         return self._refill(ledger, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)), positions)
+
+    def look_everywhere(self) -> None:
+        """What is chosen next is not for the answer to what was asked last."""
+        self._near = None
 
     def move(self, ledger: Ledger, next_position: int) -> Refill:
         """The tokens that are in the cells, with their keys where they have to be for a next token at this position, after `write_through`."""
@@ -170,14 +180,31 @@ class Recaller:
         last = max(first, (n_tokens - max(n_keep, self._window)) // BLOCK * BLOCK)
         n_blocks = -(-max(search.far * n_keep, search.least) // BLOCK)
         if n_query and n_blocks * BLOCK < last - first:
-            return self._native.best_rows(
-                archive.key_chunks(), self._boxes.of(archive), n_tokens,
-                first=first, last=last, n_blocks=n_blocks, n_query=n_query, every=search.every, stretches=moved, types=archive.types,
+            keys, boxes = archive.key_chunks(), self._boxes.of(archive)
+            where = self._chunks_to_search(len(keys), first, last, n_blocks if search is _QUICK else None)
+            tokens = (where[:, None] * CHUNK + np.arange(CHUNK)).ravel()[: n_tokens - (len(keys) - len(where)) * CHUNK].astype(np.int32)
+            n_left_out = last // CHUNK - int(np.count_nonzero(where < last // CHUNK))
+            rows, scores = self._native.best_rows(
+                [keys[i] for i in where], [boxes[i] for i in where], len(tokens),
+                first=first, last=last - n_left_out * CHUNK, n_blocks=n_blocks, n_query=n_query, every=search.every,
+                stretches=stretches(shifts[tokens]) if moved else None, types=archive.types,
             )  # fmt: skip
+            return tokens[rows], scores
         every = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
         if not n_query:
             return every, np.zeros(every.shape, np.float32)
         return every, self._native.row_scores(archive.key_chunks(), n_tokens, n_query, stretches=moved, types=archive.types)
+
+    def _chunks_to_search(self, n: int, first: int, last: int, n_blocks: int | None) -> npt.NDArray[np.intp]:
+        """Of n chunks those that are looked through, ascending: the ones that a question looked at most, and all that hold tokens before `first` or
+        from `last` on. All of them without a question, or where its chunks do not have n_blocks blocks; None wants all.
+        """
+        every = np.arange(n)
+        if self._near is None or n_blocks is None:
+            return every
+        where = every[np.isin(every, self._near) | (every * CHUNK < first) | (every >= last // CHUNK)]
+        between = np.count_nonzero((where * CHUNK >= first) & (where < last // CHUNK))
+        return where if between * CHUNK > n_blocks * BLOCK else every
 
     def _refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> Refill:
         """A cell stays in use as long as its key is where it has to be, int32 [n_tokens]; others come from the archive, so that no key is ever
@@ -199,3 +226,9 @@ class Recaller:
         delta = np.where(missing, shifts[tokens], 0) if shifts.any() else None
         n_recalled = np.count_nonzero(missing) / (n_layer * n_head)
         return Refill(gather, tokens, positions[tokens], delta if delta is not None and delta.any() else None, n_recalled)
+
+
+def _most_looked_at(attention: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """The _NEAR chunks that most of the attention to single tokens is in, ascending."""
+    by_chunk = np.add.reduceat(attention, np.arange(0, len(attention), CHUNK))
+    return np.sort(np.argsort(by_chunk)[-_NEAR:])
