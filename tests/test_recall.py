@@ -327,6 +327,14 @@ def test_an_answer_looks_on_in_what_its_question_looked_at(which, request, monke
         assert (np.take_along_axis(exact, found, axis=-1).max(-1) > 0.5 * best).mean() > 0.95
         recaller.look_everywhere()
         assert not allowed[recaller._candidates(ledger, 96, positions, recall._QUICK)[0]].all()
+        # what comes behind a question is looked through too, when it is not new any more
+        cache.read(user(30, 50))
+        asked = ledger.n_tokens
+        for token in tokens(600, 99):
+            cache.append(np.array([token]), "decode")
+            cache.choose_again()
+        found, _ = recaller._candidates(ledger, 96, recaller.positions(ledger, ledger.next_position), recall._QUICK)
+        assert recaller._near is not None and ((found > asked) & (found < asked + 400)).any(axis=-1).mean() > 0.5
 
 
 def test_boxes_of_keys_take_from_the_memory_of_the_archive(model, monkeypatch):

@@ -70,8 +70,9 @@ class Recaller:
     def __init__(self, native: NativeCache, window: int, archive: Archive, n_ctx_train: int) -> None:
         self._native, self._window, self.archive, self._n_ctx_train = native, window, archive, n_ctx_train
         self._boxes = KeyBoxes(native)
-        # ascending chunks of the archive that a question looked at most, None without one
+        # chunks of the archive that a question looked at most, None without one; and how many there were
         self._near: npt.NDArray[np.intp] | None = None
+        self._n_asked = 0
         # int32 [L * H, tokens and more], the cell that a token is in while a refill is made, -1 for none
         self._cell_of = np.zeros((0, 0), np.int32)
 
@@ -146,7 +147,7 @@ class Recaller:
             keep = policy.plan(state, n_keep).keep
             attention = np.bincount(candidates.ravel(), scores.ravel(), n_tokens) / (shape[0] * shape[1])
             if closely:
-                self._near = _most_looked_at(attention)
+                self._near, self._n_asked = _most_looked_at(attention), n_tokens // CHUNK
             refill = self._refill(ledger, np.take_along_axis(candidates, keep, axis=-1), positions)
             return replace(refill, scores=np.take_along_axis(scores, keep, axis=-1), attention=attention)
         return self._refill(ledger, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)), positions)
@@ -196,13 +197,13 @@ class Recaller:
         return every, self._native.row_scores(archive.key_chunks(), n_tokens, n_query, stretches=moved, types=archive.types)
 
     def _chunks_to_search(self, n: int, first: int, last: int, n_blocks: int | None) -> npt.NDArray[np.intp]:
-        """Of n chunks those that are looked through, ascending: the ones that a question looked at most, and all that hold tokens before `first` or
-        from `last` on. All of them without a question, or where its chunks do not have n_blocks blocks; None wants all.
+        """Of n chunks those that are looked through, ascending: the ones that a question looked at most, what came behind it, and all that hold
+        tokens before `first` or from `last` on. All of them without a question, or where its chunks do not have n_blocks blocks; None wants all.
         """
         every = np.arange(n)
         if self._near is None or n_blocks is None:
             return every
-        where = every[np.isin(every, self._near) | (every * CHUNK < first) | (every >= last // CHUNK)]
+        where = every[np.isin(every, self._near) | (every * CHUNK < first) | (every >= min(self._n_asked, last // CHUNK))]
         between = np.count_nonzero((where * CHUNK >= first) & (where < last // CHUNK))
         return where if between * CHUNK > n_blocks * BLOCK else every
 
@@ -229,6 +230,6 @@ class Recaller:
 
 
 def _most_looked_at(attention: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
-    """The _NEAR chunks that most of the attention to single tokens is in, ascending."""
+    """The _NEAR chunks that most of the attention to single tokens is in."""
     by_chunk = np.add.reduceat(attention, np.arange(0, len(attention), CHUNK))
-    return np.sort(np.argsort(by_chunk)[-_NEAR:])
+    return np.argsort(by_chunk)[-_NEAR:]
