@@ -135,7 +135,7 @@ def test_a_budget_that_turns_out_too_small_while_it_is_read_changes_nothing(path
 def test_memory_is_looked_at_for_another_budget_too(path, monkeypatch, contexts, lacking):
     """What the session takes that ends then counts as free."""
     asked = [SessionConfig(budget=budget, stride=16, policy="snapkv") for budget in (64, 400)]
-    (estimate, _), _ = (memory_estimate._estimate(path, config, True) for config in asked)
+    (estimate, _), _ = (memory_estimate._estimate(path, config, True, ()) for config in asked)
     small, large = estimate.total(64 + 16), estimate.total(400 + 16)
     assert small < large
     left = large - (small - estimate.weights)
