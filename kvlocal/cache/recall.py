@@ -141,6 +141,8 @@ class Recaller:
         """
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         positions = self.positions(ledger, ledger.next_position)
+        if closely:
+            self.look_everywhere()
         if n_keep < n_tokens:
             candidates, scores = self._candidates(ledger, n_keep, positions, _CLOSE if closely else _QUICK)
             state = CacheState(candidates < ledger.n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
@@ -176,13 +178,13 @@ class Recaller:
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         n_query = min(self._window, len(self._native.query_positions()))
         archive, shifts = self.archive, positions - self.archive.positions
-        moved = stretches(shifts) if shifts.any() else None
+        moved = bool(shifts.any())
         first = -(-ledger.n_pinned // BLOCK) * BLOCK
         last = max(first, (n_tokens - max(n_keep, self._window)) // BLOCK * BLOCK)
         n_blocks = -(-max(search.far * n_keep, search.least) // BLOCK)
         if n_query and n_blocks * BLOCK < last - first:
             keys, boxes = archive.key_chunks(), self._boxes.of(archive)
-            where = self._chunks_to_search(len(keys), first, last, n_blocks if search is _QUICK else None)
+            where = self._chunks_to_search(len(keys), first, last, n_blocks)
             tokens = (where[:, None] * CHUNK + np.arange(CHUNK)).ravel()[: n_tokens - (len(keys) - len(where)) * CHUNK].astype(np.int32)
             n_left_out = last // CHUNK - int(np.count_nonzero(where < last // CHUNK))
             rows, scores = self._native.best_rows(
@@ -194,14 +196,17 @@ class Recaller:
         every = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
         if not n_query:
             return every, np.zeros(every.shape, np.float32)
-        return every, self._native.row_scores(archive.key_chunks(), n_tokens, n_query, stretches=moved, types=archive.types)
+        scores = self._native.row_scores(
+            archive.key_chunks(), n_tokens, n_query, stretches=stretches(shifts) if moved else None, types=archive.types
+        )
+        return every, scores
 
-    def _chunks_to_search(self, n: int, first: int, last: int, n_blocks: int | None) -> npt.NDArray[np.intp]:
+    def _chunks_to_search(self, n: int, first: int, last: int, n_blocks: int) -> npt.NDArray[np.intp]:
         """Of n chunks those that are looked through, ascending: the ones that a question looked at most, what came behind it, and all that hold
-        tokens before `first` or from `last` on. All of them without a question, or where its chunks do not have n_blocks blocks; None wants all.
+        tokens before `first` or from `last` on. All of them without a question, or where its chunks do not have n_blocks blocks.
         """
         every = np.arange(n)
-        if self._near is None or n_blocks is None:
+        if self._near is None:
             return every
         where = every[np.isin(every, self._near) | (every * CHUNK < first) | (every >= min(self._n_asked, last // CHUNK))]
         between = np.count_nonzero((where * CHUNK >= first) & (where < last // CHUNK))
