@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-from sse_starlette import ServerSentEvent
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from kvlocal.openai_forms.completion_reply import CompletionReply
 from kvlocal.server.body import body_of, fields_of
 from kvlocal.server.completion_request import text_requests
-from kvlocal.server.errors import ApiError
-from kvlocal.server.generation import Generation, collected, unless_gone
+from kvlocal.server.generation import Generation
+from kvlocal.server.replying import replied
 from kvlocal.server.schemas import CompletionRequest
 from kvlocal.server.service import Service, service_of
-from kvlocal.server.streaming import DONE, Stream, event
-from kvlocal.serving.request import Finished, TextRequest
+from kvlocal.serving.request import TextRequest
 
 
 async def completions(request: Request) -> Response:
@@ -32,30 +28,9 @@ async def completions(request: Request) -> Response:
         n=fields.n or 1,
         echo=fields.echo is True,
         with_logprobs=fields.logprobs is not None,
-        with_usage=fields.stream_options is not None and fields.stream_options.include_usage is True,
+        with_usage=fields.with_usage,
     )
-    if fields.stream:
-        return Stream(_chunks(generation, reply), generation.cancel)
-    with generation:
-        choices = await unless_gone(request, collected(generation))
-    return JSONResponse(reply.whole(choices))
-
-
-async def _chunks(generation: Generation[TextRequest], reply: CompletionReply) -> AsyncIterator[ServerSentEvent]:
-    ends: dict[int, Finished] = {}
-    try:
-        async for index, piece in generation.events():
-            if isinstance(piece, Finished):
-                ends[index] = piece
-                yield event(reply.end(index, piece))
-            else:
-                yield event(reply.piece(index, piece))
-    except ApiError as error:
-        yield event(error.body())
-        return
-    if reply.with_usage:
-        yield event(reply.usage([ends[index] for index in sorted(ends)]))
-    yield DONE
+    return await replied(request, generation, reply, fields.stream)
 
 
 def _length(service: Service, request: TextRequest) -> int:

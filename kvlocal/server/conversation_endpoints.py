@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,7 +14,10 @@ from kvlocal.chat.cache_map import CacheMap
 from kvlocal.errors import KvlocalError
 from kvlocal.server.errors import ApiError
 from kvlocal.server.service import service_of
+from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import UnknownConversation
+
+_Found = TypeVar("_Found")
 
 
 async def conversations(request: Request) -> Response:
@@ -23,25 +27,29 @@ async def conversations(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [asdict(each) for each in found]})
 
 
-async def messages(request: Request) -> Response:
-    """What was said in a conversation of the key that asks."""
+async def _of_one(request: Request, method: Callable[[Engine, str, str], _Found]) -> tuple[str, _Found]:
+    """The id of the conversation that a request is about, and what a method of the engine gives for it.
+
+    Raises:
+        ApiError: the key that asks has none of that name.
+    """
     service = service_of(request)
     identity = request.path_params["id"]
     try:
-        said = await asyncio.to_thread(service.engine.messages, identity, service.owner(request))
+        return identity, await asyncio.to_thread(method, service.engine, identity, service.owner(request))
     except UnknownConversation as error:
         raise ApiError(404, str(error)) from None
+
+
+async def messages(request: Request) -> Response:
+    """What was said in a conversation of the key that asks."""
+    identity, said = await _of_one(request, Engine.messages)
     return JSONResponse({"id": identity, "object": "conversation", "messages": said})
 
 
 async def cache_map(request: Request) -> Response:
     """Where the texts of a conversation of the key that asks are: in the cache, in the archive, or gone; also while an answer comes."""
-    service = service_of(request)
-    identity = request.path_params["id"]
-    try:
-        view = await asyncio.to_thread(service.engine.cache_view, identity, service.owner(request))
-    except UnknownConversation as error:
-        raise ApiError(404, str(error)) from None
+    identity, view = await _of_one(request, Engine.cache_view)
     head = {"id": identity, "object": "conversation.map", "answering": view.answering, "in_slot": view.in_slot}
     return JSONResponse({**head, **(_mapped(view.map) if view.map else {"cache": None, "attention": None, "parts": []})})
 
@@ -84,23 +92,14 @@ def _mapped(found: CacheMap) -> dict[str, Any]:
 
 async def stop(request: Request) -> Response:
     """Ends the answer that is on its way in a conversation of the key that asks; what there is of it stays."""
-    service = service_of(request)
-    identity = request.path_params["id"]
-    try:
-        stopped = await asyncio.to_thread(service.engine.stop, identity, service.owner(request))
-    except UnknownConversation as error:
-        raise ApiError(404, str(error)) from None
+    identity, stopped = await _of_one(request, Engine.stop)
     return JSONResponse({"id": identity, "object": "conversation", "stopped": stopped})
 
 
 async def delete(request: Request) -> Response:
     """Deletes a conversation of the key that asks."""
-    service = service_of(request)
-    identity = request.path_params["id"]
     try:
-        await asyncio.to_thread(service.engine.delete, identity, service.owner(request))
-    except UnknownConversation as error:
-        raise ApiError(404, str(error)) from None
+        identity, _ = await _of_one(request, Engine.delete)
     except KvlocalError as error:
         raise ApiError(409, str(error)) from None
     return JSONResponse({"id": identity, "object": "conversation", "deleted": True})

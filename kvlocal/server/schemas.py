@@ -52,6 +52,11 @@ class Sampled(Fields):
     max_tokens: Tokens | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with what it took."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
 
 class JsonSchemaFormat(Fields):
     name: str | None = None
