@@ -14,6 +14,7 @@ from kvlocal_cli.chat_command import chat_command
 from kvlocal_cli.doctor import doctor_command
 from kvlocal_cli.evaluations import eval_group
 from kvlocal_cli.groups import CommandGroup
+from kvlocal_cli.model_files import cp_command, rm_command, show_command
 from kvlocal_cli.models import models_command, pull_command
 from kvlocal_cli.nexus import nexus_group
 from kvlocal_cli.run import run_command
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 for command in (
-    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group,
-    nexus_group,
+    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, show_command, rm_command, cp_command,
+    bench_command, doctor_command, eval_group, nexus_group,
 ):  # fmt: skip
     main.add_command(command)

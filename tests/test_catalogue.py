@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import atomic_write
 from kvlocal.files.places import models_dir
-from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, HubFile, resolve
+from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, resolve
+from kvlocal.hub.hub_file import HubFile
 from kvlocal_cli.models import models_command
 
 

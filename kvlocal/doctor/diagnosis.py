@@ -16,7 +16,8 @@ from kvlocal.errors import KvlocalError
 from kvlocal.files.places import models_dir
 from kvlocal.gguf.container import Container
 from kvlocal.gguf.lora import changed_tensors
-from kvlocal.hub.catalogue import Catalogue, HubFile
+from kvlocal.hub.catalogue import Catalogue
+from kvlocal.hub.hub_file import HubFile
 from kvlocal.llama.adapter import Adapter, Lora, check_lora
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
