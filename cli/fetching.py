@@ -49,7 +49,9 @@ def located(name: str, agreed: bool) -> Path:
 def _known(model: Entry | HubFile | HubQuantization) -> tuple[str, int | None, str]:
     """What would be pulled, how many bytes that is, and what to say about it."""
     if isinstance(model, Entry):
-        return model.name, model.size, f"{decimal(model.size)}, {model.licence}"
+        tried = "" if model.tried else ", not tried with kvlocal yet"
+        file = f"{model.name} from {model.place.repository}" if model.place else model.name
+        return file, model.size, f"{decimal(model.size)}, {model.licence}{tried}"
     with waiting("asking the hub"):
         found = find(model)
     return found.file.name, found.size, decimal(found.size) if found.size else "of unknown size"

@@ -130,9 +130,10 @@ def _removable(name: str, force: bool) -> Path:
     catalogue = Catalogue.load()
     if catalogue.is_name(name):
         model = catalogue.find(name)
-        if isinstance(model, HubQuantization) or not any(map(os.path.lexists, model.paths)):
+        paths = [] if isinstance(model, HubQuantization) else model.paths
+        if not any(map(os.path.lexists, paths)):
             raise KvlocalError(f"{name} is not on this machine: there is nothing to remove")
-        path, pulled = model.path, not model.path.is_symlink()
+        path, pulled = paths[0], not paths[0].is_symlink()
     else:
         path = catalogue.resolve(name).absolute()
         pulled = was_pulled(path)

@@ -31,8 +31,8 @@ def models_command(as_json: bool) -> None:
     """
     catalogue, free = Catalogue.load(), available_memory()
     models = [_describe(entry, free) for entry in catalogue.entries.values()]
-    places = {entry.place for entry in catalogue.entries.values()}
-    models += [_describe(hub_file, free) for hub_file in HubFile.pulled() if hub_file not in places]
+    places = {entry.path for entry in catalogue.entries.values()}
+    models += [_describe(hub_file, free) for hub_file in HubFile.pulled() if hub_file.path not in places]
     aliases = dict(all_aliases())
     if as_json:
         report = {"directory": str(models_dir()), "default": catalogue.default, "memory_available": free, "models": models, "aliases": aliases}
@@ -73,26 +73,26 @@ def pull_command(name: str, force: bool, as_json: bool) -> None:
     hf:OWNER/REPO:Q4_K_M[@REVISION] for its file with this quantization.
     """
     model = Catalogue.load().find(name)
-    is_here = not isinstance(model, HubQuantization) and model.present and not force
-    path = model.path if is_here else pull_with_progress(model, force)  # type: ignore[union-attr]
+    here = None if force or isinstance(model, HubQuantization) or not model.present else model.path
+    path = here or pull_with_progress(model, force)
     if as_json:
-        click.echo(json.dumps({"name": model.name, "path": str(path), "bytes": size_on_disk(path), "fetched": not is_here}))
+        click.echo(json.dumps({"name": model.name, "path": str(path), "bytes": size_on_disk(path), "fetched": here is None}))
     else:
         click.echo(path)
 
 
 def _describe(model: Entry | HubFile, free: int | None) -> dict[str, Any]:
     """What `--json` says about a model; None where nothing is known."""
-    present = model.present
-    status = "present" if present else "damaged" if model.path.exists() else "absent"
+    present, path = model.present, model.path
+    status = "present" if present else "damaged" if path and path.exists() else "absent"
     entry = model if isinstance(model, Entry) else None
-    size = entry.size if entry and not present else size_on_disk(model.path)
+    size = entry.size if entry and not present else size_on_disk(path) if path else 0
     return {
         "name": model.name,
         "source": "catalogue" if entry else "hub",
         "place": entry and entry.place and entry.place.name,
         "status": status,
-        "path": str(model.path) if present else None,
+        "path": str(path) if present else None,
         "bytes": size,
         "memory": rough_total(size),
         "fits": None if free is None else rough_total(size) <= free,

@@ -19,8 +19,8 @@ from kvlocal.llama.context import CELL_BLOCK
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
 _PROCESS = 128 * 2**20
 _ROWS_OF_A_TOKEN = 64
-# what a chat with the default budget takes besides the weights, within a fifth of what MemoryEstimate says of models of 0.5 to 14 B
-_ROUGHLY_ALWAYS, _ROUGHLY_SHARE = 600 * 10**6, 20
+# what a chat with the default budget takes besides the weights: so much and a twentieth of them, for models of 0.5 to 14 B
+_ROUGHLY_ALWAYS, _ROUGHLY_SHARE = 350 * 10**6, 20
 
 
 class OutOfMemory(KvlocalError):

@@ -33,34 +33,37 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the catalogue: a GGUF file made of `parts` in order, or one of a hub repository."""
+    """A model of the catalogue: a GGUF file made of `parts` in order, or that of a hub repository."""
 
     name: str
     summary: str
     licence: str
     trained_context: int  # tokens
-    size: int  # bytes of the GGUF file; of a hub's, which its publisher may replace, when the catalogue was written
+    size: int  # bytes of the GGUF file; of a hub's, which its publisher may replace, about
     sha256: str | None = None  # of the GGUF file; None for a hub's, which tells it itself
     parts: tuple[Part, ...] = ()
-    place: HubFile | None = None
-    tried: bool = True  # whether kvlocal's tests use it
-
-    @property
-    def path(self) -> Path:
-        """Where the GGUF file is, or would be."""
-        return self.place.path if self.place else models_dir() / f"{self.name}.gguf"
+    place: HubQuantization | None = None
+    tried: bool = True  # whether it was used with kvlocal
 
     @property
     def paths(self) -> list[Path]:
-        """Where all its files are, or would be."""
-        return self.place.paths if self.place else [self.path]
+        """Where its files are, or would be; none where only the hub knows how a file that is not here is called."""
+        if self.place is None:
+            return [models_dir() / f"{self.name}.gguf"]
+        file = self.place.pulled()
+        return file.paths if file else []
+
+    @property
+    def path(self) -> Path | None:
+        """The first of these."""
+        return next(iter(self.paths), None)
 
     @property
     def present(self) -> bool:
         """Whether the file is there in its full size."""
         if self.place:
-            return self.place.present
-        return self.path.is_file() and self.path.stat().st_size == self.size
+            return bool(self.paths) and all(map(is_gguf, self.paths))
+        return all(path.is_file() and path.stat().st_size == self.size for path in self.paths)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Catalogue:
         for fields in data["model"]:
             parts = tuple(Part(**part) for part in fields.pop("part", ()))
             place = fields.pop("place", None)
-            entries[fields["name"]] = Entry(**fields, parts=parts, place=place and HubFile.parse(place))
+            entries[fields["name"]] = Entry(**fields, parts=parts, place=place and HubQuantization.parse(place))
         return cls(data["default"], entries)
 
     def find(self, name: str) -> Entry | HubFile | HubQuantization:
@@ -122,7 +125,7 @@ class Catalogue:
         meant = self.meant(name)
         if meant.startswith("hf:") or meant in self.entries:
             model = self.find(name)
-            if not isinstance(model, HubQuantization):
+            if not isinstance(model, HubQuantization) and model.path:
                 if model.present:
                     return model.path
                 if model.path.exists():

@@ -124,13 +124,10 @@ class HubQuantization:
         return f"hf:{self.owner}/{self.repo}:{self.quantization}{revision}"
 
     def pulled(self) -> HubFile | None:
-        """The file, if it is in the models directory.
-
-        Raises:
-            KvlocalError: there are several.
-        """
+        """The file, if it is in the models directory; of several that fit the first."""
         paths = [found.file for found in HubFile.pulled() if (found.owner, found.repo, found.revision) == (self.owner, self.repo, self.revision)]
-        return HubFile(self.owner, self.repo, self.among(paths), self.revision) if self._fitting(paths) else None
+        fitting = self._fitting(sorted(paths))
+        return HubFile(self.owner, self.repo, fitting[0], self.revision) if fitting else None
 
     def among(self, paths: Iterable[str]) -> str:
         """The file with this quantization among paths of GGUF files inside the repository; of a model in several parts the first.

