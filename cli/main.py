@@ -62,13 +62,29 @@ def _fail(sentence: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+_FIRST_STEPS = """\
+kvlocal chats with language models on this machine. Try one of these:
+
+  kvlocal chat                            a chat with a small model, which is pulled first if you agree
+  kvlocal run "Why is the sky blue?"      one answer
+  kvlocal models                          more models to pull, and which of them fit this machine
+
+`kvlocal doctor` says what a chat would use, and whether anything is wrong.
+"""
+
+
 @click.group(
     cls=Kvlocal,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(kvlocal.__version__, prog_name="kvlocal")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Chat with quantized GGUF models on this machine, inside a fixed KV-cache budget."""
+    if context.invoked_subcommand is None:
+        click.echo(_FIRST_STEPS)
+        click.echo(context.get_help())
 
 
 for command in (
