@@ -205,7 +205,7 @@ _OPTIONS = (
     click.option(
         "--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]",
     ),
-    click.option("-y", "--yes", is_flag=True, help="Pull a model that is not on this machine yet without a question."),
+    click.option("--yes", "-y", is_flag=True, help="Pull a model that is not on this machine yet without a question."),
 )
 
 
