@@ -20,6 +20,8 @@ from kvlocal_cli.terminal import print_aligned
 
 COLUMNS = ("name", "size", "fits", "licence", "context", "status", "path", "what for")
 _LONGEST_NAME = 32  # characters, in a column of a table
+_UNTRIED = " (not tried here)"
+_STYLES = {"absent": "dim", "damaged": "red"}
 
 
 @click.command("models")
@@ -48,14 +50,15 @@ def models_command(as_json: bool) -> None:
 
 
 def _print_table(console: Console, rows: list[tuple[str, ...]]) -> None:
-    """A table of what has short names; paths and names of files are lines of their own, which nothing wraps, so that they can be copied."""
-    table = Table(*COLUMNS[:6], COLUMNS[7], box=None, pad_edge=False)
+    """A table that fits into 80 columns, without the licences, of what has short names; paths and names of files are lines of their own, which
+    nothing wraps, so that they can be copied."""
+    table = Table("name", "size", "fits", "context", "status", "what for", box=None, pad_edge=False)
     for column in table.columns:
-        column.overflow = "fold"
-    table.columns[0].no_wrap = True
-    for *first, _path, summary in rows:
-        if len(first[0]) <= _LONGEST_NAME:
-            table.add_row(*first, summary, style="dim" if first[5] == "absent" else None)
+        column.no_wrap = column.header != "what for"
+    for name, size, fits, _licence, context, status, _path, summary in rows:
+        if len(name) <= _LONGEST_NAME:
+            plain = summary.removesuffix(_UNTRIED)
+            table.add_row(name, size, fits, context, status if plain == summary else f"{status}, untried", plain, style=_STYLES.get(status))
     console.print(table)
     for name, size, fits, _licence, _context, _status, path, _summary in rows:
         if path != "-":
@@ -108,7 +111,7 @@ def _row(model: dict[str, Any], default: str) -> tuple[str, ...]:
     if model["name"] == default:
         summary += " (the default)"
     if model["tried"] is False:
-        summary += " (not tried here)"
+        summary += _UNTRIED
     return (
         model["name"],
         decimal(model["bytes"]),

@@ -257,7 +257,7 @@ def test_an_alias_is_a_name_and_no_copy(models, tmp_path):  # noqa: F811
     assert kvlocal("cp", "best:latest", "again").exit_code == kvlocal("cp", file, "mine").exit_code == 0
     assert dict(all_aliases()) == {"again": DEFAULT_MODEL, "best:latest": DEFAULT_MODEL, "mine": str(file)}
     assert resolve("best:latest") == resolve("again") == entry.path and resolve("mine") == file
-    assert is_same_model("again", DEFAULT_MODEL) and Catalogue.load().is_name("mine")
+    assert is_same_model("again", DEFAULT_MODEL) and not is_same_model("mine", DEFAULT_MODEL) and Catalogue.load().is_name("mine")
     assert pull("best:latest") == entry.path
     listed = json.loads(kvlocal("models", "--json").stdout)
     assert listed["aliases"]["mine"] == str(file)
@@ -277,6 +277,7 @@ def test_an_alias_is_a_name_and_no_copy(models, tmp_path):  # noqa: F811
     assert "best:latest still means it" in result.stdout and not entry.path.exists()
     with pytest.raises(KvlocalError, match=f"{DEFAULT_MODEL} is not on this machine yet"):
         resolve("best:latest")
+    assert is_same_model("best:latest", DEFAULT_MODEL)
 
 
 def test_rm_asks_and_removes_only_what_was_pulled(models, tmp_path):  # noqa: F811
@@ -363,6 +364,20 @@ def test_a_place_of_the_catalogue_is_pulled_and_known_by_both_names(hub, models,
     listed = [model for model in json.loads(kvlocal("models", "--json").stdout)["models"] if model["status"] == "present"]
     assert [(model["name"], model["bytes"]) for model in listed] == [("qwen3-8b", 1000)]
     assert kvlocal("rm", "--yes", "qwen3-8b").exit_code == 0 and not file.path.exists()
+
+
+def test_no_path_is_wrapped_on_a_terminal(tmp_path, monkeypatch):
+    from terminal import Terminal
+
+    monkeypatch.setenv("KVLOCAL_MODELS_DIR", str(tmp_path / ("deep" * 30) / "models"))
+    hub_file, entry = HubFile("owner", "r" * 40, f"{'m' * 40}-Q4_0.gguf"), Catalogue.load().entries[DEFAULT_MODEL]
+    put_gguf(hub_file.path, 1000)
+    put_gguf(entry.path, entry.size)
+    with Terminal("models", env=os.environ) as terminal:
+        assert terminal.wait_for_end() == 0
+    lines = terminal.output.replace("\r", "").splitlines()
+    assert {str(hub_file.path), str(entry.path), DEFAULT_MODEL} <= {*lines} and f"{hub_file.name} (1.0 kB, fits: yes)" in lines
+    assert any("qwen3-14b " in line and "9.0 GB" in line for line in lines)
 
 
 def test_what_fits_is_told_by_the_size(models, monkeypatch):  # noqa: F811

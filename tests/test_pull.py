@@ -229,7 +229,7 @@ def test_a_pattern_finds_a_file(hub, models, monkeypatch):
 
 
 def test_progress_without_a_terminal_is_lines(hub):
-    result = hub.run(source="from kvlocal_cli import models\nmodels.REPORT_SECONDS = 0" + PULL)
+    result = hub.run(source="from kvlocal_cli import fetching\nfetching.REPORT_SECONDS = 0" + PULL)
     assert f"checking hf:owner/repo/file.gguf: {decimal(len(GGUF))} of {decimal(len(GGUF))}" in result.err.splitlines()
 
 

@@ -164,8 +164,9 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 
 def is_same_model(one: str, other: str) -> bool:
     """Whether two MODEL arguments mean the same file; of what is not on disk, whether they are the same."""
+    catalogue = Catalogue.load()
     try:
-        return one == other or os.path.samefile(resolve(one), resolve(other))
+        return catalogue.meant(one) == catalogue.meant(other) or os.path.samefile(catalogue.resolve(one), catalogue.resolve(other))
     except KvlocalError:
         return False
 
