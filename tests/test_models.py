@@ -342,6 +342,16 @@ def test_an_alias_is_the_same_model_in_every_command(smollm2, models):  # noqa: 
     assert json.loads(result.stdout)["model"] == "mine", result.stderr
 
 
+def test_a_session_stays_with_the_model_that_an_alias_meant(short_smollm2, models, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("KVLOCAL_STATE_DIR", str(tmp_path / "state"))
+    add_alias("mine", str(short_smollm2))
+    said = ("chat", "--session", "talk", "--max-tokens", "2", "--threads", "1")
+    assert kvlocal(*said, "mine", input="Hello\n").exit_code == 0
+    assert kvlocal("rm", "mine").exit_code == 0
+    result = kvlocal(*said, input="And?\n")
+    assert result.exit_code == 0 and result.stdout.strip(), result.stderr
+
+
 # The catalogue and what fits
 
 
