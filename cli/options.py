@@ -20,7 +20,6 @@ from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
-from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load as load_library
@@ -28,6 +27,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal_cli.fetching import located
 from kvlocal_cli.terminal import waiting
 
 _SESSION = SessionConfig()
@@ -205,6 +205,7 @@ _OPTIONS = (
     click.option(
         "--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]",
     ),
+    click.option("--yes", "-y", is_flag=True, help="Pull a model that is not on this machine yet without a question."),
 )
 
 
@@ -228,12 +229,23 @@ class Loading:
     nexus: a Nexus file, OFF, or None for one that is found
     may_change_policy: whether the policy is a default, which a model that cannot recall, or one without Nexus tokens, has another of
     lora: adapters that it is used with
+    may_pull: whether a model that is not here yet is fetched without a question
     """
 
     gpu_layers: int
     nexus: str | None
     may_change_policy: bool
     lora: Sequence[Lora] = ()
+    may_pull: bool = False
+
+    def locate(self, name: str) -> Path:
+        """The file of the model of that name or path, which is pulled if it is not here yet and the person agrees.
+
+        Raises:
+            KvlocalError: there is none, or it cannot be pulled, or nobody can be asked.
+            click.Abort: the person does not agree.
+        """
+        return located(name, self.may_pull)
 
     @contextmanager
     def loaded(self, name: str, config: SessionConfig, parallel: int = 1, undo: bool = True) -> Iterator[Loaded]:
@@ -242,7 +254,7 @@ class Loading:
         Raises:
             KvlocalError: there is none, it cannot be loaded, it takes too much memory, or a Nexus file or an adapter that was named cannot be used.
         """
-        path = resolve(name)
+        path = self.locate(name)
         try:
             self.check(path, config, parallel, undo)
         except CannotRecall:
@@ -316,12 +328,13 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         type_k: str | None,
         type_v: str | None,
         threads: int | None,
+        yes: bool,
         **others: Any,
     ) -> Any:
         try:
             kept_as = archive_ram, archive_dir, archive_type
             wants_archive = archive in ("ram", "disk") or kept_as != (None, None, None)
-            loading = Loading(gpu_layers, nexus, policy is None and not wants_archive, lora)
+            loading = Loading(gpu_layers, nexus, policy is None and not wants_archive, lora, yes)
             if policy is None:
                 # Nexus tokens are named to be used, and keys that always move cannot be looked up
                 recalls = archive in ("ram", "disk") or (archive is None and positions != "cache" and nexus in (None, OFF))
