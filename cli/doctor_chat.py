@@ -14,12 +14,10 @@ from kvlocal.llama.adapter import Lora
 from kvlocal_cli.options import Loaded, Loading, session_options
 
 
+@click.command("chat")
 @session_options
 def _as_chat(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
     return config, loading
-
-
-_CHAT = click.Command("chat", params=list(reversed(_as_chat.__click_params__)), callback=_as_chat)
 
 
 def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -32,8 +30,8 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
     Raises:
         KvlocalError: a chat with this model would end with this.
     """
-    with _CHAT.make_context("chat", []) as context:
-        config, loading = _CHAT.invoke(context)
+    with _as_chat.make_context("chat", []) as context:
+        config, loading = _as_chat.invoke(context)
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
     with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
         return {
