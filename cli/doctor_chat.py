@@ -15,11 +15,8 @@ from kvlocal_cli.options import Loaded, Loading, session_options
 
 
 @session_options
-def _as_chat(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
+def _settings(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
     return config, loading
-
-
-_CHAT = click.Command("chat", params=list(reversed(_as_chat.__click_params__)), callback=_as_chat)
 
 
 def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -32,8 +29,8 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
     Raises:
         KvlocalError: a chat with this model would end with this.
     """
-    with _CHAT.make_context("chat", []) as context:
-        config, loading = _CHAT.invoke(context)
+    with _context() as context:
+        config, loading = _settings(**{param.name: context.params[param.name] for param in _settings.__click_params__})
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
     with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
         return {
@@ -46,6 +43,15 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
             **_device(library, loading.gpu_layers),
             **_threads(config, machine),
         }
+
+
+def _context() -> click.Context:
+    """That of `kvlocal chat` without arguments, which is not carried out."""
+    root = click.get_current_context().find_root()
+    assert isinstance(root.command, click.Group)
+    chat = root.command.get_command(root, "chat")
+    assert chat is not None
+    return chat.make_context("chat", [])
 
 
 def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:
