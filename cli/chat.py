@@ -16,6 +16,7 @@ from kvlocal.conversations.replay import read_on
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import Catalogue
 from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
 from kvlocal_cli.answer_view import AnswerView
@@ -91,8 +92,9 @@ class Chat:
 
     @property
     def _lasting_name(self) -> str:
-        """The model by a name that is found from anywhere."""
-        return str(Path(self.name).absolute()) if Path(self.name).is_file() else self.name
+        """The model by a name that is found from anywhere, and that means it for good, as an alias does not."""
+        name = Catalogue.load().meant(self.name)
+        return str(Path(name).absolute()) if Path(name).is_file() else name
 
     def _take_up(self, earlier: Conversation, snapshots: Snapshots) -> None:
         try:

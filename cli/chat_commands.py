@@ -37,7 +37,7 @@ class Command:
 
 def completer() -> ChatCompleter:
     """What Tab completes in a line with a command."""
-    return ChatCompleter({name: command.complete for name, command in _COMMANDS.items()})
+    return ChatCompleter({name: command.complete for name, command in COMMANDS.items()})
 
 
 def execute(chat: Chat, line: str) -> None:
@@ -49,12 +49,12 @@ def execute(chat: Chat, line: str) -> None:
     """
     name, _, argument = line.partition(" ")
     name = _OTHER_NAMES.get(name, name)
-    if name not in _COMMANDS:
-        close = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.5)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "/help lists them, and // begins a line of text with a slash"
         raise KvlocalError(f"there is no command {printable(name[:40])}: {hint}")
     try:
-        _COMMANDS[name].run(chat, argument.strip())
+        COMMANDS[name].run(chat, argument.strip())
     except KeyboardInterrupt:
         if not chat.screen.interactive:
             raise
@@ -62,7 +62,7 @@ def execute(chat: Chat, line: str) -> None:
 
 
 def _help(chat: Chat, argument: str) -> None:
-    rows = [(command.usage, command.help) for command in _COMMANDS.values()]
+    rows = [(command.usage, command.help) for command in COMMANDS.values()]
     rows += [
         ('"""', "begins and ends a text of several lines"),
         ("//", "begins a line of text that starts with a slash"),
@@ -290,7 +290,7 @@ def _bye(chat: Chat, argument: str) -> None:
     raise EOFError
 
 
-_COMMANDS = {
+COMMANDS = {
     "/help": Command("/help", "this list", _help),
     "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part, and what was recalled", show_cache, words(["all"])),
     "/why": Command("/why [all]", "which earlier turns the last answer looked at, by their share of its attention", show_attention, words(["all"])),
