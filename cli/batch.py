@@ -71,6 +71,7 @@ def batch_command(
     if ray_address:
         answering = on_ray(ray_address, workers, loading, model, config, parallel, report.say, interrupt.poll)
     else:
+        loading.locate(model)  # while Ctrl-C still ends it
         answering = _in_process(loading, model, config, parallel)
     with interrupt, answering as (workplace, settings):
         results = Results(target, settings, replace=force, retry=retry)

@@ -63,8 +63,9 @@ def on_ray(
     chooses_ram = click.get_current_context().params["archive_ram"] is None
     load = LoadingThere(_with_whole_paths(loading), _whole_name(name), _with_whole_directory(config), parallel, chooses_ram)
     # where Ray writes what happens on the cluster, and results may go
+    n_threads = config.n_threads if isinstance(config.n_threads, int) else None
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), OnRay(
-        address, load, parallel=parallel, n_workers=n_workers, n_threads=config.n_threads, use_gpu=loading.gpu_layers != 0, tell=tell, poll=poll
+        address, load, parallel=parallel, n_workers=n_workers, n_threads=n_threads, use_gpu=loading.gpu_layers != 0, tell=tell, poll=poll
     ) as workplace:
         if not workplace.has_template:
             say_base_model(name)
@@ -75,10 +76,12 @@ def on_ray(
 
 
 def _whole_name(name: str) -> str:
-    """What a MODEL argument means in any directory."""
-    is_name = name.startswith("hf:") or name in Catalogue.load().entries
-    looks_like_file = os.path.dirname(name) or name.lower().endswith(".gguf") or os.path.isfile(name)
-    return os.path.abspath(os.path.expanduser(name)) if looks_like_file and not is_name else name
+    """What a MODEL argument means in any directory, and without this machine's aliases."""
+    catalogue = Catalogue.load()
+    meant = catalogue.meant(name)
+    is_name = catalogue.is_name(meant)
+    looks_like_file = os.path.dirname(meant) or meant.lower().endswith(".gguf") or os.path.isfile(meant)
+    return os.path.abspath(os.path.expanduser(meant)) if looks_like_file and not is_name else meant
 
 
 def _with_whole_paths(loading: Loading) -> Loading:

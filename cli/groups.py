@@ -8,10 +8,10 @@ _NUMBER = re.compile(r"-\.?\d")  # how no option begins
 
 
 class CommandGroup(click.Group):
-    """A group that shows its help where no command is named, and that is no failure."""
+    """A group that shows its help where no command is named and it does nothing by itself, and that is no failure."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args and not ctx.resilient_parsing:
+        if not args and not self.invoke_without_command and not ctx.resilient_parsing:
             click.echo(ctx.get_help(), color=ctx.color)
             ctx.exit()
         return super().parse_args(ctx, args)

@@ -14,6 +14,7 @@ from kvlocal_cli.chat_command import chat_command
 from kvlocal_cli.doctor import doctor_command
 from kvlocal_cli.evaluations import eval_group
 from kvlocal_cli.groups import CommandGroup
+from kvlocal_cli.model_files import cp_command, rm_command, show_command
 from kvlocal_cli.models import models_command, pull_command
 from kvlocal_cli.nexus import nexus_group
 from kvlocal_cli.run import run_command
@@ -61,17 +62,33 @@ def _fail(sentence: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+_FIRST_STEPS = """\
+kvlocal chats with language models on this machine. Try one of these:
+
+  kvlocal chat                            a chat with a small model, which is pulled first if you agree
+  kvlocal run "Why is the sky blue?"      one answer
+  kvlocal models                          more models to pull, and which of them fit this machine
+
+`kvlocal doctor` says what a chat would use, and whether anything is wrong.
+"""
+
+
 @click.group(
     cls=Kvlocal,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(kvlocal.__version__, prog_name="kvlocal")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Chat with quantized GGUF models on this machine, inside a fixed KV-cache budget."""
+    if context.invoked_subcommand is None:
+        click.echo(_FIRST_STEPS)
+        click.echo(context.get_help())
 
 
 for command in (
-    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, bench_command, doctor_command, eval_group,
-    nexus_group,
+    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, show_command, rm_command, cp_command,
+    bench_command, doctor_command, eval_group, nexus_group,
 ):  # fmt: skip
     main.add_command(command)
