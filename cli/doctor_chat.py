@@ -14,6 +14,7 @@ from kvlocal.llama.adapter import Lora
 from kvlocal_cli.options import Loaded, Loading, session_options
 
 
+@click.command()
 @session_options
 def _settings(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
     return config, loading
@@ -30,7 +31,7 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
         KvlocalError: a chat with this model would end with this.
     """
     with _context() as context:
-        config, loading = _settings(**{param.name: context.params[param.name] for param in _settings.__click_params__})
+        config, loading = context.invoke(_settings, **{str(param.name): context.params[str(param.name)] for param in _settings.params})
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
     with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
         return {
