@@ -87,7 +87,7 @@ class Chat:
             if earlier.messages:
                 self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
                 if self.screen.interactive:
-                    self.screen.note(last_exchange(earlier))
+                    self.screen.note(last_exchange(earlier), is_prose=True)
         self.record.go_on(transcript, snapshots, changes)
 
     @property

@@ -74,6 +74,12 @@ class Terminal:
         """The lines on its screen, and above."""
         return seen(self.output)
 
+    def words_behind_prompt(self) -> list[str]:
+        """What is on the screen behind the last line that was typed at a prompt."""
+        lines = self.seen()
+        start = max(i for i, line in enumerate(lines) if line.startswith(">>>"))
+        return " ".join(lines[start + 1 :]).split()
+
     def wait_for_end(self, seconds: float = 60) -> int:
         """Its exit code."""
         deadline = time.monotonic() + seconds

@@ -60,13 +60,6 @@ def contents(state: Path) -> list[str]:
     return [message["content"] for message in Transcript.read(path).messages]
 
 
-def answer_on(chat: Terminal) -> list[str]:
-    """The words on the screen behind the last prompt with what was typed."""
-    lines = chat.seen()
-    start = max(i for i, line in enumerate(lines) if line.startswith(">>>"))
-    return " ".join(lines[start + 1 :]).split()
-
-
 def test_piped_turns(chat, state):
     result = chat(stdin='Hello\n\n"""\nWhat is\n2+2?\n"""\n//slash')
     assert result.returncode == 0
@@ -368,11 +361,11 @@ def test_kill_in_mid_answer_loses_nothing_shown(terminal, state):
         chat.wait_for_prompt()
         chat.type("Write a long story about a cat.\r")
         chat.wait_for(r"\?2004l")
-        while len(" ".join(answer_on(chat))) < 40:
+        while len(" ".join(chat.words_behind_prompt())) < 40:
             chat.wait_for(r"\w")
         chat.kill(signal.SIGKILL)
         assert chat.wait_for_end() == -signal.SIGKILL
-        shown = " ".join(answer_on(chat))
+        shown = " ".join(chat.words_behind_prompt())
     [path] = transcripts(state)
     kept = Transcript.read(path)
     assert kept.messages[0] == {"role": "user", "content": "Write a long story about a cat."}
