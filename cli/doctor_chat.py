@@ -19,6 +19,9 @@ def _settings(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, L
     return config, loading
 
 
+_NAMES = [param.name for param in _settings.__click_params__]  # type: ignore[attr-defined]
+
+
 def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
     """For JSON: of policy, nexus, device and threads what is used (nexus None for none) and, as policy_why and so on, why; model and budget (cells).
 
@@ -30,7 +33,7 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
         KvlocalError: a chat with this model would end with this.
     """
     with _context() as context:
-        config, loading = _settings(**{param.name: context.params[param.name] for param in _settings.__click_params__})
+        config, loading = _settings(**{name: context.params[name] for name in _NAMES})
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
     with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
         return {
