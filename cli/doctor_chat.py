@@ -14,12 +14,10 @@ from kvlocal.llama.adapter import Lora
 from kvlocal_cli.options import Loaded, Loading, session_options
 
 
+@click.command()
 @session_options
 def _settings(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
     return config, loading
-
-
-_NAMES = [param.name for param in _settings.__click_params__]  # type: ignore[attr-defined]
 
 
 def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
         KvlocalError: a chat with this model would end with this.
     """
     with _context() as context:
-        config, loading = _settings(**{name: context.params[name] for name in _NAMES})
+        config, loading = context.invoke(_settings, **{str(param.name): context.params[str(param.name)] for param in _settings.params})
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
     with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
         return {

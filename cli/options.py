@@ -22,6 +22,8 @@ from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import KV_TYPES
+from kvlocal.llama.free_cores import AUTO as FREE_CORES
+from kvlocal.llama.free_cores import Threads
 from kvlocal.llama.library import load as load_library
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
@@ -67,6 +69,19 @@ class SizeInBytes(click.ParamType):
         if not 1 <= n_bytes < 2**60:
             self.fail(f"{value!r} is no memory that a cache could have", param, ctx)
         return n_bytes
+
+
+class NumberOfThreads(click.ParamType):
+    """A number of threads, or auto."""
+
+    name = "threads"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Threads:
+        """Raises BadParameter if it is something else."""
+        if value == FREE_CORES:
+            return FREE_CORES
+        n: int = click.IntRange(min=1).convert(value, param, ctx)
+        return n
 
 
 def parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[float, ...]:
@@ -203,7 +218,9 @@ _OPTIONS = (
         help="Layers that go to the GPU, -1 for all; without one it has no effect.",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]",
+        "--threads", type=NumberOfThreads(), metavar="N|auto",
+        help="Threads; auto for one per core that other programs leave free.  [default: auto; with --seed or --temp 0, which are to give the same "
+        "text again, one per core]",
     ),
     click.option("--yes", "-y", is_flag=True, help="Pull a model that is not on this machine yet without a question."),
 )
@@ -327,7 +344,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         max_tokens: int,
         type_k: str | None,
         type_v: str | None,
-        threads: int | None,
+        threads: Threads,
         yes: bool,
         **others: Any,
     ) -> Any:
@@ -354,11 +371,11 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 system=system,
                 type_k=type_k or (_SESSION.type_k if kv_memory is None else AUTO),
                 type_v=type_v or (_SESSION.type_v if kv_memory is None else AUTO),
-                n_threads=threads,
+                n_threads=threads or (FREE_CORES if seed is None and temp else None),
                 sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed),
                 max_tokens=max_tokens,
                 archive=archive,
-                archive_ram=_archive_ram() if archive_ram is None else archive_ram * 10**6,
+                archive_ram=default_archive_ram() if archive_ram is None else archive_ram * 10**6,
                 archive_dir=archive_dir,
                 archive_type=archive_type,
             )
@@ -377,7 +394,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_config
 
 
-def _archive_ram() -> int:
+def default_archive_ram() -> int:
     """Bytes of memory for the archive, if nobody says how many: a quarter of what is free, where the system tells."""
     free = available_memory()
     return _SESSION.archive_ram if free is None else free // 4

@@ -122,7 +122,7 @@ def test_what_users_of_other_programs_type_here(other, tmp_path, monkeypatch):
     assert len(rows) >= 6 and len(typed) >= 6
     for text in typed:
         if text.startswith("/"):
-            assert text.split()[0] in chat_commands.names()
+            assert text.split()[0] in chat_commands.COMMANDS
             continue
         *_, words = (part.partition("<")[0] for part in text.split("|"))
         program, command, *args = shlex.split(words)
@@ -132,7 +132,7 @@ def test_what_users_of_other_programs_type_here(other, tmp_path, monkeypatch):
 
 
 def test_the_table_of_commands_inside_a_chat():
-    assert [code(row[0])[0].split()[0] for row in table("docs/chat.md", "command")] == chat_commands.names()
+    assert [code(row[0])[0].split()[0] for row in table("docs/chat.md", "command")] == list(chat_commands.COMMANDS)
 
 
 def test_what_a_line_of_a_batch_may_have():
