@@ -51,9 +51,10 @@ def _context() -> click.Context:
     """That of `kvlocal chat` without arguments, which is not carried out."""
     root = click.get_current_context().find_root()
     assert isinstance(root.command, click.Group)
-    chat = root.command.get_command(root, "chat")
+    # which also finds what it has for defaults
+    _, chat, _ = root.command.resolve_command(root, ["chat"])
     assert chat is not None
-    return chat.make_context("chat", [])
+    return chat.make_context("chat", [], parent=root)
 
 
 def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:

@@ -105,7 +105,7 @@ def test_command(smollm2):
     assert set(report) == {"kvlocal", "python", "platform", "library", "machine", "models", "model", "chat", "hints", "problems"}
     chat = report["chat"]
     assert (chat["policy"], chat["policy_why"], chat["nexus"], chat["nexus_why"]) == ("recall", "the default", None, "the policy recall uses none")
-    assert (chat["device"], chat["threads"]) == ("CPU", report["machine"]["usable_cores"])
+    assert (chat["device"], chat["threads"]) == ("CPU", report["machine"]["usable_cores"]) and "other programs" in chat["threads_why"]
     done = doctor(smollm2)
     assert (done.returncode, done.stderr) == (0, "")
     for text in ("by the policy recall (the default)", "Nexus tokens    none (", "runs on         CPU (", "threads         "):
