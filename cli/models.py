@@ -21,6 +21,7 @@ from rich.table import Table
 from kvlocal.files.places import models_dir
 from kvlocal.hub.catalogue import Catalogue, Entry, HubFile
 from kvlocal.hub.pull import pull
+from kvlocal_cli import completing
 from kvlocal_cli.progress import REPORT_SECONDS
 from kvlocal_cli.terminal import print_aligned
 
@@ -56,7 +57,7 @@ def models_command(as_json: bool) -> None:
 
 
 @click.command("pull")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.models)
 @click.option("--force", is_flag=True, help="Fetch the model again although it is here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the path.")
 def pull_command(name: str, force: bool, as_json: bool) -> None:
