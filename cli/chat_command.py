@@ -7,7 +7,7 @@ import click
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.options import AnswerOptions
-from kvlocal.conversations.named_sessions import chat_file, new_session_path
+from kvlocal.conversations.named_sessions import chat_file, kept_path
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load
 from kvlocal.conversations.transcript import Transcript
@@ -61,7 +61,7 @@ def chat_command(
         raise click.UsageError("a session is its transcript: give --session or --no-transcript")
     load_path = None if load_from is None else chat_file(load_from)
     begun = Conversation() if load_path is None else load(load_path)
-    kept = None if session_name is None else Transcript.resume(new_session_path(session_name))
+    kept = None if session_name is None else Transcript.resume(kept_path(session_name))
     with kept or nullcontext():
         earlier = (kept and kept.conversation) or Conversation()
         if earlier.messages and load_path:

@@ -18,6 +18,8 @@ COMMANDS = {
     "batch": Lazy("kvlocal_cli.batch:batch_command", "Answer every conversation of IN.jsonl, or of standard input if that is -."),
     "serve": Lazy("kvlocal_cli.serve:serve_command", "A chat in the browser, and answers for programs that speak OpenAI's API."),
     "sessions": Lazy("kvlocal_cli.sessions:sessions_group", "List, show, rename, fork, export, prune and delete conversations that have a name."),
+    "logs": Lazy("kvlocal_cli.logs:logs_command", "List past sessions and chats, the last used first"),
+    "chats": Lazy("kvlocal_cli.prune:chats_group", "Make room of past chats that have no name."),
     "models": Lazy("kvlocal_cli.models:models_command", "List the models that can be pulled by name, and what is on this machine."),
     "pull": Lazy("kvlocal_cli.models:pull_command", "Fetch the model NAME and print the path of its GGUF file."),
     "bench": Lazy("kvlocal_cli.bench:bench_command", "Measure a compressed session against stock llama.cpp, in alternation in one run."),

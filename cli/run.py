@@ -12,7 +12,7 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.text_session import TextSession
-from kvlocal.conversations.named_sessions import last_used, new_session_path
+from kvlocal.conversations.named_sessions import kept_path, last_used
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
@@ -45,6 +45,8 @@ from kvlocal_cli.terminal import (
 @answer_options
 @click.option("--session", "session_name", metavar="NAME|FILE", shell_complete=completing.sessions,
               help="Ask in the conversation that is kept under this name, or begin it.")
+@click.option("-t", "--template", "named", metavar="NAME", shell_complete=completing.prompts,
+              help="Take the prompt of this name, with PROMPT and files as the text that it is for.")
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Ask in the chat or session that was used last.")
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without a chat template, and print how it goes on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
@@ -53,6 +55,7 @@ def run_command(
     model: str | None,
     files: tuple[str, ...],
     session_name: str | None,
+    named: str | None,
     goes_on: bool,
     config: SessionConfig,
     loading: Loading,
@@ -71,19 +74,23 @@ def run_command(
     \b
         kvlocal run "Sum this up." < report.txt
         kvlocal run "What has changed?" @old.txt @new.txt
+        kvlocal run -t summary < report.txt
+
+    A prompt with a name is a text file such as summary.txt in the directory prompts beside the config file; {{input}} in it
+    stands for the text, which else follows it.
     """
     if raw and config.system is not None:
         raise click.UsageError("--raw takes the text as it is, without a system prompt: leave --system out, or write it into the text")
     in_chat = session_name is not None or goes_on
     if in_chat and (raw or (session_name is not None and goes_on)):
         raise click.UsageError("--session, --continue and --raw are three ways of asking: give one of them")
-    name, prompt = model_and_prompt(words, model if is_given("model") else None, files)
+    name, prompt = model_and_prompt(words, model if is_given("model") else None, files, named)
     _, default = model_named(name, None if is_given("model") else model)
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
     if in_chat:
-        path = last_used() if session_name is None else new_session_path(session_name)
+        path = last_used() if session_name is None else kept_path(session_name)
         _ask_in_chat(path, name, default, prompt, config, loading, asked, as_json)
         return
     name = default

@@ -28,6 +28,7 @@ from kvlocal.files.atomic import PRIVATE, atomic_write
 from kvlocal_cli import completing
 from kvlocal_cli.chat_commands import open_end
 from kvlocal_cli.groups import CommandGroup
+from kvlocal_cli.prune import prune_sessions_command
 from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 
 COLUMNS = ("name", "model", "turns", "tokens", "last used", "size")
@@ -121,6 +122,9 @@ def delete_command(name: str, yes: bool) -> None:
             raise click.UsageError("nobody can be asked: confirm with --yes")
         click.confirm(f"Delete the session {printable(name)} with all that was said in it?", abort=True, err=True)
     delete(path)
+
+
+sessions_group.add_command(prune_sessions_command)
 
 
 def _say_where(path: Path) -> None:
