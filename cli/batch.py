@@ -59,6 +59,7 @@ def batch_command(
     target = None if output == "-" else output
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
         raise click.UsageError(f"{target} is the input: name another output")
+    loading.locate(model)  # while Ctrl-C still ends it
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
     with _Interrupt() as interrupt, loading.loaded(model, config, parallel, undo=False) as loaded:
         warn_of_base_model(model, loaded.model)

@@ -81,7 +81,8 @@ def bench_command(
     conversation, of which the session holds its share and llama.cpp everything. decode@equal-cells is with as many cells in both,
     decode@control llama.cpp against itself. chat40 is a whole chat of 40 turns, chat40@context-shift the same against one that drops
     old text where its context is full. share.X is a part of the session's time. decode@N-snapkv is against a session that only evicts,
-    read@N is one long text from its beginning.
+    read@N is one long text from its beginning. decode@busy is while another program has one core, which the benchmark starts for it,
+    decode@busy-quiet what that leaves of the session's speed.
 
     Everything takes about 20 minutes on two cores; the machine should do nothing else.
     """

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.opening import checked_template
 from kvlocal.chat.options import AnswerOptions
@@ -15,14 +16,19 @@ from kvlocal.conversations.replay import read_on
 from kvlocal.conversations.snapshot import SnapshotError, Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript
 from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import Catalogue
 from kvlocal.template.markup import Message
 from kvlocal_cli import chat_commands
+from kvlocal_cli.answer_view import AnswerView
 from kvlocal_cli.chat_input import Lines, PipedLines, TypedLines, read_turn
 from kvlocal_cli.chat_record import ChatRecord
 from kvlocal_cli.chat_screen import Screen, last_exchange, status_line
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.options import Loaded, Loading
-from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost, write_answer
+from kvlocal_cli.terminal import Interruptible, ReadingBar, archive_lost
+
+# the next characters of an answer as a transcript keeps them, and the same with its thought apart
+Told = tuple[str, AnswerPiece]
 
 
 class Chat:
@@ -30,16 +36,16 @@ class Chat:
 
     Attributes:
         record: how it is kept
-        write: where the pieces of answers go; may be set
+        view: where the pieces of answers go
         failed: whether a command failed; on a terminal the user has seen it, a script needs the exit code.
     """
 
     def __init__(
-        self, name: str, loaded: Loaded, screen: Screen, loading: Loading, asked: AnswerOptions = AnswerOptions()
+        self, name: str, loaded: Loaded, screen: Screen, view: AnswerView, loading: Loading, asked: AnswerOptions = AnswerOptions()
     ) -> None:
         self.name = name
         self.screen = screen
-        self.write: Callable[[str], None] = write_answer
+        self.view = view
         self.failed = False
         self._model, self._nexus, self._loading, self._asked = loaded.model, loaded.nexus, loading, asked
         self._bar = ReadingBar()
@@ -86,8 +92,9 @@ class Chat:
 
     @property
     def _lasting_name(self) -> str:
-        """The model by a name that is found from anywhere."""
-        return str(Path(self.name).absolute()) if Path(self.name).is_file() else self.name
+        """The model by a name that is found from anywhere, and that means it for good, as an alias does not."""
+        name = Catalogue.load().meant(self.name)
+        return str(Path(name).absolute()) if Path(name).is_file() else name
 
     def _take_up(self, earlier: Conversation, snapshots: Snapshots) -> None:
         try:
@@ -108,7 +115,7 @@ class Chat:
         screen = self.screen
         lines: Lines
         if screen.interactive:
-            lines = TypedLines(screen.terminal, chat_commands.names())
+            lines = TypedLines(screen.terminal, chat_commands.completer())
             kept = f"kept in {self.record.transcript.path}" if self.record.transcript else "not kept in a file"
             changed = "".join(f" with {adapter}" for adapter in self._model.adapters)
             screen.note(f"{self.name}{changed}, {self.config.policy}, {self.session.kv.budget} cells. This chat is {kept}.")
@@ -166,9 +173,10 @@ class Chat:
             self.record.add(lambda transcript: transcript.end_answer("stopped"))
         compressions = session.kv.compressions
 
-        def begin() -> Iterator[str]:
+        def begin() -> Iterator[Told]:
             self.record.add_user(text)
-            return session.send(text, self._asked)
+            session.add_turn("user", text)
+            return session.told(self._asked)
 
         with self._interruptible() as turn:
             self._show(self._read(begin, n_messages=len(session.messages) + 1), turn)
@@ -183,14 +191,15 @@ class Chat:
         session = self.session
         compressions = session.kv.compressions
 
-        def begin() -> Iterator[str]:
+        def begin() -> Iterator[Told]:
             if session.messages:
                 self.record.add(Transcript.add_regen)
-            return session.regenerate(self._asked)
+            session.take_answer_back()
+            return session.told(self._asked)
 
         with self._interruptible() as turn:
             if session.messages and session.messages[-1]["role"] == "user":
-                pieces = session.answer(self._asked)
+                pieces = session.told(self._asked)
             else:
                 pieces = self._read(begin, n_messages=len(session.messages) - 1)
             self._show(pieces, turn)
@@ -319,7 +328,7 @@ class Chat:
     def _interruptible(self) -> AbstractContextManager[Interruptible | None]:
         return Interruptible(self.session) if self.screen.interactive else nullcontext()
 
-    def _read(self, begin: Callable[[], Iterator[str]], *, n_messages: int) -> Iterator[str]:
+    def _read(self, begin: Callable[[], Iterator[Told]], *, n_messages: int) -> Iterator[Told]:
         """The answer that `begin` begins once it has read the user turn; there are `n_messages` then."""
         try:
             return begin()
@@ -332,14 +341,15 @@ class Chat:
         finally:
             self._bar.close()
 
-    def _show(self, pieces: Iterator[str], turn: Interruptible | None) -> None:
-        piece, reason = "", "error"
+    def _show(self, pieces: Iterator[Told], turn: Interruptible | None) -> None:
+        reason = "error"
         drawn: Sequence[int] = []
         try:
-            for piece in turn.answering(pieces) if turn else pieces:
+            for text, piece in turn.answering(pieces) if turn else pieces:
                 # first what outlives the program
-                self.record.add_piece(piece)
-                self.write(piece)
+                if text:
+                    self.record.add_piece(text)
+                self.view.write(text, piece)
             if last := self.session.last:
                 reason, drawn = last.stop_reason, last.drawn
         except KeyboardInterrupt:
@@ -347,8 +357,7 @@ class Chat:
             raise
         finally:
             self.record.add(lambda transcript: transcript.end_answer(reason, drawn, self.session.kv.history_tokens))
-            if not piece.endswith("\n"):
-                self.write("\n")
+            self.view.end()
 
     def _show_status(self, compressions: int) -> None:
         last, kv = self.session.last, self.session.kv

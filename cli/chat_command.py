@@ -14,9 +14,11 @@ from kvlocal.conversations.transcript import Transcript
 from kvlocal.hub.catalogue import is_same_model
 from kvlocal_cli import chat_commands, completing
 from kvlocal_cli.answer_options import answer_options
+from kvlocal_cli.answer_view import answer_view
 from kvlocal_cli.chat import Chat
 from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.groups import Command
+from kvlocal_cli.look import Look, look_options, warn_of_thoughts
 from kvlocal_cli.options import Loading, clean_text, model_named, session_options
 from kvlocal_cli.settings import is_given
 from kvlocal_cli.terminal import warn_of_base_model
@@ -27,11 +29,13 @@ from kvlocal_cli.terminal import warn_of_base_model
 @click.option("-m", "--model", metavar="MODEL", shell_complete=completing.models, help="The model, in place of the argument.")
 @session_options
 @answer_options
+@look_options
 @click.option("--session", "session_name", metavar="NAME|FILE", shell_complete=completing.sessions,
               help="Begin a conversation that is kept under this name or in this file, or go on with it where it ended.")
 @click.option("--load", "load_from", metavar="FILE|NAME", shell_complete=completing.conversations,
               help="Go on with a saved chat, a transcript, or a copy of a session.")
 @click.option("--no-transcript", is_flag=True, help="Keep no file of this chat.")
+@click.option("--separator", default="", metavar="TEXT", help="Without a terminal, the line between two answers.  [default: an empty line]")
 @click.option("--verbose", is_flag=True, help="Without a terminal, say on stderr what a terminal would show.")
 def chat_command(
     name: str | None,
@@ -39,9 +43,11 @@ def chat_command(
     config: SessionConfig,
     loading: Loading,
     asked: AnswerOptions,
+    look: Look,
     session_name: str | None,
     load_from: str | None,
     no_transcript: bool,
+    separator: str,
     verbose: bool,
 ) -> None:
     """Chat with a model.
@@ -51,7 +57,7 @@ def chat_command(
     The chat never ends: what it was about stays in the KV cache as far as the budget goes. Type /help for the commands.
     Every chat is kept in a transcript, word by word; --session goes on with one where it ended, whatever ended it.
 
-    Without a terminal turns are read from stdin, one a line, and the answers are plain text on stdout:
+    Without a terminal turns are read from stdin, one a line, and the answers are plain text on stdout, with an empty line between two:
 
     \b
         printf 'Hello\\nWhat did I just say?\\n' | kvlocal chat
@@ -70,9 +76,10 @@ def chat_command(
         name = model_of(earlier, name, default, screen)
         before = begun if load_path else earlier
         system = system_of(before, config)
-        config = replace(config, system=system)
-        with loading.loaded(name, config) as loaded, Chat(name, loaded, screen, loading, asked) as chat:
+        config = replace(config, system=system, thinking=look.think != "off")
+        with loading.loaded(name, config) as loaded, Chat(name, loaded, screen, answer_view(look, separator=separator), loading, asked) as chat:
             warn_of_base_model(name, loaded.model)
+            warn_of_thoughts(name, loaded.model, look)
             if begun.messages:
                 # before there is a transcript: a file that does not fit leaves none
                 chat.replace(chat.config, begun.messages)

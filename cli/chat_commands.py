@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import difflib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.cells import cell_len, set_cell_size
 
+from kvlocal import policies
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.stats import SegmentStats
 from kvlocal.conversations.named_sessions import chat_file, new_session_path, outside
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import load, save
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import with_temperature
+from kvlocal.template.answer import split_thought
+from kvlocal_cli.chat_completion import ChatCompleter, Complete, files, nothing, sessions_and_files, values, words
+from kvlocal_cli.chat_tables import on_a_line, show_attention, show_cache
+from kvlocal_cli.clipboard import copy
 from kvlocal_cli.options import split_policy_arg
 from kvlocal_cli.terminal import printable
 
 if TYPE_CHECKING:
     from kvlocal_cli.chat import Chat
 
-BAR_WIDTH = 24
-SHOWN_SEGMENTS = 24
-SHOWN_PARTS = 8
-
-
 @dataclass(frozen=True)
 class Command:
     usage: str
     help: str
     run: Callable[[Chat, str], None]
+    complete: Complete = nothing
 
 
-def names() -> list[str]:
-    """The commands, with their slash."""
-    return list(_COMMANDS)
+def completer() -> ChatCompleter:
+    """What Tab completes in a line with a command."""
+    return ChatCompleter({name: command.complete for name, command in COMMANDS.items()})
 
 
 def execute(chat: Chat, line: str) -> None:
@@ -51,12 +49,12 @@ def execute(chat: Chat, line: str) -> None:
     """
     name, _, argument = line.partition(" ")
     name = _OTHER_NAMES.get(name, name)
-    if name not in _COMMANDS:
-        close = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.5)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "/help lists them, and // begins a line of text with a slash"
         raise KvlocalError(f"there is no command {printable(name[:40])}: {hint}")
     try:
-        _COMMANDS[name].run(chat, argument.strip())
+        COMMANDS[name].run(chat, argument.strip())
     except KeyboardInterrupt:
         if not chat.screen.interactive:
             raise
@@ -64,7 +62,7 @@ def execute(chat: Chat, line: str) -> None:
 
 
 def _help(chat: Chat, argument: str) -> None:
-    rows = [(command.usage, command.help) for command in _COMMANDS.values()]
+    rows = [(command.usage, command.help) for command in COMMANDS.values()]
     rows += [
         ('"""', "begins and ends a text of several lines"),
         ("//", "begins a line of text that starts with a slash"),
@@ -74,95 +72,6 @@ def _help(chat: Chat, argument: str) -> None:
     width = max(len(usage) for usage, _ in rows)
     for usage, text in rows:
         chat.screen.show(f"{usage.ljust(width)}  {text}")
-
-
-def _kv(chat: Chat, argument: str) -> None:
-    if argument not in ("", "all"):
-        raise KvlocalError("/kv takes nothing, or all")
-    chat.session.settle()
-    segments, kv = chat.session.segments(), chat.session.kv
-    rows = _merged(segments, kv.archived) if argument != "all" else [_row(segment, kv.archived) for segment in segments]
-    _show_table(chat, [("turn", "role", "seen", *(("archived", "recalled") if kv.archived else ()), "kept", "", ""), *rows])
-    nexus = f" ({kv.nexus:.1f} of them Nexus tokens)" if kv.nexus else ""
-    chat.screen.show(
-        f"total: {kv.history_tokens} tokens seen, {kv.used} cells kept{nexus} of a budget of {kv.budget}, "
-        f"{kv.evicted} evicted in {kv.compressions} compressions; peak {kv.peak_cells} of {kv.capacity} cells"
-    )
-    if kv.archived:
-        in_memory, on_disk = (f"{n_bytes / 1e6:,.0f} MB" for n_bytes in kv.archive_bytes)
-        chat.screen.show(f"archive: {kv.archived} tokens, {in_memory} of memory, {on_disk} of disk; {kv.recalled:.1f} cells recalled just now")
-
-
-def _show_table(chat: Chat, rows: Sequence[Sequence[str]]) -> None:
-    """Rows of a turn, a role, numbers, a bar and a text."""
-    *columns, texts = zip(*rows, strict=True)
-    padded = []
-    for i, column in enumerate(columns):
-        pad = str.ljust if i in (1, len(columns) - 1) else str.rjust
-        padded.append([pad(cell, max(map(len, column))) for cell in column])
-    width = shutil.get_terminal_size().columns if chat.screen.interactive else None
-    for cells in zip(*padded, texts, strict=True):
-        line = "  ".join(cells).rstrip()
-        chat.screen.show(line if width is None or cell_len(line) <= width else set_cell_size(line, width - 1) + "…")
-
-
-def _row(segment: SegmentStats, archived: int) -> tuple[str, ...]:
-    text = _on_a_line(segment.text)
-    return (
-        str(segment.turn or ""),
-        segment.role,
-        str(segment.n_tokens),
-        *((str(segment.n_archived), f"{segment.n_recalled:.1f}") if archived else ()),
-        f"{segment.n_cells:.1f}",
-        _bar(segment.n_cells, segment.n_tokens),
-        f"pinned  {text}" if segment.pinned else text,
-    )
-
-
-def _merged(segments: list[SegmentStats], archived: int) -> list[tuple[str, ...]]:
-    """What is pinned and the last segments; those between in one row."""
-    rows, old = [], []
-    for i, segment in enumerate(segments):
-        if segment.pinned or i >= len(segments) - SHOWN_SEGMENTS:
-            rows.append((i, _row(segment, archived)))
-        else:
-            old.append((i, segment))
-    if len(old) > 1:
-        n_tokens, n_cells, n_archived, n_recalled = (
-            sum(getattr(segment, name) for _, segment in old) for name in ("n_tokens", "n_cells", "n_archived", "n_recalled")
-        )
-        together = SegmentStats("earlier", 0, n_tokens, n_cells, 0, False, f"{len(old)} earlier parts, /kv all shows each", n_archived, n_recalled)
-        rows.append((old[0][0], _row(together, archived)))
-    else:
-        rows += [(i, _row(segment, archived)) for i, segment in old]
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-
-
-def _bar(kept: float, seen: int) -> str:
-    full = round(BAR_WIDTH * min(kept / seen, 1.0)) if seen else 0
-    return "█" * full + "░" * (BAR_WIDTH - full)
-
-
-def _why(chat: Chat, argument: str) -> None:
-    if argument not in ("", "all"):
-        raise KvlocalError("/why takes nothing, or all")
-    looked = chat.session.looked_at()
-    # what was recalled need not have got the largest shares: heads that look far are few
-    recalled = chat.session.last.recalled if chat.session.last and looked.everything else ()
-    shown = [part for i, part in enumerate(looked.parts) if argument == "all" or i < SHOWN_PARTS or part.turn in recalled]
-    rows: list[tuple[str, ...]] = [("turn", "role", "share", *(("recalled",) if looked.everything else ()), "", "")]
-    for part in shown:
-        back = (f"{part.recalled:.1f}",) if looked.everything else ()
-        rows.append((str(part.turn or ""), part.role, f"{part.share:.0%}", *back, _bar(part.share, 1), _on_a_line(part.text)))
-    if shown:
-        _show_table(chat, rows)
-    if n_others := len(looked.parts) - len(shown):
-        chat.screen.show(f"and {n_others} others with {1 - sum(part.share for part in shown):.0%} together, /why all shows each")
-    span = "the whole conversation" if looked.everything else "what the cache holds"
-    chat.screen.show(
-        f"attention to {span}: {looked.earlier:.0%} to earlier turns, {looked.current:.0%} to this one, "
-        f"{looked.beginning:.0%} to the beginning that always stays"
-    )
 
 
 def _regen(chat: Chat, argument: str) -> None:
@@ -200,6 +109,17 @@ def _clear(chat: Chat, argument: str) -> None:
     chat.screen.note("forgotten; the system prompt stays, and /undo brings the rest back")
 
 
+def _copy(chat: Chat, argument: str) -> None:
+    messages = chat.session.messages
+    if not messages or messages[-1]["role"] != "assistant":
+        raise KvlocalError("there is no answer to copy: send something first")
+    if not chat.screen.interactive:
+        raise KvlocalError("/copy is for a terminal: without one the answer is on standard output")
+    answer = split_thought(messages[-1]["content"])[2].strip()
+    copy(answer, chat.screen.terminal)
+    chat.screen.note(f"copied the last answer, {len(answer)} characters")
+
+
 def _check_agreed(chat: Chat) -> None:
     """Asks before a session loses its turns.
 
@@ -224,12 +144,8 @@ def _system(chat: Chat, argument: str) -> None:
     chat.screen.note("system prompt changed; the conversation was read again")
 
 
-def _on_a_line(text: str) -> str:
-    return " ".join(printable(text).split())
-
-
 def _start(text: str) -> str:
-    text = _on_a_line(text)
+    text = on_a_line(text)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
@@ -301,7 +217,8 @@ def _set(chat: Chat, argument: str) -> None:
     chat.screen.note(f"{name}: {settings(chat)[name]}")
 
 
-_SETTABLE = (*_SAMPLING, "max-tokens", "kv-budget", "policy")
+# and the values that are words
+_SETTABLE: dict[str, Sequence[str]] = {**dict.fromkeys(_SAMPLING, ()), "max-tokens": (), "kv-budget": (), "policy": tuple(policies.POLICIES)}
 _FIXED = ("stride", "ctk", "ctv")
 
 
@@ -373,19 +290,20 @@ def _bye(chat: Chat, argument: str) -> None:
     raise EOFError
 
 
-_COMMANDS = {
+COMMANDS = {
     "/help": Command("/help", "this list", _help),
-    "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part, and what was recalled", _kv),
-    "/why": Command("/why [all]", "which earlier turns the last answer looked at, by their share of its attention", _why),
+    "/kv": Command("/kv [all]", "what is in the cache: tokens seen and cells kept of each part, and what was recalled", show_cache, words(["all"])),
+    "/why": Command("/why [all]", "which earlier turns the last answer looked at, by their share of its attention", show_attention, words(["all"])),
     "/regen": Command("/regen", "another answer to the last turn", _regen),
     "/undo": Command("/undo [N]", "take the last turn and its answer back, or the last N; behind /clear or /load bring back what was there", _undo),
+    "/copy": Command("/copy", "the last answer into the clipboard, without its thought", _copy),
     "/edit": Command("/edit N TEXT", "say something else in turn N, as /kv numbers them; what follows is dropped", _edit),
     "/fork": Command("/fork NAME", "go on in a new session; the one until now stays as it is", _fork),
     "/clear": Command("/clear", "forget everything but the system prompt", _clear),
     "/system": Command("/system [TEXT]", 'show the system prompt or change it; "" goes back to the model\'s own', _system),
-    "/set": Command("/set [NAME VALUE]", f"show the settings or change one: {', '.join(_SETTABLE)}", _set),
-    "/save": Command("/save [--force] FILE", "write the conversation to a file, as Markdown if it ends in .md", _save),
-    "/load": Command("/load FILE|NAME", "go on with a saved conversation, a transcript or a session", _load),
+    "/set": Command("/set [NAME VALUE]", f"show the settings or change one: {', '.join(_SETTABLE)}", _set, values(_SETTABLE)),
+    "/save": Command("/save [--force] FILE", "write the conversation to a file, as Markdown if it ends in .md", _save, files),
+    "/load": Command("/load FILE|NAME", "go on with a saved conversation, a transcript or a session", _load, sessions_and_files),
     "/bye": Command("/bye", "leave", _bye),
 }
 

@@ -2,12 +2,11 @@
 
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol, TextIO
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.completion import Completer
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output.defaults import create_output
 
@@ -42,17 +41,17 @@ class PipedLines:
 
 
 class TypedLines:
-    """A terminal with line editing, completion of commands, and a history that outlives the program.
+    """A terminal with line editing, completion by Tab, and a history that outlives the program.
 
     Args:
         terminal: where the prompt appears.
-        commands: what is completed at the start of a line.
+        completer: what Tab completes.
     """
 
-    def __init__(self, terminal: TextIO, commands: Sequence[str]) -> None:
+    def __init__(self, terminal: TextIO, completer: Completer) -> None:
         self._prompt: PromptSession[str] = PromptSession(
             history=_history(),
-            completer=WordCompleter(list(commands), sentence=True),
+            completer=completer,
             complete_while_typing=False,
             output=create_output(terminal),
         )

@@ -10,7 +10,9 @@ from click.shell_completion import CompletionItem
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import prompts_dir, state_dir
-from kvlocal.hub.catalogue import Catalogue, HubFile
+from kvlocal.hub.aliases import all_aliases
+from kvlocal.hub.catalogue import Catalogue
+from kvlocal.hub.hub_file import HubFile
 
 _TRANSCRIPTS = "*.jsonl"
 
@@ -19,10 +21,11 @@ def models(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> lis
     """Names of models, those on this machine first, or a file."""
     try:
         entries = sorted(Catalogue.load().entries.values(), key=lambda entry: not entry.present)
-        names = {entry.name: entry.summary for entry in entries} | {file.name: "" for file in HubFile.pulled()}
+        names = dict.fromkeys(alias for alias, _ in all_aliases()) | {entry.name: entry.summary for entry in entries}
+        names |= dict.fromkeys(file.name for file in HubFile.pulled())
     except KvlocalError:
         names = {}
-    return _or_file([CompletionItem(name, help=said or None) for name, said in names.items() if name.startswith(incomplete)])
+    return _or_file([CompletionItem(name, help=said) for name, said in names.items() if name.startswith(incomplete)])
 
 
 def sessions(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

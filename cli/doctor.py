@@ -8,8 +8,10 @@ import click
 from rich.filesize import decimal
 
 from kvlocal.doctor.diagnosis import diagnose
+from kvlocal.errors import KvlocalError
 from kvlocal.llama.adapter import Lora
 from kvlocal_cli import completing
+from kvlocal_cli.doctor_chat import describe_chat
 from kvlocal_cli.options import lora_option
 
 
@@ -20,12 +22,15 @@ from kvlocal_cli.options import lora_option
 def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> None:
     """Say what this installation consists of, and what is wrong if anything is: then the exit code is 1.
 
-    With MODEL, a name from the catalogue or a GGUF file, also what its KV cache costs and whether it can be compressed; with
-    --lora whether these adapters go with it.
+    It also says which policy, Nexus tokens, device and threads a chat would use with the default model, if that is here.
+
+    With MODEL, a name from the catalogue or a GGUF file, the same for that model, what its KV cache costs and whether it can
+    be compressed; with --lora whether these adapters go with it.
     """
     if lora and model is None:
         raise click.UsageError("--lora is for a model: name it too")
     report = diagnose(model, lora)
+    report["chat"] = _chat(report, model, lora)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -33,6 +38,20 @@ def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> 
             click.echo(f"{label:<16}{value}".rstrip())
     if report["problems"]:
         sys.exit(1)
+
+
+def _chat(report: dict[str, Any], model: str | None, lora: tuple[Lora, ...]) -> dict[str, Any] | None:
+    """What a chat would use; None where that cannot be found out."""
+    models = report["models"]
+    if model is None and models and models["default"] in models["present"]:
+        model = models["default"]
+    if model is None or not report["library"] or report.get("model", True) is None:
+        return None
+    try:
+        return describe_chat(model, lora, report["library"], report["machine"])
+    except KvlocalError as error:
+        report["problems"].append(f"a chat with {model} is not possible: {error}")
+        return None
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -78,6 +97,13 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
                 rows.append(("largest budget", f"{model['largest_budget']:,} cells in the memory that is free"))
         else:
             rows.append(("compressible", "no"))
+    if chat := report["chat"]:
+        rows += [
+            ("a chat", f"with {chat['model']} keeps {chat['budget']:,} cells by the policy {chat['policy']} ({chat['policy_why']})"),
+            ("Nexus tokens", f"{chat['nexus'] or 'none'} ({chat['nexus_why']})"),
+            ("runs on", f"{chat['device']} ({chat['device_why']})"),
+            ("threads", f"{chat['threads']} ({chat['threads_why']})"),
+        ]
     rows += [("hint", hint) for hint in report["hints"]]
     rows += [("problem", problem) for problem in report["problems"]] or [("problems", "none")]
     return rows

@@ -20,8 +20,11 @@ COMMANDS = {
     "sessions": Lazy("kvlocal_cli.sessions:sessions_group", "List, show, rename, fork, export, prune and delete conversations that have a name."),
     "logs": Lazy("kvlocal_cli.logs:logs_command", "List past sessions and chats, the last used first"),
     "chats": Lazy("kvlocal_cli.prune:chats_group", "Make room of past chats that have no name."),
-    "models": Lazy("kvlocal_cli.models:models_command", "List the models that can be pulled by name, and what is on this machine."),
+    "models": Lazy("kvlocal_cli.models:models_command", "List the models that can be pulled by name, what is on this machine, and what fits"),
     "pull": Lazy("kvlocal_cli.models:pull_command", "Fetch the model NAME and print the path of its GGUF file."),
+    "show": Lazy("kvlocal_cli.model_files:show_command", "Say what the model NAME is: how large, how it is quantized, what its KV cache costs"),
+    "rm": Lazy("kvlocal_cli.model_files:rm_command", "Remove models that were pulled, or aliases, whose models stay."),
+    "cp": Lazy("kvlocal_cli.model_files:cp_command", "Give the model NAME another name"),
     "bench": Lazy("kvlocal_cli.bench:bench_command", "Measure a compressed session against stock llama.cpp, in alternation in one run."),
     "doctor": Lazy("kvlocal_cli.doctor:doctor_command", "Say what this installation consists of, and what is wrong if anything is"),
     "eval": Lazy("kvlocal_cli.evaluations:eval_group", "Compare policies: how much of a conversation is left in the compressed cache."),
@@ -84,12 +87,28 @@ def _fail(sentence: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+_FIRST_STEPS = """\
+kvlocal chats with language models on this machine. Try one of these:
+
+  kvlocal chat                            a chat with a small model, which is pulled first if you agree
+  kvlocal run "Why is the sky blue?"      one answer
+  kvlocal models                          more models to pull, and which of them fit this machine
+
+`kvlocal doctor` says what a chat would use, and whether anything is wrong.
+"""
+
+
 @click.group(
     cls=Kvlocal,
     lazy=COMMANDS,
     without_config=("config", "completion"),
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(kvlocal.__version__, prog_name="kvlocal")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Chat with quantized GGUF models on this machine, inside a fixed KV-cache budget."""
+    if context.invoked_subcommand is None:
+        click.echo(_FIRST_STEPS)
+        click.echo(context.get_help())

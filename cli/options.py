@@ -20,15 +20,18 @@ from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
-from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
+from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import KV_TYPES
+from kvlocal.llama.free_cores import AUTO as FREE_CORES
+from kvlocal.llama.free_cores import Threads
 from kvlocal.llama.library import load as load_library
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal_cli import completing
+from kvlocal_cli.fetching import located
 from kvlocal_cli.settings import is_given
 from kvlocal_cli.terminal import waiting
 
@@ -69,6 +72,19 @@ class SizeInBytes(click.ParamType):
         if not 1 <= n_bytes < 2**60:
             self.fail(f"{value!r} is no memory that a cache could have", param, ctx)
         return n_bytes
+
+
+class NumberOfThreads(click.ParamType):
+    """A number of threads, or auto."""
+
+    name = "threads"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Threads:
+        """Raises BadParameter if it is something else."""
+        if value == FREE_CORES:
+            return FREE_CORES
+        n: int = click.IntRange(min=1).convert(value, param, ctx)
+        return n
 
 
 def parse_ratios(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[float, ...]:
@@ -205,8 +221,11 @@ _OPTIONS = (
         help="Layers that go to the GPU, -1 for all; without one it has no effect.",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]",
+        "--threads", type=NumberOfThreads(), metavar="N|auto",
+        help="Threads; auto for one per core that other programs leave free.  [default: auto; with --seed or --temp 0, which are to give the same "
+        "text again, one per core]",
     ),
+    click.option("--yes", "-y", is_flag=True, help="Pull a model that is not on this machine yet without a question."),
 )
 
 
@@ -230,12 +249,23 @@ class Loading:
     nexus: a Nexus file, OFF, or None for one that is found
     may_change_policy: whether the policy is a default, which a model that cannot recall, or one without Nexus tokens, has another of
     lora: adapters that it is used with
+    may_pull: whether a model that is not here yet is fetched without a question
     """
 
     gpu_layers: int
     nexus: str | None
     may_change_policy: bool
     lora: Sequence[Lora] = ()
+    may_pull: bool = False
+
+    def locate(self, name: str) -> Path:
+        """The file of the model of that name or path, which is pulled if it is not here yet and the person agrees.
+
+        Raises:
+            KvlocalError: there is none, or it cannot be pulled, or nobody can be asked.
+            click.Abort: the person does not agree.
+        """
+        return located(name, self.may_pull)
 
     @contextmanager
     def loaded(self, name: str, config: SessionConfig, parallel: int = 1, undo: bool = True) -> Iterator[Loaded]:
@@ -244,7 +274,7 @@ class Loading:
         Raises:
             KvlocalError: there is none, it cannot be loaded, it takes too much memory, or a Nexus file or an adapter that was named cannot be used.
         """
-        path = resolve(name)
+        path = self.locate(name)
         try:
             self.check(path, config, parallel, undo)
         except CannotRecall:
@@ -317,13 +347,14 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         max_tokens: int,
         type_k: str | None,
         type_v: str | None,
-        threads: int | None,
+        threads: Threads,
+        yes: bool,
         **others: Any,
     ) -> Any:
         try:
             kept_as = archive_ram, archive_dir, archive_type
             wants_archive = archive in ("ram", "disk") or kept_as != (None, None, None)
-            loading = Loading(gpu_layers, nexus, policy is None and not wants_archive, lora)
+            loading = Loading(gpu_layers, nexus, policy is None and not wants_archive, lora, yes)
             if policy is None:
                 # Nexus tokens are named to be used, and keys that always move cannot be looked up
                 recalls = archive in ("ram", "disk") or (archive is None and positions != "cache" and nexus in (None, OFF))
@@ -343,7 +374,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 system=system,
                 type_k=type_k or (_SESSION.type_k if kv_memory is None else AUTO),
                 type_v=type_v or (_SESSION.type_v if kv_memory is None else AUTO),
-                n_threads=threads,
+                n_threads=threads or (FREE_CORES if seed is None and temp else None),
                 sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed),
                 max_tokens=max_tokens,
                 archive=archive,

@@ -99,7 +99,7 @@ def _text(path: Path) -> str:
 
 
 def _names_a_model(word: str) -> bool:
-    if word in Catalogue.load().entries or word.startswith("hf:"):
+    if Catalogue.load().is_name(word):
         return True
     # a path that does not exist gets an error, not an answer
     return Path(word).suffix.lower() == ".gguf" and "\n" not in word

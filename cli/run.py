@@ -15,14 +15,15 @@ from kvlocal.chat.text_session import TextSession
 from kvlocal.conversations.named_sessions import kept_path, last_used
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.transcript import Transcript
-from kvlocal.errors import KvlocalError
 from kvlocal.llama.sampling import MAX_SEED
 from kvlocal_cli import completing
 from kvlocal_cli.answer_options import answer_options
-from kvlocal_cli.chat import Chat
+from kvlocal_cli.answer_view import AnswerView, Unseen, answer_view
+from kvlocal_cli.chat import Chat, Told
 from kvlocal_cli.chat_command import model_of, system_of
 from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.groups import TextCommand
+from kvlocal_cli.look import Look, look_options, warn_of_thoughts
 from kvlocal_cli.options import Loaded, Loading, model_named, session_options
 from kvlocal_cli.prompt import model_and_prompt
 from kvlocal_cli.settings import is_given
@@ -32,7 +33,6 @@ from kvlocal_cli.terminal import (
     ReadingBar,
     archive_lost,
     warn_of_base_model,
-    write_answer,
 )
 
 
@@ -43,6 +43,7 @@ from kvlocal_cli.terminal import (
               help="A text that belongs to the prompt; can be repeated, and written @FILE.")
 @session_options
 @answer_options
+@look_options
 @click.option("--session", "session_name", metavar="NAME|FILE", shell_complete=completing.sessions,
               help="Ask in the conversation that is kept under this name, or begin it.")
 @click.option("-t", "--template", "named", metavar="NAME", shell_complete=completing.prompts,
@@ -60,6 +61,7 @@ def run_command(
     config: SessionConfig,
     loading: Loading,
     asked: AnswerOptions,
+    look: Look,
     raw: bool,
     as_json: bool,
 ) -> None:
@@ -89,34 +91,32 @@ def run_command(
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
+    config = replace(config, thinking=look.think != "off")
+    view: AnswerView = Unseen() if as_json else answer_view(look, is_markdown=not raw)
     if in_chat:
         path = last_used() if session_name is None else kept_path(session_name)
-        _ask_in_chat(path, name, default, prompt, config, loading, asked, as_json)
+        _ask_in_chat(path, name, default, prompt, config, loading, asked, look, view, as_json)
         return
     name = default
     bar, said = ReadingBar(), []
     with loading.loaded(name, config) as loaded, _session(loaded, bar, raw) as session, Interruptible(session) as turn:
         if not raw:
             warn_of_base_model(name, loaded.model)
+            warn_of_thoughts(name, loaded.model, look)
         try:
             pieces = _pieces(session, prompt, asked)
         finally:
             bar.close()
         try:
-            for piece in turn.answering(pieces):
-                said.append(piece)
-                if not as_json:
-                    write_answer(piece)
-        except KvlocalError:
-            if not as_json:
-                write_answer("\n")
-            raise
+            for text, piece in turn.answering(pieces):
+                said.append(text)
+                view.write(text, piece)
+        finally:
+            view.end()
         answer, lost = "".join(said), session.kv.archive_lost
         if as_json:
             _print_report(name, prompt, answer, session, asked, raw)
-        elif not answer.endswith("\n"):
-            click.echo()
-        if not as_json:
+        else:
             _tell_cut_off(session)
     if lost:
         click.echo(f"kvlocal: {archive_lost(lost)}", err=True)
@@ -125,18 +125,27 @@ def run_command(
 
 
 def _ask_in_chat(
-    path: Path, name: str | None, default: str, prompt: str, config: SessionConfig, loading: Loading, asked: AnswerOptions, as_json: bool
+    path: Path,
+    name: str | None,
+    default: str,
+    prompt: str,
+    config: SessionConfig,
+    loading: Loading,
+    asked: AnswerOptions,
+    look: Look,
+    view: AnswerView,
+    as_json: bool,
 ) -> None:
     """Asks behind what was said before, and keeps it."""
     with Transcript.resume(path) as kept:
         earlier = kept.conversation or Conversation()
         name = model_of(earlier, name, default, Screen(verbose=False))
         config = replace(config, system=system_of(earlier, config))
-        with loading.loaded(name, config) as loaded, Chat(name, loaded, Screen(verbose=False, person=False), loading, asked) as chat:
+        screen = Screen(verbose=False, person=False)
+        with loading.loaded(name, config) as loaded, Chat(name, loaded, screen, view, loading, asked) as chat:
             warn_of_base_model(name, loaded.model)
+            warn_of_thoughts(name, loaded.model, look)
             chat.keep_session(kept)
-            if as_json:
-                chat.write = lambda _: None
             chat.ask(prompt)
             chat.record.save_snapshot(chat.session)
             chat.record.tell_unsaid()
@@ -157,12 +166,13 @@ def _session(loaded: Loaded, bar: ReadingBar, raw: bool) -> ChatSession | TextSe
     return ChatSession(loaded.model, loaded.config, progress=bar.show, nexus=loaded.nexus)
 
 
-def _pieces(session: ChatSession | TextSession, prompt: str, asked: AnswerOptions) -> Iterator[str]:
+def _pieces(session: ChatSession | TextSession, prompt: str, asked: AnswerOptions) -> Iterator[Told]:
     """What answers the prompt, or goes on with it, once it is read."""
     if isinstance(session, ChatSession):
-        return session.send(prompt, asked)
+        session.add_turn("user", prompt)
+        return session.told(asked)
     session.read(prompt)
-    return session.answer(asked)
+    return ((piece.text, piece) for piece in session.pieces(asked))
 
 
 def _print_report(name: str, prompt: str, answer: str, session: ChatSession | TextSession, asked: AnswerOptions, raw: bool) -> None:

@@ -82,6 +82,7 @@ def serve_command(
         raise click.UsageError("an API key is empty: give one that is not, or leave the option out")
     config = replace(config, system=None if config.system is None else clean_text(config.system))
     directory = None if forget else (config.archive_dir or state_dir()) / "served"
+    loading.locate(name)
     listening = serving.listen(host, port)
     with listening:
         address = serving.address_of(listening, host)

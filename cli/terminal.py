@@ -1,5 +1,6 @@
 """What chat and run share of a terminal: stopping with Ctrl-C, how far a text has been read, text that is safe to show."""
 
+import os
 import signal
 import sys
 import termios
@@ -9,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Self, TextIO
+from typing import Self, TextIO, TypeVar
 
 import click
 from rich.console import Console
@@ -19,6 +20,8 @@ from kvlocal.chat.answerer import Answerer
 from kvlocal.files.text import text_of
 from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
+
+T = TypeVar("T")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -39,7 +42,7 @@ class Interruptible:
         self._answering = False
         self.interrupted = False
 
-    def answering(self, pieces: Iterator[str]) -> Iterator[str]:
+    def answering(self, pieces: Iterator[T]) -> Iterator[T]:
         """These pieces of the answer, until Ctrl-C."""
         self._answering = True
         return pieces
@@ -53,24 +56,35 @@ class Interruptible:
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
-        self._echo = _show_control_characters(False)
+        self._echo = _show_what_is_typed(False)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._echo:
-            _show_control_characters(True)
+            _show_what_is_typed(True)
         signal.signal(signal.SIGINT, self._previous)
 
 
-def _show_control_characters(shown: bool) -> bool:
-    """Whether a terminal shows ^C where it is typed, which would stand in an answer. Returns whether it did until now."""
-    if not is_terminal(sys.stdin):
+def _show_what_is_typed(shown: bool) -> bool:
+    """Whether a terminal shows what is typed, as ^C or the next turn, where it would stand in an answer. Returns whether it did until now."""
+    if not _is_in_foreground():
         return False
     attributes = termios.tcgetattr(sys.stdin)
-    before = bool(attributes[3] & termios.ECHOCTL)
-    attributes[3] = attributes[3] | termios.ECHOCTL if shown else attributes[3] & ~termios.ECHOCTL
+    before = bool(attributes[3] & termios.ECHO)
+    attributes[3] = attributes[3] | termios.ECHO if shown else attributes[3] & ~termios.ECHO
     termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
     return before
+
+
+def _is_in_foreground() -> bool:
+    """Whether what is typed comes here. In the background a program is stopped when it changes its terminal."""
+    if not is_terminal(sys.stdin):
+        return False
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:
+        # it is not the terminal of this session
+        return False
 
 
 class ReadingBar:
@@ -129,11 +143,6 @@ def waiting(what: str) -> Iterator[None]:
 
 def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
-
-
-def write_answer(text: str) -> None:
-    """A piece of an answer on stdout, at once. On a terminal control characters are left out: they could command it."""
-    click.echo(printable(text) if is_terminal(sys.stdout) else text, nl=False)
 
 
 def print_aligned(rows: Sequence[Sequence[str]]) -> None:

@@ -16,7 +16,7 @@ from kvlocal.llama import context
 from kvlocal.llama.model import Model
 
 # one thread where a test does not say how many: two that wait for each other crawl when the machine is busy
-context._available_cores = lambda: 1
+context.available_cores = lambda: 1
 
 # nohup and background jobs are started with these ignored, and so would be all that the tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""A command on a pseudo-terminal, as a person has it."""
+"""A command on a pseudo-terminal, as a person has it, and the screen that it is seen on."""
 
 import os
 import pty
@@ -10,8 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+import pyte
+
+WIDTH, HEIGHT = 120, 25
 _ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
 _PROMPT = r">>>\x1b[^\n]*\?25h$"
+
+
+def seen(written: str, width: int = WIDTH, height: int = HEIGHT) -> list[str]:
+    """The lines that a person sees who scrolls back in a terminal to which this was written, without spaces at their ends."""
+    screen = pyte.HistoryScreen(width, height, history=100_000)
+    pyte.Stream(screen).feed(written)
+    above = ["".join(line[x].data for x in range(width)) for line in screen.history.top]
+    return "\n".join(line.rstrip() for line in (*above, *screen.display)).rstrip("\n").split("\n")
 
 
 class Terminal:
@@ -29,7 +40,7 @@ class Terminal:
         self._status: int | None = None
         command = [sys.executable, "-m", "kvlocal_cli", *args]
         # without CPR prompt_toolkit does not ask the terminal where the cursor is
-        env = {**env, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "120"}
+        env = {**env, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": str(WIDTH), "LINES": str(HEIGHT)}
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
             try:
@@ -58,6 +69,10 @@ class Terminal:
 
     def wait_for_prompt(self, seconds: float = 30) -> str:
         return self.wait_for(_PROMPT, seconds)
+
+    def seen(self) -> list[str]:
+        """The lines on its screen, and above."""
+        return seen(self.output)
 
     def wait_for_end(self, seconds: float = 60) -> int:
         """Its exit code."""

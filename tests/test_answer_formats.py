@@ -1,15 +1,17 @@
 """Answers as models of several families write them: what is shown of them, what ends them, and how they are read again."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf_copy import Source, copy
-from templates import source_tree, templates
+from templates import conversation, source_tree, templates
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
+from kvlocal.conversations.snapshot import SnapshotError, Snapshots
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.template.answer import split_thought
@@ -183,3 +185,49 @@ def test_a_thought_opened_by_the_generation_prompt(smollm2: Path, tmp_path: Path
         text = "".join(chat.answer())
         assert text.startswith("<think>\n")
         assert model.detokenize(chat.cache.ledger.ids).count("<think>") == 2
+
+
+# thoughts that are not made
+
+
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "HuggingFaceTB-SmolLM3-3B", "GLM-4.6", "GLM-4.7-Flash", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"])
+def test_a_template_with_a_switch_asks_for_answers_without_a_thought(sources: dict[str, str], name: str) -> None:
+    """What is appended is what the template writes when it is asked so."""
+    template = ChatTemplate(sources[name])
+    off = template.without_thinking()
+    assert template.has_thoughts and template.can_leave_thinking_out and off.can_leave_thinking_out
+    asked = [{"role": "user", "content": "Hello"}]
+    assert off.render(asked, opening=True) != template.render(asked, opening=True)
+    # later turns, too, where the template does not change what was said before
+    pairs = [*conversation(off, None)][: 1 if off.history_dependent else None]
+    assert all(fed == rendered for fed, rendered in pairs)
+    # and what the model says then is all answer
+    assert off.answer_format().parse("Hi there!").content == "Hi there!"
+
+
+@pytest.mark.parametrize("name", ["deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "openai-gpt-oss-120b"])
+def test_a_template_without_a_switch(sources: dict[str, str], name: str) -> None:
+    template = ChatTemplate(sources[name])
+    assert template.has_thoughts and not template.can_leave_thinking_out
+    asked = [{"role": "user", "content": "Hello"}]
+    assert template.without_thinking().render(asked, opening=True) == template.render(asked, opening=True)
+
+
+def test_a_session_without_thoughts(smollm2: Path, tmp_path: Path, sources: dict[str, str]) -> None:
+    config = SessionConfig(policy="full", budget=2048, n_threads=1, max_tokens=12, sampling=GREEDY)
+    with Model(variant(smollm2, tmp_path, {}, sources["Qwen-Qwen3-0.6B"])) as model:
+        with ChatSession(model, replace(config, thinking=False)) as chat:
+            told = [chat.add_turn("user", "Hi") or [*chat.told()] for _ in range(2)]
+            assert model.detokenize(chat.cache.ledger.ids).count("assistant\n<think>\n\n</think>\n\n") == 2
+            assert all(text == piece.text and not piece.reasoning for answer in told for text, piece in answer)
+            assert chat.settings()["thinking"] is False
+            Snapshots(tmp_path / "s").save(chat)
+            messages = list(chat.messages)
+        # what is in such a cache is not what one has that may think
+        with ChatSession(model, config) as chat:
+            with pytest.raises(SnapshotError, match="another way of thinking"):
+                Snapshots(tmp_path / "s").load(chat, messages)
+            chat.add_turn("user", "Hi")
+            assert "<think>" not in model.detokenize(chat.cache.ledger.ids)
+        with ChatSession(model, replace(config, thinking=False)) as chat:
+            Snapshots(tmp_path / "s").load(chat, messages)

@@ -9,6 +9,7 @@ import pytest
 from doors import write_chat_model
 
 from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.cells import NativeError
@@ -103,6 +104,30 @@ def test_an_answer_that_nobody_reads_does_not_block_the_next_turn(chat, other):
     answer = "".join(chat.send(QUESTIONS[1]))
     assert [message["content"] for message in chat.messages] == [QUESTIONS[0], "", QUESTIONS[1], answer]
     check_cells(chat)
+
+
+def test_the_token_that_is_on_its_way_when_an_answer_is_stopped_is_not_said(chat, other, monkeypatch):
+    """Ctrl-C comes nearly always while a token is evaluated."""
+    scripted(monkeypatch, chat.model, b"abcdef")
+    append, seen = chat.cache.append, []
+
+    def append_and_stop(*arguments):
+        append(*arguments)
+        if len(seen) == 3:
+            chat.stop()
+
+    answer = chat.send(QUESTIONS[0], AnswerOptions(top_logprobs=0))
+    monkeypatch.setattr(chat.cache, "append", append_and_stop)
+    seen.extend(next(answer) for _ in range(3))
+    assert list(answer) == []
+    monkeypatch.undo()
+    assert chat.messages[-1]["content"] == "".join(seen) == "abc"
+    assert chat.last.stop_reason == "stopped" and chat.last.answer_tokens == len(chat.last.drawn) == len(chat.last.logprobs)
+    check_cells(chat)
+    # and the chat goes on as one does that had been told to say so much
+    other.add_turn("user", QUESTIONS[0])
+    other.add_answer("".join(seen), chat.last.drawn)
+    assert np.array_equal(chat.cache.ledger.ids, other.cache.ledger.ids)
 
 
 def test_stop_before_the_first_token_counts(model):

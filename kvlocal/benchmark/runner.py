@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Generator, Sequence
 
-from kvlocal.benchmark import measures
+from kvlocal.benchmark import busy, measures
 from kvlocal.benchmark.comparison import Comparison
 from kvlocal.benchmark.measures import Bench
 from kvlocal.benchmark.process import BenchmarkError
@@ -16,6 +16,7 @@ _MEASURES = (
     (measures.reading_names, measures.measure_reading),
     (measures.memory_names, measures.measure_memory),
     (measures.cells_names, measures.measure_cells),
+    (busy.busy_names, busy.measure_busy),
     (measures.chat_names, measures.measure_chat),
 )
 
@@ -47,7 +48,7 @@ def select(settings: BenchSettings, only: Sequence[str]) -> list[str]:
 def run(bench: Bench, wanted: Collection[str]) -> Generator[Comparison]:
     """Measures what is wanted (see select) and yields each row as soon as it is known.
 
-    Only one process computes at any time; all of them end with the iterator, also when it is closed early.
+    Only one of the processes that are compared computes at any time; all of them end with the iterator, also when it is closed early.
 
     Raises:
         BenchmarkError: a worker died, or could not do what it was told.

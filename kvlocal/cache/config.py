@@ -13,6 +13,7 @@ from kvlocal.cache.compression import Positions
 from kvlocal.cache.score_sources import n_recorded
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.context import KV_TYPES
+from kvlocal.llama.free_cores import Threads
 from kvlocal.llama.model import Model
 
 DEFAULT_BUDGET = 1024
@@ -41,7 +42,7 @@ class CacheConfig:
     n_sink: the first cells, which always stay
     type_k, type_v: types of the cache, of kvlocal.llama.context.KV_TYPES, or with memory AUTO
     n_ubatch: tokens evaluated at once
-    n_threads: threads; None for all cores
+    n_threads: threads; None for all cores, "auto" for those that other programs leave free, as it turns out (kvlocal.llama.free_cores)
     archive: whether what is evicted can be recalled: "off", "ram" with an archive in memory, "disk" with one that goes on in a file; None is "disk"
         with the policy that recalls, wherever it can, and else "off" (`store`)
     archive_ram: bytes of memory that the archive may take
@@ -64,7 +65,7 @@ class CacheConfig:
     type_k: str = "f16"
     type_v: str = "f16"
     n_ubatch: int = 256
-    n_threads: int | None = None
+    n_threads: Threads = None
     archive: Store | None = None
     archive_ram: int = 2**30
     archive_dir: Path | None = None
@@ -73,7 +74,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name in ("budget", "memory", "stride", "window", "n_ubatch", "n_threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value != AUTO and value < 1:
                 raise CacheError(f"{name} is {value}: it must be at least 1")
         if self.memory is not None and self.budget is not None:
             raise CacheError("a budget of cells and memory for them are given: leave one of them out")

@@ -68,8 +68,8 @@ class Answerer:
         """After a failure that left the cells uncertain, while another error is on its way."""
 
     def stop(self) -> None:
-        """Ends the answer that is on its way after its current token, or before its first one while the turn is still read; safe in a signal
-        handler."""
+        """Ends the answer that is on its way as it is, without the token that is just evaluated, or before its first one while the turn is still
+        read; safe in a signal handler."""
         answer = self._answer
         if answer is not None:
             answer.stopped = True

@@ -49,7 +49,7 @@ class AnswerInProgress:
 
     reader: the cache, and how texts come into it
 
-    stopped: it is to end after its current token, or before its first one; may be set
+    stopped: it is to end as it is, without the token that is on its way; may be set
     over: whether it has ended
     message: what it is in the conversation, as far as it came; None before it is begun
     stats: in numbers, None before it has ended
@@ -111,6 +111,11 @@ class AnswerInProgress:
                     break
                 cache.append(np.array([token], np.int32), "decode")
                 self._fed.append(token)
+                if self.stopped:
+                    # whoever asked for that has not seen this token; it leaves the cache with the rest that is not said
+                    self._drawn.pop()
+                    del self._logprobs[-1:]
+                    break
                 told = stream.take(token)
                 if any(told):
                     message["content"] += told.text

@@ -23,6 +23,7 @@ class SessionConfig(CacheConfig):
     sampling: how the next token is drawn
     max_tokens: the longest answer, in tokens
     tools: the tools that the model is told of, as OpenAI's chat completions have them; they stand before the first turn
+    thinking: let a model think that can; False has its template ask for answers without a thought, if it knows how to
 
     Raises:
         CacheError: a value is out of range.
@@ -33,6 +34,7 @@ class SessionConfig(CacheConfig):
     sampling: SamplingParams = SamplingParams()
     max_tokens: int = 1024
     tools: Sequence[Mapping[str, Any]] = ()
+    thinking: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

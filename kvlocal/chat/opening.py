@@ -29,7 +29,7 @@ def checked_template(model: Model, config: SessionConfig, nexus: NexusTokens | N
     if "nexus" in policies.make(config.policy, config.policy_args).needs and nexus is None:
         raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
     check_budget(model, config)
-    template = ChatTemplate.from_model(model, config.tools)
+    template = ChatTemplate.from_model(model, config.tools, config.thinking)
     checked_opening(model, config, template, config.system)
     return template
 

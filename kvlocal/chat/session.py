@@ -54,6 +54,10 @@ class ChatSession(Turns):
         """As `answer`, for programs: thought, text and tool calls are told apart."""
         return self._until_end(self._begin_answer(options), options, lambda _, piece: piece)
 
+    def told(self, options: AnswerOptions = AnswerOptions()) -> Iterator[tuple[str, AnswerPiece]]:
+        """As `answer` and `pieces` at once, for who keeps the text and shows its parts."""
+        return self._until_end(self._begin_answer(options), options, lambda text, piece: (text, piece))
+
     def _begin_answer(self, options: AnswerOptions) -> AnswerInProgress:
         self.settle()
         if not self.messages or self.messages[-1]["role"] == "assistant":
@@ -73,6 +77,15 @@ class ChatSession(Turns):
 
     def regenerate(self, options: AnswerOptions = AnswerOptions()) -> Iterator[str]:
         """Takes the last answer back and generates another one."""
+        self.take_answer_back()
+        return self.answer(options)
+
+    def take_answer_back(self) -> None:
+        """Takes the last answer back, so that its turn awaits another one.
+
+        Raises:
+            SessionError: there is none.
+        """
         self._end_answer()
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise SessionError("there is no answer to replace: send something first")
@@ -81,7 +94,6 @@ class ChatSession(Turns):
         self._answer = None
         self._go_back(start)
         self.add_messages(asked)
-        return self.answer(options)
 
     def add_answer(self, content: str, drawn: Sequence[int], tool_calls: Sequence[Mapping[str, Any]] = ()) -> None:
         """As add_turn("assistant", content), for an answer that was drawn as these tokens (TurnStats.drawn): they are evaluated one by one, so

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kvlocal.compat.errors import NotSupported
-from kvlocal.hub.pull import find_in_repository, pull
+from kvlocal.hub.client import find_in_repository
+from kvlocal.hub.pull import pull
 
 
 def fetched(repo_id: str, filename: str | None, places: dict[str, Any]) -> Path:

@@ -296,7 +296,8 @@ def _made_with(model: Path, nexus: Path | None, signature: Mapping[str, Any]) ->
 
 
 def _signature(session: ChatSession) -> dict[str, Any]:
-    return {"tools": list(session.config.tools) or None, "set of LoRA adapters": session.model.changed_by or None, **session.cache.signature}
+    of_template = {"tools": list(session.config.tools) or None, "way of thinking": None if session.config.thinking else "off"}
+    return {**of_template, "set of LoRA adapters": session.model.changed_by or None, **session.cache.signature}
 
 
 def _nexus_path(session: ChatSession) -> Path | None:

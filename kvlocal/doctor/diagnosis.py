@@ -16,7 +16,8 @@ from kvlocal.errors import KvlocalError
 from kvlocal.files.places import models_dir
 from kvlocal.gguf.container import Container
 from kvlocal.gguf.lora import changed_tensors
-from kvlocal.hub.catalogue import Catalogue, HubFile
+from kvlocal.hub.catalogue import Catalogue
+from kvlocal.hub.hub_file import HubFile
 from kvlocal.llama.adapter import Adapter, Lora, check_lora
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
@@ -119,9 +120,10 @@ def _describe_models(problems: list[str], hints: list[str]) -> dict[str, Any]:
         problems.append(f"models cannot be stored in {directory}: set KVLOCAL_MODELS_DIR to a directory that can be written")
 
     catalogue = Catalogue.load()
+    places = [entry.path for entry in catalogue.entries.values()]
     present = [entry.name for entry in catalogue.entries.values() if entry.present]
     for entry in catalogue.entries.values():
-        if entry.path.exists() and not entry.present:
+        if entry.path and entry.path.exists() and not entry.present:
             problems.append(f"{entry.path} is damaged: run `kvlocal pull --force {entry.name}`")
         elif entry.name == catalogue.default and not entry.present:
             hints.append(f"the default model {entry.name} is not on this machine yet: run `kvlocal pull {entry.name}`")
@@ -131,7 +133,7 @@ def _describe_models(problems: list[str], hints: list[str]) -> dict[str, Any]:
         "writable": writable,
         "disk_free": shutil.disk_usage(anchor).free,
         "default": catalogue.default,
-        "present": [*present, *(file.name for file in HubFile.pulled())],
+        "present": [*present, *(file.name for file in HubFile.pulled() if file.path not in places)],
     }
 
 

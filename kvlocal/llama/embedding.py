@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.context import Context
 from kvlocal.llama.errors import EngineError
+from kvlocal.llama.free_cores import Threads
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 
@@ -55,7 +56,7 @@ class Embedder:
         model: Model,
         *,
         max_tokens: int = DEFAULT_LENGTH,
-        n_threads: int | None = None,
+        n_threads: Threads = None,
         compute: Callable[[Callable[[], T]], T] = lambda function: function(),
     ) -> None:
         self._lib = lib = load().llama_cpp

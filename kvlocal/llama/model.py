@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.gguf.container import ALIGNMENT, ContainerError, Header
+from kvlocal.gguf.container import ALIGNMENT, ContainerError, Header, other_parts
 from kvlocal.gguf.safety import Alphabet, examine
 from kvlocal.llama.adapter import Adapter, Lora, checked_base
 from kvlocal.llama.errors import EngineError
@@ -52,7 +52,7 @@ class Model:
         self.path = Path(path)
         self.n_gpu_layers = n_gpu_layers
         check_is_gguf(self.path)
-        header, self._alphabet = _sound(self.path)
+        alignments, self._alphabet = _sound(self.path)
         base = checked_base(self.path, lora)
         self._lib = lib = load().llama_cpp
         lib.llama_backend_init()
@@ -60,7 +60,7 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         # ggml aborts where tensors would be mapped to addresses with a smaller alignment
-        mapped = use_mmap and lib.llama_supports_mmap() and header.alignment not in range(1, ALIGNMENT)
+        mapped = use_mmap and lib.llama_supports_mmap() and not any(alignment in range(1, ALIGNMENT) for alignment in alignments)
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mapped else lib.LLAMA_LOAD_MODE_NONE
         with NativeLog(lib) as log:
             pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
@@ -251,12 +251,14 @@ def check_is_gguf(path: Path) -> None:
         raise EngineError(f"{path} is not a GGUF file: give the path of a model in GGUF format")
 
 
-def _sound(path: Path) -> tuple[Header, Alphabet | None]:
+def _sound(path: Path) -> tuple[list[int], Alphabet | None]:
+    """The alignments of a model's files, and what it may be asked to tokenize."""
     try:
         header = Header(path)
+        alignments = [header.alignment, *(Header(part).alignment for part in other_parts(header))]
     except ContainerError as error:
         raise EngineError(str(error)) from error
     flaw, alphabet = examine(header)
     if flaw:
         raise EngineError(f"{path} cannot be loaded ({flaw}): fetch it again or choose another model")
-    return header, alphabet
+    return alignments, alphabet

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvlocal.chat.text_session import Prompt
 from kvlocal.llama.embedding import Embedder
+from kvlocal.llama.free_cores import Threads
 from kvlocal.llama.model import Model
 from kvlocal.llama.scheduler import Scheduler, Stopped
 from kvlocal.serving.live import Cancelled
@@ -59,7 +60,7 @@ class Embeddings:
     waiting: requests that may wait
     """
 
-    def __init__(self, model: Model, scheduler: Scheduler, waiting: int, n_threads: int | None) -> None:
+    def __init__(self, model: Model, scheduler: Scheduler, waiting: int, n_threads: Threads) -> None:
         self._model, self._scheduler, self._waiting, self._n_threads = model, scheduler, waiting, n_threads
         self._embedder: Embedder | None = None
         self._executor = ThreadPoolExecutor(1, "kvlocal-embeddings")

@@ -49,6 +49,7 @@ class ChatTemplate:
 
     Attributes:
         tools: those that the model is told of (with_tools).
+        thinking: False if it asks for answers without a thought (without_thinking).
         system_folded: the template has no system role, so the system text opens the first user turn.
         history_dependent: the template would render earlier turns in another way later, for instance without their
             reasoning; the cache keeps what was appended.
@@ -75,6 +76,7 @@ class ChatTemplate:
         self.stop_strings: tuple[str, ...] = ()
         self.end_tokens: frozenset[int] = frozenset()
         self.tools: tuple[Mapping[str, Any], ...] = ()
+        self.thinking = True
         self._bos_in_front = bos_token if add_bos else ""
         # one time for all renderings, so that they agree
         self._now = int(time.time())
@@ -85,10 +87,10 @@ class ChatTemplate:
         self._find_markup()
 
     def _find_markup(self) -> None:
-        """Finds everything that depends on the tools."""
+        """Finds everything that depends on the tools, and on whether there are thoughts."""
         self._tokenizer: tuple[weakref.ref[Model], PieceTokenizer] | None = None
         self._formats: dict[str, AnswerFormat] = {}
-        self._with_tools: dict[str, ChatTemplate] = {}
+        self._versions: dict[str, ChatTemplate] = {}
         self.system_folded = not self._supports_system()
         self._markup = Markup(self.render, lambda messages: self._format_of(messages, opening=len(messages) == 1))
         self._format = self._markup.answer_format if self._markup.thoughts else None
@@ -106,10 +108,11 @@ class ChatTemplate:
             return ""
 
     @classmethod
-    def from_model(cls, model: Model, tools: Sequence[Mapping[str, Any]] = ()) -> ChatTemplate:
+    def from_model(cls, model: Model, tools: Sequence[Mapping[str, Any]] = (), thinking: bool = True) -> ChatTemplate:
         """The template in the GGUF's metadata, or a default that fits the vocabulary; the same object every time.
 
         tools: as OpenAI's chat completions have them; the template tells the model of them before the first turn.
+        thinking: False for the version without_thinking.
 
         Raises:
             TemplateError: it is broken, or has no place for tools.
@@ -119,17 +122,18 @@ class ChatTemplate:
             if model not in _of_models or _of_models[model][0] != given:
                 _of_models[model] = given, cls._made_for(model, given)
             template = _of_models[model][1]
-            return template._for_tools(model, tools) if tools else template
+            return template if thinking and not tools else template._version(model, tools, thinking)
 
-    def _for_tools(self, model: Model, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
-        key = json.dumps(tools, sort_keys=True)
-        if key not in self._with_tools:
-            made = self.with_tools(tools)
+    def _version(self, model: Model, tools: Sequence[Mapping[str, Any]], thinking: bool) -> ChatTemplate:
+        key = json.dumps([tools, thinking], sort_keys=True)
+        if key not in self._versions:
+            made = self if thinking else self.without_thinking()
+            made = made.with_tools(tools) if tools else made
             made._find_ends(model)
-            while len(self._with_tools) >= _MAX_KEPT:
-                self._with_tools.pop(next(iter(self._with_tools)))
-            self._with_tools[key] = made
-        return self._with_tools[key]
+            while len(self._versions) >= _MAX_KEPT:
+                self._versions.pop(next(iter(self._versions)))
+            self._versions[key] = made
+        return self._versions[key]
 
     def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
         """The same template for conversations with these tools.
@@ -144,6 +148,26 @@ class ChatTemplate:
         if not all(tool["function"]["name"] in told for tool in tools):
             raise TemplateError("the model's chat template has no place for tools: leave them out, or use another model")
         return made
+
+    def without_thinking(self) -> ChatTemplate:
+        """The same template, asking for answers without a thought; if it does not know how to, it asks as ever."""
+        made = copy.copy(self)
+        made.thinking = False
+        made._find_markup()
+        return made
+
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether answers may have a thought that is told apart from what they say."""
+        return self._format is not None
+
+    @property
+    def can_leave_thinking_out(self) -> bool:
+        """Whether the template knows how to ask for answers without a thought."""
+        asked = [user(USER)]
+        return self._compiled.render(asked, opening=True, now=self._now, enable_thinking=False) != self._compiled.render(
+            asked, opening=True, now=self._now
+        )
 
     @property
     def is_own(self) -> bool:
@@ -180,7 +204,7 @@ class ChatTemplate:
             if self.tools:
                 text = self._format_of(messages, opening=opening).prompt
             else:
-                text = self._compiled.render(messages, opening=opening, now=self._now)
+                text = self._compiled.render(messages, opening=opening, now=self._now, **self._way_of_thinking())
         except TemplateError as error:
             raise TemplateError(f"the model's chat template refuses this conversation ({error}): change its roles or their order") from error
         if self._bos_in_front and not text.startswith(self._bos_in_front):
@@ -193,7 +217,10 @@ class ChatTemplate:
 
     def _format_of(self, messages: Sequence[Message], *, opening: bool, **asked: object) -> AnswerFormat:
         tools = {"tools": self.tools} if self.tools else {}
-        return self._compiled.answer_format(messages, opening=opening, now=self._now, **{**tools, **asked})
+        return self._compiled.answer_format(messages, opening=opening, now=self._now, **{**tools, **self._way_of_thinking(), **asked})
+
+    def _way_of_thinking(self) -> dict[str, bool]:
+        return {} if self.thinking else {"enable_thinking": False}
 
     def prefix(self, system_text: str | None) -> list[Piece]:
         """What comes before the first user turn: BOS, and the system block or the template's default for it."""

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from kvlocal.errors import KvlocalError
@@ -81,12 +82,24 @@ class AnswerFormat:
         Raises:
             AnswerError: it is not in this format.
         """
+        found = self._parsed(text, is_partial)
+        calls = [ToolCall(call["name"], call["arguments"], call["id"]) for call in found["tool_calls"]]
+        return Answer(found["content"].removeprefix(self._of_prompt), found["reasoning_content"], calls)
+
+    @cached_property
+    def _of_prompt(self) -> str:
+        """What the parser takes for the beginning of the answer and is the end of the prompt, such as a line break behind an empty thought."""
+        try:
+            return str(self._parsed("", is_partial=True)["content"])
+        except AnswerError:
+            return ""
+
+    def _parsed(self, text: str, is_partial: bool) -> dict[str, Any]:
         out = load_chat().ffi.new("struct kvl_chat_text **")
         data = _utf8(text)
         _check(load_chat().lib.kvl_chat_parse(self._pointer, data, len(data), is_partial, out), AnswerError)
-        found = json.loads(_taken(out))
-        calls = [ToolCall(call["name"], call["arguments"], call["id"]) for call in found["tool_calls"]]
-        return Answer(found["content"], found["reasoning_content"], calls)
+        found: dict[str, Any] = json.loads(_taken(out))
+        return found
 
 
 class CompiledTemplate:
@@ -111,18 +124,19 @@ class CompiledTemplate:
         self._free = weakref.finalize(self, chat.lib.kvl_chat_free, out[0])
         self._free.atexit = False  # the system frees it
 
-    def render(self, messages: Sequence[Message], *, opening: bool, now: int) -> str:
+    def render(self, messages: Sequence[Message], *, opening: bool, now: int, **asked: object) -> str:
         """The text of a conversation.
 
         Args:
             opening: with the start of an answer.
             now: the time for the template's use, in seconds since 1970.
+            asked: "enable_thinking", where it is wanted (kvlocal-chat.h).
 
         Raises:
             TemplateError: it refuses the conversation, or goes beyond the limits.
         """
         out = load_chat().ffi.new("struct kvl_chat_text **")
-        data = _request(messages, add_generation_prompt=opening, now=now)
+        data = _request(messages, add_generation_prompt=opening, now=now, **asked)
         _check(load_chat().lib.kvl_chat_render(self._pointer, data, len(data), out), TemplateError)
         return _taken(out)
 
@@ -131,7 +145,7 @@ class CompiledTemplate:
 
         Args:
             opening: with the start of an answer.
-            asked: "tools", "tool_choice", "parallel_tool_calls", "json_schema", "now", where they are wanted (kvlocal-chat.h).
+            asked: "tools", "tool_choice", "parallel_tool_calls", "json_schema", "enable_thinking", "now", where they are wanted (kvlocal-chat.h).
 
         Raises:
             TemplateError: as `render`.

@@ -138,7 +138,7 @@ static std::string render(const common_chat_template & plain, const json & reque
         { "messages",        messages          },
         { "bos_token",       plain.bos_token() },
         { "eos_token",       plain.eos_token() },
-        { "enable_thinking", true              },
+        { "enable_thinking", request.value("enable_thinking", true) },
         { "datetime",        date(now, "%b %d %Y") },
         { "date_string",     date(now, "%d %b %Y") },
     };
@@ -258,6 +258,7 @@ int32_t kvl_chat_apply(const kvl_chat * chat, const char * request, size_t n_req
             inputs.messages              = common_chat_msgs_parse_oaicompat(request.at("messages"));
             inputs.add_generation_prompt = request.value("add_generation_prompt", false);
             inputs.reasoning_format      = COMMON_REASONING_FORMAT_DEEPSEEK;
+            inputs.enable_thinking       = request.value("enable_thinking", true);
             if (request.contains("tools")) {
                 inputs.tools = common_chat_tools_parse_oaicompat(request.at("tools"));
             }

@@ -23,7 +23,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_CHAT_API_VERSION = 1
+    KVL_CHAT_API_VERSION = 2
 };
 
 enum kvl_chat_status {
@@ -57,12 +57,14 @@ int32_t kvl_chat_compile(
         double seconds, int64_t n_bytes, struct kvl_chat ** chat);
 
 // the text of a conversation, as it is
-// request: {"messages": [{"role", "content", ...}], "add_generation_prompt": bool, "now": seconds since 1970} and, if need be, "tools"
+// request: {"messages": [{"role", "content", ...}], "add_generation_prompt": bool, "now": seconds since 1970} and, if need be, "tools" and
+//     "enable_thinking": bool, which templates read that can have the model answer without a thought
 int32_t kvl_chat_render(const struct kvl_chat * chat, const char * request, size_t n_request, struct kvl_chat_text ** text);
 
 // the text of a conversation with llama.cpp's adjustments for the model family, and the format of the answer to it
 // request: {"messages": as in OpenAI's chat completions, with "reasoning_content" and "tool_calls", "add_generation_prompt": bool} and, if need
-//     be, "tools", "tool_choice" ("auto", "required", "none") and "parallel_tool_calls" as there, "json_schema", and "now" in seconds since 1970
+//     be, "tools", "tool_choice" ("auto", "required", "none") and "parallel_tool_calls" as there, "json_schema", "enable_thinking" as above,
+//     and "now" in seconds since 1970
 // result: {"prompt", "generation_prompt", "supports_thinking", "thinking_start", "thinking_ends": [], "stops": [], "preserved_tokens": [],
 //     "delimiters": [{"role", "delimiter"}], "grammar", "grammar_lazy", "grammar_triggers": [{"type", "value"}]}
 int32_t kvl_chat_apply(

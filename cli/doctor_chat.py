@@ -1,0 +1,77 @@
+"""What a chat without options would use, and why: the policy, the Nexus tokens, the device and the threads."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from kvlocal import policies
+from kvlocal.cache.config import allocation
+from kvlocal.chat.config import SessionConfig
+from kvlocal.llama.adapter import Lora
+from kvlocal_cli.options import Loaded, Loading, session_options
+
+
+@click.command("chat")
+@session_options
+def _as_chat(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
+    return config, loading
+
+
+def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """For JSON: of policy, nexus, device and threads what is used (nexus None for none) and, as policy_why and so on, why; model and budget (cells).
+
+    Args:
+        model: a name or a path of what is here.
+        library, machine: what the doctor found.
+
+    Raises:
+        KvlocalError: a chat with this model would end with this.
+    """
+    with _as_chat.make_context("chat", []) as context:
+        config, loading = _as_chat.invoke(context)
+        is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
+    with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
+        return {
+            "model": model,
+            "budget": allocation(loaded.config, loaded.model.n_ctx_train).budget,
+            "policy": loaded.config.policy,
+            "policy_why": _why_policy(config.policy, loaded, is_default),
+            "nexus": str(loaded.nexus.path) if loaded.nexus else None,
+            "nexus_why": _why_nexus(loaded),
+            **_device(library, loading.gpu_layers),
+            **_threads(config, machine),
+        }
+
+
+def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:
+    if loaded.config.policy == asked:
+        return "the default" if is_default else "as it is set"
+    tokens = "there are Nexus tokens for it" if loaded.nexus else "there are no Nexus tokens for it"
+    return f"the model cannot recall, which {asked} needs, and {tokens}"
+
+
+def _why_nexus(loaded: Loaded) -> str:
+    if loaded.nexus:
+        return "the first file that fits the model, of those beside it, among the models and shipped"
+    if "nexus" in policies.make(loaded.config.policy, loaded.config.policy_args).needs:
+        return "no file fits the model"
+    return f"the policy {loaded.config.policy} uses none"
+
+
+def _device(library: dict[str, Any], gpu_layers: int) -> dict[str, str]:
+    gpus = [device["description"] for device in library["devices"] if device["kind"] != "cpu"]
+    if not gpus:
+        others = [name for name in library["backends"] if name != "CPU"]
+        return {"device": "CPU", "device_why": "no other device was found" if others else "this llama.cpp was built for nothing else"}
+    if not gpu_layers:
+        return {"device": "CPU", "device_why": "no layer is to go to the GPU"}
+    return {"device": ", ".join(gpus), "device_why": "all layers go there" if gpu_layers < 0 else f"{gpu_layers} layers go there"}
+
+
+def _threads(config: SessionConfig, machine: dict[str, Any]) -> dict[str, Any]:
+    if config.n_threads:
+        return {"threads": config.n_threads, "threads_why": "as it is set"}
+    return {"threads": machine["usable_cores"], "threads_why": "one per core that this process may use"}
