@@ -81,7 +81,8 @@ def _rows(report: dict[str, Any], facts: dict[str, Any] | None) -> list[tuple[st
         rows.append(("trained context", f"{report['trained_context']:,} tokens"))
     if facts is not None:
         if costs := facts["kv_bytes_per_token"]:
-            rows.append(("KV of a token", ", ".join(f"{kind} {decimal(size)}" for kind, size in costs.items() if size)))
+            kept = f"; layers with a window keep {facts['sliding_window']:,} tokens" if facts["sliding_window"] else ""
+            rows.append(("KV of a token", ", ".join(f"{kind} {decimal(size)}" for kind, size in costs.items() if size) + kept))
         rows += [
             ("chat template", "in the file" if facts["template"] else "none: it was most likely not trained to chat"),
             ("compressible", "yes" if facts["compressible"] else f"no: {facts['why_not']}"),

@@ -378,7 +378,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed),
                 max_tokens=max_tokens,
                 archive=archive,
-                archive_ram=_archive_ram() if archive_ram is None else archive_ram * 10**6,
+                archive_ram=default_archive_ram() if archive_ram is None else archive_ram * 10**6,
                 archive_dir=archive_dir,
                 archive_type=archive_type,
             )
@@ -414,7 +414,7 @@ def model_named(name: str | None, model: str | None) -> tuple[str | None, str]:
     return model, model
 
 
-def _archive_ram() -> int:
+def default_archive_ram() -> int:
     """Bytes of memory for the archive, if nobody says how many: a quarter of what is free, where the system tells."""
     free = available_memory()
     return _SESSION.archive_ram if free is None else free // 4

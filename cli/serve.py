@@ -13,7 +13,7 @@ from kvlocal.files.places import state_dir
 from kvlocal.llama.context import MAX_SEQUENCES
 from kvlocal_cli import completing
 from kvlocal_cli.groups import Command
-from kvlocal_cli.options import Loading, clean_text, model_named, session_options
+from kvlocal_cli.options import Loading, SizeInBytes, clean_text, model_named, session_options
 from kvlocal_cli.terminal import is_terminal
 
 PARALLEL = 2
@@ -38,6 +38,8 @@ _EXTRA = {"h11", "prometheus_client", "pydantic", "pydantic_core", "sse_starlett
 @click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN",
               help="Web pages that may use the server, such as https://example.org, beside those of this machine; can be repeated, and * is "
               "all.  [default: none, with a key all]")  # fmt: skip
+@click.option("--disk", type=SizeInBytes(), default="16GiB", show_default=True, metavar="SIZE",
+              help="How much all conversations may take on the disk, such as 500G: beyond that the oldest are deleted.")  # fmt: skip
 @click.option("--forget", is_flag=True, help="Keep no conversations on the disk: they end with the server.")
 @click.option("--keep-trimmed", is_flag=True,
               help="Where a client has left out the oldest turns, go on with the conversation that has them.")  # fmt: skip
@@ -51,6 +53,7 @@ def serve_command(
     waiting: int,
     api_keys: tuple[str, ...],
     origins: tuple[str, ...],
+    disk: int,
     forget: bool,
     keep_trimmed: bool,
     config: SessionConfig,
@@ -93,8 +96,8 @@ def serve_command(
         with loading.loaded(name, config, parallel) as loaded:
             serving.serve_model(
                 loaded.model, loaded.config, listening, name=_model_name(name), nexus=loaded.nexus, parallel=parallel, waiting=waiting,
-                directory=directory, api_keys=api_keys, origins=origins or (("*",) if api_keys else ()), host=host, keep_trimmed=keep_trimmed,
-                ready=lambda: _say(f"{name} is served at {address}; Ctrl-C ends it"),
+                directory=directory, disk=disk, api_keys=api_keys, origins=origins or (("*",) if api_keys else ()), host=host,
+                keep_trimmed=keep_trimmed, ready=lambda: _say(f"{name} is served at {address}; Ctrl-C ends it"),
             )  # fmt: skip
     _say("the server has ended")
 

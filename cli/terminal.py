@@ -187,8 +187,13 @@ def archive_lost(reason: str) -> str:
 def warn_of_base_model(name: str, model: Model) -> None:
     """Say on stderr that a model was most likely not trained to chat."""
     if not ChatTemplate.from_model(model).is_own:
-        click.echo(
-            f"kvlocal: {name} has no chat template, so it was most likely not trained to chat, and may run on: `kvlocal run --raw` completes a text "
-            "with such a model",
-            err=True,
-        )
+        say_base_model(name)
+
+
+def say_base_model(name: str) -> None:
+    """Say that of a model without a chat template."""
+    click.echo(
+        f"kvlocal: {name} has no chat template, so it was most likely not trained to chat, and may run on: `kvlocal run --raw` completes a text "
+        "with such a model",
+        err=True,
+    )

@@ -11,8 +11,8 @@ import click
 import pytest
 from test_rooms import MODULES, ROOMS
 
+from kvlocal.batch.in_process import batch_timings
 from kvlocal.batch.line import OPTIONS
-from kvlocal.batch.run import batch_timings
 from kvlocal.cache.compression import Seconds
 from kvlocal.chat.stats import REPORTED, StopReason
 from kvlocal.hub.catalogue import Catalogue
@@ -114,10 +114,12 @@ def test_every_option_of_every_command_is_documented():
 
 
 def test_the_names_of_settings():
-    for command, names, key in ((code(row[0])[0], code(row[1])[0], code(row[2])) for row in table("docs/config.md", "for") if code(row[0])[0].startswith("kv")):
-        _, *path, option = command.split()
-        assert (variable(".".join(path), option.removeprefix("--")), option.removeprefix("--")) == (names, key[0])
-        assert key[1] == f"[{'.'.join(path)}]"
+    rows = [[code(cell) for cell in row] for row in table("docs/config.md", "for")]
+    for (command, *_), (name,), (key, scope) in rows:
+        if command.startswith("kvlocal "):
+            _, *path, option = command.split()
+            assert (f"--{key}", scope) == (option, f"[{'.'.join(path)}]")
+        assert name == variable(scope.strip("[]"), key)
 
 
 def test_the_table_of_commands():

@@ -234,6 +234,9 @@ class Failure:
         return {"id": self.id, "error": str(self.error)}
 
 
+Outcome = Result | Failure
+
+
 def _readable_id(found: Any) -> Identity:
     """The id of a line that is no proper JSON, if all of it can be read."""
     identity = found.get("id") if isinstance(found, dict) else None
