@@ -237,6 +237,8 @@ def changing(path: Path) -> Iterator[Callable[[str], None]]:
         KvlocalError: it cannot be written; it is then as it was.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise KvlocalError(f"{target} is no file that could be written: name another one by KVLOCAL_CONFIG")
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:

@@ -277,6 +277,11 @@ def test_config_edit(config, monkeypatch, tmp_path):
     assert failed(call("config", "edit"))
 
 
+def test_what_is_no_file_is_not_replaced(config):
+    config.mkdir(parents=True)
+    assert "is no file that could be written" in failed(call("config", "set", "kv-budget", "5")) and config.is_dir()
+
+
 def test_a_config_that_cannot_be_written_is_as_it_was(config):
     config.parent.mkdir(parents=True)
     config.symlink_to("/proc/nothing")
