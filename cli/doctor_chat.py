@@ -11,6 +11,7 @@ from kvlocal import policies
 from kvlocal.cache.config import allocation
 from kvlocal.chat.config import SessionConfig
 from kvlocal.llama.adapter import Lora
+from kvlocal.llama.free_cores import AUTO
 from kvlocal_cli.options import Loaded, Loading, session_options
 
 
@@ -81,6 +82,8 @@ def _device(library: dict[str, Any], gpu_layers: int) -> dict[str, str]:
 
 
 def _threads(config: SessionConfig, machine: dict[str, Any]) -> dict[str, Any]:
+    if config.n_threads == AUTO:
+        return {"threads": machine["usable_cores"], "threads_why": "one per core that this process may use, fewer while other programs compute"}
     if config.n_threads:
         return {"threads": config.n_threads, "threads_why": "as it is set"}
     return {"threads": machine["usable_cores"], "threads_why": "one per core that this process may use"}
