@@ -20,6 +20,7 @@ from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.text import text_of
+from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.free_cores import AUTO as FREE_CORES
@@ -29,7 +30,9 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal_cli import completing
 from kvlocal_cli.fetching import located
+from kvlocal_cli.settings import is_given
 from kvlocal_cli.terminal import waiting
 
 _SESSION = SessionConfig()
@@ -115,7 +118,7 @@ class LoraFile(click.ParamType):
 
 
 lora_option = click.option(
-    "--lora", multiple=True, type=LoraFile(), metavar="FILE[:SCALE]",
+    "--lora", multiple=True, type=LoraFile(), metavar="FILE[:SCALE]", shell_complete=completing.files,
     help="A LoRA adapter for the model, as GGUF, and how much of it: 1 unless said otherwise, 0 for nothing; can be repeated.",
 )  # fmt: skip
 
@@ -157,7 +160,7 @@ _OPTIONS = (
         help="Read finished turns again while you type, for the policies that score by it.",
     ),
     click.option(
-        "--nexus", metavar="FILE",
+        "--nexus", metavar="FILE", shell_complete=completing.files,
         help="Nexus tokens for the policies that use them, or off.  [default: a file for this model beside it, among the models, or shipped]",
     ),
     lora_option,
@@ -392,6 +395,23 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         with_config = option(with_config)
     return with_config
+
+
+def model_named(name: str | None, model: str | None) -> tuple[str | None, str]:
+    """The model that the command line names, None if it names none, and the one for a conversation that has none of its own.
+
+    Args:
+        name: of the argument.
+        model: of the option --model, which may be from a variable or the config file.
+
+    Raises:
+        click.UsageError: the command line names two.
+    """
+    if model is None or not is_given("model"):
+        return name, name or model or DEFAULT_MODEL
+    if name is not None:
+        raise click.UsageError("the model is named twice: leave one of the two out")
+    return model, model
 
 
 def default_archive_ram() -> int:

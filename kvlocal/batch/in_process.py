@@ -86,7 +86,7 @@ class InProcess:
         if not unanswered:
             kv: dict[str, float] = dict.fromkeys(REPORTED, 0)
             kv["budget"] = config.budget or self._budget
-            return Result(line.number, line.id, line.messages, [], [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
+            return Result(line.number, line.id, line.messages, [], [], None, kv, batch_timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()
         first, end = (0 if line.system is None else 1), unanswered[-1] + 1
@@ -118,7 +118,7 @@ class InProcess:
                     session.second_read()
             kv = session.kv.report()
             prompt_tokens = int(kv["history_tokens"]) - answer_tokens
-            timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
+            timings = batch_timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
             return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, recalled, session.seed, kv, timings)
 
     def _session(self, config: SessionConfig) -> ChatSession:
@@ -126,7 +126,8 @@ class InProcess:
         return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._slots.open)
 
 
-def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:
+def batch_timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:
+    """What Result tells of the time that a conversation took, in all and in phases."""
     times = {"seconds": seconds, "prompt_seconds": seconds - answer_seconds, "answer_seconds": answer_seconds}
     times |= {f"{phase}_seconds": value for phase, value in asdict(phases).items()}
     speed = answer_tokens / answer_seconds if answer_seconds else 0.0
