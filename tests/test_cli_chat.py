@@ -231,7 +231,7 @@ def test_how_tokens_are_drawn_can_be_set(chat):
     result = chat("--no-transcript", stdin="\n".join(lines))
     assert result.returncode == 0, result.stderr
     shown = dict(re.findall(r"^(\S+) +(\S.*)$", result.stdout.partition("logit-bias")[0], re.MULTILINE))
-    assert (shown["presence-penalty"], shown["temp"]) == ("0.3", "0")
+    assert (shown["presence-penalty"], shown["temp"]) == ("0.3", "0.0")
     assert re.findall(r"^(?:logit-bias|dry-multiplier|xtc-probability) +(\S.*)$", result.stdout, re.MULTILINE)[:6] == [
         "17-100 18+1.5", "0.8", "0.5", "-", "0.8", "0.5"
     ]  # fmt: skip

@@ -159,9 +159,9 @@ def test_threads_follow_unless_a_text_is_to_come_again():
     @click.command()
     @session_options
     def command(config, loading):
-        click.echo(config.n_threads)
+        click.echo(repr(config.n_threads))
 
-    said = {"": "auto", "--threads=auto --seed=1": "auto", "--seed=1": "None", "--temp=0": "None", "--threads=3": "3"}
+    said = {"": "'auto'", "--threads=auto --seed=1": "'auto'", "--seed=1": "None", "--temp=0": "None", "--threads=3": "3"}
     assert {words: CliRunner().invoke(command, words.split()).output.strip() for words in said} == said
 
 
