@@ -23,8 +23,8 @@ import kvlocal  # noqa: E402
 from kvlocal.batch import on_ray  # noqa: E402
 from kvlocal.batch.line import Failure, Result  # noqa: E402
 from kvlocal.batch.on_ray import OnRay  # noqa: E402
+from kvlocal.batch.ray_actor import worker_class  # noqa: E402
 from kvlocal.batch.ray_cluster import Share, share_out  # noqa: E402
-from kvlocal.batch.ray_worker import worker_class  # noqa: E402
 from kvlocal.batch.run import answered  # noqa: E402
 from kvlocal.chat.config import SessionConfig  # noqa: E402
 from kvlocal.errors import KvlocalError  # noqa: E402

@@ -16,8 +16,9 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError, Ra
 
 import kvlocal
 from kvlocal.batch.line import Failure, Line, LineError, Outcome
+from kvlocal.batch.ray_actor import worker_class
 from kvlocal.batch.ray_cluster import Connection, Share, share_out
-from kvlocal.batch.ray_worker import Job, LoadedModel, worker_class
+from kvlocal.batch.ray_worker import Job, LoadedModel
 from kvlocal.batch.workplace import Taken
 from kvlocal.errors import KvlocalError
 
