@@ -5,6 +5,7 @@ import pty
 import re
 import select
 import sys
+import termios
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ class Terminal:
                 os.execve(command[0], command, env)
             finally:
                 os._exit(127)
+        termios.tcsetwinsize(self._descriptor, (HEIGHT, WIDTH))
 
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
