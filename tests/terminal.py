@@ -55,7 +55,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 30) -> str:
+    def wait_for(self, pattern: str, seconds: float = 120) -> str:
         """What it wrote from now to the first match, without escape sequences."""
         seen, deadline = "", time.monotonic() + seconds
         while not re.search(pattern, seen):
@@ -69,7 +69,7 @@ class Terminal:
             seen, self.output = seen + data, self.output + data
         return _ESCAPE.sub("", seen).replace("\r", "")
 
-    def wait_for_prompt(self, seconds: float = 30) -> str:
+    def wait_for_prompt(self, seconds: float = 120) -> str:
         return self.wait_for(_PROMPT, seconds)
 
     def seen(self) -> list[str]:
