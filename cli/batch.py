@@ -5,19 +5,24 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import BinaryIO, Self
 
 import click
 
+from kvlocal.batch.in_process import InProcess
 from kvlocal.batch.line import Failure, Result
 from kvlocal.batch.output import Results, settings_key
-from kvlocal.batch.run import run_batch
+from kvlocal.batch.run import answered
+from kvlocal.batch.workplace import Workplace
 from kvlocal.chat.config import SessionConfig
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.context import MAX_SEQUENCES
+from kvlocal_cli import completing
+from kvlocal_cli.batch_on_ray import on_ray
+from kvlocal_cli.groups import Command
 from kvlocal_cli.options import Loading, session_options
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, warn_of_base_model
@@ -25,20 +30,26 @@ from kvlocal_cli.terminal import INTERRUPTED, warn_of_base_model
 _BLOCK = 2**16
 
 
-@click.command("batch")
+@click.command("batch", cls=Command)
 @click.argument("source", metavar="IN.jsonl", type=click.File("rb"))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, allow_dash=True), default="-", metavar="OUT.jsonl",
               help="Where the results go.  [default: standard output]")  # fmt: skip
 @click.option("--parallel", type=click.IntRange(1, MAX_SEQUENCES), default=1, show_default=True, metavar="N",
               help="Conversations that decode together, each with a budget of its own.")  # fmt: skip
+@click.option("--ray", "ray_address", metavar="ADDRESS",
+              help="Answer on the Ray cluster there, HOST:PORT or auto: each worker has the model and --parallel conversations.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N",
+              help="Workers on the Ray cluster.  [default: one on each GPU if they are used, else on each machine]")  # fmt: skip
 @click.option("--ordered", is_flag=True, help="Write results in the order of the lines instead of the order of completion.")
 @click.option("--retry", is_flag=True, help="Drop the errors of earlier runs from OUT.jsonl, and try their lines again.")
 @click.option("--force", is_flag=True, help="Write over OUT.jsonl if it is there already.")
-@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file.")
+@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", shell_complete=completing.models,
+              help="A name from the catalogue, or a GGUF file.")
 @session_options
 def batch_command(
-    source: BinaryIO, output: str, parallel: int, ordered: bool, retry: bool, force: bool, model: str, loading: Loading, config: SessionConfig
-) -> None:
+    source: BinaryIO, output: str, parallel: int, ray_address: str | None, workers: int | None, ordered: bool, retry: bool, force: bool, model: str,
+    loading: Loading, config: SessionConfig,
+) -> None:  # fmt: skip
     """Answer every conversation of IN.jsonl, or of standard input if that is -.
 
     A line is {"id": ..., "messages": [{"role": ..., "content": ...}, ...]}. Every user turn without an answer after it is answered, in
@@ -56,15 +67,18 @@ def batch_command(
     target = None if output == "-" else output
     if target and os.path.exists(target) and os.path.samestat(os.stat(target), os.fstat(source.fileno())):
         raise click.UsageError(f"{target} is the input: name another output")
-    loading.locate(model)  # while Ctrl-C still ends it
+    if workers and not ray_address:
+        raise click.UsageError("--workers are those of a Ray cluster: give its address with --ray too")
     report = _Report(source, with_bar=target is not None or not sys.stdout.isatty())
-    with _Interrupt() as interrupt, loading.loaded(model, config, parallel, undo=False) as loaded:
-        warn_of_base_model(model, loaded.model)
-        results = Results(target, settings_key(*loaded), replace=force, retry=retry)
-        outcomes = run_batch(
-            report.lines(), loaded.model, loaded.config, parallel=parallel, ordered=ordered, wanted=results.wants, poll=interrupt.poll,
-            nexus=loaded.nexus,
-        )
+    interrupt = _Interrupt()
+    if ray_address:
+        answering = on_ray(ray_address, workers, loading, model, config, parallel, report.say, interrupt.poll)
+    else:
+        loading.locate(model)  # while Ctrl-C still ends it
+        answering = _in_process(loading, model, config, parallel)
+    with interrupt, answering as (workplace, settings):
+        results = Results(target, settings, replace=force, retry=retry)
+        outcomes = answered(report.lines(), workplace, ordered=ordered, wanted=results.wants, poll=interrupt.poll)
         with closing(outcomes), results, report:
             report.begin(results)
             try:
@@ -79,6 +93,14 @@ def batch_command(
         sys.exit(INTERRUPTED)
     if report.failed or results.n_failed:
         sys.exit(1)
+
+
+@contextmanager
+def _in_process(loading: Loading, name: str, config: SessionConfig, parallel: int) -> Iterator[tuple[Workplace, str]]:
+    """Where a batch is answered by the model in this process, and the key of its settings."""
+    with loading.loaded(name, config, parallel, undo=False) as loaded:
+        warn_of_base_model(name, loaded.model)
+        yield InProcess(parallel, *loaded), settings_key(*loaded)
 
 
 class _Interrupt:
@@ -116,16 +138,19 @@ class _Report:
     done: int = 0
     failed: int = 0
     answer_tokens: int = 0
+    _is_shown: bool = False
 
     def __enter__(self) -> Self:
         status = os.fstat(self.source.fileno())
         self._work = LongWork(total=status.st_size if stat.S_ISREG(status.st_mode) else None, with_bar=self.with_bar)
         self._work.update(description=self._counts())
         self._work.__enter__()
+        self._is_shown = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._work.__exit__()
+        self._is_shown = False
         if kind is None:
             self._work.say(f"{'interrupted, ' if self.interrupted else ''}{self._counts()} in {self._work.seconds:.1f} s")
 
@@ -141,6 +166,13 @@ class _Report:
                 yield line
                 self._work.update(advance=len(line) + 1)
         yield rest
+
+    def say(self, text: str) -> None:
+        """A line on stderr, at any time."""
+        if self._is_shown:
+            self._work.say(text)
+        else:
+            click.echo(f"kvlocal: {text}", err=True)
 
     def begin(self, results: Results) -> None:
         """Tells what is there already."""

@@ -10,12 +10,13 @@ from rich.filesize import decimal
 from kvlocal.doctor.diagnosis import diagnose
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.adapter import Lora
+from kvlocal_cli import completing
 from kvlocal_cli.doctor_chat import describe_chat
 from kvlocal_cli.options import lora_option
 
 
 @click.command("doctor")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=completing.models)
 @lora_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> None:

@@ -11,12 +11,13 @@ from kvlocal import policies
 from kvlocal.cache.config import allocation
 from kvlocal.chat.config import SessionConfig
 from kvlocal.llama.adapter import Lora
+from kvlocal.llama.free_cores import AUTO
 from kvlocal_cli.options import Loaded, Loading, session_options
 
 
-@click.command("chat")
+@click.command()
 @session_options
-def _as_chat(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
+def _settings(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, Loading]:
     return config, loading
 
 
@@ -30,8 +31,8 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
     Raises:
         KvlocalError: a chat with this model would end with this.
     """
-    with _as_chat.make_context("chat", []) as context:
-        config, loading = _as_chat.invoke(context)
+    with _context() as context:
+        config, loading = context.invoke(_settings, **{str(param.name): context.params[str(param.name)] for param in _settings.params})
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
     with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
         return {
@@ -44,6 +45,16 @@ def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], mac
             **_device(library, loading.gpu_layers),
             **_threads(config, machine),
         }
+
+
+def _context() -> click.Context:
+    """That of `kvlocal chat` without arguments, which is not carried out."""
+    root = click.get_current_context().find_root()
+    assert isinstance(root.command, click.Group)
+    # which also finds what it has for defaults
+    _, chat, _ = root.command.resolve_command(root, ["chat"])
+    assert chat is not None
+    return chat.make_context("chat", [], parent=root)
 
 
 def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:
@@ -72,6 +83,8 @@ def _device(library: dict[str, Any], gpu_layers: int) -> dict[str, str]:
 
 
 def _threads(config: SessionConfig, machine: dict[str, Any]) -> dict[str, Any]:
+    if config.n_threads == AUTO:
+        return {"threads": machine["usable_cores"], "threads_why": "one per core that this process may use, fewer while other programs compute"}
     if config.n_threads:
         return {"threads": config.n_threads, "threads_why": "as it is set"}
     return {"threads": machine["usable_cores"], "threads_why": "one per core that this process may use"}

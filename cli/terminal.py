@@ -147,9 +147,14 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def print_aligned(rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout. Rich would cut its lines to the width of a terminal that is not there."""
+    for line in aligned(rows):
+        click.echo(line)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def printable(text: str) -> str:
@@ -182,8 +187,13 @@ def archive_lost(reason: str) -> str:
 def warn_of_base_model(name: str, model: Model) -> None:
     """Say on stderr that a model was most likely not trained to chat."""
     if not ChatTemplate.from_model(model).is_own:
-        click.echo(
-            f"kvlocal: {name} has no chat template, so it was most likely not trained to chat, and may run on: `kvlocal run --raw` completes a text "
-            "with such a model",
-            err=True,
-        )
+        say_base_model(name)
+
+
+def say_base_model(name: str) -> None:
+    """Say that of a model without a chat template."""
+    click.echo(
+        f"kvlocal: {name} has no chat template, so it was most likely not trained to chat, and may run on: `kvlocal run --raw` completes a text "
+        "with such a model",
+        err=True,
+    )

@@ -74,6 +74,7 @@ def serve_model(
     parallel: int = 1,
     waiting: int = 16,
     directory: Path | None = None,
+    disk: int = 2**34,
     api_keys: Sequence[str] = (),
     origins: Sequence[str] = (),
     host: str = "",
@@ -86,7 +87,7 @@ def serve_model(
         config: of every conversation; its system prompt is that of the conversations that have none.
         listening: of `listen`.
         name: by which clients know the model.
-        nexus, parallel, waiting, directory: as Engine has them.
+        nexus, parallel, waiting, directory, disk: as Engine has them.
         api_keys: those that may use it; with none everybody may.
         origins: web pages that may use it, beside those of this machine.
         host: a name by which it may be called, besides addresses and localhost.
@@ -96,7 +97,7 @@ def serve_model(
     Raises:
         KvlocalError: no conversation is possible with this configuration, or there is not enough memory.
     """
-    with Engine(model, config, parallel=parallel, waiting=waiting, directory=directory, nexus=nexus) as engine:
+    with Engine(model, config, parallel=parallel, waiting=waiting, directory=directory, disk=disk, nexus=nexus) as engine:
         # a page of the web whose name was turned to this machine's address has the key only if it was told it
         hosts = None if api_keys else (host, socket.gethostname())
         service = Service(name, model, engine, Keys(api_keys), Metrics(engine.stats), keep_trimmed, tuple(origins), hosts)
