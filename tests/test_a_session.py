@@ -14,4 +14,4 @@ def test_the_page_can_be_made(smollm2: Path) -> None:
         assert [line for line in text.splitlines() if line.startswith("    $ ")] == [
             f"    $ kvlocal {scene.command}".rstrip() for scene in a_session.scenes("--temp 0 --threads 1")
         ]
-    assert str(Path.home()) not in documented and "/tmp" not in documented
+    assert "~/.local/state/kvlocal/sessions/trip.jsonl" in documented and "/tmp" not in documented
