@@ -22,6 +22,7 @@ from kvlocal_cli.chat_completion import ChatCompleter, Complete, files, nothing,
 from kvlocal_cli.chat_tables import on_a_line, show_attention, show_cache
 from kvlocal_cli.clipboard import copy
 from kvlocal_cli.options import split_policy_arg
+from kvlocal_cli.sampling_options import biases_of
 from kvlocal_cli.terminal import printable
 
 if TYPE_CHECKING:
@@ -167,6 +168,10 @@ def settings(chat: Chat) -> dict[str, Any]:
     }
 
 
+def _biases(text: str) -> dict[int, float]:
+    return {} if text == "none" else biases_of(text.replace(",", " ").split())
+
+
 # what /set takes: of the sampling, the field and how its text is read
 _SAMPLING: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temperature", float),
@@ -174,6 +179,15 @@ _SAMPLING: dict[str, tuple[str, Callable[[str], Any]]] = {
     "top-p": ("top_p", float),
     "min-p": ("min_p", float),
     "repeat-penalty": ("repeat_penalty", float),
+    "presence-penalty": ("presence_penalty", float),
+    "frequency-penalty": ("frequency_penalty", float),
+    "logit-bias": ("logit_bias", _biases),
+    "dry-multiplier": ("dry_multiplier", float),
+    "dry-base": ("dry_base", float),
+    "dry-allowed-length": ("dry_allowed_length", int),
+    "dry-penalty-last-n": ("dry_penalty_last_n", int),
+    "xtc-probability": ("xtc_probability", float),
+    "xtc-threshold": ("xtc_threshold", float),
     "seed": ("seed", int),
 }
 
@@ -183,9 +197,7 @@ def _set(chat: Chat, argument: str) -> None:
     name, value = name.removeprefix("--"), value.strip()
     if not name:
         for name, value in settings(chat).items():
-            if isinstance(value, dict):
-                value = " ".join(f"{key}={arg}" for key, arg in value.items()) or "-"
-            chat.screen.show(f"{name.ljust(14)}  {value}{'  (as the chat began)' if name in _FIXED else ''}")
+            chat.screen.show(f"{name.ljust(18)}  {_shown(name, value)}{'  (as the chat began)' if name in _FIXED else ''}")
         return
     if name not in _SETTABLE:
         raise KvlocalError(f"/set {printable(name[:40])} is not possible: {_instead_of(name)}")
@@ -214,7 +226,14 @@ def _set(chat: Chat, argument: str) -> None:
         sampling = replace(config.sampling, **changed)
         chat.session.set_sampling(sampling)
         chat.config = replace(config, sampling=sampling)
-    chat.screen.note(f"{name}: {settings(chat)[name]}")
+    chat.screen.note(f"{name}: {_shown(name, settings(chat)[name])}")
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        form = "{}{:+g}" if name == "logit-bias" else "{}={}"
+        return " ".join(form.format(key, each) for key, each in value.items()) or "-"
+    return str(value)
 
 
 # and the values that are words

@@ -229,6 +229,20 @@ def test_what_set_shows_and_takes(chat):
     assert result.returncode == 1 and "removes nothing" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_how_tokens_are_drawn_can_be_set(chat):
+    lines = ["/set dry-multiplier 0.8", "/set xtc-probability 0.5", "/set presence-penalty 0.3", "/set logit-bias 17-100, 18+1.5", "/set",
+             "/set logit-bias none", "/set"]  # fmt: skip
+    result = chat("--no-transcript", stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    shown = dict(re.findall(r"^(\S+) +(\S.*)$", result.stdout.partition("logit-bias")[0], re.MULTILINE))
+    assert (shown["presence-penalty"], shown["temp"]) == ("0.3", "0.0")
+    assert re.findall(r"^(?:logit-bias|dry-multiplier|xtc-probability) +(\S.*)$", result.stdout, re.MULTILINE)[:6] == [
+        "17-100 18+1.5", "0.8", "0.5", "-", "0.8", "0.5"
+    ]  # fmt: skip
+    wrong = chat("--no-transcript", stdin="/set logit-bias cat\n/set dry-base 0\n/set dry-allowed-length x")
+    assert wrong.returncode == 1 and [line.startswith("kvlocal: ") for line in wrong.stderr.splitlines()] == [True] * 3
+
+
 def test_save_replaces_nothing_without_being_told(chat, terminal, tmp_path):
     saved, text = tmp_path / "saved.json", tmp_path / "talk.md"
     text.write_text("mine")
