@@ -1,6 +1,7 @@
 """`kvlocal completion`: has the shell complete by Tab, by click's own mechanism."""
 
 import os
+import shlex
 from pathlib import Path
 
 import click
@@ -46,7 +47,7 @@ def install_command(shell: str | None) -> None:
     atomic_write(script, _script(shell))
     if rc is None:
         click.echo(f"{script} is written: new shells complete kvlocal")
-    elif _add_line(rc, f"[ -f '{script}' ] && . '{script}' # completion of kvlocal"):
+    elif _add_line(rc, f"[ -f {shlex.quote(str(script))} ] && . {shlex.quote(str(script))} # completion of kvlocal"):
         click.echo(f"{script} is written, and a line in {rc} that loads it: new shells complete kvlocal")
     else:
         click.echo(f"{script} is written anew; {rc} loads it already")

@@ -90,6 +90,37 @@ def test_what_excludes_another_gives_way_to_what_is_said_more_closely(settings, 
     assert settings("--archive", "ram")["policy"] == "recall"
 
 
+@pytest.mark.parametrize(("variable", "args", "name", "value"), [
+    ("KVLOCAL_NO_TRANSCRIPT=1", "chat --session trip", "no_transcript", False),
+    ("KVLOCAL_NO_TRANSCRIPT=1", "chat", "no_transcript", True),
+    ("KVLOCAL_SESSION=trip", "run -c", "session_name", None),
+    ("KVLOCAL_SESSION=trip", "run --raw", "session_name", None),
+    ("KVLOCAL_RUN_RAW=0", "run --session trip", "session_name", "trip"),
+    ("KVLOCAL_ARCHIVE=ram", "chat --policy snapkv", "archive", None),
+    ("KVLOCAL_ARCHIVE=off", "chat --policy recall", "archive", "off"),
+    ("KVLOCAL_ARCHIVE_RAM=5", "chat --archive off", "archive_ram", None),
+    ("KVLOCAL_ARCHIVE_RAM=5", "chat --archive ram", "archive_ram", 5),
+    ("KVLOCAL_POLICY=snapkv", "chat --archive disk", "policy", None),
+    ("KVLOCAL_POSITIONS=cache", "chat --archive disk", "positions", "auto"),
+    ("KVLOCAL_KV_RATIO=0.5", "chat --policy full", "kv_ratio", None),
+    ("KVLOCAL_KV_RATIO=0.5", "chat --policy gkv", "kv_ratio", 0.5),
+    ("KVLOCAL_POLICY_ARG=lam=0.5", "chat --policy gkv", "policy_args", {}),
+    ("KVLOCAL_POLICY_ARG=lam=0.5", "chat --temp 0", "policy_args", {"lam": "0.5"}),
+    ("KVLOCAL_EVAL_RATIO=0.7", "eval recall --kv-budget 64", "ratios", (0.5, 0.8)),
+    ("KVLOCAL_EVAL_RATIO=0.7", "eval recall", "ratios", (0.7,)),
+    ("KVLOCAL_KV_BUDGET=64", "eval recall", "kv_budget", None),
+    ("KVLOCAL_API_KEY=one two", "serve", "api_keys", ("one", "two")),
+])  # fmt: skip
+def test_what_a_parameter_is(monkeypatch, variable, args, name, value):
+    monkeypatch.setenv(*variable.split("=", 1))
+    words, ctx = args.split(), click.Context(main)
+    command = main.get_command(ctx, words.pop(0))
+    while isinstance(command, click.Group):
+        command = command.get_command(ctx, words.pop(0))
+    with command.make_context(command.name, words, parent=ctx) as made:
+        assert made.params[name] == value
+
+
 def test_two_that_exclude_each_other_in_one_place_are_refused(config, monkeypatch):
     write(config, '[run]\nkv-budget = 200\nkv-memory = "5M"\n')
     said = failed(call("run", "Hi"), 2)
@@ -340,10 +371,14 @@ def test_completion_is_installed_once(tmp_path, monkeypatch):
     first, second = call("completion", "install"), call("completion", "install", "bash")
     script = tmp_path / "config/kvlocal/completion.bash"
     assert first.exit_code == second.exit_code == 0 and "loads it already" in second.stdout
-    assert (tmp_path / ".bashrc").read_bytes() == b"export A=\xff1\n" + f"[ -f '{script}' ] && . '{script}' # completion of kvlocal\n".encode()
+    assert (tmp_path / ".bashrc").read_bytes() == b"export A=\xff1\n" + f"[ -f {script} ] && . {script} # completion of kvlocal\n".encode()
     assert script.read_text() == call("completion", "show").stdout
-    checked = subprocess.run(["bash", "-c", f". {tmp_path}/.bashrc; complete -p kvlocal"], capture_output=True, text=True)
-    assert checked.returncode == 0 and "_kvlocal_completion" in checked.stdout, checked.stderr
+    # what bash does at Tab
+    tab = 'COMP_WORDS=(kvlocal sess); COMP_CWORD=1; _kvlocal_completion kvlocal; echo "${COMPREPLY[@]}"'
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    checked = subprocess.run(["bash", "-c", f". {tmp_path}/.bashrc; complete -p kvlocal; {tab}"], capture_output=True, text=True)
+    bound, proposed = checked.stdout.splitlines()
+    assert "-F _kvlocal_completion kvlocal" in bound and proposed == "sessions", checked.stderr
     for shell, path in (("fish", "config/fish/completions/kvlocal.fish"), ("zsh", "config/kvlocal/completion.zsh")):
         assert call("completion", "install", shell).exit_code == 0
         assert (tmp_path / path).read_text() == call("completion", "show", shell).stdout
