@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -21,6 +21,7 @@ from kvlocal.template.answer import split_thought
 from kvlocal_cli.chat_completion import ChatCompleter, Complete, files, nothing, sessions_and_files, values, words
 from kvlocal_cli.chat_tables import on_a_line, show_attention, show_cache
 from kvlocal_cli.clipboard import copy
+from kvlocal_cli.look import Look, Think, warn_of_thoughts
 from kvlocal_cli.options import split_policy_arg
 from kvlocal_cli.sampling_options import biases_of
 from kvlocal_cli.terminal import printable
@@ -160,6 +161,7 @@ def settings(chat: Chat) -> dict[str, Any]:
         "max-tokens": config.max_tokens,
         "kv-budget": chat.session.kv.budget,
         "policy": config.policy,
+        "think": chat.view.think,
         "policy-args": dict(config.policy_args),
         "stride": config.stride,
         "ctk": config.type_k,
@@ -215,6 +217,8 @@ def _set(chat: Chat, argument: str) -> None:
         chat.replace(_with_policy(config, value), chat.session.messages)
         if chat.session.kv.budget != budget:
             chat.screen.note(f"kv-budget: {chat.session.kv.budget}, which goes with that policy")
+    elif name == "think":
+        _set_think(chat, value)
     elif name == "temp":
         sampling = with_temperature(config.sampling, _number(name, value, float))
         chat.session.set_sampling(sampling)
@@ -237,8 +241,20 @@ def _shown(name: str, value: Any) -> str:
 
 
 # and the values that are words
-_SETTABLE: dict[str, Sequence[str]] = {**dict.fromkeys(_SAMPLING, ()), "max-tokens": (), "kv-budget": (), "policy": tuple(policies.POLICIES)}
+_SETTABLE: dict[str, Sequence[str]] = {
+    **dict.fromkeys(_SAMPLING, ()), "max-tokens": (), "kv-budget": (), "policy": tuple(policies.POLICIES), "think": get_args(Think),
+}  # fmt: skip
 _FIXED = ("stride", "ctk", "ctv")
+
+
+def _set_think(chat: Chat, value: str) -> None:
+    think = next((known for known in get_args(Think) if known == value), None)
+    if think is None:
+        raise KvlocalError(f"/set think takes {', '.join(get_args(Think))}, not {printable(value[:40])}")
+    if chat.config.thinking == (think == "off"):
+        chat.replace(replace(chat.config, thinking=think != "off"), chat.session.messages)
+    chat.view.think = think
+    warn_of_thoughts(chat.name, chat.session.model, Look(think=think))
 
 
 def _instead_of(name: str) -> str:

@@ -30,9 +30,9 @@ class Screen:
         self._silent = not (self.interactive or verbose)
 
     def note(self, text: str, *, is_prose: bool = False) -> None:
-        """A dim line that is nobody's answer. is_prose: break it between words, as it has no path that somebody may want to copy."""
+        """A dim line that is nobody's answer. is_prose: on a terminal it is broken between words; it has no path to copy."""
         if not self._silent:
-            self._notes.print(text, style="dim", soft_wrap=not is_prose)
+            self._notes.print(text, style="dim", soft_wrap=not (is_prose and self._notes.is_terminal))
 
     def show(self, text: str) -> None:
         """What a command was asked for."""
