@@ -127,6 +127,13 @@ def test_threads_that_sleep_tell_nothing(model, monkeypatch, name):
     assert decoded(model, 6, monkeypatch, 1.0, n_threads=AUTO) == {2}
 
 
+@pytest.mark.cpu_only
+def test_waiting_for_the_disk_tells_nothing(model, monkeypatch):
+    reads = iter(range(1000))
+    monkeypatch.setattr(context_module, "disk_reads", lambda: next(reads))
+    assert decoded(model, 6, monkeypatch, 1.0, n_threads=AUTO) == {2}
+
+
 def test_settings():
     assert CacheConfig(n_threads=AUTO).n_threads == "auto"
     for n in (0, -1):

@@ -49,6 +49,11 @@ def test_sampling():
     assert (sampling.presence_penalty, sampling.frequency_penalty, dict(sampling.logit_bias), sampling.seed) == (0.3, -0.4, {12: -100}, 9)
 
 
+def test_biases_in_pairs_as_llama_cpp_takes_them():
+    assert dict(one(logit_bias=[[12, -1.5], [13, False]]).sampling.logit_bias) == {12: -1.5, 13: -100}
+    assert dict(one(logit_bias=[]).sampling.logit_bias) == {}
+
+
 def test_dry_and_xtc_under_the_names_of_llama_cpp():
     fields = {"dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3, "dry_penalty_last_n": 100, "dry_sequence_breakers": ["x"],
               "xtc_probability": 0.5, "xtc_threshold": 0.2}  # fmt: skip
@@ -132,6 +137,10 @@ def test_tools_that_are_not_to_be_called_are_no_fault():
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"logit_bias": {"cat": 1}}, "logit_bias", "numbers"),
         ({"logit_bias": {"5": 1000}}, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": [[5, 1000]]}, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": [[5, True]]}, "logit_bias.5", "has to be a number"),
+        ({"logit_bias": [["cat", 1]]}, "logit_bias", "numbers"),
+        ({"logit_bias": [5]}, "logit_bias", "has to be an object"),
         ({"dry_multiplier": -1}, "dry_multiplier", "greater than or equal to 0"),
         ({"dry_base": 0.5}, "dry_base", "greater than or equal to 1"),
         ({"dry_penalty_last_n": -2}, "dry_penalty_last_n", "greater than or equal to -1"),

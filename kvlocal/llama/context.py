@@ -12,7 +12,7 @@ import numpy.typing as npt
 from kvlocal.llama.adapter import Adapter, use_adapters
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.errors import CacheFull, EngineError
-from kvlocal.llama.free_cores import AUTO, FreeCores, Threads, available_cores, can_be_told
+from kvlocal.llama.free_cores import AUTO, FreeCores, Threads, available_cores, can_be_told, disk_reads
 from kvlocal.llama.library import load
 from kvlocal.llama.log import NativeLog
 from kvlocal.llama.model import Model
@@ -282,9 +282,10 @@ class Context:
         """llama.cpp's code for what became of the batch."""
         if self._free_cores is None:
             return self._lib.llama_decode(self.pointer, self._batch.batch)
-        began, processor = time.perf_counter(), time.process_time()
+        began, processor, reads = time.perf_counter(), time.process_time(), disk_reads()
         status = self._lib.llama_decode(self.pointer, self._batch.batch)
-        if self._free_cores.note(time.perf_counter() - began, time.process_time() - processor):
+        # who waits for the disk has no processor either, and cores are free all the same
+        if disk_reads() == reads and self._free_cores.note(time.perf_counter() - began, time.process_time() - processor):
             self._lib.llama_set_n_threads(self.pointer, self._free_cores.n, self._free_cores.n)
         return status
 

@@ -1,7 +1,13 @@
 """FreeCores: with how many threads to compute where other programs run."""
 
+import contextlib
 import os
+from types import ModuleType
 from typing import Final, Literal
+
+resource: ModuleType | None = None
+with contextlib.suppress(ImportError):  # Windows
+    import resource
 
 # one thread for each core that others leave free
 AUTO: Final = "auto"
@@ -23,6 +29,11 @@ def available_cores() -> int:
 def can_be_told() -> bool:
     """Whether the threads that compute show whether they had a core each."""
     return not any(name in os.environ for name in _SLEEPING)
+
+
+def disk_reads() -> int:
+    """How often this process has waited for a page of memory from the disk, such as one of a model's file; 0 where the system does not tell."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt if resource else 0
 
 
 class FreeCores:

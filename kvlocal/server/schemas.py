@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kvlocal.llama.sampling import MAX_DRY_TOKENS
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=-1)]
+
+_NEVER = -100.0  # a bias after which a token does not come
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -61,6 +63,14 @@ class Sampled(Fields):
     xtc_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Tokens | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _of_pairs(cls, biases: Any) -> Any:
+        """As llama.cpp's server takes them too: [token, bias] in a list, false for never."""
+        if isinstance(biases, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in biases):
+            return {str(token): _NEVER if bias is False else bias for token, bias in biases}
+        return biases
 
     @property
     def with_usage(self) -> bool:
