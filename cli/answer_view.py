@@ -65,7 +65,8 @@ class PlainView:
         self._has_answered = False
 
     def write(self, text: str, piece: AnswerPiece) -> None:
-        shown = text if self.think == "show" else piece.text
+        # behind a thought that is not shown, the lines that parted it from the answer are not, either
+        shown = text if self.think == "show" else piece.text if self._last else piece.text.lstrip("\n")
         if shown:
             self._begin()
             click.echo(shown, nl=False)
@@ -94,7 +95,8 @@ class TerminalView:
         self._rendered = MarkdownStream(console) if is_markdown and not (look.plain or console.is_dumb_terminal) else None
         self._words = WordWrap(lambda: console.width)
         self._status: Status | None = None
-        self._in_thought = False
+        self._in_thought = self._in_answer = False
+        self._held = ""  # space at the end of a thought, which may go on
         self._at_start = True  # of a line
 
     def write(self, text: str, piece: AnswerPiece) -> None:
@@ -103,12 +105,14 @@ class TerminalView:
             return
         if piece.reasoning:
             self._think(piece.reasoning)
-        if piece.text:
+        # empty lines before an answer part it from a thought, and there is one line of our own
+        if text := piece.text if self._in_answer else piece.text.lstrip("\n"):
             self._end_thought()
+            self._in_answer = True
             if self._rendered:
-                self._rendered.write(printable(piece.text))
+                self._rendered.write(printable(text))
             else:
-                self._wrapped(piece.text)
+                self._wrapped(text)
 
     def end(self) -> None:
         if self._status:
@@ -117,14 +121,16 @@ class TerminalView:
         if self._rendered:
             self._rendered.end()
         self._out(self._words.flush(), "dim" if self._in_thought else None)
-        self._in_thought = False
+        self._in_thought, self._in_answer, self._held = False, False, ""
         if not self._at_start:
             self._wrapped("\n")
 
     def _think(self, text: str) -> None:
         if self.think == "show":
             self._in_thought = True
-            self._wrapped(text, "dim")
+            said = (self._held + text).rstrip()
+            self._held = (self._held + text)[len(said) :]
+            self._wrapped(said, "dim")
         elif self._status is None:
             self._status = self._console.status("thinking")
             self._status.start()
@@ -134,7 +140,7 @@ class TerminalView:
             self._status.stop()
             self._status = None
         if self._in_thought:
-            self._in_thought = False
+            self._in_thought, self._held = False, ""
             self._out(self._words.flush(), "dim")
             self._wrapped("\n\n")
 

@@ -20,7 +20,9 @@ from kvlocal.batch.workplace import Workplace
 from kvlocal.chat.config import SessionConfig
 from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.context import MAX_SEQUENCES
+from kvlocal_cli import completing
 from kvlocal_cli.batch_on_ray import on_ray
+from kvlocal_cli.groups import Command
 from kvlocal_cli.options import Loading, session_options
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, warn_of_base_model
@@ -28,7 +30,7 @@ from kvlocal_cli.terminal import INTERRUPTED, warn_of_base_model
 _BLOCK = 2**16
 
 
-@click.command("batch")
+@click.command("batch", cls=Command)
 @click.argument("source", metavar="IN.jsonl", type=click.File("rb"))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, allow_dash=True), default="-", metavar="OUT.jsonl",
               help="Where the results go.  [default: standard output]")  # fmt: skip
@@ -41,7 +43,8 @@ _BLOCK = 2**16
 @click.option("--ordered", is_flag=True, help="Write results in the order of the lines instead of the order of completion.")
 @click.option("--retry", is_flag=True, help="Drop the errors of earlier runs from OUT.jsonl, and try their lines again.")
 @click.option("--force", is_flag=True, help="Write over OUT.jsonl if it is there already.")
-@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file.")
+@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", shell_complete=completing.models,
+              help="A name from the catalogue, or a GGUF file.")
 @session_options
 def batch_command(
     source: BinaryIO, output: str, parallel: int, ray_address: str | None, workers: int | None, ordered: bool, retry: bool, force: bool, model: str,

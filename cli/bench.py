@@ -27,6 +27,7 @@ from kvlocal.files.atomic import atomic_write
 from kvlocal.files.replaceable import check_replaceable, holds_results
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.context import KV_TYPES
+from kvlocal_cli import completing
 from kvlocal_cli.options import split_policy_arg
 
 STOCK = Path("build/stock/dist/lib")
@@ -35,7 +36,8 @@ _EVICTING = [name for name in policies.POLICIES if policies.make(name).evicts]
 
 
 @click.command("bench")
-@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file.")
+@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", shell_complete=completing.models,
+              help="A name from the catalogue, or a GGUF file.")
 @click.option("--stock", type=click.Path(path_type=Path), default=STOCK, show_default=True, metavar="DIR",
               help="Where `make stock` has put llama.cpp without our patches.")  # fmt: skip
 @click.option("--policy", type=click.Choice(_EVICTING), default=BenchSettings.policy, show_default=True, help="What the session keeps.")

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvlocal.chat.session import ChatSession
+from kvlocal.conversations.named_sessions import chats_dir
+from kvlocal.conversations.pruning import bound_chats
 from kvlocal.conversations.records import Conversation, TranscriptError
 from kvlocal.conversations.snapshot import Snapshots, snapshot_path
 from kvlocal.conversations.transcript import Transcript, chat_path
@@ -149,6 +151,9 @@ class ChatRecord:
         """Close the transcript. Closing twice is harmless."""
         for transcript in (*self._left, *([self.transcript] if self.transcript else [])):
             transcript.close()
+        if self.is_session and self.transcript and self.transcript.path.parent == chats_dir():
+            # it has got caches now, which without a name nobody looks after
+            bound_chats()
 
     def _write_changes(self, transcript: Transcript) -> None:
         while self._changes:

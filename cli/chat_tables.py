@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -83,13 +82,11 @@ def _merged(blocks: list[SegmentStats], archived: int) -> list[tuple[str, ...]]:
 
 
 def _texts(blocks: list[SegmentStats]) -> list[SegmentStats]:
-    """What was said, of which a long text is several blocks in the cache."""
-    texts = []
-    for _, group in groupby(blocks, lambda block: (block.turn, block.role, block.pinned)):
-        of_text = list(group)
-        start = next((block.text for block in of_text if block.text.strip()), "")
-        texts.append(_sum(of_text, f"in {len(of_text)} blocks: {start}" if len(of_text) > 1 else start))
-    return texts
+    """What was said, each in one. In the cache a long text is in blocks, with Nexus tokens behind each, which are in one as well."""
+    texts: dict[tuple[int, str, bool], list[SegmentStats]] = {}
+    for block in blocks:
+        texts.setdefault((block.turn, block.role, block.pinned), []).append(block)
+    return [_sum(parts, f"({len(parts)} blocks) {parts[0].text}" if len(parts) > 1 else parts[0].text) for parts in texts.values()]
 
 
 def _sum(segments: list[SegmentStats], text: str) -> SegmentStats:

@@ -32,6 +32,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
+from kvlocal_cli import completing
 from kvlocal_cli.options import lora_option, parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
@@ -42,7 +43,8 @@ _GREEDY = SamplingParams(temperature=0, seed=0)
 
 _PATH = click.Path(dir_okay=False, path_type=Path)
 _OPTIONS = (
-    click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name from the catalogue, or a GGUF file."),
+    click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", shell_complete=completing.models,
+                 help="A name from the catalogue, or a GGUF file."),
     click.option(
         "--policy", "specs", default=ALL, show_default=True, metavar="LIST",
         help="Policies to compare, comma separated, each as name[:arg=value[:arg=value]]; an argument is a hyper-parameter of the policy, or "

@@ -8,24 +8,33 @@ import click
 
 import kvlocal
 from kvlocal.errors import KvlocalError
-from kvlocal_cli.batch import batch_command
-from kvlocal_cli.bench import bench_command
-from kvlocal_cli.chat_command import chat_command
-from kvlocal_cli.doctor import doctor_command
-from kvlocal_cli.evaluations import eval_group
-from kvlocal_cli.groups import CommandGroup
-from kvlocal_cli.model_files import cp_command, rm_command, show_command
-from kvlocal_cli.models import models_command, pull_command
-from kvlocal_cli.nexus import nexus_group
-from kvlocal_cli.run import run_command
-from kvlocal_cli.serve import serve_command
-from kvlocal_cli.sessions import sessions_group
-from kvlocal_cli.terminal import INTERRUPTED
+from kvlocal_cli.groups import Lazy, RootGroup, origin
 
 FAILURE = 1
 
+COMMANDS = {
+    "chat": Lazy("kvlocal_cli.chat_command:chat_command", "Chat with a model."),
+    "run": Lazy("kvlocal_cli.run:run_command", "Answer one PROMPT and print nothing but the answer."),
+    "batch": Lazy("kvlocal_cli.batch:batch_command", "Answer every conversation of IN.jsonl, or of standard input if that is -."),
+    "serve": Lazy("kvlocal_cli.serve:serve_command", "A chat in the browser, and answers for programs that speak OpenAI's API."),
+    "sessions": Lazy("kvlocal_cli.sessions:sessions_group", "List, show, rename, fork, export, prune and delete conversations that have a name."),
+    "logs": Lazy("kvlocal_cli.logs:logs_command", "List past sessions and chats, the last used first"),
+    "chats": Lazy("kvlocal_cli.prune:chats_group", "Make room of past chats that have no name."),
+    "models": Lazy("kvlocal_cli.models:models_command", "List the models that can be pulled by name, what is on this machine, and what fits"),
+    "pull": Lazy("kvlocal_cli.models:pull_command", "Fetch the model NAME and print the path of its GGUF file."),
+    "show": Lazy("kvlocal_cli.model_files:show_command", "Say what the model NAME is: how large, how it is quantized, what its KV cache costs"),
+    "rm": Lazy("kvlocal_cli.model_files:rm_command", "Remove models that were pulled, or aliases, whose models stay."),
+    "cp": Lazy("kvlocal_cli.model_files:cp_command", "Give the model NAME another name"),
+    "bench": Lazy("kvlocal_cli.bench:bench_command", "Measure a compressed session against stock llama.cpp, in alternation in one run."),
+    "doctor": Lazy("kvlocal_cli.doctor:doctor_command", "Say what this installation consists of, and what is wrong if anything is"),
+    "eval": Lazy("kvlocal_cli.evaluations:eval_group", "Compare policies: how much of a conversation is left in the compressed cache."),
+    "nexus": Lazy("kvlocal_cli.nexus:nexus_group", "Nexus tokens: trained soft tokens that stand for finished turns of a conversation."),
+    "config": Lazy("kvlocal_cli.config:config_group", "Show and change what options have by default."),
+    "completion": Lazy("kvlocal_cli.completion:completion_group", "Have the shell complete commands, options, models, sessions and prompts by Tab."),
+}  # fmt: skip
 
-class Kvlocal(CommandGroup):
+
+class Kvlocal(RootGroup):
     """A group whose failures are one sentence on stderr: exit code 1, for wrong usage 2, after Ctrl-C 130."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -38,13 +47,15 @@ class Kvlocal(CommandGroup):
             # the exit code if the command asked for one, else what it returned
             code = super().main(*args, **kwargs)
         except KvlocalError as error:
-            _fail(str(error), FAILURE)
+            _fail(f"{error}{_notes(error)}", FAILURE)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "kvlocal"
-            _fail(f"{_sentence(error)}; see `{command} --help`", error.exit_code)
+            _fail(f"{_place(error)}{_sentence(error)}{_notes(error)}; see `{command} --help`", error.exit_code)
         except click.ClickException as error:
             _fail(_sentence(error), error.exit_code)
         except click.Abort:
+            from kvlocal_cli.terminal import INTERRUPTED
+
             sys.exit(INTERRUPTED)
         except OSError as error:
             what = f"{error.filename}: " if error.filename else ""
@@ -55,6 +66,20 @@ class Kvlocal(CommandGroup):
 def _sentence(error: click.ClickException) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")
     return message[:1].lower() + message[1:]
+
+
+def _place(error: click.UsageError) -> str:
+    """Where a wrong value is that is not on the command line."""
+    if not (isinstance(error, click.BadParameter) and error.ctx and isinstance(error.param, click.Option)):
+        return ""
+    place = origin(error.ctx, error.param)
+    return f"{place}: " if place else ""
+
+
+def _notes(error: Exception) -> str:
+    """What may have caused it, and is not on the command line."""
+    notes = getattr(error, "__notes__", [])
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
@@ -75,6 +100,8 @@ kvlocal chats with language models on this machine. Try one of these:
 
 @click.group(
     cls=Kvlocal,
+    lazy=COMMANDS,
+    without_config=("config", "completion"),
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -85,10 +112,3 @@ def main(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(_FIRST_STEPS)
         click.echo(context.get_help())
-
-
-for command in (
-    chat_command, run_command, batch_command, serve_command, sessions_group, models_command, pull_command, show_command, rm_command, cp_command,
-    bench_command, doctor_command, eval_group, nexus_group,
-):  # fmt: skip
-    main.add_command(command)

@@ -15,11 +15,12 @@ from kvlocal.hub.aliases import add_alias, all_aliases, remove_alias, target_of
 from kvlocal.hub.catalogue import Catalogue, Entry, NotPulled
 from kvlocal.hub.hub_file import HubQuantization
 from kvlocal.hub.removal import remove, users_of, was_pulled
+from kvlocal_cli import completing
 from kvlocal_cli.terminal import is_terminal
 
 
 @click.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.models)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def show_command(name: str, as_json: bool) -> None:
     """Say what the model NAME is: how large, how it is quantized, what its KV cache costs, and where its file is.
@@ -80,7 +81,8 @@ def _rows(report: dict[str, Any], facts: dict[str, Any] | None) -> list[tuple[st
         rows.append(("trained context", f"{report['trained_context']:,} tokens"))
     if facts is not None:
         if costs := facts["kv_bytes_per_token"]:
-            rows.append(("KV of a token", ", ".join(f"{kind} {decimal(size)}" for kind, size in costs.items() if size)))
+            kept = f"; layers with a window keep {facts['sliding_window']:,} tokens" if facts["sliding_window"] else ""
+            rows.append(("KV of a token", ", ".join(f"{kind} {decimal(size)}" for kind, size in costs.items() if size) + kept))
         rows += [
             ("chat template", "in the file" if facts["template"] else "none: it was most likely not trained to chat"),
             ("compressible", "yes" if facts["compressible"] else f"no: {facts['why_not']}"),
@@ -93,7 +95,7 @@ def _rows(report: dict[str, Any], facts: dict[str, Any] | None) -> list[tuple[st
 
 
 @click.command("rm")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=completing.models)
 @click.option("-y", "--yes", is_flag=True, help="Remove without a question.")
 @click.option("--force", is_flag=True, help="Also a file that kvlocal has not pulled, or that is in use. Of a link the link alone goes.")
 def rm_command(names: tuple[str, ...], yes: bool, force: bool) -> None:
@@ -146,7 +148,7 @@ def _removable(name: str, force: bool) -> Path:
 
 
 @click.command("cp")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.models)
 @click.argument("alias")
 def cp_command(name: str, alias: str) -> None:
     """Give the model NAME another name, ALIAS, that can be used wherever its name can.

@@ -15,6 +15,7 @@ from kvlocal.files.places import models_dir
 from kvlocal.hub.aliases import all_aliases
 from kvlocal.hub.catalogue import Catalogue, Entry
 from kvlocal.hub.hub_file import HubFile, HubQuantization
+from kvlocal_cli import completing
 from kvlocal_cli.fetching import pull_with_progress
 from kvlocal_cli.terminal import print_aligned
 
@@ -66,7 +67,7 @@ def _print_table(console: Console, rows: list[tuple[str, ...]]) -> None:
 
 
 @click.command("pull")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.models)
 @click.option("--force", is_flag=True, help="Fetch the model again although it is here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the path.")
 def pull_command(name: str, force: bool, as_json: bool) -> None:

@@ -9,23 +9,25 @@ from pathlib import Path
 import click
 
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.options import AnswerOptions
+from kvlocal.chat.logprobs import logprobs
+from kvlocal.chat.options import MAX_TOP_LOGPROBS, AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.text_session import TextSession
-from kvlocal.conversations.named_sessions import last_used, new_session_path
+from kvlocal.conversations.named_sessions import kept_path, last_used
 from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.transcript import Transcript
-from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.sampling import MAX_SEED
+from kvlocal_cli import completing
 from kvlocal_cli.answer_options import answer_options
 from kvlocal_cli.answer_view import AnswerView, Unseen, answer_view
 from kvlocal_cli.chat import Chat, Told
-from kvlocal_cli.chat_command import model_of
+from kvlocal_cli.chat_command import model_of, system_of
 from kvlocal_cli.chat_screen import Screen
 from kvlocal_cli.groups import TextCommand
 from kvlocal_cli.look import Look, look_options, warn_of_thoughts
-from kvlocal_cli.options import Loaded, Loading, clean_text, session_options
+from kvlocal_cli.options import Loaded, Loading, model_named, session_options
 from kvlocal_cli.prompt import model_and_prompt
+from kvlocal_cli.settings import is_given
 from kvlocal_cli.terminal import (
     INTERRUPTED,
     Interruptible,
@@ -36,21 +38,28 @@ from kvlocal_cli.terminal import (
 
 
 @click.command("run", cls=TextCommand)
-@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
-@click.option("-m", "--model", metavar="MODEL", help="The model, in place of the argument.")
-@click.option("-f", "--file", "files", multiple=True, metavar="FILE", help="A text that belongs to the prompt; can be repeated, and written @FILE.")
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]", shell_complete=completing.models)
+@click.option("-m", "--model", metavar="MODEL", shell_complete=completing.models, help="The model, in place of the argument.")
+@click.option("-f", "--file", "files", multiple=True, metavar="FILE", shell_complete=completing.files,
+              help="A text that belongs to the prompt; can be repeated, and written @FILE.")
 @session_options
 @answer_options
 @look_options
-@click.option("--session", "session_name", metavar="NAME|FILE", help="Ask in the conversation that is kept under this name, or begin it.")
+@click.option("--session", "session_name", metavar="NAME|FILE", shell_complete=completing.sessions,
+              help="Ask in the conversation that is kept under this name, or begin it.")
+@click.option("-t", "--template", "named", metavar="NAME", shell_complete=completing.prompts,
+              help="Take the prompt of this name, with PROMPT and files as the text that it is for.")
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Ask in the chat or session that was used last.")
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without a chat template, and print how it goes on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
+@click.option("--logprobs", "n_logprobs", type=click.IntRange(0, MAX_TOP_LOGPROBS), metavar="N",
+              help="With --json: tell how likely each token of the answer was, and the N likeliest at its place.")  # fmt: skip
 def run_command(
     words: tuple[str, ...],
     model: str | None,
     files: tuple[str, ...],
     session_name: str | None,
+    named: str | None,
     goes_on: bool,
     config: SessionConfig,
     loading: Loading,
@@ -58,6 +67,7 @@ def run_command(
     look: Look,
     raw: bool,
     as_json: bool,
+    n_logprobs: int | None,
 ) -> None:
     """Answer one PROMPT and print nothing but the answer.
 
@@ -70,23 +80,32 @@ def run_command(
     \b
         kvlocal run "Sum this up." < report.txt
         kvlocal run "What has changed?" @old.txt @new.txt
+        kvlocal run -t summary < report.txt
+
+    A prompt with a name is a text file such as summary.txt in the directory prompts beside the config file; {{input}} in it
+    stands for the text, which else follows it.
     """
+    if n_logprobs is not None:
+        if not as_json:
+            raise click.UsageError("--logprobs is told in the JSON object: give --json too")
+        asked = replace(asked, top_logprobs=n_logprobs)
     if raw and config.system is not None:
         raise click.UsageError("--raw takes the text as it is, without a system prompt: leave --system out, or write it into the text")
     in_chat = session_name is not None or goes_on
     if in_chat and (raw or (session_name is not None and goes_on)):
         raise click.UsageError("--session, --continue and --raw are three ways of asking: give one of them")
-    name, prompt = model_and_prompt(words, model, files)
+    name, prompt = model_and_prompt(words, model if is_given("model") else None, files, named)
+    _, default = model_named(name, None if is_given("model") else model)
     if config.sampling.seed is None:
         # drawn here so that it can be told
         config = replace(config, sampling=replace(config.sampling, seed=secrets.randbelow(MAX_SEED + 1)))
     config = replace(config, thinking=look.think != "off")
     view: AnswerView = Unseen() if as_json else answer_view(look, is_markdown=not raw)
     if in_chat:
-        path = last_used() if session_name is None else new_session_path(session_name)
-        _ask_in_chat(path, name, prompt, config, loading, asked, look, view, as_json)
+        path = last_used() if session_name is None else kept_path(session_name)
+        _ask_in_chat(path, name, default, prompt, config, loading, asked, look, view, as_json)
         return
-    name = name or DEFAULT_MODEL
+    name = default
     bar, said = ReadingBar(), []
     with loading.loaded(name, config) as loaded, _session(loaded, bar, raw) as session, Interruptible(session) as turn:
         if not raw:
@@ -116,6 +135,7 @@ def run_command(
 def _ask_in_chat(
     path: Path,
     name: str | None,
+    default: str,
     prompt: str,
     config: SessionConfig,
     loading: Loading,
@@ -127,8 +147,8 @@ def _ask_in_chat(
     """Asks behind what was said before, and keeps it."""
     with Transcript.resume(path) as kept:
         earlier = kept.conversation or Conversation()
-        name = model_of(earlier, name, Screen(verbose=False))
-        config = replace(config, system=earlier.system if config.system is None else clean_text(config.system))
+        name = model_of(earlier, name, default, Screen(verbose=False))
+        config = replace(config, system=system_of(earlier, config))
         screen = Screen(verbose=False, person=False)
         with loading.loaded(name, config) as loaded, Chat(name, loaded, screen, view, loading, asked) as chat:
             warn_of_base_model(name, loaded.model)
@@ -191,5 +211,6 @@ def _print_report(name: str, prompt: str, answer: str, session: ChatSession | Te
             "grammar": asked.grammar,
         },
         "stop_reason": last.stop_reason,
+        **({} if asked.top_logprobs is None else {"logprobs": {"content": logprobs(last.logprobs)}}),
     }
     click.echo(json.dumps(report, indent=2, ensure_ascii=False))

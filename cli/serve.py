@@ -10,9 +10,10 @@ import click
 from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import state_dir
-from kvlocal.hub.catalogue import DEFAULT_MODEL
 from kvlocal.llama.context import MAX_SEQUENCES
-from kvlocal_cli.options import Loading, SizeInBytes, clean_text, session_options
+from kvlocal_cli import completing
+from kvlocal_cli.groups import Command
+from kvlocal_cli.options import Loading, SizeInBytes, clean_text, model_named, session_options
 from kvlocal_cli.terminal import is_terminal
 
 PARALLEL = 2
@@ -22,15 +23,16 @@ WAITING = 16
 _EXTRA = {"h11", "prometheus_client", "pydantic", "pydantic_core", "sse_starlette", "starlette", "uvicorn"}
 
 
-@click.command("serve")
-@click.argument("name", required=False, metavar="[MODEL]", default=DEFAULT_MODEL)
+@click.command("serve", cls=Command)
+@click.argument("name", required=False, metavar="[MODEL]", shell_complete=completing.models)
+@click.option("-m", "--model", metavar="MODEL", shell_complete=completing.models, help="The model, in place of the argument.")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N", help="The same; 0 takes a free one.")
 @click.option("--parallel", type=click.IntRange(1, MAX_SEQUENCES), default=PARALLEL, show_default=True, metavar="N",
               help="Conversations that are answered at once, each with a budget of its own.")  # fmt: skip
 @click.option("--waiting", type=click.IntRange(min=0), default=WAITING, show_default=True, metavar="N",
               help="Requests that may wait for one of them to end; more are told to come back later.")  # fmt: skip
-@click.option("--api-key", "api_keys", multiple=True, envvar="KVLOCAL_API_KEY", metavar="KEY",
+@click.option("--api-key", "api_keys", multiple=True, metavar="KEY",
               help="A key that clients have to send; can be repeated, and each has conversations of its own. Others see it in the list of "
               "processes: the environment variable KVLOCAL_API_KEY, with a space between keys, keeps it from them.")  # fmt: skip
 @click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN",
@@ -43,7 +45,8 @@ _EXTRA = {"h11", "prometheus_client", "pydantic", "pydantic_core", "sse_starlett
               help="Where a client has left out the oldest turns, go on with the conversation that has them.")  # fmt: skip
 @session_options
 def serve_command(
-    name: str,
+    name: str | None,
+    model: str | None,
     host: str,
     port: int,
     parallel: int,
@@ -77,6 +80,7 @@ def serve_command(
         if package not in _EXTRA:
             raise
         raise KvlocalError(f"kvlocal serve needs {package}, which is not installed: pip install 'kvlocal[serve]'") from error
+    _, name = model_named(name, model)
     if not all(key.strip() for key in api_keys):
         raise click.UsageError("an API key is empty: give one that is not, or leave the option out")
     config = replace(config, system=None if config.system is None else clean_text(config.system))

@@ -25,8 +25,10 @@ from kvlocal.conversations.records import Conversation
 from kvlocal.conversations.saved_chat import saved
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import PRIVATE, atomic_write
+from kvlocal_cli import completing
 from kvlocal_cli.chat_commands import open_end
 from kvlocal_cli.groups import CommandGroup
+from kvlocal_cli.prune import prune_sessions_command
 from kvlocal_cli.terminal import is_terminal, print_aligned, printable
 
 COLUMNS = ("name", "model", "turns", "tokens", "last used", "size")
@@ -39,9 +41,9 @@ _EXPORTS: dict[str, Callable[[str, Conversation], bytes]] = {
 
 @click.group("sessions", cls=CommandGroup)
 def sessions_group() -> None:
-    """List, show, rename, fork, export and delete the conversations that `kvlocal chat --session` keeps.
+    """List, show, rename, fork, export, prune and delete conversations that have a name.
 
-    A session is NAME, one that `list` shows, or FILE, a path with a directory or with the ending .jsonl.
+    `kvlocal chat --session` keeps them. A session is NAME, one that `list` shows, or FILE, a path with a directory or with the ending .jsonl.
     """
 
 
@@ -57,7 +59,7 @@ def list_command(as_json: bool) -> None:
 
 
 @sessions_group.command("show")
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", shell_complete=completing.conversations)
 def show_command(name: str) -> None:
     """Say what a session is and print its last turn."""
     found, conversation = session(name)
@@ -71,7 +73,7 @@ def show_command(name: str) -> None:
 
 
 @sessions_group.command("rename")
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", shell_complete=completing.conversations)
 @click.argument("new_name", metavar="NEW_NAME|FILE")
 def rename_command(name: str, new_name: str) -> None:
     """Give a session another name."""
@@ -81,7 +83,7 @@ def rename_command(name: str, new_name: str) -> None:
 
 
 @sessions_group.command("fork")
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", shell_complete=completing.conversations)
 @click.argument("new_name", metavar="NEW_NAME|FILE")
 @click.option("--turns", type=click.IntRange(min=0), metavar="N", help="Take over your first N turns and their answers; all of them if not given.")
 def fork_command(name: str, new_name: str, turns: int | None) -> None:
@@ -92,7 +94,7 @@ def fork_command(name: str, new_name: str, turns: int | None) -> None:
 
 
 @sessions_group.command("export")
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", shell_complete=completing.conversations)
 @click.option("--format", "kind", type=click.Choice(list(_EXPORTS)), default="markdown", show_default=True,
               help="A text to read, or what /save writes and /load reads.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT", help="Write there instead of to stdout.")
@@ -110,7 +112,7 @@ def export_command(name: str, kind: str, output: Path | None, force: bool) -> No
 
 
 @sessions_group.command("delete")
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", shell_complete=completing.conversations)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete_command(name: str, yes: bool) -> None:
     """Delete a session with all that was said in it."""
@@ -120,6 +122,9 @@ def delete_command(name: str, yes: bool) -> None:
             raise click.UsageError("nobody can be asked: confirm with --yes")
         click.confirm(f"Delete the session {printable(name)} with all that was said in it?", abort=True, err=True)
     delete(path)
+
+
+sessions_group.add_command(prune_sessions_command)
 
 
 def _say_where(path: Path) -> None:

@@ -147,9 +147,14 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def print_aligned(rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout. Rich would cut its lines to the width of a terminal that is not there."""
+    for line in aligned(rows):
+        click.echo(line)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def printable(text: str) -> str:

@@ -1,5 +1,6 @@
 """Fixtures that more than one test module uses, and the signals of all."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from kvlocal.llama.model import Model
 
 # one thread where a test does not say how many: two that wait for each other crawl when the machine is busy
 context.available_cores = lambda: 1
+
+# what whoever runs the tests has set for their chats is not for them
+os.environ["KVLOCAL_CONFIG"] = str(Path(__file__).with_name("no-config.toml"))
 
 # nohup and background jobs are started with these ignored, and so would be all that the tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

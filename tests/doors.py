@@ -38,11 +38,12 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal_cli.config_file import ConfigFile
 from kvlocal_cli.main import main
 
 NAMES = (
     "gguf", "model", "nexus", "adapter", "snapshot", "window snapshot", "transcript", "session", "results", "batch line", "dialogues",
-    "conversations", "problems", "template", "arguments",
+    "conversations", "problems", "template", "config", "arguments",
 )  # fmt: skip
 
 CHATML = (
@@ -78,6 +79,19 @@ TEMPLATE_WORDS = [
     b"{{ self }}", b"{{ cycler.__init__.__globals__ }}", b"{{ raise_exception(1) }}", b"{% include 'x' %}", b"{% set a = a ~ a %}",
     b"[0]", b" * 9999",
 ]  # fmt: skip
+CONFIG = b'''# mine
+[conversation]
+kv-budget = 512
+system = """Be
+brief."""
+stop = ["END", "two words"]
+
+[chat]
+idle = false
+[eval.recall]
+questions = 5
+'''
+CONFIG_WORDS = [b"[", b"]", b"[[chat]]", b"=", b'"""', b"{a = 1}", b"nan", b"1979-05-27", b"\\u0000", b"\xff", b"\n[eval]\n", b"-1", b"[" * 3000]
 ARGUMENTS = [
     b"chat", b"run", b"batch", b"eval", b"bench", b"models", b"pull", b"doctor", b"nexus", b"info", b"--kv-budget", b"--kv-ratio", b"--policy",
     b"gkv", b"--policy-arg", b"alpha=2", b"--temp", b"nan", b"inf", b"-1", b"0", b"1e400", b"--json", b"--system", b"--help", b"--nope", b"-m",
@@ -123,6 +137,7 @@ def doors(directory: Path) -> Iterator[list[Door]]:
             Door("problems", [_lines([{"question": "Ann has two pens. How many?", "answer": "It is two. #### 2"}] * 3)],
                  file_door(directory / "p.jsonl", load_problems), JSON_WORDS),
             Door("template", [CHATML.encode(), LONGER.encode()], _template, TEMPLATE_WORDS),
+            Door("config", [CONFIG], file_door(directory / "k.toml", lambda path: ConfigFile(main, path).check()), CONFIG_WORDS),
             Door("arguments", [b"\n".join((b"run", b"--kv-budget", b"64", b"no-such-model", b"Hello")), b"models"], _command(directory),
                  [b"\n" + word + b"\n" for word in ARGUMENTS], whole=False),
         ]  # fmt: skip

@@ -11,13 +11,16 @@ import click
 import pytest
 from test_rooms import MODULES, ROOMS
 
+from kvlocal.batch.in_process import batch_timings
 from kvlocal.batch.line import OPTIONS
 from kvlocal.cache.compression import Seconds
 from kvlocal.chat.stats import REPORTED, StopReason
 from kvlocal.hub.catalogue import Catalogue
 from kvlocal.policies import DEFAULT_POLICY, POLICIES, WITHOUT_ARCHIVE, WITHOUT_NEXUS
 from kvlocal_cli import chat_commands, options
+from kvlocal_cli.config_file import all_commands
 from kvlocal_cli.main import main
+from kvlocal_cli.settings import settable, variable
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -92,12 +95,40 @@ def test_the_keys_of_the_json_of_run_are_documented():
     assert code(rows["stop_reason"])[0:1] == ["end"] and {*get_args(StopReason)} - {"tool_calls"} <= {*code(rows["stop_reason"])}
 
 
+def test_the_timings_of_a_batch_are_documented():
+    documented = [name for row in table("docs/batches.md", "key") for name in code(row[0])]
+    assert sorted(documented) == sorted(batch_timings(1.0, 2, 3, 0.5, Seconds()))
+
+
+def test_every_option_of_every_command_is_documented():
+    """By one of its names, in a table, a sentence or an example."""
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    shown = "\n".join([*code(text), *re.findall(r"^    (.*)$", text, re.MULTILINE)])
+    undocumented = {
+        f"{' '.join(path)} --{key}"
+        for path, command in all_commands(main)
+        for key, option in settable(command).items()
+        if not any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", shown) for name in option.opts)
+    }
+    assert undocumented == set()
+
+
+def test_the_names_of_settings():
+    rows = [[code(cell) for cell in row] for row in table("docs/config.md", "for")]
+    for (command, *_), (name,), (key, scope) in rows:
+        if command.startswith("kvlocal "):
+            _, *path, option = command.split()
+            assert (f"--{key}", scope) == (option, f"[{'.'.join(path)}]")
+        assert name == variable(scope.strip("[]"), key)
+
+
 def test_the_table_of_commands():
     rows = [code(row[0])[0].split()[1:] for row in table("README.md", "command")]
     documented = {row[0]: row[1:] for row in rows} | {"pull": ["NAME"]}
-    assert set(documented) == set(main.commands)
+    ctx = click.Context(main)
+    assert set(documented) == set(main.list_commands(ctx))
     for name, words in documented.items():
-        command = main.commands[name]
+        command = main.get_command(ctx, name)
         if isinstance(command, click.Group):
             assert set(words[0].split("|")) == set(command.commands)
 
@@ -177,7 +208,7 @@ def test_links_and_names(page):
             assert linked.exists(), target
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
-                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+                assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
     for name in re.findall(r"\bkvlocal(?:\.[a-z_]+)+(?:\.[A-Z]\w+)?", text):
         if name.split(".")[1] not in {*ROOMS, *(module.split(".")[1] for module in MODULES if "." in module)}:
             continue  # a file's name

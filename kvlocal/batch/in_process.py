@@ -12,6 +12,7 @@ from kvlocal.cache.compression import Seconds
 from kvlocal.cache.fitting import fitted
 from kvlocal.chat.beside import slots_for
 from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.logprobs import logprobs
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import REPORTED
 from kvlocal.errors import KvlocalError
@@ -86,11 +87,11 @@ class InProcess:
         if not unanswered:
             kv: dict[str, float] = dict.fromkeys(REPORTED, 0)
             kv["budget"] = config.budget or self._budget
-            return Result(line.number, line.id, line.messages, [], [], None, kv, _timings(0.0, 0, 0, 0.0, Seconds()))
+            return Result(line.number, line.id, line.messages, [], [], None, kv, batch_timings(0.0, 0, 0, 0.0, Seconds()))
 
         started = time.perf_counter()
         first, end = (0 if line.system is None else 1), unanswered[-1] + 1
-        messages, stop_reasons, recalled = line.messages[:first], [], []
+        messages, stop_reasons, recalled, chances = line.messages[:first], [], [], []
         answer_tokens, answer_seconds = 0, 0.0
         with self._session(config) as session:
             pending: list[Message] = []
@@ -111,6 +112,7 @@ class InProcess:
                     assert last is not None  # after an answer
                     stop_reasons.append(last.stop_reason)
                     recalled.append(last.recalled)
+                    chances.append({"content": logprobs(last.logprobs)})
                     answer_tokens += last.answer_tokens
                     answer_seconds += last.answer_seconds
                 if i < end - 1:
@@ -118,15 +120,19 @@ class InProcess:
                     session.second_read()
             kv = session.kv.report()
             prompt_tokens = int(kv["history_tokens"]) - answer_tokens
-            timings = _timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
-            return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, recalled, session.seed, kv, timings)
+            timings = batch_timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
+            return Result(
+                line.number, line.id, messages + line.messages[end:], stop_reasons, recalled, session.seed, kv, timings,
+                None if line.asked.top_logprobs is None else chances,
+            )  # fmt: skip
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a slot."""
         return ChatSession(self._model, config, nexus=self._nexus, undo=False, make_context=self._slots.open)
 
 
-def _timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:
+def batch_timings(seconds: float, prompt_tokens: int, answer_tokens: int, answer_seconds: float, phases: Seconds) -> dict[str, float]:
+    """What Result tells of the time that a conversation took, in all and in phases."""
     times = {"seconds": seconds, "prompt_seconds": seconds - answer_seconds, "answer_seconds": answer_seconds}
     times |= {f"{phase}_seconds": value for phase, value in asdict(phases).items()}
     speed = answer_tokens / answer_seconds if answer_seconds else 0.0

@@ -39,6 +39,11 @@ def sessions_dir() -> Path:
     return state_dir() / "sessions"
 
 
+def chats_dir() -> Path:
+    """Where the transcripts of chats without a name are; it need not exist."""
+    return chat_path().parent
+
+
 def session_path(text: str) -> Path:
     """The transcript that NAME|FILE means: FILE has a directory or ends in .jsonl.
 
@@ -66,6 +71,22 @@ def new_session_path(text: str) -> Path:
     return path
 
 
+def kept_path(text: str) -> Path:
+    """The transcript of the conversation that goes on, or begins, under a name: that of a chat without one, if no session has it and a chat has.
+
+    Raises:
+        KvlocalError: as `new_session_path` does.
+    """
+    path = new_session_path(text)
+    return path if path.exists() else _of_chat(path) or path
+
+
+def _of_chat(path: Path) -> Path | None:
+    """The transcript of the chat that `kvlocal logs` calls as the session of this path would be called."""
+    chat = chats_dir() / path.name
+    return chat if path.parent == sessions_dir() and chat.is_file() else None
+
+
 def outside(path: Path) -> str:
     """Where a session is that has no name, as the end of a sentence; "" for one with a name."""
     return "" if path.parent == sessions_dir() else f" in the file {path.absolute()}, which `kvlocal sessions list` does not show"
@@ -73,7 +94,7 @@ def outside(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """A session on disk.
+    """A session on disk, or a chat without a name.
 
     name: in the state directory, else the path
     path: of its transcript
@@ -89,6 +110,11 @@ class Session:
     conversation: Conversation | None
 
     @property
+    def is_chat(self) -> bool:
+        """Whether nobody has given it a name."""
+        return self.path.parent == chats_dir()
+
+    @property
     def n_turns(self) -> int:
         """User turns; 0 if the transcript cannot be read."""
         return sum(message["role"] == "user" for message in self.conversation.messages) if self.conversation else 0
@@ -99,7 +125,7 @@ def sessions() -> list[Session]:
     found = []
     for path in sessions_dir().glob(f"*{SUFFIX}"):
         try:
-            found.append(_describe(path, _skimmed(path)))
+            found.append(described(path, _skimmed(path)))
         except FileNotFoundError:
             continue  # deleted meanwhile
     return sorted(found, key=lambda session: session.last_used, reverse=True)
@@ -113,17 +139,19 @@ def session(text: str) -> tuple[Session, Conversation]:
     """
     path = existing_path(text)
     conversation = Transcript.read(path)
-    return _describe(path, conversation), conversation
+    return described(path, conversation), conversation
 
 
 def existing_path(text: str) -> Path:
-    """`session_path` of a session that is there.
+    """`session_path` of a session that is there, or the transcript of the chat that `kvlocal logs` calls so.
 
     Raises:
         KvlocalError: there is none.
     """
     path = session_path(text)
     if not path.is_file():
+        if chat := _of_chat(path):
+            return chat
         where = "`kvlocal sessions list` shows those there are" if path.parent == sessions_dir() else "check the path"
         raise KvlocalError(f"there is no session {text}: {where}")
     return path
@@ -135,7 +163,7 @@ def last_used() -> Path:
     Raises:
         KvlocalError: there is none.
     """
-    places = (sessions_dir(), chat_path().parent)
+    places = (sessions_dir(), chats_dir())
     found = [(status.st_mtime, path) for place in places for path in place.glob(f"*{SUFFIX}") if (status := path.stat()).st_size]
     if not found:
         raise KvlocalError("there is no chat yet to go on with: begin one, or a session with --session NAME")
@@ -151,8 +179,8 @@ def chat_file(text: str) -> Path:
     path = Path(os.path.expanduser(text))
     if os.path.exists(path):
         return path
-    if _NAME.fullmatch(text) and session_path(text).is_file():
-        return session_path(text)
+    if _NAME.fullmatch(text) and (session_path(text).is_file() or _of_chat(session_path(text))):
+        return existing_path(text)
     raise KvlocalError(f"there is no file {text[:200]} and no session of that name: check the path, or see `kvlocal sessions list`")
 
 
@@ -163,10 +191,15 @@ def _skimmed(path: Path) -> Conversation | None:
         return None
 
 
-def _describe(path: Path, conversation: Conversation | None) -> Session:
+def described(path: Path, conversation: Conversation | None) -> Session:
+    """What there is to say about a transcript. conversation: that it replays to, None if it does not.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
     status = path.stat()
     n_bytes = status.st_size + sum(part.stat().st_size for part in beside(path) if part.is_file())
-    name = path.stem if path.parent == sessions_dir() else str(path)
+    name = path.stem if path.parent in (sessions_dir(), chats_dir()) else str(path)
     return Session(name, path, datetime.fromtimestamp(status.st_mtime), n_bytes, conversation)
 
 
@@ -176,7 +209,7 @@ def delete(path: Path) -> None:
     Raises:
         KvlocalError: it is none, it is in use, or it cannot be removed.
     """
-    with _alone(path):
+    with alone(path):
         for part in (*beside(path), staging_of(snapshot_path(path)), path):
             part.unlink(missing_ok=True)
 
@@ -187,7 +220,7 @@ def rename(path: Path, target: Path) -> None:
     Raises:
         KvlocalError: it is none, it is in use, something has that name, or it cannot be moved; all is then as it was.
     """
-    with _alone(path):
+    with alone(path):
         if target.parent == sessions_dir():
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
@@ -215,7 +248,7 @@ def fork(path: Path, target: Path, n_turns: int | None = None) -> None:
     Raises:
         KvlocalError: it is none, it is in use, it has fewer turns, something has that name, or it cannot be written.
     """
-    with _alone(path):
+    with alone(path):
         content = read_bytes(path)
         there = sum(message["role"] == "user" for message in replay(path, text_of_file(content)).messages) if content else 0
         n_turns = there if n_turns is None else n_turns
@@ -246,12 +279,13 @@ def _move(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """While no chat has the session; a failure of the system is a KvlocalError with what to do."""
     try:
         descriptor = open_locked(path, os.O_RDWR)
         try:
-            if not (is_transcript(path) or (path.parent.resolve() == sessions_dir().resolve() and is_remnant(path))):
+            is_ours = path.parent.resolve() in (sessions_dir().resolve(), chats_dir().resolve())
+            if not (is_transcript(path) or (is_ours and is_remnant(path))):
                 raise KvlocalError(f"{path} is no transcript, so it is left alone: name a session that `kvlocal sessions list` shows")
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Where kvlocal keeps what it keeps by itself: models, chats, and what can be computed again.
+"""Where kvlocal keeps what it keeps by itself: models, chats, and what can be computed again; and where it looks for what was set.
 
 The places are those of the XDG base directory specification on every system. Taking `platformdirs` for them would move the models and chats of those
 who use macOS, and its older versions take relative values for places.
@@ -45,6 +45,33 @@ def cache_dir() -> Path:
         NoHome: there is no home directory.
     """
     return _base("XDG_CACHE_HOME", ".cache", "set XDG_CACHE_HOME to a directory")
+
+
+def config_path() -> Path:
+    """The absolute path of the config file: `KVLOCAL_CONFIG`, else `config.toml` in `config_dir()`. It need not exist.
+
+    Raises:
+        NoHome: there is no home directory.
+    """
+    return _chosen("KVLOCAL_CONFIG") or config_dir("set KVLOCAL_CONFIG") / "config.toml"
+
+
+def prompts_dir() -> Path:
+    """The absolute directory of prompts with a name: `KVLOCAL_PROMPTS_DIR`, else `prompts` in `config_dir()`. It need not exist.
+
+    Raises:
+        NoHome: there is no home directory.
+    """
+    return _chosen("KVLOCAL_PROMPTS_DIR") or config_dir("set KVLOCAL_PROMPTS_DIR") / "prompts"
+
+
+def config_dir(advice: str = "set XDG_CONFIG_HOME to a directory") -> Path:
+    """The absolute directory of what a person has set: `kvlocal` in `XDG_CONFIG_HOME`, else in `~/.config`. It need not exist.
+
+    Raises:
+        NoHome: there is no home directory; the sentence ends with this advice.
+    """
+    return _base("XDG_CONFIG_HOME", ".config", advice)
 
 
 def _chosen(variable: str) -> Path | None:
