@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-_SECONDS = 180.0  # for a start on a busy machine
+_SECONDS = 400.0  # for a start on a busy machine
 _STORE_BYTES = 80_000_000  # the least that Ray takes, and more than lines need
 
 

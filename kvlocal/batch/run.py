@@ -124,6 +124,15 @@ class _Batch:
             self._closed = True
             self._places.release(len(self._threads))
             self._workplace.close()
+            self._join()
+
+    def _join(self) -> None:
+        """Waits for the threads to end, unless one waits for a line, which it may do forever."""
+        if self._reading.acquire(timeout=_POLL_SECONDS):
+            self._reading.release()
+            for thread in self._threads:
+                if thread.ident:
+                    thread.join()
 
     def _work(self) -> None:
         try:
