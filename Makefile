@@ -37,8 +37,9 @@ bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
 
+# Most of a test is computed by one thread, so files of tests run beside each other.
 test:
-	@$(bootstrap) --test && exec .venv/bin/python -m pytest $(ARGS)
+	@$(bootstrap) --test && exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # mypy is to find the directory cli by the name that it has as a package.
 lint:

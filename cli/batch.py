@@ -37,7 +37,7 @@ _BLOCK = 2**16
 @click.option("--parallel", type=click.IntRange(1, MAX_SEQUENCES), default=1, show_default=True, metavar="N",
               help="Conversations that decode together, each with a budget of its own.")  # fmt: skip
 @click.option("--ray", "ray_address", metavar="ADDRESS",
-              help="Answer on the Ray cluster there, HOST:PORT, ray://HOST:PORT or auto: each worker has the model and --parallel conversations.")
+              help="Answer on the Ray cluster there, HOST:PORT or auto: each worker has the model and --parallel conversations.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N",
               help="Workers on the Ray cluster.  [default: one on each GPU if they are used, else on each machine]")  # fmt: skip
 @click.option("--ordered", is_flag=True, help="Write results in the order of the lines instead of the order of completion.")

@@ -87,7 +87,7 @@ class Chat:
             if earlier.messages:
                 self.screen.note(f"back in {transcript.path.stem}: {len(earlier.messages)} messages{chat_commands.open_end(earlier)}")
                 if self.screen.interactive:
-                    self.screen.note(last_exchange(earlier))
+                    self.screen.note(last_exchange(earlier), is_prose=True)
         self.record.go_on(transcript, snapshots, changes)
 
     @property
@@ -362,7 +362,7 @@ class Chat:
     def _show_status(self, compressions: int) -> None:
         last, kv = self.session.last, self.session.kv
         assert last is not None  # after an answer
-        self.screen.note(status_line(last, kv, compressions))
+        self.screen.note(status_line(last, kv, compressions), is_prose=True)
         if kv.archive_lost and kv.archive_lost != self._told_lost:
             self.screen.warn(archive_lost(kv.archive_lost))
         self._told_lost = kv.archive_lost

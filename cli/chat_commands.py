@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -21,7 +21,9 @@ from kvlocal.template.answer import split_thought
 from kvlocal_cli.chat_completion import ChatCompleter, Complete, files, nothing, sessions_and_files, values, words
 from kvlocal_cli.chat_tables import on_a_line, show_attention, show_cache
 from kvlocal_cli.clipboard import copy
+from kvlocal_cli.look import Look, Think, warn_of_thoughts
 from kvlocal_cli.options import split_policy_arg
+from kvlocal_cli.sampling_options import biases_of
 from kvlocal_cli.terminal import printable
 
 if TYPE_CHECKING:
@@ -159,12 +161,17 @@ def settings(chat: Chat) -> dict[str, Any]:
         "max-tokens": config.max_tokens,
         "kv-budget": chat.session.kv.budget,
         "policy": config.policy,
+        "think": chat.view.think,
         "policy-args": dict(config.policy_args),
         "stride": config.stride,
         "ctk": config.type_k,
         "ctv": config.type_v,
         **({"lora": " ".join(map(str, loras))} if (loras := chat.session.model.adapters) else {}),
     }
+
+
+def _biases(text: str) -> dict[int, float]:
+    return {} if text == "none" else biases_of(text.replace(",", " ").split())
 
 
 # what /set takes: of the sampling, the field and how its text is read
@@ -174,6 +181,15 @@ _SAMPLING: dict[str, tuple[str, Callable[[str], Any]]] = {
     "top-p": ("top_p", float),
     "min-p": ("min_p", float),
     "repeat-penalty": ("repeat_penalty", float),
+    "presence-penalty": ("presence_penalty", float),
+    "frequency-penalty": ("frequency_penalty", float),
+    "logit-bias": ("logit_bias", _biases),
+    "dry-multiplier": ("dry_multiplier", float),
+    "dry-base": ("dry_base", float),
+    "dry-allowed-length": ("dry_allowed_length", int),
+    "dry-penalty-last-n": ("dry_penalty_last_n", int),
+    "xtc-probability": ("xtc_probability", float),
+    "xtc-threshold": ("xtc_threshold", float),
     "seed": ("seed", int),
 }
 
@@ -183,9 +199,7 @@ def _set(chat: Chat, argument: str) -> None:
     name, value = name.removeprefix("--"), value.strip()
     if not name:
         for name, value in settings(chat).items():
-            if isinstance(value, dict):
-                value = " ".join(f"{key}={arg}" for key, arg in value.items()) or "-"
-            chat.screen.show(f"{name.ljust(14)}  {value}{'  (as the chat began)' if name in _FIXED else ''}")
+            chat.screen.show(f"{name.ljust(18)}  {_shown(name, value)}{'  (as the chat began)' if name in _FIXED else ''}")
         return
     if name not in _SETTABLE:
         raise KvlocalError(f"/set {printable(name[:40])} is not possible: {_instead_of(name)}")
@@ -203,6 +217,8 @@ def _set(chat: Chat, argument: str) -> None:
         chat.replace(_with_policy(config, value), chat.session.messages)
         if chat.session.kv.budget != budget:
             chat.screen.note(f"kv-budget: {chat.session.kv.budget}, which goes with that policy")
+    elif name == "think":
+        _set_think(chat, value)
     elif name == "temp":
         sampling = with_temperature(config.sampling, _number(name, value, float))
         chat.session.set_sampling(sampling)
@@ -214,12 +230,31 @@ def _set(chat: Chat, argument: str) -> None:
         sampling = replace(config.sampling, **changed)
         chat.session.set_sampling(sampling)
         chat.config = replace(config, sampling=sampling)
-    chat.screen.note(f"{name}: {settings(chat)[name]}")
+    chat.screen.note(f"{name}: {_shown(name, settings(chat)[name])}")
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        form = "{}{:+g}" if name == "logit-bias" else "{}={}"
+        return " ".join(form.format(key, each) for key, each in value.items()) or "-"
+    return str(value)
 
 
 # and the values that are words
-_SETTABLE: dict[str, Sequence[str]] = {**dict.fromkeys(_SAMPLING, ()), "max-tokens": (), "kv-budget": (), "policy": tuple(policies.POLICIES)}
+_SETTABLE: dict[str, Sequence[str]] = {
+    **dict.fromkeys(_SAMPLING, ()), "max-tokens": (), "kv-budget": (), "policy": tuple(policies.POLICIES), "think": get_args(Think),
+}  # fmt: skip
 _FIXED = ("stride", "ctk", "ctv")
+
+
+def _set_think(chat: Chat, value: str) -> None:
+    think = next((known for known in get_args(Think) if known == value), None)
+    if think is None:
+        raise KvlocalError(f"/set think takes {', '.join(get_args(Think))}, not {printable(value[:40])}")
+    if chat.config.thinking == (think == "off"):
+        chat.replace(replace(chat.config, thinking=think != "off"), chat.session.messages)
+    chat.view.think = think
+    warn_of_thoughts(chat.name, chat.session.model, Look(think=think))
 
 
 def _instead_of(name: str) -> str:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from kvlocal.chat.stats import KvStats, TurnStats
 from kvlocal.conversations.records import Conversation
+from kvlocal.template.answer import split_thought
 from kvlocal_cli.terminal import is_terminal, printable
 
 
@@ -28,10 +29,10 @@ class Screen:
         self._notes = Console(file=self.terminal, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._silent = not (self.interactive or verbose)
 
-    def note(self, text: str) -> None:
-        """A dim line that is nobody's answer."""
+    def note(self, text: str, *, is_prose: bool = False) -> None:
+        """A dim line that is nobody's answer. is_prose: on a terminal it is broken between words; it has no path to copy."""
         if not self._silent:
-            self._notes.print(text, style="dim")
+            self._notes.print(text, style="dim", soft_wrap=not (is_prose and self._notes.is_terminal))
 
     def show(self, text: str) -> None:
         """What a command was asked for."""
@@ -72,10 +73,11 @@ def status_line(last: TurnStats, kv: KvStats, compressions: int) -> str:
 
 
 def last_exchange(conversation: Conversation, n_lines: int = 20) -> str:
-    """The last turn and its answer, of each no more than so many lines."""
+    """The last turn and its answer without its thought, of each no more than so many lines."""
     shown = []
     for message in conversation.messages[-2:]:
-        lines = printable(message["content"]).strip().splitlines()
+        said = split_thought(message["content"])[2] if message["role"] == "assistant" else ""
+        lines = printable(said or message["content"]).strip().splitlines()
         cut = [*lines[:n_lines], f"… {len(lines) - n_lines} more lines"] if len(lines) > n_lines else lines
         shown.append(("\n>>> " if message["role"] == "user" else "") + "\n".join(cut))
     return "\n".join(shown) + "\n"

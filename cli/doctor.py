@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from kvlocal.doctor.diagnosis import diagnose
 from kvlocal.errors import KvlocalError
+from kvlocal.hub.catalogue import DEFAULT_MODEL, NotPulled
 from kvlocal.llama.adapter import Lora
 from kvlocal_cli import completing
 from kvlocal_cli.doctor_chat import describe_chat
@@ -22,7 +23,7 @@ from kvlocal_cli.options import lora_option
 def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> None:
     """Say what this installation consists of, and what is wrong if anything is: then the exit code is 1.
 
-    It also says which policy, Nexus tokens, device and threads a chat would use with the default model, if that is here.
+    It also says which model, policy, Nexus tokens, device and threads a chat without options would use, and why.
 
     With MODEL, a name from the catalogue or a GGUF file, the same for that model, what its KV cache costs and whether it can
     be compressed; with --lora whether these adapters go with it.
@@ -42,16 +43,16 @@ def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> 
 
 def _chat(report: dict[str, Any], model: str | None, lora: tuple[Lora, ...]) -> dict[str, Any] | None:
     """What a chat would use; None where that cannot be found out."""
-    models = report["models"]
-    if model is None and models and models["default"] in models["present"]:
-        model = models["default"]
-    if model is None or not report["library"] or report.get("model", True) is None:
+    if not report["library"] or report.get("model", True) is None:
         return None
     try:
         return describe_chat(model, lora, report["library"], report["machine"])
+    except NotPulled as error:
+        if DEFAULT_MODEL not in str(error):  # of which there is a hint already
+            report["hints"].append(f"a chat would have another model: {error}")
     except KvlocalError as error:
-        report["problems"].append(f"a chat with {model} is not possible: {error}")
-        return None
+        report["problems"].append(f"a chat {f'with {model} ' if model else ''}is not possible: {error}")
+    return None
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:

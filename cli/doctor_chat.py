@@ -10,8 +10,10 @@ from click.core import ParameterSource
 from kvlocal import policies
 from kvlocal.cache.config import allocation
 from kvlocal.chat.config import SessionConfig
+from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.free_cores import AUTO
+from kvlocal.nexus.discovery import OFF
 from kvlocal_cli.options import Loaded, Loading, session_options
 
 
@@ -21,27 +23,31 @@ def _settings(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, L
     return config, loading
 
 
-def describe_chat(model: str, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+def describe_chat(model: str | None, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
     """For JSON: of policy, nexus, device and threads what is used (nexus None for none) and, as policy_why and so on, why; model and budget (cells).
 
     Args:
-        model: a name or a path of what is here.
+        model: a name or a path; None for the model that a chat has by default.
+        lora: adapters for it; without any those that a chat has by default.
         library, machine: what the doctor found.
 
     Raises:
+        NotPulled: the model is not here.
         KvlocalError: a chat with this model would end with this.
     """
     with _context() as context:
         config, loading = context.invoke(_settings, **{str(param.name): context.params[str(param.name)] for param in _settings.params})
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
-    with replace(loading, lora=tuple(lora)).loaded(model, config) as loaded:
+        name = model or context.params["model"] or DEFAULT_MODEL
+    resolve(name)  # nobody is asked whether to pull it
+    with replace(loading, lora=tuple(lora) or loading.lora).loaded(name, config) as loaded:
         return {
-            "model": model,
+            "model": name,
             "budget": allocation(loaded.config, loaded.model.n_ctx_train).budget,
             "policy": loaded.config.policy,
             "policy_why": _why_policy(config.policy, loaded, is_default),
             "nexus": str(loaded.nexus.path) if loaded.nexus else None,
-            "nexus_why": _why_nexus(loaded),
+            "nexus_why": _why_nexus(loaded, loading.nexus),
             **_device(library, loading.gpu_layers),
             **_threads(config, machine),
         }
@@ -51,9 +57,10 @@ def _context() -> click.Context:
     """That of `kvlocal chat` without arguments, which is not carried out."""
     root = click.get_current_context().find_root()
     assert isinstance(root.command, click.Group)
-    chat = root.command.get_command(root, "chat")
+    # which also finds what it has for defaults
+    _, chat, _ = root.command.resolve_command(root, ["chat"])
     assert chat is not None
-    return chat.make_context("chat", [])
+    return chat.make_context("chat", [], parent=root)
 
 
 def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:
@@ -63,11 +70,11 @@ def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:
     return f"the model cannot recall, which {asked} needs, and {tokens}"
 
 
-def _why_nexus(loaded: Loaded) -> str:
+def _why_nexus(loaded: Loaded, choice: str | None) -> str:
     if loaded.nexus:
-        return "the first file that fits the model, of those beside it, among the models and shipped"
+        return "as it is set" if choice else "the first file that fits the model, of those beside it, among the models and shipped"
     if "nexus" in policies.make(loaded.config.policy, loaded.config.policy_args).needs:
-        return "no file fits the model"
+        return "as it is set" if choice == OFF else "no file fits the model"
     return f"the policy {loaded.config.policy} uses none"
 
 

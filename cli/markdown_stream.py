@@ -64,7 +64,8 @@ class MarkdownStream:
 
     def write(self, text: str) -> None:
         """What comes next, without control characters other than newlines and tabs."""
-        self._source += text
+        # what else ends a line for some of those who read this
+        self._source += text.replace("\u2028", "\n").replace("\u2029", "\n")
         if (now := time.monotonic()) >= self._drawn_next:
             self._draw()
             took = time.monotonic() - now
@@ -93,6 +94,8 @@ class MarkdownStream:
                     console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=sys.stderr.isatty()
                 )
                 self._live.start()
+                # it hides the cursor, which would stay so if the program was killed
+                self._console.show_cursor()
         elif not live:
             self._live.stop()
             self._live = None

@@ -32,6 +32,7 @@ from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal_cli import completing
 from kvlocal_cli.fetching import located
+from kvlocal_cli.sampling_options import SAMPLING_OPTIONS, take_sampling
 from kvlocal_cli.settings import is_given
 from kvlocal_cli.terminal import waiting
 
@@ -203,6 +204,7 @@ _OPTIONS = (
         "--repeat-penalty", type=float, metavar="X",
         help=f"Make recent tokens less likely; 1 is off.  [default: {REPEAT_PENALTY}, off with --temp 0]",
     ),
+    *SAMPLING_OPTIONS,
     click.option("--seed", type=int, metavar="N", help="Seed of the random numbers.  [default: a random one]"),
     click.option(
         "--max-tokens", type=click.IntRange(min=1), default=_SESSION.max_tokens, show_default=True, metavar="N",
@@ -351,6 +353,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         yes: bool,
         **others: Any,
     ) -> Any:
+        more_sampling = take_sampling(others)
         try:
             kept_as = archive_ram, archive_dir, archive_type
             wants_archive = archive in ("ram", "disk") or kept_as != (None, None, None)
@@ -375,7 +378,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type_k=type_k or (_SESSION.type_k if kv_memory is None else AUTO),
                 type_v=type_v or (_SESSION.type_v if kv_memory is None else AUTO),
                 n_threads=threads or (FREE_CORES if seed is None and temp else None),
-                sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed),
+                sampling=SamplingParams(temp, top_k, top_p, min_p, repeat_penalty, seed=seed, **more_sampling),
                 max_tokens=max_tokens,
                 archive=archive,
                 archive_ram=default_archive_ram() if archive_ram is None else archive_ram * 10**6,

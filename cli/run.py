@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.options import AnswerOptions
+from kvlocal.chat.logprobs import logprobs
+from kvlocal.chat.options import MAX_TOP_LOGPROBS, AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.text_session import TextSession
 from kvlocal.conversations.named_sessions import kept_path, last_used
@@ -51,6 +52,8 @@ from kvlocal_cli.terminal import (
 @click.option("-c", "--continue", "goes_on", is_flag=True, help="Ask in the chat or session that was used last.")
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without a chat template, and print how it goes on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
+@click.option("--logprobs", "n_logprobs", type=click.IntRange(0, MAX_TOP_LOGPROBS), metavar="N",
+              help="With --json: tell how likely each token of the answer was, and the N likeliest at its place.")  # fmt: skip
 def run_command(
     words: tuple[str, ...],
     model: str | None,
@@ -64,6 +67,7 @@ def run_command(
     look: Look,
     raw: bool,
     as_json: bool,
+    n_logprobs: int | None,
 ) -> None:
     """Answer one PROMPT and print nothing but the answer.
 
@@ -81,6 +85,10 @@ def run_command(
     A prompt with a name is a text file such as summary.txt in the directory prompts beside the config file; {{input}} in it
     stands for the text, which else follows it.
     """
+    if n_logprobs is not None:
+        if not as_json:
+            raise click.UsageError("--logprobs is told in the JSON object: give --json too")
+        asked = replace(asked, top_logprobs=n_logprobs)
     if raw and config.system is not None:
         raise click.UsageError("--raw takes the text as it is, without a system prompt: leave --system out, or write it into the text")
     in_chat = session_name is not None or goes_on
@@ -203,5 +211,6 @@ def _print_report(name: str, prompt: str, answer: str, session: ChatSession | Te
             "grammar": asked.grammar,
         },
         "stop_reason": last.stop_reason,
+        **({} if asked.top_logprobs is None else {"logprobs": {"content": logprobs(last.logprobs)}}),
     }
     click.echo(json.dumps(report, indent=2, ensure_ascii=False))

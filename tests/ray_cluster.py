@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -23,7 +22,7 @@ class LocalRay:
     address: of it
     """
 
-    def __init__(self, n_cpus: int = 2, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, n_cpus: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -37,13 +36,19 @@ class LocalRay:
         self._log = (self.directory / "start.log").open("w")
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *arguments],
-            stdout=self._log, stderr=subprocess.STDOUT, env=os.environ | {"RAY_DISABLE_IMPORT_WARNING": "1"} | dict(environment or {}),
-            start_new_session=True,
+            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"RAY_raylet_start_wait_time_s": str(int(_SECONDS))},
         )  # fmt: skip
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + _SECONDS
         while "Ray runtime started" not in (told := (self.directory / "start.log").read_text()):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self.close()
                 raise RuntimeError(told)
             time.sleep(0.1)
 

@@ -5,6 +5,7 @@ import pty
 import re
 import select
 import sys
+import termios
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,11 +50,12 @@ class Terminal:
                 os.execve(command[0], command, env)
             finally:
                 os._exit(127)
+        termios.tcsetwinsize(self._descriptor, (HEIGHT, WIDTH))
 
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 30) -> str:
+    def wait_for(self, pattern: str, seconds: float = 120) -> str:
         """What it wrote from now to the first match, without escape sequences."""
         seen, deadline = "", time.monotonic() + seconds
         while not re.search(pattern, seen):
@@ -67,12 +69,18 @@ class Terminal:
             seen, self.output = seen + data, self.output + data
         return _ESCAPE.sub("", seen).replace("\r", "")
 
-    def wait_for_prompt(self, seconds: float = 30) -> str:
+    def wait_for_prompt(self, seconds: float = 120) -> str:
         return self.wait_for(_PROMPT, seconds)
 
     def seen(self) -> list[str]:
         """The lines on its screen, and above."""
         return seen(self.output)
+
+    def words_behind_prompt(self) -> list[str]:
+        """What is on the screen behind the last line that was typed at a prompt."""
+        lines = self.seen()
+        start = max(i for i, line in enumerate(lines) if line.startswith(">>>"))
+        return " ".join(lines[start + 1 :]).split()
 
     def wait_for_end(self, seconds: float = 60) -> int:
         """Its exit code."""

@@ -167,7 +167,45 @@ def test_options():
     assert job.configure(asked_for).sampling.repeat_penalty == 1.3
 
 
+def test_options_that_sample():
+    asked = {"top_k": 3, "dry_multiplier": 0.5, "dry_base": 2, "dry_allowed_length": 4, "dry_penalty_last_n": 9, "xtc_probability": 0.5,
+             "xtc_threshold": 0.2, "presence_penalty": 1, "frequency_penalty": -1}  # fmt: skip
+    job = Line.parse(1, line(user("a"), dry_sequence_breakers=["x"], logit_bias={"17": -100}, **asked))
+    expected = SamplingParams(dry_sequence_breakers=("x",), logit_bias={17: -100}, **asked)
+    assert job.configure(SessionConfig()).sampling == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"dry_multiplier": "much"}, "dry_multiplier"),
+        ({"dry_sequence_breakers": [1]}, "dry_sequence_breakers"),
+        ({"logit_bias": {"cat": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"xtc_probability": 3}, "xtc_probability"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 3}, "set logprobs to true"),
+        ({"logprobs": True, "top_logprobs": 30}, "top_logprobs"),
+    ],
+)
+def test_options_that_are_wrong_in_one_sentence(option, words):
+    with pytest.raises(KvlocalError, match=words) as caught:
+        Line.parse(1, line(user("a"), **option)).configure(SessionConfig())
+    assert "\n" not in str(caught.value)
+
+
 # Answers
+
+
+def test_log_probabilities_of_each_answer(model):
+    question = line(user("What is the capital of France?"), user("And of Spain?"), logprobs=True, top_logprobs=2, max_tokens=5)
+    asked, plain = run(model, question, line(user("Hello")), ordered=True)
+    assert plain.logprobs is None and "logprobs" not in plain.record()
+    chances = asked.record()["logprobs"]
+    assert len(chances) == 2
+    for answer, text in zip(chances, (asked.messages[1], asked.messages[3]), strict=True):
+        assert b"".join(bytes(token["bytes"]) for token in answer["content"]).decode().startswith(text["content"])
+        assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in answer["content"])
 
 
 def test_every_open_turn_is_answered_in_order(model):

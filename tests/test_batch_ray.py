@@ -23,8 +23,8 @@ import kvlocal  # noqa: E402
 from kvlocal.batch import on_ray  # noqa: E402
 from kvlocal.batch.line import Failure, Result  # noqa: E402
 from kvlocal.batch.on_ray import OnRay  # noqa: E402
+from kvlocal.batch.ray_actor import worker_class  # noqa: E402
 from kvlocal.batch.ray_cluster import Share, share_out  # noqa: E402
-from kvlocal.batch.ray_worker import worker_class  # noqa: E402
 from kvlocal.batch.run import answered  # noqa: E402
 from kvlocal.chat.config import SessionConfig  # noqa: E402
 from kvlocal.errors import KvlocalError  # noqa: E402
@@ -232,21 +232,21 @@ def test_a_machine_without_kvlocal_says_so():
     assert b"install kvlocal 1 for the Python that Ray runs with" in done.stdout, done.stderr
 
 
-def test_another_file_of_the_model_on_one_machine(cluster, load, short_smollm2, tmp_path):
-    """A worker finds another one than the first did."""
+def test_another_file_of_the_model_on_a_machine(cluster, load, short_smollm2, tmp_path):
+    """What has another one than the first worker had is left out, and the batch ends when nobody is left."""
     model = tmp_path / "model.gguf"
     model.write_bytes(short_smollm2.read_bytes())
-    place = OnRay(cluster.address, dataclasses.replace(load, name=str(model)), n_workers=2, n_threads=1)
-    try:
-        settings = place.settings
-        model.write_bytes(short_smollm2.read_bytes() + b"\0")
-        cluster.kill("ray::BatchWorker")
-        with pytest.raises(KvlocalError, match="are other files there"):
-            for _ in range(1000):
-                place.advance(0.1)
-        assert place.settings == settings
-    finally:
-        place.close()
+    told: list[str] = []
+    place = OnRay(cluster.address, dataclasses.replace(load, name=str(model)), parallel=2, n_workers=2, n_threads=1, tell=told.append)
+    outcomes = answered((line(user("Hi")) for _ in range(1_000_000)), place)
+    assert isinstance(next(outcomes), Result)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(short_smollm2.read_bytes() + b"\0")
+    other.replace(model)
+    cluster.kill("ray::BatchWorker")
+    with pytest.raises(KvlocalError, match="are other files there"):
+        list(outcomes)
+    assert any("are other files there" in each for each in told)
 
 
 def test_there_is_no_cluster(tmp_path):

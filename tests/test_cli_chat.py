@@ -60,13 +60,6 @@ def contents(state: Path) -> list[str]:
     return [message["content"] for message in Transcript.read(path).messages]
 
 
-def answer_on(chat: Terminal) -> list[str]:
-    """The words on the screen behind the last prompt with what was typed."""
-    lines = chat.seen()
-    start = max(i for i, line in enumerate(lines) if line.startswith(">>>"))
-    return " ".join(lines[start + 1 :]).split()
-
-
 def test_piped_turns(chat, state):
     result = chat(stdin='Hello\n\n"""\nWhat is\n2+2?\n"""\n//slash')
     assert result.returncode == 0
@@ -236,6 +229,20 @@ def test_what_set_shows_and_takes(chat):
     assert result.returncode == 1 and "removes nothing" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_how_tokens_are_drawn_can_be_set(chat):
+    lines = ["/set dry-multiplier 0.8", "/set xtc-probability 0.5", "/set presence-penalty 0.3", "/set logit-bias 17-100, 18+1.5", "/set",
+             "/set logit-bias none", "/set"]  # fmt: skip
+    result = chat("--no-transcript", stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    shown = dict(re.findall(r"^(\S+) +(\S.*)$", result.stdout.partition("logit-bias")[0], re.MULTILINE))
+    assert (shown["presence-penalty"], shown["temp"]) == ("0.3", "0.0")
+    assert re.findall(r"^(?:logit-bias|dry-multiplier|xtc-probability) +(\S.*)$", result.stdout, re.MULTILINE)[:6] == [
+        "17-100 18+1.5", "0.8", "0.5", "-", "0.8", "0.5"
+    ]  # fmt: skip
+    wrong = chat("--no-transcript", stdin="/set logit-bias cat\n/set dry-base 0\n/set dry-allowed-length x")
+    assert wrong.returncode == 1 and [line.startswith("kvlocal: ") for line in wrong.stderr.splitlines()] == [True] * 3
+
+
 def test_save_replaces_nothing_without_being_told(chat, terminal, tmp_path):
     saved, text = tmp_path / "saved.json", tmp_path / "talk.md"
     text.write_text("mine")
@@ -368,11 +375,11 @@ def test_kill_in_mid_answer_loses_nothing_shown(terminal, state):
         chat.wait_for_prompt()
         chat.type("Write a long story about a cat.\r")
         chat.wait_for(r"\?2004l")
-        while len(" ".join(answer_on(chat))) < 40:
+        while len(" ".join(chat.words_behind_prompt())) < 40:
             chat.wait_for(r"\w")
         chat.kill(signal.SIGKILL)
         assert chat.wait_for_end() == -signal.SIGKILL
-        shown = " ".join(answer_on(chat))
+        shown = " ".join(chat.words_behind_prompt())
     [path] = transcripts(state)
     kept = Transcript.read(path)
     assert kept.messages[0] == {"role": "user", "content": "Write a long story about a cat."}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from gguf_copy import Source, copy
@@ -19,6 +20,7 @@ from kvlocal.chat.text_session import TextSession
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal_cli.main import main
+from kvlocal_cli.options import session_options
 
 # one thread: two that wait for each other crawl when the machine is busy
 THREADS = ("--threads", "1")
@@ -120,6 +122,47 @@ def test_what_json_tells_repeats_the_answer(kvlocal_run):
     again = [f"--{option}={used[name]}" for option, name in options.items()] + [f"--stop={text}" for text in used["stop"]]
     second = json.loads(kvlocal_run("run", "--json", *again, "Tell me a story.").stdout)
     assert second["answer"] == first["answer"] and second["settings"] == used
+
+
+def test_how_tokens_are_drawn_is_told_and_repeats_the_answer(kvlocal_run):
+    given = ("--presence-penalty=0.5", "--frequency-penalty=0.25", "--logit-bias=17-100", "--dry-multiplier=0.8", "--dry-base=2",
+             "--dry-allowed-length=1", "--dry-penalty-last-n=100", "--dry-sequence-breaker=\\n", "--dry-sequence-breaker=x",
+             "--xtc-probability=0.5", "--xtc-threshold=0.2", "--logprobs=1")  # fmt: skip
+    first, second = (json.loads(kvlocal_run("run", "--json", *THREADS, "--max-tokens=6", "--seed=3", *given, "Hello").stdout) for _ in range(2))
+    used = first["settings"]
+    assert used["logit_bias"] == {"17": -100} and used["dry_sequence_breakers"] == ["\n", "x"]
+    assert [used[name] for name in ("presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length",
+                                    "dry_penalty_last_n", "xtc_probability", "xtc_threshold")] == [0.5, 0.25, 0.8, 2, 1, 100, 0.5, 0.2]  # fmt: skip
+    assert first["answer"] == second["answer"] and used == second["settings"]
+    tokens = first["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode("utf-8", "replace").startswith(first["answer"])
+    assert all(len(token["top_logprobs"]) == 1 for token in tokens) and first["logprobs"] == second["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--logit-bias=cat", "17-100"),
+        ("--dry-base=0", "dry_base is 0.0"),
+        ("--xtc-probability=2", "xtc_probability"),
+        ("--dry-penalty-last-n=-1", "dry_penalty_last_n"),
+        ("--logprobs=1", "--json"),
+        ("--threads=0", "--threads"),
+        ("--threads=many", "--threads"),
+    ],
+)
+def test_what_cannot_be_drawn_so(kvlocal_run, option, words):
+    assert words in failed(kvlocal_run("run", option, "Hello"), 2)
+
+
+def test_threads_follow_unless_a_text_is_to_come_again():
+    @click.command()
+    @session_options
+    def command(config, loading):
+        click.echo(repr(config.n_threads))
+
+    said = {"": "'auto'", "--threads=auto --seed=1": "'auto'", "--seed=1": "None", "--temp=0": "None", "--threads=3": "3"}
+    assert {words: CliRunner().invoke(command, words.split()).output.strip() for words in said} == said
 
 
 def test_a_text_is_completed_as_it_is(kvlocal_run, smollm2):

@@ -103,7 +103,9 @@ def test_the_timings_of_a_batch_are_documented():
 def test_every_option_of_every_command_is_documented():
     """By one of its names, in a table, a sentence or an example."""
     text = "\n".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
-    shown = "\n".join([*code(text), *re.findall(r"^    (.*)$", text, re.MULTILINE)])
+    # by paragraph, as what a terminal shows may have backticks that have no other one
+    spans = [span for paragraph in text.split("\n\n") for span in code(paragraph)]
+    shown = "\n".join([*spans, *re.findall(r"^    (.*)$", text, re.MULTILINE)])
     undocumented = {
         f"{' '.join(path)} --{key}"
         for path, command in all_commands(main)

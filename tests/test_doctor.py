@@ -105,7 +105,7 @@ def test_command(smollm2):
     assert set(report) == {"kvlocal", "python", "platform", "library", "machine", "models", "model", "chat", "hints", "problems"}
     chat = report["chat"]
     assert (chat["policy"], chat["policy_why"], chat["nexus"], chat["nexus_why"]) == ("recall", "the default", None, "the policy recall uses none")
-    assert (chat["device"], chat["threads"]) == ("CPU", report["machine"]["usable_cores"])
+    assert (chat["device"], chat["threads"]) == ("CPU", report["machine"]["usable_cores"]) and "other programs" in chat["threads_why"]
     done = doctor(smollm2)
     assert (done.returncode, done.stderr) == (0, "")
     for text in ("by the policy recall (the default)", "Nexus tokens    none (", "runs on         CPU (", "threads         "):
@@ -141,6 +141,22 @@ def test_why_a_chat_has_another_policy(smollm2, short_smollm2, monkeypatch):
         assert chat["policy"] == policy and chat["policy_why"] == f"the model cannot recall, which recall needs, and {tokens} for it"
         assert bool(chat["nexus"]) == (policy == "hybrid")
         assert chat["nexus_why"].startswith("the first file that fits" if chat["nexus"] else "the policy kvzip-snapkv uses none")
+
+
+def test_what_is_set_for_chats_counts(short_smollm2, monkeypatch):
+    """In variables, or in the config file."""
+
+    def doctor_says():
+        return json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+
+    for name, value in (("MODEL", str(short_smollm2)), ("POLICY", "snapkv"), ("THREADS", "1")):
+        monkeypatch.setenv(f"KVLOCAL_CHAT_{name}", value)
+    chat = doctor_says()["chat"]
+    assert (chat["model"], chat["policy"], chat["policy_why"]) == (str(short_smollm2), "snapkv", "as it is set")
+    assert (chat["threads"], chat["threads_why"]) == (1, "as it is set")
+    monkeypatch.setenv("KVLOCAL_CHAT_MODEL", "qwen3-8b")
+    report = doctor_says()
+    assert report["chat"] is None and report["problems"] == [] and "run `kvlocal pull qwen3-8b`" in report["hints"][-1]
 
 
 def test_a_chat_that_is_not_possible_is_a_problem(short_smollm2, monkeypatch):

@@ -142,6 +142,8 @@ def test_what_is_finished_is_printed_once(eager):
     stream = MarkdownStream(screen.console)
     stream.write("First words.\n\n1. one\n2. two\n\nSecond")
     stream.write(" words\n\nThird")
+    # a program that is killed now leaves a cursor
+    assert screen.written.rfind("\x1b[?25h") > screen.written.rfind("\x1b[?25l")
     before = len(screen.written)
     stream.write(" words of the answer, one after another.")
     stream.write(" And more.")

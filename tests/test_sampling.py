@@ -1,3 +1,4 @@
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,85 @@ def test_the_tokens_are_those_of_a_chain_that_is_all_llama_cpp(
     lib.llama_sampler_free(chain)
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_dry_and_xtc_are_those_of_a_chain_that_is_all_llama_cpp(context: Context, temperature: float) -> None:
+    """Also when the tokens that were said are put down from outside, as after a restart."""
+    params = SamplingParams(
+        temperature=temperature, repeat_penalty=1, seed=9, dry_multiplier=0.9, dry_allowed_length=1, dry_penalty_last_n=40,
+        dry_sequence_breakers=["\n", " the"], xtc_probability=0.4, xtc_threshold=0.05,
+    )  # fmt: skip
+    lib = load().llama_cpp
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    breakers = (ctypes.c_char_p * 2)(b"\n", b" the")
+    for part in (
+        lib.llama_sampler_init_dry(context.model.vocab, 0.9, 1.75, 1, 40, breakers, 2),
+        lib.llama_sampler_init_top_k(params.top_k), lib.llama_sampler_init_top_p(params.top_p, 1), lib.llama_sampler_init_min_p(params.min_p, 1),
+        lib.llama_sampler_init_xtc(0.4, 0.05, 1, params.seed), lib.llama_sampler_init_temp(temperature), lib.llama_sampler_init_dist(params.seed),
+    ):  # fmt: skip
+        lib.llama_sampler_chain_add(chain, part)
+    context.clear()
+    context.decode([5], 0)
+    with Sampler(context.model, params) as sampler:
+        for pos in range(1, 200):
+            if pos % 50 == 0:
+                recent = list(sampler.recent)
+                sampler.recent.clear()
+                sampler.recent.extend(recent)
+            token = sampler.sample(context)
+            assert token == lib.llama_sampler_sample(chain, context.pointer, -1)
+            context.decode([token], pos)
+    lib.llama_sampler_free(chain)
+
+
+class Logits:
+    """Predictions that are always the same."""
+
+    def __init__(self, n_vocab: int, **logits: float) -> None:
+        self._logits = np.zeros(n_vocab, np.float32)
+        for name, value in logits.items():
+            self._logits[int(name[1:])] = value
+
+    def logits(self, i: int = -1) -> np.ndarray:
+        return self._logits
+
+
+def test_dry_breaks_off_a_repetition(context: Context) -> None:
+    predictions = Logits(context.model.n_vocab, t700=3, t701=2.5)
+    said = [500, 600, 700, 5000, 500, 600]
+    for params, drawn in (({}, 700), ({"dry_multiplier": 2}, 701), ({"dry_multiplier": 2, "dry_allowed_length": 3}, 700),
+                          ({"dry_multiplier": 2, "dry_penalty_last_n": 5}, 700), ({"dry_multiplier": 2, "repeat_last_n": 0}, 701)):  # fmt: skip
+        with Sampler(context.model, SamplingParams(temperature=0, **params)) as sampler:
+            for token in said:
+                sampler.accept(token)
+            assert sampler.sample(predictions) == drawn, params
+    with Sampler(context.model, SamplingParams(temperature=0, dry_multiplier=2)) as sampler:
+        sampler.recent.extend(said)
+        sampler.recent.pop()
+        assert sampler.sample(predictions) == 700
+
+
+def test_the_penalty_looks_at_as_many_tokens_as_without_dry(context: Context) -> None:
+    predictions = Logits(context.model.n_vocab, t700=3, t701=2.5)
+    for last_n, drawn in ((2, 700), (3, 701), (0, 700)):
+        with Sampler(context.model, SamplingParams(temperature=0, repeat_penalty=2, repeat_last_n=last_n, dry_multiplier=1)) as sampler:
+            sampler.recent.extend([700, 1, 2])
+            assert sampler.sample(predictions) == drawn
+
+
+def test_xtc_drops_the_likely_ones_but_the_least(context: Context) -> None:
+    predictions = Logits(context.model.n_vocab, t700=13, t701=12.9, t702=12.8, t703=5)
+    with Sampler(context.model, SamplingParams(temperature=0, xtc_probability=1)) as sampler:
+        assert [sampler.sample(predictions) for _ in range(3)] == [702] * 3
+    draws = {}
+    for name in ("one", "other"):
+        with Sampler(context.model, SamplingParams(temperature=0, xtc_probability=0.5, seed=3)) as sampler:
+            draws[name] = [sampler.sample(predictions) for _ in range(40)]
+            sampler.begin(1)
+            draws[name] += [sampler.sample(predictions) for _ in range(40)]
+    assert draws["one"] == draws["other"] and set(draws["one"]) == {700, 702}
+    assert draws["one"][:40] != draws["one"][40:]
+
+
 def test_a_huge_penalty_is_no_error(context: Context) -> None:
     sampler = Sampler(context.model, SamplingParams(temperature=0, repeat_penalty=1e300))
     tokens = generate(context, sampler)
@@ -185,6 +265,16 @@ def test_a_closed_sampler_is_an_error(context: Context) -> None:
         {"repeat_penalty": 0},
         {"repeat_penalty": float("inf")},
         {"repeat_last_n": -1},
+        {"dry_multiplier": -1},
+        {"dry_multiplier": float("nan")},
+        {"dry_base": 0.5},
+        {"dry_allowed_length": -1},
+        {"dry_penalty_last_n": -1},
+        {"dry_penalty_last_n": 2**16 + 1},
+        {"dry_sequence_breakers": [""]},
+        {"dry_sequence_breakers": ["x" * 41]},
+        {"xtc_probability": 1.5},
+        {"xtc_threshold": -0.1},
         {"seed": -1},
         {"seed": 2**32 - 1},
     ],

@@ -387,6 +387,15 @@ def test_the_end_lets_answers_end(short_smollm2, number):
         assert "Traceback" not in server.log and "the server has ended" in server.log
 
 
+def test_conversations_leave_the_disk_beyond_what_they_may_take(short_smollm2, tmp_path):
+    with ServerProcess(short_smollm2, *OPTIONS, "--parallel", "1", "--disk", "1", "--archive-dir", str(tmp_path)) as server:
+        ids = []
+        for text in ("Hello!", "Good morning!"):
+            answer = server.post("/v1/chat/completions", {"model": "any", "messages": [{"role": "user", "content": text}]})
+            ids.append(answer.json["conversation"])
+        assert until(lambda: [one["id"] for one in server.get("/conversations").json["data"]] == ids[1:])
+
+
 def test_after_a_kill_conversations_are_gone_on_with(short_smollm2, tmp_path):
     messages = [{"role": "user", "content": "The password is swordfish. " * 6}]
     with ServerProcess(short_smollm2, *OPTIONS, "--archive-dir", str(tmp_path)) as server:

@@ -3,7 +3,8 @@
 import math
 
 from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob, ToolCallDelta
-from kvlocal.openai_forms.chat_reply import ChatReply, Choice, logprobs, usage
+from kvlocal.chat.logprobs import logprobs
+from kvlocal.openai_forms.chat_reply import ChatReply, Choice, usage
 from kvlocal.serving.request import Finished, Usage
 
 

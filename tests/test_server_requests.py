@@ -49,6 +49,14 @@ def test_sampling():
     assert (sampling.presence_penalty, sampling.frequency_penalty, dict(sampling.logit_bias), sampling.seed) == (0.3, -0.4, {12: -100}, 9)
 
 
+def test_dry_and_xtc_under_the_names_of_llama_cpp():
+    fields = {"dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3, "dry_penalty_last_n": 100, "dry_sequence_breakers": ["x"],
+              "xtc_probability": 0.5, "xtc_threshold": 0.2}  # fmt: skip
+    sampling = one(**fields).sampling
+    assert {name: getattr(sampling, name) for name in fields} == fields | {"dry_sequence_breakers": ("x",)}
+    assert one(dry_penalty_last_n=-1).sampling.dry_penalty_last_n == 2**16
+
+
 def test_numbers_that_others_use_for_off_and_for_any():
     assert one(top_k=-1).sampling.top_k == 0
     assert 0 < one(top_p=0).sampling.top_p < 1e-5
@@ -124,6 +132,11 @@ def test_tools_that_are_not_to_be_called_are_no_fault():
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"logit_bias": {"cat": 1}}, "logit_bias", "numbers"),
         ({"logit_bias": {"5": 1000}}, "logit_bias.5", "less than or equal to 100"),
+        ({"dry_multiplier": -1}, "dry_multiplier", "greater than or equal to 0"),
+        ({"dry_base": 0.5}, "dry_base", "greater than or equal to 1"),
+        ({"dry_penalty_last_n": -2}, "dry_penalty_last_n", "greater than or equal to -1"),
+        ({"dry_sequence_breakers": ["x" * 41]}, "dry_sequence_breakers", "40 bytes"),
+        ({"xtc_probability": 2}, "xtc_probability", "less than or equal to 1"),
         ({"top_logprobs": 2}, "top_logprobs", "set logprobs to true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),

@@ -12,6 +12,7 @@ from kvlocal.cache.compression import Seconds
 from kvlocal.cache.fitting import fitted
 from kvlocal.chat.beside import slots_for
 from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.logprobs import logprobs
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import REPORTED
 from kvlocal.errors import KvlocalError
@@ -90,7 +91,7 @@ class InProcess:
 
         started = time.perf_counter()
         first, end = (0 if line.system is None else 1), unanswered[-1] + 1
-        messages, stop_reasons, recalled = line.messages[:first], [], []
+        messages, stop_reasons, recalled, chances = line.messages[:first], [], [], []
         answer_tokens, answer_seconds = 0, 0.0
         with self._session(config) as session:
             pending: list[Message] = []
@@ -111,6 +112,7 @@ class InProcess:
                     assert last is not None  # after an answer
                     stop_reasons.append(last.stop_reason)
                     recalled.append(last.recalled)
+                    chances.append({"content": logprobs(last.logprobs)})
                     answer_tokens += last.answer_tokens
                     answer_seconds += last.answer_seconds
                 if i < end - 1:
@@ -119,7 +121,10 @@ class InProcess:
             kv = session.kv.report()
             prompt_tokens = int(kv["history_tokens"]) - answer_tokens
             timings = batch_timings(time.perf_counter() - started, prompt_tokens, answer_tokens, answer_seconds, session.seconds)
-            return Result(line.number, line.id, messages + line.messages[end:], stop_reasons, recalled, session.seed, kv, timings)
+            return Result(
+                line.number, line.id, messages + line.messages[end:], stop_reasons, recalled, session.seed, kv, timings,
+                None if line.asked.top_logprobs is None else chances,
+            )  # fmt: skip
 
     def _session(self, config: SessionConfig) -> ChatSession:
         """A session in a slot."""

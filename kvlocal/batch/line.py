@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -102,7 +103,8 @@ class Line:
 
 
 def asked_for(options: Mapping[str, Any]) -> AnswerOptions:
-    """What answers are asked for by options as OpenAI's chat completions have them: "stop", "tool_choice" and "response_format".
+    """What answers are asked for by options as OpenAI's chat completions have them: "stop", "tool_choice", "response_format", "logprobs" and
+    "top_logprobs".
 
     Raises:
         KvlocalError: one of them is none.
@@ -117,7 +119,16 @@ def asked_for(options: Mapping[str, Any]) -> AnswerOptions:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise LineError('its tool_choice names no tool: write {"type": "function", "function": {"name": ...}}')
         choice, allowed = "required", [function["name"]]
-    return AnswerOptions(stop=stop, tool_choice=choice, allowed_tools=allowed, json_schema=_schema(options.get("response_format", {})))
+    n_top = options.get("top_logprobs")
+    if n_top is not None and not options.get("logprobs"):
+        raise LineError("it has top_logprobs without logprobs: set logprobs to true")
+    return AnswerOptions(
+        stop=stop,
+        tool_choice=choice,
+        allowed_tools=allowed,
+        json_schema=_schema(options.get("response_format", {})),
+        top_logprobs=(n_top or 0) if options.get("logprobs") else None,
+    )
 
 
 def _schema(response_format: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -161,6 +172,18 @@ def _sampled(name: str) -> Callable[[SessionConfig, Any], SessionConfig]:
     return lambda config, value: replace(config, sampling=replace(config.sampling, **{name: value}))
 
 
+def _with_breakers(config: SessionConfig, texts: list[Any]) -> SessionConfig:
+    if not all(isinstance(text, str) for text in texts):
+        raise LineError("its dry_sequence_breakers are not all texts: give a list of texts")
+    return _sampled("dry_sequence_breakers")(config, tuple(texts))
+
+
+def _with_biases(config: SessionConfig, biases: dict[str, Any]) -> SessionConfig:
+    if not all(re.fullmatch("[0-9]+", token) and type(bias) in (int, float) for token, bias in biases.items()):
+        raise LineError('its logit_bias is none: write numbers by the numbers of tokens, such as {"17": -100}')
+    return _sampled("logit_bias")(config, {int(token): bias for token, bias in biases.items()})
+
+
 def _unchanged(config: SessionConfig, _: Any) -> SessionConfig:
     """What concerns answers is no part of it (Line.asked)."""
     return config
@@ -168,8 +191,7 @@ def _unchanged(config: SessionConfig, _: Any) -> SessionConfig:
 
 # what OpenAI's requests have and other programs for models, and a conversation here has not: leaving them out would change answers without a word
 OTHER_OPTIONS = frozenset(
-    {"best_of", "function_call", "functions", "logit_bias", "logprobs", "max_completion_tokens", "n", "num_predict",
-     "repetition_penalty", "stream", "top_logprobs", "typical_p"}
+    {"best_of", "function_call", "functions", "max_completion_tokens", "n", "num_predict", "repetition_penalty", "stream", "typical_p"}
 )  # fmt: skip
 
 OPTIONS = {
@@ -179,11 +201,16 @@ OPTIONS = {
     "system": LineOption(str, "a text", lambda config, value: replace(config, system=value)),
     "policy": LineOption(str, "the name of a policy", _with_policy),
     "kv_budget": LineOption(int, "a whole number", lambda config, value: replace(config, memory=None, budget=value)),
-    "top_k": LineOption(int, "a whole number", _sampled("top_k")),
+    **{name: LineOption(int, "a whole number", _sampled(name)) for name in ("top_k", "dry_allowed_length", "dry_penalty_last_n")},
     **{
         name: LineOption((int, float), "a number", _sampled(name))
-        for name in ("top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
+        for name in ("top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "xtc_probability",
+                     "xtc_threshold")
     },
+    "dry_sequence_breakers": LineOption(list, "a list of texts", _with_breakers),
+    "logit_bias": LineOption(dict, "an object of tokens and numbers", _with_biases),
+    "logprobs": LineOption(bool, "true or false", _unchanged),
+    "top_logprobs": LineOption(int, "a whole number", _unchanged),
     "tools": LineOption(list, "a list of tools", lambda config, value: replace(config, tools=value)),
     "tool_choice": LineOption((str, dict), "auto, required, none or a tool", _unchanged),
     "stop": LineOption((str, list), "a text, or a list of texts", _unchanged),
@@ -198,6 +225,8 @@ class Result:
     number, id: of its line
     messages: the given ones, with the answers in their places
     stop_reasons: of each answer, "end", "length" (cut off at max_tokens), "stop" (at a stop text) or "tool_calls"
+    logprobs: of each answer, its tokens and how likely they and others were, as OpenAI's chat completions have them ("content"); None if they were
+        not asked for, and then not in the output
     recalled: of each answer, the turns that were recalled for it (kvlocal.chat.looked_at.recalled_turns)
     seed: of the random numbers; None for a conversation with nothing to answer, which is not read
     kv: budget, peak_cells, history_tokens, compressions, evicted (KvStats)
@@ -213,11 +242,14 @@ class Result:
     seed: int | None
     kv: dict[str, float]
     timings: dict[str, float]
+    logprobs: Sequence[Mapping[str, Any]] | None = None
 
     def record(self) -> dict[str, Any]:
         """The object of the output line."""
         fields = asdict(self)
         del fields["number"]
+        if self.logprobs is None:
+            del fields["logprobs"]
         return fields
 
 
@@ -250,7 +282,7 @@ def _options(record: Mapping[str, Any], *, has_system: bool) -> dict[str, Any]:
     options = {name: record[name] for name in OPTIONS if record.get(name) is not None}
     for name, value in options.items():
         option = OPTIONS[name]
-        if isinstance(value, bool) or not isinstance(value, option.type):
+        if isinstance(value, bool) != (option.type is bool) or not isinstance(value, option.type):
             raise LineError(f"its {name} is {json.dumps(value)[:40]}: give {option.kind}")
     if "system" in options and has_system:
         raise LineError("it has a system prompt and a system message: leave one of them out")

@@ -16,8 +16,9 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError, Ra
 
 import kvlocal
 from kvlocal.batch.line import Failure, Line, LineError, Outcome
+from kvlocal.batch.ray_actor import worker_class
 from kvlocal.batch.ray_cluster import Connection, Share, share_out
-from kvlocal.batch.ray_worker import Job, LoadedModel, worker_class
+from kvlocal.batch.ray_worker import Job, LoadedModel
 from kvlocal.batch.workplace import Taken
 from kvlocal.errors import KvlocalError
 
@@ -52,7 +53,7 @@ class OnRay:
     A worker is an actor that holds a model and its streams. One that ends is started again by Ray, on any machine that has room, and its lines are
     answered anew, by others if they have room first. Every line has one call at a time, so that no result comes twice.
 
-    address: of the cluster, as ray.init has it
+    address: of the cluster (kvlocal.batch.ray_cluster.Connection)
     load: as for kvlocal.batch.ray_worker.Job; it is pickled
     parallel: how many conversations decode together in each worker
     n_workers: None for one on each machine, or on each GPU if they are used

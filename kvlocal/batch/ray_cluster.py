@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.client import ray as client
 
 from kvlocal.errors import KvlocalError
 
@@ -24,7 +23,7 @@ _LOST_SECONDS = 25.0
 class Connection:
     """The connection of this process to a cluster; one that the program has made before is used, and stays.
 
-    address: as ray.init has it: HOST:PORT, ray://HOST:PORT, or auto for the one of this machine
+    address: HOST:PORT of its head, for a machine that belongs to it, or auto for the one of this machine
 
     Raises:
         KvlocalError: it cannot be reached, or has other versions of Ray or Python.
@@ -33,19 +32,17 @@ class Connection:
     def __init__(self, address: str) -> None:
         self._address = address
         self._is_ours = not ray.is_initialized()
-        self._head: tuple[str, int] | None = None
         self._seen = self._looked = time.monotonic()
         self._is_lost = False
         if self._is_ours:
             self._connect()
-        if not client.is_connected():
-            host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
-            self._head = host.strip("[]"), int(port)
+        host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
+        self._head = host.strip("[]"), int(port)
 
     def _connect(self) -> None:
-        found = re.fullmatch(r"(?:ray://)?\[?([^/\]]+?)\]?:(\d{1,5})", self._address)
+        found = re.fullmatch(r"\[?([^/\]]+?)\]?:(\d{1,5})", self._address)
         if not found and self._address != "auto":
-            raise KvlocalError(f"{self._address!r} is no address of a Ray cluster: give HOST:PORT, ray://HOST:PORT or auto")
+            raise KvlocalError(f"{self._address!r} is no address of a Ray cluster: give HOST:PORT, or auto")
         # Ray itself would try for minutes
         if found and not _answers(found[1], int(found[2])):
             raise KvlocalError(f"no Ray cluster answers at {self._address}: start one with `ray start --head`, or give the address that it told")
@@ -61,7 +58,7 @@ class Connection:
             KvlocalError: it has not been for so long that it will not come back.
         """
         now = time.monotonic()
-        if self._head is None or now - self._looked < _CHECK_SECONDS:
+        if now - self._looked < _CHECK_SECONDS:
             return
         self._looked = now
         if _answers(*self._head, seconds=1.0):

@@ -1,8 +1,4 @@
-"""What a worker on a Ray cluster does: it holds a model and its streams, and answers the lines of a batch that it is given.
-
-The class that Ray makes workers of travels as code and imports kvlocal where it is used, so that a machine without kvlocal, or with another
-version of it, can say so.
-"""
+"""What a worker on a Ray cluster does: it holds a model and its streams, and answers the lines of a batch that it is given."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from kvlocal.batch.in_process import InProcess
 from kvlocal.batch.line import Failure, Outcome
@@ -91,39 +87,3 @@ def streams_for(job: bytes) -> Streams:
     """The streams of a pickled Job."""
     asked: Job = pickle.loads(job)
     return Streams(asked)
-
-
-def worker_class() -> type:
-    """What Ray makes workers of. Nothing outside of its methods is used in them, so that it goes to other machines as code."""
-
-    class BatchWorker:
-        def __init__(self) -> None:
-            self._streams: Any = None
-
-        def begin(self, version: str, job: bytes) -> dict[str, Any]:
-            """Loads the model, if that has not been done: "error", a sentence, or "settings", "has_template", and "machine" in any case."""
-            import platform
-
-            told: dict[str, Any] = {"machine": platform.node()}
-            try:
-                import kvlocal
-
-                found = kvlocal.__version__
-            except ImportError as error:
-                return told | {"error": f"kvlocal cannot be imported there ({error}): install kvlocal {version} for the Python that Ray runs with"}
-            if found != version:
-                return told | {"error": f"kvlocal is of version {found} there and {version} here: install the same on both"}
-            from kvlocal.batch.ray_worker import streams_for
-            from kvlocal.errors import KvlocalError
-
-            try:
-                self._streams = self._streams or streams_for(job)
-            except KvlocalError as error:
-                return told | {"error": str(error)}
-            return told | {"settings": self._streams.settings, "has_template": self._streams.has_template}
-
-        def answer(self, number: int, line: bytes) -> Any:
-            """The outcome of a line; None if the process is a new one, in which nothing was begun."""
-            return self._streams and self._streams.answer(number, line)
-
-    return BatchWorker

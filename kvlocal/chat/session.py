@@ -174,7 +174,7 @@ class ChatSession(Turns):
 
     def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
-        return limits(self.cache.snapshot_limits(n_text), self._sampler.params.repeat_last_n, n_text)
+        return limits(self.cache.snapshot_limits(n_text), self._sampler.params.n_recent, n_text)
 
     def resume(
         self, messages: Sequence[Message], arrays: Mapping[str, npt.NDArray[Any]], parts: Sequence[npt.NDArray[np.uint8]] = (), copy: bool = True

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob
-from kvlocal.openai_forms.chat_reply import Choice, finish_reason, logprobs
+from kvlocal.chat.logprobs import logprobs
+from kvlocal.openai_forms.chat_reply import Choice, finish_reason
 from kvlocal.serving.request import Event, Finished, Usage
 from kvlocal.template.answer import THOUGHT_END, THOUGHT_START, with_thought
 from kvlocal.template.compiled import Answer

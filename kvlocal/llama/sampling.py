@@ -6,9 +6,9 @@ import random
 import secrets
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,11 @@ from kvlocal.llama.sequence_decoder import SequenceDecoder
 MAX_SEED = 2**32 - 2
 
 REPEAT_PENALTY = 1.1
+
+# tokens that DRY looks at, which it does again and again
+MAX_DRY_TOKENS = 2**16
+# llama.cpp cuts off what is longer
+_MAX_BREAKER = 40  # bytes
 
 
 class SamplingError(KvlocalError, ValueError):
@@ -50,6 +55,15 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of recent tokens; 0 is off.
         frequency_penalty: subtracted from the logits of recent tokens, each as often as it came; 0 is off.
         logit_bias: added to the logits of these tokens, first of all.
+        dry_multiplier: DRY (https://github.com/oobabooga/text-generation-webui/pull/5677): how much is subtracted from the logit of a token that
+            would go on with a repetition; 0 is off.
+        dry_base: by how much more with every token that is repeated: dry_multiplier * dry_base ** (length - dry_allowed_length).
+        dry_allowed_length: how many tokens may be repeated for nothing.
+        dry_penalty_last_n: among how many recent tokens repetitions are looked for; 0 is off.
+        dry_sequence_breakers: texts that a repetition does not go past, at most 40 bytes each.
+        xtc_probability: XTC (https://github.com/oobabooga/text-generation-webui/pull/6335): how often all tokens that reach the threshold are dropped
+            but the least likely of them; 0 is off.
+        xtc_threshold: the probability that such tokens have; above 0.5 is off.
 
     Raises:
         SamplingError: a value is out of range.
@@ -65,6 +79,13 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
 
     def __post_init__(self) -> None:
         if self.repeat_penalty is None:
@@ -82,6 +103,30 @@ class SamplingParams:
             _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
         for token, bias in self.logit_bias.items():
             _check(bias < math.inf, f"logit_bias of token {token}", bias, "a number below infinity")
+        _check(0 <= self.dry_multiplier < math.inf, "dry_multiplier", self.dry_multiplier, "0 (off) or more")
+        _check(1 <= self.dry_base < math.inf, "dry_base", self.dry_base, "1 or more")
+        _check(0 <= self.dry_allowed_length < 2**31, "dry_allowed_length", self.dry_allowed_length, "0 or more")
+        _check(0 <= self.dry_penalty_last_n <= MAX_DRY_TOKENS, "dry_penalty_last_n", self.dry_penalty_last_n, f"between 0 (off) and {MAX_DRY_TOKENS}")
+        for text in self.dry_sequence_breakers:
+            if not 0 < len(text.encode("utf-8", "replace")) <= _MAX_BREAKER or "\0" in text:
+                raise SamplingError(f"dry_sequence_breakers has {text[:_MAX_BREAKER]!r}, but must have texts of 1 to {_MAX_BREAKER} bytes")
+        for name in ("xtc_probability", "xtc_threshold"):
+            _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+
+    @property
+    def with_dry(self) -> bool:
+        """Whether repetitions are looked for."""
+        return self.dry_multiplier > 0 and self.dry_penalty_last_n > 0
+
+    @property
+    def with_xtc(self) -> bool:
+        """Whether likely tokens are dropped now and then."""
+        return self.xtc_probability > 0 and self.xtc_threshold <= 0.5
+
+    @property
+    def n_recent(self) -> int:
+        """How many of the last tokens are looked at."""
+        return max(self.repeat_last_n, self.dry_penalty_last_n if self.with_dry else 0)
 
 
 def _check(valid: bool, name: str, value: object, wanted: str) -> None:
@@ -100,7 +145,7 @@ def with_temperature(params: SamplingParams, temperature: float) -> SamplingPara
 
 
 class Sampler:
-    """Draws tokens from the logits of a context and remembers them for the repeat penalty.
+    """Draws tokens from the logits of a context and remembers them for the penalties and for DRY.
 
     Args:
         model: the model whose vocabulary is sampled.
@@ -108,7 +153,7 @@ class Sampler:
 
     Attributes:
         seed: the seed in use, also when the parameters left it open.
-        recent: the tokens that the repeat penalty looks at, the oldest first.
+        recent: the tokens that penalties and DRY look at, the oldest first; may be changed.
 
     Raises:
         SamplingError: a token that is biased is none of the model's.
@@ -128,7 +173,7 @@ class Sampler:
         self._ids = np.arange(model.n_vocab, dtype=np.int32)
         # llama_token_data; the chain reorders them
         self._candidates = np.zeros(model.n_vocab, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-        self.recent: deque[int] = deque(maxlen=params.repeat_last_n)
+        self.recent: deque[int] = deque(maxlen=params.n_recent)
         chain_params = lib.llama_sampler_chain_default_params()
         chain_params.no_perf = True
         chain = lib.llama_sampler_chain_init(chain_params)
@@ -136,7 +181,19 @@ class Sampler:
         # the chain owns what is added to it
         self._free = weakref.finalize(self, lib.llama_sampler_free, chain)
 
-        if params.temperature == 0:
+        # the likeliest token needs no chain, unless that one is dropped
+        self._greedy = params.temperature == 0 and not params.with_xtc
+        self._fill_chain(self.seed)
+        self._dry = _dry_sampler(lib, model, params) if params.with_dry else None
+        self._free_dry = None if self._dry is None else weakref.finalize(self, lib.llama_sampler_free, self._dry)
+        # what it has been told of
+        self._known: deque[int] = deque(maxlen=params.n_recent)
+
+    def _fill_chain(self, seed: int) -> None:
+        lib, chain, params = self._lib, self._chain, self.params
+        while lib.llama_sampler_chain_n(chain):
+            lib.llama_sampler_free(lib.llama_sampler_chain_remove(chain, 0))
+        if self._greedy:
             return
         if params.top_k:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(params.top_k))
@@ -144,8 +201,10 @@ class Sampler:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(params.top_p, 1))
         if params.min_p > 0:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(params.min_p, 1))
+        if params.with_xtc:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed))
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(params.temperature))
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(self.seed))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(seed))
 
     @property
     def _open_chain(self) -> int:
@@ -172,16 +231,17 @@ class Sampler:
             if not self._grammar.allows(token):
                 token = self._choose(chain, logits, self._grammar)
             self._grammar.accept(token)
-        self.recent.append(token)
+        self._remember(token)
         return token
 
     def _adjusted(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """With biases and penalties as llama.cpp's samplers of these names, which look up all tokens of the vocabulary, not the recent ones."""
-        params, recent, penalty = self.params, list(self.recent), self.params.repeat_penalty
+        params, penalty = self.params, self.params.repeat_penalty
         assert penalty is not None
+        recent = list(self.recent)[-params.repeat_last_n :] if params.repeat_last_n else []
         penalizes = bool(recent) and (penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0)
         if not penalizes and not len(self._biased):
-            return logits
+            return self._without_repetitions(logits)
         adjusted = logits.copy()
         adjusted[self._biased] += self._biases
         if penalizes:
@@ -190,11 +250,36 @@ class Sampler:
             with np.errstate(over="ignore"):
                 values = np.where(values > 0, values / penalty, values * penalty)
             adjusted[tokens] = values - (counts * params.frequency_penalty + params.presence_penalty).astype(np.float32)
-        return adjusted
+        return self._without_repetitions(adjusted)
+
+    def _without_repetitions(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What llama.cpp's DRY makes of them."""
+        if self._dry is None:
+            return logits
+        lib, candidates = self._lib, self._candidates
+        if self._known != self.recent:
+            lib.llama_sampler_reset(self._dry)
+            self._known.clear()
+            for token in self.recent:
+                self._tell(token)
+        candidates["id"], candidates["logit"] = self._ids, logits
+        array = token_data_array(lib, candidates)
+        lib.llama_sampler_apply(self._dry, ctypes.byref(array))
+        return candidates["logit"].copy()
+
+    def _tell(self, token: int) -> None:
+        if self._dry is not None:
+            self._lib.llama_sampler_accept(self._dry, token)
+            self._known.append(token)
+
+    def _remember(self, token: int) -> None:
+        if self._known == self.recent:
+            self._tell(token)
+        self.recent.append(token)
 
     def _choose(self, chain: int, logits: npt.NDArray[np.float32], grammar: Grammar | None = None) -> int:
         """A token by these logits, of those that a grammar allows if there is one."""
-        if not self.params.temperature and grammar is None:
+        if self._greedy and grammar is None:
             return int(logits.argmax())
         lib, candidates = self._lib, self._candidates
         candidates["id"], candidates["logit"] = self._ids, logits
@@ -202,7 +287,7 @@ class Sampler:
             grammar.restrict(candidates)
             if not np.isfinite(candidates["logit"].max()):
                 raise EngineError("the model has no token that goes on as the grammar wants: change the grammar or use another model")
-        if not self.params.temperature:
+        if self._greedy:
             return int(candidates["id"][candidates["logit"].argmax()])
         array = token_data_array(lib, candidates)
         lib.llama_sampler_apply(chain, ctypes.byref(array))
@@ -211,22 +296,19 @@ class Sampler:
     def accept(self, token: int) -> None:
         """Remember a token that was not drawn here."""
         _ = self._open_chain
-        self.recent.append(token)
+        self._remember(token)
 
     def begin(self, answer: int, grammar: Grammar | None = None) -> None:
         """Start the random numbers of an answer, counted from 0: they depend on the seed and this number alone. The first has those of the seed.
 
         grammar: what the answer follows, in its state at the beginning.
         """
-        lib, chain = self._lib, self._open_chain
+        _ = self._open_chain
         if self._grammar:
             self._grammar.close()
         self._grammar = grammar
-        if not self.params.temperature:
-            return
-        seed = random.Random(f"{self.seed}/{answer}").randint(0, MAX_SEED) if answer else self.seed
-        lib.llama_sampler_free(lib.llama_sampler_chain_remove(chain, lib.llama_sampler_chain_n(chain) - 1))
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(seed))
+        if not self._greedy:
+            self._fill_chain(random.Random(f"{self.seed}/{answer}").randint(0, MAX_SEED) if answer else self.seed)
 
     def reset(self) -> None:
         """Forget the tokens and start the random numbers of the first answer."""
@@ -237,6 +319,8 @@ class Sampler:
         """Free the chain and the grammar. Closing twice is harmless."""
         if self._grammar:
             self._grammar.close()
+        if self._free_dry:
+            self._free_dry()
         self._free()
 
     def __enter__(self) -> Self:
@@ -244,6 +328,14 @@ class Sampler:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _dry_sampler(lib: Any, model: Model, params: SamplingParams) -> Any:
+    texts = [text.encode("utf-8", "replace") for text in params.dry_sequence_breakers]
+    return lib.llama_sampler_init_dry(
+        model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, params.dry_penalty_last_n,
+        (ctypes.c_char_p * len(texts))(*texts), len(texts),
+    )  # fmt: skip
 
 
 def log_probabilities(logits: npt.NDArray[np.float32], token: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:

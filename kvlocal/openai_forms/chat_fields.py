@@ -10,7 +10,7 @@ from kvlocal.chat.config import check_tools
 from kvlocal.chat.messages import canonical, parse_messages
 from kvlocal.chat.options import AnswerOptions, ToolChoice
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.sampling import MAX_SEED, SamplingParams, with_temperature
+from kvlocal.llama.sampling import MAX_DRY_TOKENS, MAX_SEED, SamplingParams, with_temperature
 from kvlocal.template.markup import Message
 
 # a request with top_p = 0 wants the likeliest token alone, which a share above 0 that no token falls below also gives
@@ -54,6 +54,8 @@ def sampling(
     top_k: int | None = None,
     seed: int | None = None,
     logit_bias: Mapping[Any, float] | None = None,
+    dry_penalty_last_n: int | None = None,
+    dry_sequence_breakers: Sequence[str] | None = None,
     **others: float | None,
 ) -> SamplingParams:
     """How the tokens of an answer are drawn, the first of a request (0) with the seed that it names, the others with those that follow.
@@ -64,6 +66,8 @@ def sampling(
         top_k: 0 and less are off.
         seed: any number; -1 is a random one.
         logit_bias: by tokens, which may be texts.
+        dry_penalty_last_n: -1 is as many as possible.
+        dry_sequence_breakers: as SamplingParams has them.
         others: more fields of SamplingParams, None for what is left open.
 
     Raises:
@@ -76,6 +80,8 @@ def sampling(
         "top_p": None if top_p is None else max(top_p, _LEAST_TOP_P),
         "top_k": None if top_k is None else max(top_k, 0),
         "logit_bias": None if logit_bias is None else _biases(logit_bias),
+        "dry_penalty_last_n": MAX_DRY_TOKENS if dry_penalty_last_n == -1 else dry_penalty_last_n,
+        "dry_sequence_breakers": None if dry_sequence_breakers is None else tuple(dry_sequence_breakers),
         "seed": None if seed is None or seed == -1 else (seed + index) % (MAX_SEED + 1),
     }
     params = defaults if temperature is None else with_temperature(defaults, temperature)

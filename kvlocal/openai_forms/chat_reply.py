@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -10,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob
+from kvlocal.chat.logprobs import logprobs
 from kvlocal.serving.request import Finished, Usage
 
 # why an answer ended, in OpenAI's words: "end" is the model's own end, "stop" a stop text, "stopped" somebody who wanted no more
 FINISH_REASONS = {"end": "stop", "stop": "stop", "stopped": "stop", "length": "length", "tool_calls": "tool_calls"}
-
-_LEAST_LOGPROB = -9999.0  # OpenAI's for a token that cannot come; JSON has no infinity
 
 
 @dataclass
@@ -142,19 +140,3 @@ def usage(uses: Sequence[Usage]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-
-
-def logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    """Log-probabilities of tokens and of those that could have stood in their places."""
-    return [
-        {**_chance(token.token, token.logprob), "top_logprobs": [_chance(other, logprob) for other, logprob in token.top]} for token in tokens
-    ]
-
-
-def finite(logprob: float) -> float:
-    """A log-probability as JSON can hold it."""
-    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
-
-
-def _chance(token: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(token)}

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlocal.chat.answer_piece import AnswerPiece, TokenLogprob
-from kvlocal.openai_forms.chat_reply import Choice, finish_reason, finite, usage
+from kvlocal.chat.logprobs import finite
+from kvlocal.openai_forms.chat_reply import Choice, finish_reason, usage
 from kvlocal.serving.request import Finished
 
 

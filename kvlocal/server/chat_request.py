@@ -57,6 +57,13 @@ def sampling(fields: Sampled, defaults: SamplingParams, index: int = 0) -> Sampl
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,
         logit_bias=fields.logit_bias,
+        dry_multiplier=fields.dry_multiplier,
+        dry_base=fields.dry_base,
+        dry_allowed_length=fields.dry_allowed_length,
+        dry_penalty_last_n=fields.dry_penalty_last_n,
+        dry_sequence_breakers=fields.dry_sequence_breakers,
+        xtc_probability=fields.xtc_probability,
+        xtc_threshold=fields.xtc_threshold,
         seed=fields.seed,
     )
 

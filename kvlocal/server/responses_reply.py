@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlocal.chat.answer_piece import AnswerPiece, ToolCallDelta
-from kvlocal.openai_forms.chat_reply import Choice, logprobs
+from kvlocal.chat.logprobs import logprobs
+from kvlocal.openai_forms.chat_reply import Choice
 from kvlocal.server.errors import ApiError
 from kvlocal.server.responses_request import ResponsesRequest
 from kvlocal.serving.request import Finished, Usage

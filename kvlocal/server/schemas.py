@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvlocal.llama.sampling import MAX_DRY_TOKENS
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=-1)]
 
@@ -34,6 +36,7 @@ class Sampled(Fields):
     stop: texts that end the answer and are not part of it
     top_k: 0 and -1 are off
     seed: any number; -1 is a random one
+    dry_penalty_last_n: -1 is as many as possible
     """
 
     model: str | None = None
@@ -49,6 +52,13 @@ class Sampled(Fields):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=100)] | None = None
+    dry_base: Annotated[float, Field(ge=1, le=100)] | None = None
+    dry_allowed_length: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    dry_penalty_last_n: Annotated[int, Field(ge=-1, le=MAX_DRY_TOKENS)] | None = None
+    dry_sequence_breakers: Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    xtc_probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Tokens | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 

@@ -98,7 +98,8 @@ def missing(shown: str, before: Conversation, after: Conversation) -> str | None
     """What a process showed that the transcript lacks."""
     n_before = len(whole(before))
     answers = [message["content"].rstrip("\n") + "\n" for message in after.messages[n_before:] if message["role"] == "assistant"]
-    kept = "".join(answers)
+    # with the line that a chat writes between two
+    kept = "\n".join(answers)
     return None if kept.startswith(shown.rstrip("\n")) else shown
 
 
