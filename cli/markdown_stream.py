@@ -18,6 +18,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.theme import Theme
 
+from kvlocal_cli.terminal import is_terminal
+
 # colours that are those of the terminal, whatever its background is
 THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "none", "markdown.item.bullet": "none", "markdown.item.number": "none"})
 _CODE_THEME = "ansi_dark"
@@ -91,7 +93,7 @@ class MarkdownStream:
             if live:
                 # other output comes above what is drawn, if it goes to the same terminal
                 self._live = Live(
-                    console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=sys.stderr.isatty()
+                    console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=is_terminal(sys.stderr)
                 )
                 self._live.start()
                 # it hides the cursor, which would stay so if the program was killed

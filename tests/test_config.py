@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import BashComplete
 from click.testing import CliRunner, Result
 
 from kvlocal.files import places
@@ -322,14 +323,11 @@ def test_a_config_that_cannot_be_written_is_as_it_was(config):
 # completion
 
 
-def complete(words: str, env: dict[str, str] | None = None) -> list[str]:
-    """What bash is told for these words, the last of which may be empty."""
-    parts = words.split(" ")
-    environment = {**os.environ, **(env or {}), "_KVLOCAL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(parts) - 1)}
-    code = "import sys; sys.argv = ['kvlocal']; from kvlocal_cli.main import main; main()"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert result.stderr == ""
-    return result.stdout.split()
+def complete(words: str) -> list[str]:
+    """What a shell is told for these words, the last of which may be empty."""
+    *args, incomplete = words.split(" ")[1:]
+    items = BashComplete(main, {}, "kvlocal", "_KVLOCAL_COMPLETE").get_completions(args, incomplete)
+    return [f"{item.type},{item.value}" for item in items]
 
 
 def test_names_are_completed(tmp_path, monkeypatch):
@@ -347,9 +345,10 @@ def test_names_are_completed(tmp_path, monkeypatch):
     assert complete("kvlocal config set conversation.kv-b") == ["plain,conversation.kv-budget"]
 
 
-def test_a_broken_config_does_not_hinder_completion(config):
+def test_a_broken_config_does_not_hinder_completion(config, monkeypatch):
     write(config, "[chat\n")
-    assert complete("kvlocal chat --kv-b", {"KVLOCAL_STRIDE": "x"}) == ["plain,--kv-budget"]
+    monkeypatch.setenv("KVLOCAL_STRIDE", "x")
+    assert complete("kvlocal chat --kv-b") == ["plain,--kv-budget"]
 
 
 def test_what_completes_loads_no_more_than_it_needs():
