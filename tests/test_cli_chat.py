@@ -252,8 +252,8 @@ def test_save_replaces_nothing_without_being_told(chat, terminal, tmp_path):
     assert [f"{path} is there already: choose another name, or write /save --force {path}" in errors[i] for i, path in ((0, saved), (1, text))]
     assert len(errors) == 3 and "needs a file name" in errors[2]
     assert len(json.loads(saved.read_text())["messages"]) == 2
-    answers = result.stdout.splitlines()
-    assert text.read_text() == f"# talk\n\n## You\n\nHello\n\n## Answer\n\n{answers[0]}\n\n## You\n\nGood day\n\n## Answer\n\n{answers[1]}\n"
+    answers = result.stdout.split("\n\n")
+    assert text.read_text() == f"# talk\n\n## You\n\nHello\n\n## Answer\n\n{answers[0]}\n\n## You\n\nGood day\n\n## Answer\n\n{answers[1]}"
     with terminal("--no-transcript", f"--load={saved}") as typed:
         typed.wait_for_prompt()
         typed.type("/undo\r")

@@ -18,8 +18,10 @@ from kvlocal.training.draw import draw
 from kvlocal.training.synth import SEEDS_PER_RUN, DataFile, SynthSettings, synthesize
 from kvlocal.training.themes import themes
 from kvlocal.training.turn_text import flaw, sentence_ends
+from kvlocal_cli.groups import Lazy
 from kvlocal_cli.main import Kvlocal
-from kvlocal_cli.nexus_synth import synth_command
+
+SYNTH = {"synth": Lazy("kvlocal_cli.nexus_synth:synth_command", "")}
 
 # One thread: two would wait for each other wherever the cores are shared.
 SETTINGS = SynthSettings(seed=3, parallel=4, n_threads=1)
@@ -275,7 +277,7 @@ def test_another_run_s_file_is_refused(model, written, tmp_path):
 def test_bad_arguments_are_one_sentence(smollm2, tmp_path, monkeypatch, args, code, says):
     monkeypatch.chdir(tmp_path)
     args = [str(smollm2) if arg == "MODEL" else arg for arg in args]
-    result = CliRunner().invoke(Kvlocal(commands=[synth_command]), ["synth", *args])
+    result = CliRunner().invoke(Kvlocal(lazy=SYNTH), ["synth", *args])
     assert result.exit_code == code, result.output
     sentence = result.stderr.strip()
     assert says in sentence and sentence.startswith("kvlocal: ") and "\n" not in sentence
@@ -286,7 +288,7 @@ def test_the_command_says_how_far_it_is(smollm2, written, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(written[1].read_bytes())
     args = ["synth", str(smollm2), "-o", str(path), "--tokens", str(TOKENS), "--seed", "3", "--parallel", "4", "--threads", "1"]
-    result = CliRunner().invoke(Kvlocal(commands=[synth_command]), args)
+    result = CliRunner().invoke(Kvlocal(lazy=SYNTH), args)
     assert result.exit_code == 0, result.output
     n = len(lines(path))
     assert f"going on after {n} dialogues" in result.stderr and f"of {TOKENS:,} tokens" in result.stderr and result.stdout == ""
