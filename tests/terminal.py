@@ -53,6 +53,9 @@ class Terminal:
         termios.tcsetwinsize(self._descriptor, (HEIGHT, WIDTH))
 
     def type(self, text: str) -> None:
+        """Ctrl-C comes no sooner than a person's: one that comes before input() waits, Python tells nobody until something else is typed."""
+        if "\x03" in text:
+            time.sleep(0.3)
         os.write(self._descriptor, text.encode())
 
     def wait_for(self, pattern: str, seconds: float = 120) -> str:
