@@ -259,7 +259,8 @@ def servers(args: argparse.Namespace, model: Path, directory: Path) -> dict[str,
     if args.llama_server:
         found[LLAMA_SERVER] = (
             [args.llama_server, "-m", str(model), "--host", "127.0.0.1", "--port", "{port}", "-np", str(args.slots), "-c", str(args.slots * slot),
-             "-t", str(args.threads), "-tb", str(args.threads), *args.llama_server_options.split()],
+             # so much is logged that the size of its caches is
+             "-t", str(args.threads), "-tb", str(args.threads), "-lv", "4", *args.llama_server_options.split()],
             threads,
         )  # fmt: skip
     if args.python_server:
