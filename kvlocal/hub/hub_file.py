@@ -22,11 +22,21 @@ _PROJECTOR = "mmproj"  # in the names of files with what turns images into embed
 
 
 @dataclass(frozen=True)
-class HubFile:
-    """A GGUF file of a hub repository, written `hf:owner/repo/path/file.gguf[@revision]`; the first part stands for a model in several."""
+class _InRepository:
+    """What is in a hub repository."""
 
     owner: str
     repo: str
+
+    @property
+    def repository(self) -> str:
+        return f"{self.owner}/{self.repo}"
+
+
+@dataclass(frozen=True)
+class HubFile(_InRepository):
+    """A GGUF file of a hub repository, written `hf:owner/repo/path/file.gguf[@revision]`; the first part stands for a model in several."""
+
     file: str  # path inside the repository
     revision: str | None = None
 
@@ -61,14 +71,9 @@ class HubFile:
                 yield cls(owner, repo, file, revision)
 
     @property
-    def repository(self) -> str:
-        return f"{self.owner}/{self.repo}"
-
-    @property
     def name(self) -> str:
         """The `hf:` form that `parse` reads."""
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"hf:{self.owner}/{self.repo}/{self.file}{revision}"
+        return f"hf:{self.repository}/{self.file}{_at(self.revision)}"
 
     @property
     def path(self) -> Path:
@@ -97,11 +102,9 @@ class HubFile:
 
 
 @dataclass(frozen=True)
-class HubQuantization:
+class HubQuantization(_InRepository):
     """The GGUF file of a hub repository with a quantization, written `hf:owner/repo:Q4_K_M[@revision]`; which file that is its list says."""
 
-    owner: str
-    repo: str
     quantization: str
     revision: str | None = None
 
@@ -114,14 +117,9 @@ class HubQuantization:
         return cls(*match.groups())
 
     @property
-    def repository(self) -> str:
-        return f"{self.owner}/{self.repo}"
-
-    @property
     def name(self) -> str:
         """The `hf:` form that `parse` reads."""
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"hf:{self.owner}/{self.repo}:{self.quantization}{revision}"
+        return f"hf:{self.repository}:{self.quantization}{_at(self.revision)}"
 
     def pulled(self) -> HubFile | None:
         """The file, if it is in the models directory; of several that fit the first."""
@@ -149,6 +147,11 @@ class HubQuantization:
         # a word of the file's name or of a folder's: Q4_K is not part of Q4_K_M, and F16 not of BF16
         word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(self.quantization)}(?![A-Za-z0-9_])", re.IGNORECASE)
         return [path for path in paths if word.search(path)]
+
+
+def _at(revision: str | None) -> str:
+    """How a revision stands behind a name."""
+    return f"@{revision}" if revision else ""
 
 
 def models_among(paths: Iterable[str]) -> list[str]:
