@@ -41,10 +41,12 @@ class Block(NamedTuple):
     """A part of a text that is shown for itself: a paragraph, a heading, a block of code, an item of a list.
 
     start: the line in which it begins, from 0
+    end: the line behind its last one
     tokens: what it consists of
     """
 
     start: int
+    end: int
     tokens: Sequence[Token]
 
 
@@ -111,26 +113,30 @@ class MarkdownStream:
         """The lines of the blocks that no text to come can change, which leave the source, and of the rest. What has no end of a line yet can be the
         beginning of anything, and tells nothing of the blocks before it."""
         if is_whole:
-            lines, self._source = self._rendered(self._source), ""
+            lines, self._source = self._rendered(self._source, is_final=True), ""
             return lines, []
         by_line = self._source.split("\n")
         blocks = blocks_of("\n".join(by_line[:-1]))
         start = blocks[-1].start if blocks else 0
         if blocks and blocks[-1].tokens[0].type in _END_AT_GAP and not by_line[-2].strip():
             start = len(by_line) - 1
-        lines = self._rendered("\n".join(by_line[:start]))
+        lines = self._rendered("\n".join(by_line[:start]), is_final=True)
         if start:
             self._source, self._has_gap = "\n".join(by_line[start:]), not by_line[start - 1].strip()
-        return lines, self._rendered(self._source)
+        return lines, self._rendered(self._source, is_final=False)
 
-    def _rendered(self, source: str) -> list[Line]:
-        """The lines of a text, with an empty one between two blocks where the text has some."""
+    def _rendered(self, source: str, *, is_final: bool) -> list[Line]:
+        """The lines of a text, with an empty one between two blocks where the text has some. What ends with nothing behind its mark, as an answer
+        that is stopped may, is shown as it is written; until then it is not, as the mark tells how what follows will look."""
         by_line = source.split("\n")
         lines: list[Line] = []
         for block in blocks_of(source):
             if self._has_gap if not lines else not by_line[block.start - 1].strip():
                 lines.append([])
-            lines += self._lines_of(block)
+            shown = self._lines_of(block)
+            if not shown and is_final:
+                shown = [[Segment(line.rstrip())] for line in by_line[block.start : block.end] if line.strip()]
+            lines += shown
         return lines
 
     def _lines_of(self, block: Block) -> list[Line]:
@@ -160,9 +166,9 @@ def blocks_of(source: str) -> list[Block]:
                     # an item knows its own number
                     first.attrs = {"start": int(tokens[opened].info or 1)}
                     content = (first, *content, Token(inside.replace("open", "close"), token.tag, -1))
-                start = tokens[opened].map
-                assert start is not None  # as of all tokens that open a block
-                blocks.append(Block(start[0], list(_as_shown(content))))
+                span = tokens[opened].map
+                assert span is not None  # as of all tokens that open a block
+                blocks.append(Block(*span, list(_as_shown(content))))
     return blocks
 
 

@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 
 import pytest
 from rich.console import Console
@@ -123,6 +124,22 @@ def test_however_it_comes_it_looks_the_same(eager, size, pieces):
     # the columns of a table are as wide as its widest cell, and what has left the screen stays as it was
     text = ANSWER if size[1] > 20 else ANSWER.partition("| bird")[0] + ANSWER.partition("---\n")[2]
     assert shown(text, pieces, *size) == shown(text, None, *size)
+
+
+@pytest.mark.parametrize("mark", ["-", "*", "1.", "#", "##", ">", "```", "```python", "~~~"])
+@pytest.mark.parametrize("before", ["", "Some text\n\n", "- an item\n", "1. an item\n", "# A title\n"])
+@pytest.mark.parametrize("pieces", [None, 1])
+def test_a_mark_is_seen_where_an_answer_ends_with_it(eager, before, mark, pieces):
+    """Or what is kept of an answer that was stopped there would be more than what was seen."""
+    for text in (before + mark, before + mark + " ", before + mark + "\n"):
+        assert shown(text, pieces)[-1] == mark
+
+
+def test_every_word_is_seen_wherever_an_answer_is_stopped(eager):
+    for n in range(len(ANSWER)):
+        seen = "".join(shown(ANSWER[:n], None, width=200, height=100))
+        last = re.split(r"[^A-Za-z0-9]+", ANSWER[:n])[-1]
+        assert last in seen, ANSWER[max(0, n - 30) : n]
 
 
 def test_answers_longer_than_the_screen(eager):
