@@ -168,7 +168,7 @@ def blocks_of(source: str) -> list[Block]:
                     content = (first, *content, Token(inside.replace("open", "close"), token.tag, -1))
                 span = tokens[opened].map
                 assert span is not None  # as of all tokens that open a block
-                blocks.append(Block(*span, list(_as_shown(content))))
+                blocks.append(Block(span[0], span[1], list(_as_shown(content))))
     return blocks
 
 

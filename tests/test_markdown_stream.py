@@ -136,7 +136,7 @@ def test_a_mark_is_seen_where_an_answer_ends_with_it(eager, before, mark, pieces
 
 
 def test_every_word_is_seen_wherever_an_answer_is_stopped(eager):
-    for n in range(len(ANSWER)):
+    for n in range(0, len(ANSWER), 7):
         seen = "".join(shown(ANSWER[:n], None, width=200, height=100))
         last = re.split(r"[^A-Za-z0-9]+", ANSWER[:n])[-1]
         assert last in seen, ANSWER[max(0, n - 30) : n]

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import gc
 import subprocess
 import sys
 import threading
@@ -11,20 +12,23 @@ from pathlib import Path
 import pytest
 from gguf_copy import Source, copy
 
+from kvlocal.cache.budgeted import BudgetedCache
 from kvlocal.chat.answer_piece import AnswerPiece
 from kvlocal.chat.cache_map import CacheMap
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.messages import canonical
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
+from kvlocal.chat.text_session import TextSession
 from kvlocal.conversations.archive_file import ArchiveFile
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal.llama.slots import Slot
 from kvlocal.serving.chain import owner_digest
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.record import Record
-from kvlocal.serving.request import NEW, AnswerRequest, EngineBusy, Finished, UnknownConversation
+from kvlocal.serving.request import NEW, AnswerRequest, EngineBusy, Finished, TextRequest, UnknownConversation
 from kvlocal.serving.shown_map import ShownMap
 
 GREEDY = SamplingParams(temperature=0)
@@ -430,6 +434,32 @@ def test_idle_conversations_are_bounded_in_memory(model):
         chat(engine, "Good morning!", history=())
         wait_for(lambda: len(engine.conversations()) == 1)
         assert answer(engine, *messages, user("And then?")).usage.cached_tokens == 0
+
+
+def test_what_leaves_its_slot_is_freed_at_once(model):
+    """Most of its memory is not Python's, so Python would look for what keeps itself far too seldom."""
+    kept = (ChatSession, TextSession, BudgetedCache, Slot)
+
+    def there():
+        return sum(isinstance(one, kept) for one in gc.get_objects())
+
+    with Engine(model, CONFIG, parallel=1) as engine:
+        gc.collect()
+        gc.disable()
+        try:
+            before = there()
+            ended = [answer(engine, user(text)) for text in (LONG * 10, "Hello!", "Good morning!")]
+            answering = ask(engine, user(LONG * 50))
+            answering.cancel()
+            finished(answering)
+            text = engine.submit(TextRequest("me", "The keeper of", options=AnswerOptions(max_tokens=2)))
+            assert finished(text).error is None and there() > before
+            for last in ended:
+                engine.delete(last.conversation, "me")
+            engine.forget("me")
+            assert there() == before
+        finally:
+            gc.enable()
 
 
 def wait_for(condition):

@@ -19,8 +19,6 @@ class NativeLog:
     def __init__(self, llama_cpp: Any) -> None:
         self._lib = llama_cpp
         self._previous, self._user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-        # an attribute, because llama.cpp keeps no reference
-        self._callback = llama_cpp.llama_log_callback(self._take)
         self._lines: list[tuple[int, str]] = []
 
     def _take(self, level: int, text: bytes, _: Any) -> None:
@@ -32,11 +30,14 @@ class NativeLog:
         # an exception in a callback is lost
         self._ctrl_c = CtrlCWaits().__enter__()
         self._lib.llama_log_get(ctypes.byref(self._previous), ctypes.byref(self._user_data))
+        # an attribute, because llama.cpp keeps no reference; for as long as it is used, because it keeps this object
+        self._callback = self._lib.llama_log_callback(self._take)
         self._lib.llama_log_set(self._callback, ctypes.c_void_p())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lib.llama_log_set(self._previous, self._user_data)
+        del self._callback
         self._ctrl_c.__exit__()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,18 @@ class Cancelled(Exception):
     """Nobody wants the answer any more."""
 
 
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Calls a method as long as its object is there. Who has it does not keep the object: a session and what it reports to would otherwise keep each
+    other, and with them the memory of both until Python happens to look for such circles."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        if found := reference():
+            found(*arguments)
+
+    return call
+
+
 class LiveConversation:
     """A session in a slot, and the request that it works on. It is used in turns of the slots' scheduler.
 
@@ -36,7 +49,7 @@ class LiveConversation:
         self._answering: Answering | None = None
         self._shown = shown
         self.usage = Usage()
-        self.session = ChatSession(model, config, nexus=nexus, progress=self._check, make_context=slots.open, begin=False)
+        self.session = ChatSession(model, config, nexus=nexus, progress=weakly(self._check), make_context=slots.open, begin=False)
 
     def _check(self, *_: Any) -> None:
         if self._answering is None:

@@ -16,7 +16,7 @@ from kvlocal.chat.text_session import Prompt, TextSession
 from kvlocal.llama.model import Model
 from kvlocal.llama.slots import Slots
 from kvlocal.serving.answering import Answering
-from kvlocal.serving.live import Cancelled
+from kvlocal.serving.live import Cancelled, weakly
 from kvlocal.serving.request import TextRequest, Usage
 
 
@@ -32,7 +32,7 @@ class LiveText:
     def __init__(self, slots: Slots, model: Model, config: SessionConfig, owner: str) -> None:
         self.owner, self.usage, self.last_used = owner, Usage(), 0.0
         self._answering: Answering | None = None
-        self.session = TextSession(model, config, progress=self._check, make_context=slots.open)
+        self.session = TextSession(model, config, progress=weakly(self._check), make_context=slots.open)
 
     def _check(self, *_: Any) -> None:
         if self._answering is not None and self._answering.cancelled:
