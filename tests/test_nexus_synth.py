@@ -25,7 +25,7 @@ SYNTH = {"synth": Lazy("kvlocal_cli.nexus_synth:synth_command", "")}
 
 # One thread: two would wait for each other wherever the cores are shared.
 SETTINGS = SynthSettings(seed=3, parallel=4, n_threads=1)
-TOKENS = 1200
+TOKENS = 700
 
 
 @pytest.fixture(scope="module")
