@@ -106,5 +106,9 @@ def in_blocks(scores: Scores, size: int) -> Scores:
     n = scores.shape[-1]
     padded = np.zeros((*scores.shape[:-1], -(-n // size) * size), scores.dtype)
     padded[..., :n] = scores
-    largest = padded.reshape(*scores.shape[:-1], -1, size).max(axis=-1)
+    largest, rest = padded, size
+    while rest % 2 == 0:
+        # much faster than the maximum along a short axis
+        largest, rest = np.maximum(largest[..., 0::2], largest[..., 1::2]), rest // 2
+    largest = largest.reshape(*scores.shape[:-1], -1, rest).max(axis=-1)
     return np.repeat(largest, size, axis=-1)[..., :n] + scores * np.float32(1e-3)
