@@ -65,7 +65,7 @@ def on_ray(
     # where Ray writes what happens on the cluster, and results may go
     n_threads = config.n_threads if isinstance(config.n_threads, int) else None
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), OnRay(
-        address, load, parallel=parallel, n_workers=n_workers, n_threads=n_threads, use_gpu=loading.gpu_layers != 0, tell=tell, poll=poll
+        address, load, parallel=parallel, n_workers=n_workers, n_threads=n_threads, use_gpu=loading.where.uses_devices, tell=tell, poll=poll
     ) as workplace:
         if not workplace.has_template:
             say_base_model(name)

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,7 @@ from kvlocal.files.replaceable import check_replaceable, holds_results
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.context import KV_TYPES
 from kvlocal_cli import completing
+from kvlocal_cli.device_options import device_options, take_devices
 from kvlocal_cli.options import split_policy_arg
 
 STOCK = Path("build/stock/dist/lib")
@@ -55,8 +57,7 @@ _EVICTING = [name for name in policies.POLICIES if policies.make(name).evicts]
               help="Type of the keys, in both caches.")  # fmt: skip
 @click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=BenchSettings.type_v, show_default=True,
               help="Type of the values, in both caches.")  # fmt: skip
-@click.option("--gpu-layers", type=click.IntRange(min=-1), default=BenchSettings.gpu_layers, show_default=True, metavar="N",
-              help="Layers that go to the GPU, -1 for all, of both; without one it has no effect.")  # fmt: skip
+@device_options
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this file, as they come.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Also draw them. Needs kvlocal[plot].")
@@ -86,7 +87,7 @@ def bench_command(
 
     Everything takes about 20 minutes on two cores; the machine should do nothing else.
     """
-    arguments = dict(map(split_policy_arg, policy_args))
+    arguments, where = dict(map(split_policy_arg, policy_args)), take_devices(same)
     settings = BenchSettings(resolve(model), stock.absolute(), policy_args=arguments, n_threads=threads, **same, **_sizes(quick, turns, pairs))
     try:
         policies.make(settings.policy, settings.policy_args)
@@ -95,7 +96,10 @@ def bench_command(
         raise click.UsageError(str(error)) from error
     if not settings.stock.is_dir():
         raise BenchmarkError(f"there is no stock llama.cpp in {stock}: run `make stock` in the source tree, or give its path as --stock")
-    check_file(settings.model, SessionConfig(type_k=settings.type_k, type_v=settings.type_v), settings.gpu_layers)
+    config = SessionConfig(type_k=settings.type_k, type_v=settings.type_v)
+    check_file(settings.model, config, where.placement)
+    # stock llama.cpp holds everything, and both have the same layers there
+    settings = replace(settings, placement=where.of(settings.model, replace(config, policy="full"), undo=False))
     if plot:
         check(plot)
         check_replaceable(plot, is_figure, "a figure", force=force)

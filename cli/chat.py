@@ -293,7 +293,7 @@ class Chat:
         before, n_answers = [dict(message) for message in self.session.messages], self.session.n_answers
         messages = [dict(message) for message in messages]
         checked_template(self._model, config, self._nexus)
-        self._loading.check(self._model.path, config, instead_of=self.config)
+        self._loading.check(self._model.path, config, instead_of=self.config, placement=self._model.placement)
         self.session.close()
         try:
             self.session = self._open(config)

@@ -12,6 +12,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.hub.catalogue import DEFAULT_MODEL, NotPulled
 from kvlocal.llama.adapter import Lora
 from kvlocal_cli import completing
+from kvlocal_cli.device_options import RpcServers
 from kvlocal_cli.doctor_chat import describe_chat
 from kvlocal_cli.options import lora_option
 
@@ -19,19 +20,20 @@ from kvlocal_cli.options import lora_option
 @click.command("doctor")
 @click.argument("model", required=False, shell_complete=completing.models)
 @lora_option
+@click.option("--rpc", type=RpcServers(), default=(), metavar="HOST:PORT[,...]", help="Servers that are to get layers of a chat's model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> None:
+def doctor_command(model: str | None, lora: tuple[Lora, ...], rpc: tuple[str, ...], as_json: bool) -> None:
     """Say what this installation consists of, and what is wrong if anything is: then the exit code is 1.
 
     It also says which model, policy, Nexus tokens, device and threads a chat without options would use, and why.
 
     With MODEL, a name from the catalogue or a GGUF file, the same for that model, what its KV cache costs and whether it can
-    be compressed; with --lora whether these adapters go with it.
+    be compressed; with --lora whether these adapters go with it. With --rpc it asks these servers whether they are there.
     """
     if lora and model is None:
         raise click.UsageError("--lora is for a model: name it too")
     report = diagnose(model, lora)
-    report["chat"] = _chat(report, model, lora)
+    report["chat"] = _chat(report, model, lora, rpc)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -41,18 +43,26 @@ def doctor_command(model: str | None, lora: tuple[Lora, ...], as_json: bool) -> 
         sys.exit(1)
 
 
-def _chat(report: dict[str, Any], model: str | None, lora: tuple[Lora, ...]) -> dict[str, Any] | None:
+def _chat(report: dict[str, Any], model: str | None, lora: tuple[Lora, ...], rpc: tuple[str, ...]) -> dict[str, Any] | None:
     """What a chat would use; None where that cannot be found out."""
     if not report["library"] or report.get("model", True) is None:
         return None
     try:
-        return describe_chat(model, lora, report["library"], report["machine"])
+        return describe_chat(model, lora, rpc, report["library"], report["machine"])
     except NotPulled as error:
         if DEFAULT_MODEL not in str(error):  # of which there is a hint already
             report["hints"].append(f"a chat would have another model: {error}")
     except KvlocalError as error:
         report["problems"].append(f"a chat {f'with {model} ' if model else ''}is not possible: {error}")
     return None
+
+
+def _place(name: str) -> str:
+    return "memory" if name == "host" else f"memory on {name}"
+
+
+def _free(size: int | None) -> str:
+    return "" if size is None else f", of which {decimal(size)} are free"
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -94,6 +104,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("compressible", f"{model['compressible_layers']} layers of {model['kv_heads']} KV heads{rotates}"))
             cost = ", ".join(f"{kind} {decimal(size)}" for kind, size in model["kv_bytes_per_1000_cells"].items() if size)
             rows.append(("1,000 cells", f"take {cost}"))
+            for place in model["memory"] or ():
+                rows.append(("a chat takes", f"about {decimal(place['need'])} of {_place(place['name'])}{_free(place['free'])}"))
+            if model["layers_on_devices"] is not None:
+                rows.append(("on the GPU", f"{model['layers_on_devices']} of {model['layers']} layers fit, with the cells of a chat"))
             if model["largest_budget"] is not None:
                 rows.append(("largest budget", f"{model['largest_budget']:,} cells in the memory that is free"))
         else:

@@ -12,7 +12,9 @@ from kvlocal.cache.config import allocation
 from kvlocal.chat.config import SessionConfig
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.adapter import Lora
+from kvlocal.llama.devices import devices, used_devices
 from kvlocal.llama.free_cores import AUTO
+from kvlocal.llama.placement import ALL, Placement
 from kvlocal.nexus.discovery import OFF
 from kvlocal_cli.options import Loaded, Loading, session_options
 
@@ -23,12 +25,15 @@ def _settings(config: SessionConfig, loading: Loading) -> tuple[SessionConfig, L
     return config, loading
 
 
-def describe_chat(model: str | None, lora: Sequence[Lora], library: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+def describe_chat(
+    model: str | None, lora: Sequence[Lora], rpc: tuple[str, ...], library: dict[str, Any], machine: dict[str, Any]
+) -> dict[str, Any]:
     """For JSON: of policy, nexus, device and threads what is used (nexus None for none) and, as policy_why and so on, why; model and budget (cells).
 
     Args:
         model: a name or a path; None for the model that a chat has by default.
         lora: adapters for it; without any those that a chat has by default.
+        rpc: servers that get layers of it; without any those that a chat has by default.
         library, machine: what the doctor found.
 
     Raises:
@@ -40,6 +45,8 @@ def describe_chat(model: str | None, lora: Sequence[Lora], library: dict[str, An
         is_default = context.get_parameter_source("policy") == ParameterSource.DEFAULT
         name = model or context.params["model"] or DEFAULT_MODEL
     resolve(name)  # nobody is asked whether to pull it
+    if rpc:
+        loading = replace(loading, where=replace(loading.where, placement=replace(loading.where.placement, rpc=rpc)))
     with replace(loading, lora=tuple(lora) or loading.lora).loaded(name, config) as loaded:
         return {
             "model": name,
@@ -48,7 +55,7 @@ def describe_chat(model: str | None, lora: Sequence[Lora], library: dict[str, An
             "policy_why": _why_policy(config.policy, loaded, is_default),
             "nexus": str(loaded.nexus.path) if loaded.nexus else None,
             "nexus_why": _why_nexus(loaded, loading.nexus),
-            **_device(library, loading.gpu_layers),
+            **_device(library, loaded.model.placement),
             **_threads(config, machine),
         }
 
@@ -78,14 +85,18 @@ def _why_nexus(loaded: Loaded, choice: str | None) -> str:
     return f"the policy {loaded.config.policy} uses none"
 
 
-def _device(library: dict[str, Any], gpu_layers: int) -> dict[str, str]:
-    gpus = [device["description"] for device in library["devices"] if device["kind"] != "cpu"]
-    if not gpus:
-        others = [name for name in library["backends"] if name != "CPU"]
+def _device(library: dict[str, Any], placement: Placement) -> dict[str, str]:
+    every = devices(placement.servers)
+    if not used_devices(Placement(ALL), every):
+        others = [name for name in library["backends"] if name not in ("CPU", "RPC")]
         return {"device": "CPU", "device_why": "no other device was found" if others else "this llama.cpp was built for nothing else"}
-    if not gpu_layers:
+    gpus = used_devices(placement, every)
+    if not gpus:
         return {"device": "CPU", "device_why": "no layer is to go to the GPU"}
-    return {"device": ", ".join(gpus), "device_why": "all layers go there" if gpu_layers < 0 else f"{gpu_layers} layers go there"}
+    n = placement.n_gpu_layers
+    cells = "" if placement.kv_offload else ", and the cache stays in main memory"
+    names = [f"RPC server {gpu.description}" if gpu.is_remote else gpu.description for gpu in gpus]
+    return {"device": ", ".join(names), "device_why": f"{'all' if n < 0 else n} layers go there{cells}"}
 
 
 def _threads(config: SessionConfig, machine: dict[str, Any]) -> dict[str, Any]:

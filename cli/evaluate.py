@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal_cli import completing
+from kvlocal_cli.device_options import DEVICE_OPTIONS, Where, take_devices
 from kvlocal_cli.options import lora_option, parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
@@ -65,8 +67,7 @@ _OPTIONS = (
                  help="Type of the keys in the cache."),
     click.option("--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)), default=_SESSION.type_v, show_default=True,
                  help="Type of the values in the cache."),
-    click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
-                 help="Layers that go to the GPU, -1 for all; without one it has no effect."),
+    *DEVICE_OPTIONS,
     click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]"),
     click.option("--nexus", metavar="FILE", help="Nexus tokens for the policies that use them, or off.  [default: as kvlocal chat finds them]"),
     lora_option,
@@ -101,7 +102,8 @@ def run_options(command: Callable[..., Any], budget: int | None = None) -> Calla
         force: bool,
         **others: Any,
     ) -> Any:
-        own = {name: others.pop(name) for name in ("model", "seed", "gpu_layers", "nexus", "lora", "json_path")}
+        where = take_devices(others)
+        own = {name: others.pop(name) for name in ("model", "seed", "nexus", "lora", "json_path")}
         if click.get_current_context().get_parameter_source("ratios") is ParameterSource.DEFAULT:
             kv_budget = kv_budget or budget
         elif kv_budget:
@@ -119,7 +121,7 @@ def run_options(command: Callable[..., Any], budget: int | None = None) -> Calla
             check_replaceable(plot_path, is_figure, "a figure", force=force)
         if json_path := own["json_path"]:
             check_replaceable(json_path, lambda path: holds_results(path, "task"), "results of an evaluation", force=force)
-        return command(run=Run(**own, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
+        return command(run=Run(**own, where=where, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
 
     for option in reversed(_OPTIONS):
         with_run = option(with_run)
@@ -134,7 +136,7 @@ class Run:
         *,
         model: str,
         seed: int,
-        gpu_layers: int,
+        where: Where,
         nexus: str | None,
         lora: Sequence[Lora],
         json_path: Path | None,
@@ -144,7 +146,7 @@ class Run:
         cache: Path,
     ) -> None:
         self.seed, self.base, self.cache = seed, base, cache
-        self._name, self._path, self._gpu_layers = model, resolve(model), gpu_layers
+        self._name, self._path, self._where = model, resolve(model), where
         self._json_path, self._plot_path = json_path, plot_path
         self._variants = variants
         self._lora = lora
@@ -162,10 +164,12 @@ class Run:
             # ratios make no difference
             for variant in {variant.spec: variant for variant in self._variants}.values():
                 try:
-                    check_file(self._path, variant.config(self.base), self._gpu_layers)
+                    check_file(self._path, variant.config(self.base), self._where.placement)
                 except CannotRecall as error:
                     cannot[variant.spec] = str(error)
-            model = Model(self._path, n_gpu_layers=self._gpu_layers, lora=self._lora)
+            # the full context, which all are compared with, takes most
+            placement = self._where.of(self._path, replace(self.base, policy="full"), undo=False, lora=self._lora)
+            model = Model(self._path, placement=placement, lora=self._lora)
         self._used = [
             {"file": each.path.name, "sha256_of_blocks": each.fingerprint, "scale": each.scale} for each in model.adapters if each.scale
         ]

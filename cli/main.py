@@ -17,6 +17,7 @@ COMMANDS = {
     "run": Lazy("kvlocal_cli.run:run_command", "Answer one PROMPT and print nothing but the answer."),
     "batch": Lazy("kvlocal_cli.batch:batch_command", "Answer every conversation of IN.jsonl, or of standard input if that is -."),
     "serve": Lazy("kvlocal_cli.serve:serve_command", "A chat in the browser, and answers for programs that speak OpenAI's API."),
+    "rpc-server": Lazy("kvlocal_cli.rpc_server:rpc_server_command", "Hold layers of models of other machines, and compute them here."),
     "sessions": Lazy("kvlocal_cli.sessions:sessions_group", "List, show, rename, fork, export, prune and delete conversations that have a name."),
     "logs": Lazy("kvlocal_cli.logs:logs_command", "List past sessions and chats, the last used first"),
     "chats": Lazy("kvlocal_cli.prune:chats_group", "Make room of past chats that have no name."),

@@ -3,14 +3,16 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import click
 
+from kvlocal.chat.config import SessionConfig
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.context import MAX_SEQUENCES
 from kvlocal.llama.model import Model
-from kvlocal.training.synth import DataFile, SynthSettings, WrittenDialogue, synthesize
+from kvlocal.training.synth import N_CELLS, DataFile, SynthSettings, WrittenDialogue, synthesize
+from kvlocal_cli.device_options import device_options, take_devices
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
 
@@ -26,10 +28,9 @@ _SETTINGS = SynthSettings()
               help="Seed of everything that is random.")
 @click.option("--parallel", type=click.IntRange(1, MAX_SEQUENCES), default=_SETTINGS.parallel, show_default=True, metavar="N",
               help="Dialogues written at a time.")
-@click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
-              help="Layers that go to the GPU, -1 for all; without one it has no effect.")
+@device_options
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]")  # fmt: skip
-def synth_command(model: str, output: Path, tokens: int, seed: int, parallel: int, gpu_layers: int, threads: int | None) -> None:
+def synth_command(model: str, output: Path, tokens: int, seed: int, parallel: int, threads: int | None, **where: Any) -> None:
     """Let a model write dialogues with itself, to train Nexus tokens on.
 
     MODEL is a name from the catalogue or a GGUF file. It writes the user's turns and its own answers about seeded topics; the user states
@@ -40,7 +41,9 @@ def synth_command(model: str, output: Path, tokens: int, seed: int, parallel: in
     """
     settings = SynthSettings(seed=seed, parallel=parallel, n_threads=threads)
     with waiting(f"loading {model}"):
-        loaded = Model(resolve(model), n_gpu_layers=gpu_layers)
+        path = resolve(model)
+        config = SessionConfig(budget=N_CELLS, policy="full", n_ubatch=max(parallel, SessionConfig.window))
+        loaded = Model(path, placement=take_devices(where).of(path, config, parallel, undo=False))
     with loaded, DataFile(output, settings.key(loaded), settings) as data, _Progress(data, tokens) as progress:
         try:
             for dialogue in synthesize(loaded, data, tokens, settings):

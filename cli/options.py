@@ -25,12 +25,13 @@ from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.free_cores import AUTO as FREE_CORES
 from kvlocal.llama.free_cores import Threads
-from kvlocal.llama.library import load as load_library
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import Placement
 from kvlocal.llama.sampling import REPEAT_PENALTY, SamplingParams
 from kvlocal.nexus.discovery import OFF, nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal_cli import completing
+from kvlocal_cli.device_options import DEVICE_OPTIONS, Where, take_devices
 from kvlocal_cli.fetching import located
 from kvlocal_cli.sampling_options import SAMPLING_OPTIONS, take_sampling
 from kvlocal_cli.settings import is_given
@@ -218,10 +219,7 @@ _OPTIONS = (
         "--ctv", "type_v", type=click.Choice(tuple(KV_TYPES)),
         help=f"Type of the values in the cache.  [default: {_SESSION.type_v}; with --kv-memory what fits]",
     ),
-    click.option(
-        "--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
-        help="Layers that go to the GPU, -1 for all; without one it has no effect.",
-    ),
+    *DEVICE_OPTIONS,
     click.option(
         "--threads", type=NumberOfThreads(), metavar="N|auto",
         help="Threads; auto for one per core that other programs leave free.  [default: auto; with --seed or --temp 0, which are to give the same "
@@ -247,14 +245,14 @@ class Loaded(NamedTuple):
 class Loading:
     """How a command gets its model.
 
-    gpu_layers: as in Model
+    where: on which devices it is put
     nexus: a Nexus file, OFF, or None for one that is found
     may_change_policy: whether the policy is a default, which a model that cannot recall, or one without Nexus tokens, has another of
     lora: adapters that it is used with
     may_pull: whether a model that is not here yet is fetched without a question
     """
 
-    gpu_layers: int
+    where: Where
     nexus: str | None
     may_change_policy: bool
     lora: Sequence[Lora] = ()
@@ -278,29 +276,38 @@ class Loading:
         """
         path = self.locate(name)
         try:
-            self.check(path, config, parallel, undo)
+            placement = self.check(path, config, parallel, undo)
         except CannotRecall:
             if not self.may_change_policy:
                 raise
             config = replace(config, policy=_without_archive(self.nexus))
-            self.check(path, config, parallel, undo)
+            placement = self.check(path, config, parallel, undo)
         with waiting(f"loading {name}"):
-            model = Model(path, n_gpu_layers=self.gpu_layers, lora=self.lora)
+            model = Model(path, placement=placement, lora=self.lora)
         with model:
             yield Loaded(model, *self._tokens(model, config))
 
     def check(
-        self, path: Path, config: SessionConfig, parallel: int = 1, undo: bool = True, instead_of: SessionConfig | None = None
-    ) -> None:
+        self,
+        path: Path,
+        config: SessionConfig,
+        parallel: int = 1,
+        undo: bool = True,
+        instead_of: SessionConfig | None = None,
+        placement: Placement | None = None,
+    ) -> Placement:
         """Whether the model of this file can have such a cache, and so many conversations with it, with undo or without, fit into the memory that
-        is free, or that is once a conversation kept otherwise has ended.
+        is free, or that is once a conversation kept otherwise has ended. Returns where it is put.
+
+        placement: where it is, if it is there already
 
         Raises:
             KvlocalError: they do not.
         """
-        config = check_file(path, config, self.gpu_layers)
-        if not (self.gpu_layers and load_library().llama_cpp.llama_supports_gpu_offload()):
-            memory_estimate.check(path, config, parallel, undo, instead_of, self.lora)
+        config = check_file(path, config, placement or self.where.placement)
+        placement = placement or self.where.of(path, config, parallel, undo, self.lora)
+        memory_estimate.check(path, config, parallel, undo, instead_of, self.lora, placement)
+        return placement
 
     def _tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         if "nexus" not in policies.make(config.policy, config.policy_args).needs:
@@ -331,7 +338,6 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         policy_args: dict[str, str],
         nexus: str | None,
         lora: tuple[Lora, ...],
-        gpu_layers: int,
         stride: int,
         positions: Positions,
         idle: str,
@@ -355,9 +361,10 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         more_sampling = take_sampling(others)
         try:
+            where = take_devices(others)
             kept_as = archive_ram, archive_dir, archive_type
             wants_archive = archive in ("ram", "disk") or kept_as != (None, None, None)
-            loading = Loading(gpu_layers, nexus, policy is None and not wants_archive, lora, yes)
+            loading = Loading(where, nexus, policy is None and not wants_archive, lora, yes)
             if policy is None:
                 # Nexus tokens are named to be used, and keys that always move cannot be looked up
                 recalls = archive in ("ram", "disk") or (archive is None and positions != "cache" and nexus in (None, OFF))

@@ -186,6 +186,7 @@ def _pieces(session: ChatSession | TextSession, prompt: str, asked: AnswerOption
 def _print_report(name: str, prompt: str, answer: str, session: ChatSession | TextSession, asked: AnswerOptions, raw: bool) -> None:
     last = session.last
     assert last is not None  # after an answer
+    placement = asdict(session.model.placement)
     report = {
         "model": name,
         **({"lora": [{"path": str(each.path), "scale": each.scale} for each in session.model.adapters]} if session.model.adapters else {}),
@@ -204,7 +205,8 @@ def _print_report(name: str, prompt: str, answer: str, session: ChatSession | Te
         "seed": session.seed,
         "settings": {
             **session.settings(),
-            "gpu_layers": session.model.n_gpu_layers,
+            "gpu_layers": placement.pop("n_gpu_layers"),
+            **placement,
             "raw": raw,
             "stop": list(asked.stop),
             "json_schema": asked.json_schema,

@@ -35,6 +35,7 @@ _GIVES_WAY: dict[str, dict[str, _Condition]] = {
     "positions": {"archive": _ARCHIVES},
     "archive": _WITHOUT_ARCHIVE,
     **{name: {"archive": lambda store: store == "off", **_WITHOUT_ARCHIVE} for name in ("archive_ram", "archive_dir", "archive_type")},
+    "rpc": {"gpu_layers": lambda n: n == 0},
     "session_name": {"goes_on": _ANY, "raw": _ANY, "no_transcript": _ANY},
     "no_transcript": {"session_name": _ANY},
     "goes_on": {"session_name": _ANY, "raw": _ANY},

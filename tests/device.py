@@ -1,14 +1,16 @@
 """Where the models of the tests are: on the CPU, or on the device that KVLOCAL_TEST_DEVICE or pytest's --device names.
 
-"cpu" is the default, "gpu" puts all layers and their cache on the GPU, "gpu:N" the last N layers only.
+"cpu" is the default, "gpu" puts all layers and their cache on the GPU, "gpu:N" the last N layers only, "rpc:HOST:PORT,..." all on RPC servers.
 """
 
 import os
 
 import pytest
 
-from kvlocal.llama.library import load
+from kvlocal.llama.devices import devices, used_devices
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import ALL, Placement
+from kvlocal.llama.rpc import servers_of
 
 
 def use(device: str) -> None:
@@ -18,10 +20,12 @@ def use(device: str) -> None:
         pytest.UsageError: there is no such device.
     """
     kind, _, layers = device.partition(":")
-    if kind not in ("cpu", "gpu") or (layers and not layers.isdecimal()) or (kind == "cpu" and layers):
-        raise pytest.UsageError(f"there is no device {device!r}: name cpu, gpu or gpu:LAYERS")
+    if kind == "rpc":
+        Model.__init__.__kwdefaults__.update(n_gpu_layers=ALL, placement=Placement(ALL, rpc=servers_of(layers)))
+    elif kind not in ("cpu", "gpu") or (layers and not layers.isdecimal()) or (kind == "cpu" and layers):
+        raise pytest.UsageError(f"there is no device {device!r}: name cpu, gpu, gpu:LAYERS or rpc:HOST:PORT")
     if kind == "gpu":
-        if not load().llama_cpp.llama_supports_gpu_offload():
+        if not used_devices(Placement(ALL), devices()):
             raise pytest.UsageError("this library finds no GPU: build it with a GPU backend on a machine that has one, or leave --device out")
         Model.__init__.__kwdefaults__["n_gpu_layers"] = int(layers or -1)
     os.environ["KVLOCAL_TEST_DEVICE"] = device  # the processes that tests start see it too

@@ -28,8 +28,10 @@ from kvlocal.batch.ray_cluster import Share, share_out  # noqa: E402
 from kvlocal.batch.run import answered  # noqa: E402
 from kvlocal.chat.config import SessionConfig  # noqa: E402
 from kvlocal.errors import KvlocalError  # noqa: E402
+from kvlocal.llama.placement import Placement  # noqa: E402
 from kvlocal.llama.sampling import SamplingParams  # noqa: E402
 from kvlocal_cli.batch_on_ray import LoadingThere  # noqa: E402
+from kvlocal_cli.device_options import Where  # noqa: E402
 from kvlocal_cli.options import Loading  # noqa: E402
 
 SECONDS = 240.0  # for whatever is waited for on a busy machine
@@ -44,7 +46,7 @@ def cluster() -> Iterator[LocalRay]:
 @pytest.fixture
 def load(short_smollm2: Path) -> LoadingThere:
     config = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=4, sampling=SamplingParams(temperature=0, seed=0))
-    return LoadingThere(Loading(gpu_layers=0, nexus=None, may_change_policy=True), str(short_smollm2), config, 2, chooses_ram=False)
+    return LoadingThere(Loading(Where(Placement()), nexus=None, may_change_policy=True), str(short_smollm2), config, 2, chooses_ram=False)
 
 
 def command(model: Path | str, *arguments: object) -> list[str]:

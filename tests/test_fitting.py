@@ -21,18 +21,21 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
+from kvlocal.llama.cache_types import device_without_attention
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
-from kvlocal.llama.ggml import device_without_attention
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import Placement
 from kvlocal_cli.main import main
 from kvlocal_cli.options import SizeInBytes
 
+CPU = Placement()
 RECALL = {"policy": "recall", "archive": "ram"}
 
 
-def n_gpu_layers():
-    return Model.__init__.__kwdefaults__["n_gpu_layers"]
+def placement():
+    """Where the models of the tests are put."""
+    return Placement(Model.__init__.__kwdefaults__["n_gpu_layers"])
 
 
 def write_header(path, family="llama", *, head=64, sinks=0):
@@ -54,7 +57,7 @@ def write_header(path, family="llama", *, head=64, sinks=0):
 
 def refused(path, **changes):
     with pytest.raises(CacheError) as error:
-        check_file(path, SessionConfig(**changes), n_gpu_layers())
+        check_file(path, SessionConfig(**changes), placement())
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -62,14 +65,14 @@ def refused(path, **changes):
 def test_what_goes_together_is_not_refused(smollm2, tmp_path):
     for kind in KV_TYPES:
         if kind in ("f16", "f32") or device.on_cpu():
-            check_file(smollm2, SessionConfig(type_k=kind, type_v=kind), n_gpu_layers())
-    check_file(smollm2, SessionConfig(**RECALL), n_gpu_layers())
+            check_file(smollm2, SessionConfig(type_k=kind, type_v=kind), placement())
+    check_file(smollm2, SessionConfig(**RECALL), placement())
     # of what does not say what it is llama.cpp complains
     writer = GGUFWriter(tmp_path / "nothing.gguf", "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    check_file(tmp_path / "nothing.gguf", SessionConfig(**RECALL, type_k="q8_0"), n_gpu_layers())
+    check_file(tmp_path / "nothing.gguf", SessionConfig(**RECALL, type_k="q8_0"), placement())
 
 
 @pytest.mark.parametrize("changes", [
@@ -89,14 +92,14 @@ def test_files_that_say_nonsense_end_nothing(tmp_path, changes):
     writer.close()
     for config in (SessionConfig(type_k="q8_0", type_v="q4_0"), SessionConfig(memory=10**8, type_k="auto", type_v="auto"), SessionConfig(**RECALL)):
         try:
-            check_file(tmp_path / "odd.gguf", config, -1)
+            check_file(tmp_path / "odd.gguf", config, Placement(-1))
         except CacheError as error:
             assert "\n" not in str(error)
 
 
 def test_types_that_do_not_fit_the_heads(tmp_path):
     path = write_header(tmp_path / "phi.gguf", head=80)
-    check_file(path, SessionConfig(), n_gpu_layers())
+    check_file(path, SessionConfig(), placement())
     assert "the keys of phi.gguf have 80 numbers" in refused(path, type_k="q4_0") and "--ctk f16" in refused(path, type_k="q4_0")
     assert "the values of phi.gguf" in refused(path, type_v="iq4_nl") and "--ctv f16" in refused(path, type_v="iq4_nl")
     tiny = tmp_path / "tiny.gguf"
@@ -104,20 +107,20 @@ def test_types_that_do_not_fit_the_heads(tmp_path):
     assert f"{HEAD} numbers" in refused(tiny, type_k="q8_0")
     for kind in KV_TYPES:
         if kind in ("f16", "f32"):
-            check_file(path, SessionConfig(**RECALL, archive_type=kind), n_gpu_layers())
+            check_file(path, SessionConfig(**RECALL, archive_type=kind), placement())
             continue
         said = refused(path, **RECALL, archive_type=kind)
         assert f"the keys of phi.gguf have 80 numbers in each head, which is no multiple of the 32 that {kind}" in said
         assert "--archive-type f16" in said
-        check_file(path, SessionConfig(archive="off", archive_type=kind), n_gpu_layers())
+        check_file(path, SessionConfig(archive="off", archive_type=kind), placement())
 
 
 def test_an_archive_that_a_model_cannot_have(tmp_path):
     for path in (write_header(tmp_path / "capped.gguf", "gemma2"), write_header(tmp_path / "sinks.gguf", "gpt-oss", sinks=4)):
         assert "soft cap or attention sinks" in refused(path, **RECALL)
-        check_file(path, SessionConfig(archive="off"), n_gpu_layers())
+        check_file(path, SessionConfig(archive="off"), placement())
     # where some layers are plain the engine decides
-    check_file(write_header(tmp_path / "some.gguf", "gpt-oss", sinks=2), SessionConfig(**RECALL), n_gpu_layers())
+    check_file(write_header(tmp_path / "some.gguf", "gpt-oss", sinks=2), SessionConfig(**RECALL), placement())
 
 
 @pytest.mark.parametrize("option", [("--archive-ram", "100"), ("--archive-type", "f16"), ("--archive-dir", "."), ("--archive", "ram")])
@@ -132,7 +135,7 @@ def test_an_archive_that_was_asked_for_is_not_left_out_in_silence(tmp_path, opti
 def test_a_budget_beyond_the_trained_context(tmp_path):
     path = write_header(tmp_path / "short.gguf")
     assert "give at most 3968" in refused(path, budget=4096)
-    check_file(path, SessionConfig(budget=3968), n_gpu_layers())
+    check_file(path, SessionConfig(budget=3968), placement())
 
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -164,7 +167,7 @@ def test_devices_answer_before_there_is_a_model_as_they_do_later(smollm2):
         for type_k, type_v in itertools.product(KV_TYPES, KV_TYPES):
             lacking = device_without_attention(
                 type_k, type_v, n_head=attention.n_head, n_head_kv=attention.n_head_kv, size_k=attention.size_k, size_v=attention.size_v,
-                n_gpu_layers=model.n_gpu_layers,
+                placement=model.placement,
             )  # fmt: skip
             with Context(model, n_cells=256, n_ubatch=8, type_k=type_k, type_v=type_v) as context:
                 try:
@@ -175,7 +178,7 @@ def test_devices_answer_before_there_is_a_model_as_they_do_later(smollm2):
 
 
 def test_shapes_that_would_end_the_process_are_nobodys_fault():
-    shape = {"n_head": 8, "n_head_kv": 2, "size_k": 64, "size_v": 64, "n_gpu_layers": 0}
+    shape = {"n_head": 8, "n_head_kv": 2, "size_k": 64, "size_v": 64, "placement": CPU}
     for changes in ({"n_head_kv": 3}, {"n_head": 0}, {"size_k": 80}, {"size_v": 0}, {"n_head_kv": 0}, {"size_v": -32}):
         assert device_without_attention("q8_0", "q8_0", **shape | changes) is None
 
@@ -199,7 +202,7 @@ def test_memory_becomes_the_most_cells_that_fit(smollm2):
 
 def test_types_that_memory_chooses(smollm2, tmp_path):
     def types(path, **changes):
-        config = fitted(path, SessionConfig(**{"type_k": "auto", "type_v": "auto"} | changes), n_gpu_layers())
+        config = fitted(path, SessionConfig(**{"type_k": "auto", "type_v": "auto"} | changes), placement())
         return config.type_k, config.type_v, config.budget
 
     # all that the model was trained for: 8192 cells of 23,040 bytes
@@ -212,14 +215,14 @@ def test_types_that_memory_chooses(smollm2, tmp_path):
     assert types(smollm2, memory=10**7, type_k="f16", type_v="f16")[:2] == ("f16", "f16")
     # heads that no other type fits
     assert types(write_header(tmp_path / "phi.gguf", head=80), memory=10**6)[:2] == ("f16", "f16")
-    assert fitted(smollm2, SessionConfig(budget=512), 0) == SessionConfig(budget=512)
+    assert fitted(smollm2, SessionConfig(budget=512), CPU) == SessionConfig(budget=512)
 
 
 def test_memory_that_holds_too_little(smollm2):
     config = {"type_k": "q8_0", "type_v": "q8_0"}
     message = refused(smollm2, memory=1000, **config)
     least = float(message.rpartition("give at least ")[2].removesuffix(" MB"))
-    assert fitted(smollm2, SessionConfig(memory=int(least * 10**6) + 10**5, **config), 0).budget == 256 - 128
+    assert fitted(smollm2, SessionConfig(memory=int(least * 10**6) + 10**5, **config), CPU).budget == 256 - 128
     assert "give at least" in refused(smollm2, memory=int(least * 10**6) - 10**5, **config)
     with pytest.raises(CacheError, match="leave one of them out"):
         SessionConfig(memory=10**8, budget=512)
@@ -232,8 +235,8 @@ def test_memory_of_a_model_that_does_not_say_what_a_cell_takes(tmp_path):
     odd = path.read_bytes().replace(b"llama.block_count", b"llama.block_cuont")
     path.write_bytes(odd)
     with pytest.raises(CacheError, match="give a budget of cells"):
-        fitted(path, SessionConfig(memory=10**8), 0)
-    check_file(path, SessionConfig(), 0)
+        fitted(path, SessionConfig(memory=10**8), CPU)
+    check_file(path, SessionConfig(), CPU)
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,37 @@ from kvlocal_cli.main import main
 
 
 @pytest.mark.parametrize(("type_k", "type_v"), [("f16", "f16"), ("q8_0", "f16")])
-@pytest.mark.parametrize(("policy", "archive", "copies"), [("gkv", "off", 2), ("full", "off", 1), ("recall", "ram", 1)])
+@pytest.mark.parametrize(("policy", "archive", "copies"), [("gkv", "off", 2), ("full", "off", 1), ("recall", "ram", 2)])
 def test_a_cell_takes_what_llama_cpp_allocates(smollm2: Path, type_k: str, type_v: str, policy: str, archive: str, copies: int) -> None:
+    """And as much again for undo, or in an archive."""
     config = SessionConfig(budget=512, policy=policy, archive=archive, type_k=type_k, type_v=type_v)
     with Model(smollm2) as model, ChatSession(model, config) as session:
         allocated = session.cache.context.kv_bytes()
     n_cells = -(-memory_estimate.allocation(config, 8192).n_cells // 256) * 256
+    with_copy, without = (MemoryEstimate.of(Container(smollm2), config, undo) for undo in (True, False))
     # llama.cpp tells sizes in hundredths of a MiB
-    assert MemoryEstimate.of(Container(smollm2), config).cell * n_cells == pytest.approx(copies * allocated, rel=0.002)
-    assert MemoryEstimate.of(Container(smollm2), config, undo=False).cell * n_cells == pytest.approx(allocated, rel=0.002)
+    assert with_copy.host.cache(n_cells) == pytest.approx(allocated, rel=0.002)
+    noted = memory_estimate._NOTED * 30 * 3 * n_cells
+    both = with_copy.total(n_cells)[0] - with_copy.host.total(n_cells) - memory_estimate._PROCESS - noted + allocated
+    assert both == pytest.approx(copies * allocated, rel=0.002)
+    assert (without.total(n_cells) == with_copy.total(n_cells)) == (policy != "gkv")
 
 
-def test_a_sliding_window_is_counted_as_if_it_were_none(gemma3: Path) -> None:
+def test_an_archive_takes_no_more_than_it_may(smollm2: Path) -> None:
+    small, large = (MemoryEstimate.of(Container(smollm2), SessionConfig(archive_ram=ram)).total(4096)[0] for ram in (10**6, 2**40))
+    assert large - small == 4096 * 30 * 3 * 64 * 2 * 2 - 10**6
+
+
+def test_a_sliding_window_takes_its_window(gemma3: Path) -> None:
     config = SessionConfig(budget=2048)
     with Model(gemma3) as model, ChatSession(model, config) as session:
-        assert MemoryEstimate.of(Container(gemma3), config).cell * 2176 > session.cache.context.kv_bytes()
+        allocated = session.cache.context.kv_bytes()
+    estimate = MemoryEstimate.of(Container(gemma3), config)
+    assert estimate.host.cache(2176) == pytest.approx(allocated, rel=0.002)
+    assert estimate.least_cells == 512 + config.n_ubatch
+    # and so does the copy of the cells for undo
+    copy = estimate.total(2176)[0] - MemoryEstimate.of(Container(gemma3), config, undo=False).total(2176)[0]
+    assert copy == estimate.host.cache(2176)
 
 
 MEASURE = """
@@ -50,14 +66,14 @@ with Model(Path(sys.argv[1])) as model, ChatSession(model, SessionConfig(budget=
 def test_it_is_close_to_what_a_session_takes(smollm2: Path) -> None:
     found = subprocess.run([sys.executable, "-c", MEASURE, str(smollm2)], capture_output=True, text=True, check=True)
     resident = int(found.stdout) * 1024
-    estimate = MemoryEstimate.of(Container(smollm2), SessionConfig()).total(4096 + 128)
+    estimate = MemoryEstimate.of(Container(smollm2), SessionConfig()).total(4096 + 128)[0]
     # not all cells have been used, so not all pages are there
     assert 0.6 * estimate < resident < 1.1 * estimate
 
 
 def test_a_budget_that_does_not_fit(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SessionConfig(budget=4096)
-    need = MemoryEstimate.of(Container(smollm2), config).total(4096 + config.stride)
+    need = MemoryEstimate.of(Container(smollm2), config).total(4096 + config.stride)[0]
     monkeypatch.setattr(memory_estimate, "available_memory", lambda: need)
     check(smollm2, config)
     assert largest_budget(smollm2, config) >= 4096

@@ -8,8 +8,8 @@ from gguf import GGMLQuantizationType
 from test_native import Chat, L, W, hadamard_matrix, reference_scores, rotate
 from test_rows import STEP, assert_same, boxed, chunks_of, everything, mixed, numbers, pick, supported
 
+from kvlocal.llama.cache_types import row_types
 from kvlocal.llama.context import KV_TYPES
-from kvlocal.llama.ggml import row_types
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.rows import Rows

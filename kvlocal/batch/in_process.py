@@ -34,7 +34,7 @@ class InProcess:
     """
 
     def __init__(self, parallel: int, model: Model, config: SessionConfig, nexus: NexusTokens | None = None) -> None:
-        config = fitted(model.path, config, model.n_gpu_layers)
+        config = fitted(model.path, config, model.placement)
         # Now, not when the first result is asked for: what is wrong with the configuration itself would fail every line.
         self._slots, self._budget = slots_for(parallel, model, config, nexus)
         self._model, self._config, self._nexus = model, config.shared_by(parallel), nexus

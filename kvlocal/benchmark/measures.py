@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class Bench:
         Each reader whose speed is compared gets its own: a process that waits less between its slices may run them faster.
         """
         settings = self.settings
-        host = {"model": str(settings.model), "n_answer": settings.answer, "gpu_layers": settings.gpu_layers}
+        host = {"model": str(settings.model), "n_answer": settings.answer, "placement": asdict(settings.placement)}
         ours = [stack.enter_context(Worker(OURS, stock=None, nexus=settings.nexus, **host)) for _ in range(n_ours)]
         stock = [stack.enter_context(Worker(STOCK, stock=str(settings.stock), **host)) for _ in range(n_stock)]
         self.versions = ours[0].call("version")

@@ -9,8 +9,10 @@ from typing import Any
 
 from kvlocal import policies
 from kvlocal.chat.config import SessionConfig
+from kvlocal.llama.placement import ALL, Placement
 
 _SESSION = SessionConfig()
+_ALL = Placement(ALL)
 _LEAST = 64  # cells
 
 
@@ -27,7 +29,7 @@ class BenchSettings:
     histories: tokens of conversation at which decode and prefill are measured; the last one is where memory is
     cells: of the comparison at an equal number of cells
     turns, answer: of the whole chat: how many turns, and how many tokens each answer has
-    gpu_layers: layers that go to the GPU, -1 for all, of both; without one it has no effect
+    placement: on which devices the model is put, of both
     pairs: slices of each kind that are compared; the comparison at equal cells, where the difference is small, takes twice as many
     parts: a slice of decoding is done in this many pieces, in alternation
     piece: tokens that stock llama.cpp decodes in a piece; the session decodes its share of a stride
@@ -42,7 +44,7 @@ class BenchSettings:
     type_k: str = _SESSION.type_k
     type_v: str = _SESSION.type_v
     n_threads: int | None = None
-    gpu_layers: int = -1
+    placement: Placement = _ALL
     stride: int = _SESSION.stride
     window: int = _SESSION.window
     n_ubatch: int = _SESSION.n_ubatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvlocal.chat.config import SessionConfig
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.library import load, load_stock
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import ALL, Placement
 from kvlocal.nexus.discovery import nexus_for
 
 
@@ -25,13 +26,16 @@ class Host:
     stock: directory of the stock library; None for ours
     model: the GGUF file
     n_answer: of the script
-    gpu_layers: as in Model
+    placement: the fields of a Placement, by their names; by default all layers go to a GPU
     nexus: of the sessions whose policy needs Nexus tokens, as in kvlocal.nexus.discovery
     """
 
-    def __init__(self, stock: str | None, model: str, n_answer: int, gpu_layers: int = -1, nexus: str | None = None):
+    def __init__(self, stock: str | None, model: str, n_answer: int, placement: Mapping[str, Any] | None = None, nexus: str | None = None):
         self._library = load_stock(stock) if stock else load()
-        self._model = Model(model, n_gpu_layers=gpu_layers)
+        given = placement or {"n_gpu_layers": ALL}
+        # as lists, if they come as JSON
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        self._model = Model(model, placement=Placement(**fields))
         self._script = Script(self._model, n_answer)
         self._readers: dict[str, Reader] = {}
         self._nexus = nexus

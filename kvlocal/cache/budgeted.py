@@ -82,7 +82,7 @@ class BudgetedCache(ArchivedCells):
         undo: bool = True,
         make_context: Callable[..., SequenceDecoder] = Context,
     ) -> None:
-        self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
+        self.model, self.config = model, fitted(model.path, config, model.placement)
         config = self.config
         self.policy = policies.make(config.policy, config.policy_args)
         self.budget, self.capacity, _ = check_budget(model, config)

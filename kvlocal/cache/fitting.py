@@ -11,9 +11,10 @@ from kvlocal import policies
 from kvlocal.cache.config import AUTO, CacheConfig, CacheError, check_allocation
 from kvlocal.gguf.attention import Attention, block_of
 from kvlocal.gguf.container import Container
+from kvlocal.llama.cache_types import device_without_attention, row_types
 from kvlocal.llama.cells import Layout
 from kvlocal.llama.context import CELL_BLOCK
-from kvlocal.llama.ggml import device_without_attention, row_types
+from kvlocal.llama.placement import Placement
 from kvlocal.llama.rows import RowTypes
 
 C = TypeVar("C", bound=CacheConfig)
@@ -27,24 +28,25 @@ class CannotRecall(CacheError):
 _SMALLER = "q8_0"
 
 
-def check_file(path: Path, config: C, n_gpu_layers: int) -> C:
+def check_file(path: Path, config: C, placement: Placement) -> C:
     """The configuration as `fitted` gives it, if the model of this file can have such a cache. Where its metadata do not say enough, nobody knows.
 
-    n_gpu_layers: as for Model
+    placement: where the model is put
 
     Raises:
         CannotRecall: it cannot have an archive.
         CacheError: it cannot have such a cache.
+        EngineError: there is no such device.
         ContainerError: the file cannot be read.
     """
     attention = Attention.of(Container(path))
-    config = _fitted(path, attention, config, n_gpu_layers)
+    config = _fitted(path, attention, config, placement)
     if attention is None:
         return config
     check_allocation(attention.n_ctx_train, config)
     type_k, type_v = config.type_k, config.type_v
     _check_blocks(path, attention, (("--ctk", type_k), ("--ctv", type_v)))
-    if device := _without_attention(attention, type_k, type_v, n_gpu_layers):
+    if device := _without_attention(attention, type_k, type_v, placement):
         raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")
     if config.store != "off" and not attention.plain:
         raise CannotRecall(
@@ -69,19 +71,19 @@ def _check_blocks(path: Path, attention: Attention, kinds: Sequence[tuple[str, s
             )
 
 
-def fitted(path: Path, config: C, n_gpu_layers: int) -> C:
+def fitted(path: Path, config: C, placement: Placement) -> C:
     """The configuration with as many cells as its memory holds in place of the memory, and with types in place of AUTO; as it is without memory.
 
     The type is f16 where that holds all that the model was trained for; else q8_0 where heads and devices take it: of f16, q8_0 and q4_0 at the same
     bytes it had the lowest KL to the full context (docs/results.md).
 
-    n_gpu_layers: as for Model
+    placement: where the model is put
 
     Raises:
         CacheError: it holds too little, or nobody knows how much.
         ContainerError: the file cannot be read.
     """
-    return config if config.memory is None else _fitted(path, Attention.of(Container(path)), config, n_gpu_layers)
+    return config if config.memory is None else _fitted(path, Attention.of(Container(path)), config, placement)
 
 
 def archive_types(config: CacheConfig, layout: Layout) -> RowTypes:
@@ -98,7 +100,7 @@ def archive_types(config: CacheConfig, layout: Layout) -> RowTypes:
         raise CacheError(f"an archive of the type {config.archive_type} cannot be made: {error}") from None
 
 
-def _fitted(path: Path, attention: Attention | None, config: C, n_gpu_layers: int) -> C:
+def _fitted(path: Path, attention: Attention | None, config: C, placement: Placement) -> C:
     if config.memory is None:
         return config
     if attention is None:
@@ -107,7 +109,7 @@ def _fitted(path: Path, attention: Attention | None, config: C, n_gpu_layers: in
     if AUTO in kinds:
         f16, smaller = ([given if given != AUTO else kind for given in kinds] for kind in ("f16", _SMALLER))
         holds_all = config.memory // attention.cell_bytes(f16[0], f16[1]) >= attention.n_ctx_train
-        kinds = smaller if not holds_all and _takes(attention, smaller, n_gpu_layers) else f16
+        kinds = smaller if not holds_all and _takes(attention, smaller, placement) else f16
     cell = attention.cell_bytes(kinds[0], kinds[1])
     slack = config.stride if policies.make(config.policy, config.policy_args).evicts else 0
     budget = min(config.memory // cell // CELL_BLOCK * CELL_BLOCK, attention.n_ctx_train) - slack
@@ -120,13 +122,13 @@ def _fitted(path: Path, attention: Attention | None, config: C, n_gpu_layers: in
     return replace(config, memory=None, budget=budget, type_k=kinds[0], type_v=kinds[1])
 
 
-def _takes(attention: Attention, kinds: list[str], n_gpu_layers: int) -> bool:
+def _takes(attention: Attention, kinds: list[str], placement: Placement) -> bool:
     sizes = (attention.size_k, attention.size_v)
     stores = all(size % block_of(kind) == 0 for size, kind in zip(sizes, kinds, strict=True))
-    return stores and _without_attention(attention, kinds[0], kinds[1], n_gpu_layers) is None
+    return stores and _without_attention(attention, kinds[0], kinds[1], placement) is None
 
 
-def _without_attention(attention: Attention, type_k: str, type_v: str, n_gpu_layers: int) -> str | None:
+def _without_attention(attention: Attention, type_k: str, type_v: str, placement: Placement) -> str | None:
     return device_without_attention(
         type_k,
         type_v,
@@ -134,5 +136,5 @@ def _without_attention(attention: Attention, type_k: str, type_v: str, n_gpu_lay
         n_head_kv=attention.n_head_kv,
         size_k=attention.size_k,
         size_v=attention.size_v,
-        n_gpu_layers=n_gpu_layers,
+        placement=placement,
     )

@@ -32,6 +32,8 @@ class _Search(NamedTuple):
 # of the attention that the exact choice catches _QUICK leaves 0.95 in 8,000 tokens of dialogues; but a question is asked once, by few of its words:
 # with each second query 0.50 of 48 facts came back where 0.625 do with all
 _QUICK, _CLOSE = _Search(2, 2048, 2), _Search(4, 16384, 1)
+# tokens that are archived together
+_AT_ONCE = 1024
 # an answer looks on in so many chunks that its question looked at most, so that it takes as long however much was said before
 _NEAR = 64
 
@@ -91,7 +93,9 @@ class Recaller:
             raise ArchiveFailed("tokens have left the cache before they were archived")
         # tokens that were forgotten since the last time are not there now, and others come in their place
         self._boxes.cut(self.archive.n_tokens)
-        self.archive.append(self._native.read_rows(cells, self.archive.types), ledger.positions[0, 0, cells])
+        # a long text at once would take as much memory again
+        for some in np.array_split(cells, -(-n_new // _AT_ONCE)):
+            self.archive.append(self._native.read_rows(some, self.archive.types), ledger.positions[0, 0, some])
 
     def go_back(self, ledger: Ledger, mark: ArchivedMark) -> None:
         """Fills the cells, which are empty, with what they held at a mark. What was archived since is forgotten.

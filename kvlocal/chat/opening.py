@@ -25,7 +25,7 @@ def checked_template(model: Model, config: SessionConfig, nexus: NexusTokens | N
         SessionError, CacheError: such a session cannot be made.
         TemplateError: the template is broken.
     """
-    config = fitted(model.path, config, model.n_gpu_layers)
+    config = fitted(model.path, config, model.placement)
     if "nexus" in policies.make(config.policy, config.policy_args).needs and nexus is None:
         raise SessionError(f"the policy {config.policy} needs Nexus tokens for {model.path.name}: give a Nexus file or choose another policy")
     check_budget(model, config)

@@ -99,7 +99,7 @@ class TextSession(Answerer):
         make_context: Callable[..., SequenceDecoder] = Context,
     ) -> None:
         self.model = model
-        self.config = config = fitted(model.path, config, model.n_gpu_layers)
+        self.config = config = fitted(model.path, config, model.placement)
         self.max_tokens = config.max_tokens
         self.last = None
         self.prompt_logprobs: Sequence[TokenLogprob] = ()

@@ -71,7 +71,7 @@ class Turns(Answerer):
         begin: bool = True,
     ):
         self.model = model
-        self.config = config = fitted(model.path, config, model.n_gpu_layers)
+        self.config = config = fitted(model.path, config, model.placement)
         self.template = checked_template(model, config, nexus)
         self.messages: list[Message] = []
         self.last = None

@@ -17,8 +17,8 @@ from kvlocal.template.markup import Message
 
 # the arguments that are no numbers with fractions
 _WHOLE = {
-    "last_n_tokens_size", "logprobs", "max_tokens", "mirostat_mode", "n_batch", "n_ctx", "n_gpu_layers", "n_threads", "n_ubatch", "pooling_type",
-    "seed", "top_k", "top_logprobs",
+    "last_n_tokens_size", "logprobs", "main_gpu", "max_tokens", "mirostat_mode", "n_batch", "n_ctx", "n_gpu_layers", "n_threads", "n_ubatch",
+    "pooling_type", "seed", "split_mode", "top_k", "top_logprobs",
 }  # fmt: skip
 
 # arguments that change what comes out, and the values of them that change nothing

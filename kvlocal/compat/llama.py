@@ -40,6 +40,7 @@ class Llama(Answers):
     Args:
         model_path: the GGUF file.
         n_gpu_layers: layers on the GPU, -1 for all.
+        main_gpu, split_mode, tensor_split, offload_kqv: which devices they go to, how they share the model, and whether the cells lie there, too.
         use_mmap: map the file instead of reading it.
         seed: of all that is drawn, -1 or 2**32 - 1 for any.
         n_ctx: cells of the cache for each layer and head, 0 for as many as the model was trained for; more are not taken.
@@ -70,6 +71,10 @@ class Llama(Answers):
         model_path: str | os.PathLike[str],
         *,
         n_gpu_layers: int = 0,
+        split_mode: int = 1,
+        main_gpu: int = 0,
+        tensor_split: Sequence[float] | None = None,
+        offload_kqv: bool = True,
         use_mmap: bool = True,
         seed: int = _RANDOM_SEED,
         n_ctx: int = 512,
@@ -90,8 +95,8 @@ class Llama(Answers):
         settings.check_others(others)
         template = None if chat_format is None else template_of(chat_format)
         asked.check_numbers(
-            n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads, last_n_tokens_size=last_n_tokens_size,
-            pooling_type=pooling_type, lora_scale=lora_scale,
+            n_gpu_layers=n_gpu_layers, split_mode=split_mode, main_gpu=main_gpu, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch,
+            n_threads=n_threads, last_n_tokens_size=last_n_tokens_size, pooling_type=pooling_type, lora_scale=lora_scale,
         )  # fmt: skip
         for name, path in (("model_path", model_path), ("lora_path", lora_path or "")):
             if not isinstance(path, str | os.PathLike):
@@ -99,7 +104,10 @@ class Llama(Answers):
         self.model_path, self.chat_format, self.verbose = model_path, chat_format, verbose
         self.set_seed(seed)
         lora = () if lora_path is None else (Lora(Path(lora_path), lora_scale),)
-        model = Model(model_path, n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, lora=lora)
+        placement = settings.placement_of(
+            n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, split_mode=split_mode, tensor_split=tensor_split, offload_kqv=offload_kqv
+        )
+        model = Model(model_path, placement=placement, use_mmap=use_mmap, lora=lora)
         try:
             self.metadata = dict(model.metadata)
             if template is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from kvlocal import policies
 from kvlocal.cache.fitting import CannotRecall, check_file
@@ -13,6 +13,7 @@ from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.compat.errors import NotSupported
 from kvlocal.llama.context import KV_TYPES, kv_type_of
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import ALL, Placement, SplitMode
 
 _DEFAULTS = SessionConfig()
 _STRIDE_SHARE = 4  # a small cache is compressed when a quarter of it is new
@@ -28,14 +29,10 @@ _AS_IT_IS: dict[str, tuple[Any, ...]] = {
     "chat_handler": (None,),
     "kv_overrides": (None, {}),
     "lora_base": (None,),
-    "main_gpu": (0,),
-    "offload_kqv": (True,),
     "rope_freq_base": (0,),
     "rope_freq_scale": (0,),
     "rope_scaling_type": (-1, None),
     "spm_infill": (False,),
-    "split_mode": (1,),
-    "tensor_split": (None,),
     "tokenizer": (None,),
     "vocab_only": (False,),
     "yarn_attn_factor": (1, -1),
@@ -60,6 +57,22 @@ def check_others(arguments: Mapping[str, Any]) -> None:
             warnings.warn(f"{name} is no argument of Llama, and has no effect", stacklevel=3)
         elif not any(value is each or (type(value) in (bool, int, float, dict) and value == each) for each in _AS_IT_IS[name]):
             raise NotSupported(f"kvlocal's Llama cannot do what {name} asks for: leave it out")
+
+
+def placement_of(
+    *, n_gpu_layers: int, main_gpu: int, split_mode: int, tensor_split: Sequence[float] | None, offload_kqv: bool
+) -> Placement:
+    """On which devices the model is put, by llama-cpp-python's arguments.
+
+    Raises:
+        NotSupported: it is to be split in a way that kvlocal has not.
+        EngineError: a value is out of range.
+    """
+    # enum llama_split_mode
+    if split_mode not in range(len(get_args(SplitMode))):
+        raise NotSupported(f"kvlocal's Llama cannot split a model as split_mode {split_mode} asks for: use 0, 1 or 2")
+    mode: SplitMode = get_args(SplitMode)[split_mode]
+    return Placement(max(ALL, n_gpu_layers), None, main_gpu, mode, tuple(tensor_split or ()), bool(offload_kqv))
 
 
 def session_config(
@@ -93,9 +106,9 @@ def session_config(
         max_tokens=n_cells,
     )
     try:
-        return check_file(model.path, config, model.n_gpu_layers)
+        return check_file(model.path, config, model.placement)
     except CannotRecall:
-        return check_file(model.path, replace(config, policy=policies.WITHOUT_NEXUS), model.n_gpu_layers)
+        return check_file(model.path, replace(config, policy=policies.WITHOUT_NEXUS), model.placement)
 
 
 def _type(name: str, value: int | str | None) -> str:

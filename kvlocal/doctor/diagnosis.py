@@ -6,14 +6,18 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import kvlocal
+from kvlocal.cache.config import allocation
 from kvlocal.chat.config import SessionConfig
-from kvlocal.doctor.memory_estimate import largest_budget
+from kvlocal.doctor.memory_estimate import Free, MemoryEstimate, largest_budget, layers_that_fit
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.places import models_dir
+from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
 from kvlocal.gguf.lora import changed_tensors
 from kvlocal.hub.catalogue import Catalogue
@@ -21,9 +25,11 @@ from kvlocal.hub.hub_file import HubFile
 from kvlocal.llama.adapter import Adapter, Lora, check_lora
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
-from kvlocal.llama.ggml import DEVICE_KINDS, functions
+from kvlocal.llama.devices import devices, used_devices
+from kvlocal.llama.ggml import functions
 from kvlocal.llama.library import Library, load
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import ALL, Placement
 from kvlocal.template.chat_template import ChatTemplate
 
 _T = TypeVar("_T")
@@ -35,7 +41,7 @@ def diagnose(model: str | None = None, lora: Sequence[Lora] = ()) -> dict[str, A
     Sizes are in bytes. Keys:
         kvlocal, python, platform: versions
         library: path, bindings (llama-cpp-python's version), patches, api_version, backends, features and devices (name, description, backend,
-            kind, memory_free, memory_total); llama.cpp calls all of the CPU's memory free
+            kind, memory_free, memory_total, id); llama.cpp calls all of the CPU's memory free
         machine: cores, usable_cores, memory_total, memory_available
         models: directory, exists, writable, disk_free, default, present (names)
         model: only with `model`, see `_describe_model`
@@ -77,20 +83,6 @@ def _describe_library(library: Library) -> dict[str, Any]:
     def text(pointer: Any) -> str:
         return ffi.string(pointer).decode("utf-8", "replace")
 
-    def device(index: int) -> dict[str, Any]:
-        pointer = ggml.ggml_backend_dev_get(index)
-        free, total = ffi.new("size_t *"), ffi.new("size_t *")
-        ggml.ggml_backend_dev_memory(pointer, free, total)
-        kind = ggml.ggml_backend_dev_type(pointer)
-        return {
-            "name": text(ggml.ggml_backend_dev_name(pointer)),
-            "description": text(ggml.ggml_backend_dev_description(pointer)).strip(),
-            "backend": text(ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(pointer))),
-            "kind": DEVICE_KINDS[kind] if kind < len(DEVICE_KINDS) else "unknown",
-            "memory_free": free[0],
-            "memory_total": total[0],
-        }
-
     # "CUDA : ARCHS = 900 | CPU : AVX2 = 1 | FMA = 1 | ", without what is off
     info = library.llama_cpp.llama_print_system_info().decode("utf-8", "replace")
     return {
@@ -100,7 +92,7 @@ def _describe_library(library: Library) -> dict[str, Any]:
         "api_version": library.lib.kvl_api_version(),
         "backends": [text(ggml.ggml_backend_reg_name(ggml.ggml_backend_reg_get(i))) for i in range(ggml.ggml_backend_reg_count())],
         "features": [part.rpartition(" : ")[2].strip().removesuffix(" = 1") for part in info.split("|") if part.strip()],
-        "devices": [device(i) for i in range(ggml.ggml_backend_dev_count())],
+        "devices": [asdict(device) for device in devices()],
     }
 
 
@@ -142,9 +134,11 @@ def _describe_model(problems: list[str], library: Library, name: str, lora: Sequ
 
     Keys: path, description, architecture, parameters, size (bytes of the weights), trained_context (tokens), sliding_window (tokens, 0 for none),
     template (ChatTemplate.source, None if it cannot be used), compressible, compressible_layers, kv_heads, can_rotate, kv_bytes_per_1000_cells
-    (of the compressible cache, by cache type; None for a type that does not fit the heads), largest_budget (cells that fit into the memory that is
-    free, with an f16 cache and the default policy, at most what the model was trained for; None where the system does not say how much is free),
-    lora (of the adapters that go with it path, scale, tensors that it changes, and size in bytes).
+    (of the compressible cache, by cache type; None for a type that does not fit the heads), layers (there are, with what makes logits as one more),
+    layers_on_devices (of these, how many fit there with the cells of a chat; None without a device beside the CPU), memory (that a chat takes, for
+    the host and each such device: name, need and free, in bytes; None where one does not tell), largest_budget (cells that fit into what is free,
+    with an f16 cache and the default policy, at most what the model was trained for; None where the system does not say how much is free), lora (of
+    the adapters that go with it path, scale, tensors that it changes, and size in bytes).
     """
     path = Catalogue.load().resolve(name)
     with Model(path) as model:
@@ -180,9 +174,29 @@ def _describe_model(problems: list[str], library: Library, name: str, lora: Sequ
             "kv_heads": layout and layout.n_head_kv,
             "can_rotate": layout and layout.can_rotate,
             "kv_bytes_per_1000_cells": cost,
-            "largest_budget": largest_budget(path, SessionConfig(), lora),
+            **_describe_places(path, lora),
             "lora": [adapter for adapter in adapters if adapter],
         }
+
+
+def _describe_places(path: Path, lora: Sequence[Lora]) -> dict[str, Any]:
+    """What of a model and of a chat with it fits where."""
+    config, used = SessionConfig(), used_devices(Placement(ALL), devices())
+    placement = Placement(layers_that_fit(path, config, Placement(ALL), lora=lora) if used else 0)
+    free = Free.now(used_devices(placement, used))
+    container = Container(path)
+    attention, estimate = Attention.of(container), MemoryEstimate.of(container, config, True, lora, placement, free)
+    n_layers = attention and len(attention.n_head_kv_each) + 1
+    needs = estimate and attention and estimate.total(allocation(config, attention.n_ctx_train).n_cells)
+    names = ["host", *free.names]
+    return {
+        "layers": n_layers,
+        "layers_on_devices": None if not used else n_layers if placement.n_gpu_layers == ALL else placement.n_gpu_layers,
+        "memory": needs and [
+            {"name": name, "need": need, "free": size} for name, need, (_, size) in zip(names, needs, free.places, strict=True)
+        ],
+        "largest_budget": largest_budget(path, config, lora, placement),
+    }
 
 
 def _describe_adapter(model: Model, lora: Lora) -> dict[str, Any]:

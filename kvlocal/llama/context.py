@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kvlocal.llama.adapter import Adapter, use_adapters
 from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.devices import check_connected
 from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.free_cores import AUTO, FreeCores, Threads, available_cores, can_be_told, disk_reads
 from kvlocal.llama.library import load
@@ -61,7 +62,7 @@ class Context:
         n_threads: threads for single tokens; by default one per core this process may use; AUTO for one per core that other programs leave free,
             as it turns out while it is decoded. Sums are rounded in another order with other threads.
         n_threads_batch: threads for larger batches; `n_threads` by default.
-        offload_kqv: keep the cache on the GPU, if there is one.
+        offload_kqv: keep the cells of a layer where the layer is, else in main memory; by default as the model's placement says.
         n_outputs: for how many tokens of a batch logits can be asked; `n_ubatch` by default. With a large vocabulary
             each costs memory on the device, and a chat needs one per sequence.
         n_recorded: how many queries of each layer and sequence are recorded, at most n_ubatch; never changed later, as that would forget what
@@ -85,7 +86,7 @@ class Context:
         type_v: str = "f16",
         n_threads: Threads = None,
         n_threads_batch: int | None = None,
-        offload_kqv: bool = True,
+        offload_kqv: bool | None = None,
         n_outputs: int | None = None,
         n_recorded: int = 0,
     ) -> None:
@@ -106,7 +107,7 @@ class Context:
         self.n_outputs = n_ubatch if n_outputs is None else max(n_outputs, n_seq_max)
         threads = available_cores() if n_threads in (None, AUTO) else int(n_threads)
         # a GPU is waited for, and one thread leaves no cores free
-        follows = n_threads == AUTO and n_threads_batch is None and threads > 1 and can_be_told() and not _uses_gpu(lib, model)
+        follows = n_threads == AUTO and n_threads_batch is None and threads > 1 and can_be_told() and not model.devices
         self._free_cores = FreeCores(threads) if follows else None
 
         params = lib.llama_context_default_params()
@@ -120,15 +121,17 @@ class Context:
         # only flash attention keeps V in rows, which compaction needs
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k, params.type_v = (_ggml_type(lib, name) for name in (type_k, type_v))
-        params.offload_kqv = offload_kqv
+        params.offload_kqv = model.placement.kv_offload if offload_kqv is None else offload_kqv
         # else llama.cpp sends large batches to a GPU also where no layer lies there
         params.op_offload = model.n_gpu_layers != 0
         params.kv_unified = False
         params.swa_full = False
         params.no_perf = True
+        check_connected(model.devices)
         with NativeLog(lib) as log:
             pointer = lib.llama_init_from_model(model.pointer, params)
         if not pointer:
+            check_connected(model.devices)
             raise EngineError(
                 f"a {type_k}/{type_v} cache of {n_seq_max} x {n_cells} cells cannot be made{log.reason}: "
                 "choose a smaller budget or another cache type"
@@ -259,7 +262,7 @@ class Context:
 
     def _run(self, n: int) -> None:
         self._outputs = range(0)
-        status = self._decode()
+        status = self._on_devices(self._decode)
         if status == 0:
             self._batch_size = n
             self._outputs = range(n - self._batch.n_outputs, n)
@@ -277,6 +280,19 @@ class Context:
             )
         else:
             raise EngineError(f"decoding failed with llama.cpp's code {status}: clear the cache and start again")
+
+    def _on_devices(self, function: Callable[[], int]) -> int:
+        """Call what computes with the devices, or copies from or to them.
+
+        Raises EngineError if an RPC server that holds a part of the model was lost; before the call too, as llama.cpp may end the process where a
+        graph had found no memory before.
+        """
+        check_connected(self.model.devices)
+        result = function()
+        if any(device.is_remote for device in self.model.devices):
+            self.synchronize()
+            check_connected(self.model.devices)
+        return result
 
     def _decode(self) -> int:
         """llama.cpp's code for what became of the batch."""
@@ -349,7 +365,7 @@ class Context:
         self._batch.check_sequence(seq)
         size = self._lib.llama_state_seq_get_size(self.pointer, seq)
         state = out[:size] if out is not None and len(out) >= size else np.empty(size, dtype=np.uint8)
-        if not size or self._lib.llama_state_seq_get_data(self.pointer, _bytes_of(state), size, seq) != size:
+        if not size or self._on_devices(lambda: self._lib.llama_state_seq_get_data(self.pointer, _bytes_of(state), size, seq)) != size:
             raise EngineError(f"llama.cpp could not copy the state of sequence {seq}: decode something into it first")
         return state
 
@@ -361,7 +377,7 @@ class Context:
         self._batch.check_sequence(seq)
         array = np.frombuffer(state, dtype=np.uint8)
         self._outputs = range(0)
-        if not self._lib.llama_state_seq_set_data(self.pointer, _bytes_of(array), len(array), seq):
+        if not self._on_devices(lambda: self._lib.llama_state_seq_set_data(self.pointer, _bytes_of(array), len(array), seq)):
             raise EngineError(
                 f"the saved state does not fit this context: it needs the same model, the same cache types "
                 f"and no more than {self.n_cells} cells"
@@ -400,7 +416,3 @@ def _ggml_type(lib: Any, name: str) -> int:
     if name not in KV_TYPES:
         raise EngineError(f"{name!r} is no cache type: choose one of {', '.join(KV_TYPES)}")
     return getattr(lib, KV_TYPES[name])
-
-
-def _uses_gpu(lib: Any, model: Model) -> bool:
-    return model.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()

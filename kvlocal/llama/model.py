@@ -14,9 +14,11 @@ import numpy.typing as npt
 from kvlocal.gguf.container import ALIGNMENT, ContainerError, Header, other_parts
 from kvlocal.gguf.safety import Alphabet, examine
 from kvlocal.llama.adapter import Adapter, Lora, checked_base
+from kvlocal.llama.devices import Device, check_connected, devices, used_devices
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load
 from kvlocal.llama.log import NativeLog
+from kvlocal.llama.placement import NONE, Placement
 
 _GGUF_MAGIC = b"GGUF"
 
@@ -35,22 +37,32 @@ class Model:
     Args:
         path: the GGUF file.
         n_gpu_layers: how many layers go to the GPU, -1 for all; without a GPU backend it has no effect. With 0 everything is computed on the CPU.
+        placement: the same and more of where the model lies, in place of n_gpu_layers.
         use_mmap: map the file instead of reading it.
         lora: adapters that everything is computed with.
 
     Attributes:
         adapters: the same as they are loaded.
         contexts: what was made with it and is closed first.
+        placement: where it lies, and its caches do.
+        devices: those beside the CPU that it may lie on.
 
     Raises:
-        EngineError: no such file, not GGUF, not loadable, a model without a plain KV cache, or an adapter for another one.
+        EngineError: no such file, not GGUF, not loadable, a model without a plain KV cache, an adapter for another one, no such device, or an RPC
+            server that does not answer.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, n_gpu_layers: int = 0, use_mmap: bool = True, lora: Sequence[Lora] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_gpu_layers: int = 0,
+        placement: Placement | None = None,
+        use_mmap: bool = True,
+        lora: Sequence[Lora] = (),
     ) -> None:
         self.path = Path(path)
-        self.n_gpu_layers = n_gpu_layers
+        self.placement = placement or Placement(n_gpu_layers)
         check_is_gguf(self.path)
         alignments, self._alphabet = _sound(self.path)
         base = checked_base(self.path, lora)
@@ -58,16 +70,23 @@ class Model:
         lib.llama_backend_init()
 
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
+        self.devices, given = _put(params, self.placement)
         # ggml aborts where tensors would be mapped to addresses with a smaller alignment
         mapped = use_mmap and lib.llama_supports_mmap() and not any(alignment in range(1, ALIGNMENT) for alignment in alignments)
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mapped else lib.LLAMA_LOAD_MODE_NONE
         with NativeLog(lib) as log:
             pointer = lib.llama_model_load_from_file(os.fsencode(self.path), params)
+        del given
         if not pointer:
+            check_connected(self.devices)
             raise EngineError(f"{self.path} cannot be loaded{log.reason}: fetch it again or choose another model")
         self._pointer: int = pointer
         self._free = weakref.finalize(self, lib.llama_model_free, pointer)
+        try:
+            check_connected(self.devices)
+        except BaseException:
+            self._free()
+            raise
         self.contexts: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._vocab = lib.llama_model_get_vocab(pointer)
         self._pieces: dict[tuple[int, bool], bytes] = {}
@@ -105,6 +124,11 @@ class Model:
         newline = lib.llama_vocab_nl(self._vocab)
         self.newline: int | None = newline if newline >= 0 else None
         self.add_bos = self.bos is not None and bool(lib.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def n_gpu_layers(self) -> int:
+        """How many layers go to the GPU, -1 for all."""
+        return self.placement.n_gpu_layers
 
     def _check_has_kv_cache(self) -> None:
         kinds = {
@@ -238,6 +262,29 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _put(params: Any, placement: Placement) -> tuple[list[Device], list[Any]]:
+    """Writes into llama_model_params where a model goes. Returns the devices, and what has to live until it is loaded.
+
+    Raises:
+        EngineError: a device is named that there is not, or an RPC server that does not answer or gets nothing.
+    """
+    lib = load().llama_cpp
+    used = used_devices(placement, devices(placement.servers))
+    if placement.rpc and not any(device.is_remote for device in used):
+        raise EngineError("no layer of the model goes to the RPC servers: give more --gpu-layers, name them with --device, or leave them out")
+    # without a list llama.cpp makes all devices ready, and takes their memory, also where no layer goes there
+    array = (ctypes.c_void_p * (len(used) + 1))(*(device.address for device in used), None)
+    params.devices = ctypes.cast(array, ctypes.c_void_p)
+    params.n_gpu_layers = placement.n_gpu_layers
+    params.split_mode = getattr(lib, f"LLAMA_SPLIT_MODE_{placement.split_mode.upper()}")
+    # with the split mode none the list is that one
+    params.main_gpu = 0 if placement.split_mode == NONE else placement.main_gpu
+    split = (ctypes.c_float * lib.llama_max_devices())(*placement.tensor_split)
+    if placement.tensor_split:
+        params.tensor_split = ctypes.cast(split, ctypes.POINTER(ctypes.c_float))
+    return used, [array, split]
 
 
 def check_is_gguf(path: Path) -> None:

@@ -71,7 +71,7 @@ class Engine:
         disk: int = 2**34,
         nexus: NexusTokens | None = None,
     ) -> None:
-        self.model, self.config = model, fitted(model.path, config, model.n_gpu_layers)
+        self.model, self.config = model, fitted(model.path, config, model.placement)
         self._n_waiting = waiting
         self._slots, self.budget = slots_for(parallel, model, self.config, nexus, _TOKEN_SHARE)
         self.config = self.config.shared_by(parallel)

@@ -112,7 +112,7 @@ class Directory:
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = open_locked(path / _LOCK, os.O_RDWR | os.O_CREAT)
+            self._lock: int | None = open_locked(path / _LOCK, os.O_RDWR | os.O_CREAT)
         except Busy:
             raise KvlocalError(f"another kvlocal serves the conversations in {path}: stop it, or give another directory") from None
         except NoLocks as error:
@@ -131,5 +131,7 @@ class Directory:
                 yield path.parent.name, Record(path), Transcript.read(path), path.stat().st_mtime
 
     def close(self) -> None:
-        """Lets others have it."""
-        os.close(self._lock)
+        """Lets others have it. Closing twice is harmless."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)

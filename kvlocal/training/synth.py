@@ -30,7 +30,7 @@ from kvlocal.training.turn_text import FENCE, flaw, in_code, sentence_ends
 SEEDS_PER_RUN = 10**6
 
 _USER_TEMPERATURE, _ANSWER_TEMPERATURE = 0.9, 0.7
-_N_CELLS = 2048
+N_CELLS = 2048
 # A turn that has reached its limit may go on to the end of its sentence, or of its code, for so many tokens.
 _GRACE, _CODE_GRACE = 32, 96
 # A turn with a flaw is written anew so many times.
@@ -156,7 +156,7 @@ def dialogues(model: Model, settings: SynthSettings, start: int = 0) -> Iterator
         start: the first plan.
     """
     n = settings.parallel
-    scribe = _Scribe(model, min(_N_CELLS, model.n_ctx_train))
+    scribe = _Scribe(model, min(N_CELLS, model.n_ctx_train))
     numbers = iter(range(start, SEEDS_PER_RUN))
     sequences = np.arange(n, dtype=np.int32)
     tokens, positions = np.empty((2, n), dtype=np.int32)

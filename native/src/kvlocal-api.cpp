@@ -33,6 +33,31 @@ static auto guard(F && f) -> decltype(f()) {
     }
 }
 
+// the same for what a device takes part in: what it gave is nothing if it was lost meanwhile
+template <typename F>
+static auto guard_device(llama_context * ctx, F && f) -> decltype(f()) {
+    return guard([&]() {
+        auto res = decltype(f())();
+
+        if (ctx) {
+            kvl_check_devices(*ctx); // nothing can be allocated there any more, which leaves a scheduler in pieces
+        }
+
+        try {
+            res = f();
+        } catch (...) {
+            if (ctx) {
+                kvl_check_devices(*ctx); // is why
+            }
+            throw;
+        }
+
+        kvl_check_devices(*ctx);
+
+        return res;
+    });
+}
+
 static void check_pointer(const void * p, const char * name) {
     if (!p) {
         throw kvl_error(KVL_ERR_ARGUMENT, std::string(name) + " is null");
@@ -92,7 +117,7 @@ const char * kvl_last_error(void) {
 }
 
 int32_t kvl_ring_enable(llama_context * ctx, int32_t n_window) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         auto & ring = kvl_access::ring(*cache.kv);
@@ -254,7 +279,7 @@ int32_t kvl_get_queries(llama_context * ctx, int32_t seq_id, int32_t * pos, int3
 }
 
 int64_t kvl_ring_get_state(llama_context * ctx, int32_t seq_id, uint8_t * state, int64_t n_max) {
-    return guard([&]() -> int64_t {
+    return guard_device(ctx, [&]() -> int64_t {
         const auto cache = kvl_find_cache(ctx);
 
         kvl_check_seq(cache, seq_id);
@@ -273,7 +298,7 @@ int64_t kvl_ring_get_state(llama_context * ctx, int32_t seq_id, uint8_t * state,
 }
 
 int32_t kvl_ring_set_state(llama_context * ctx, int32_t seq_id, const uint8_t * state, int64_t n_bytes) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(state, "state");
@@ -294,7 +319,7 @@ int32_t kvl_ring_set_state(llama_context * ctx, int32_t seq_id, const uint8_t * 
 }
 
 int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(scores, "scores");
@@ -349,7 +374,7 @@ static void check_host_keys(const kvl_cache & cache, const kvl_host_keys & keys,
 int32_t kvl_get_row_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
         const uint8_t * const * chunks, int32_t type, int32_t n_chunk, int32_t chunk_size,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(scores, "scores");
@@ -404,7 +429,7 @@ int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, 
         const uint8_t * const * chunks, int32_t type, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
         int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(boxes, "boxes");
@@ -443,7 +468,7 @@ int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, 
 }
 
 int32_t kvl_get_attention_map(llama_context * ctx, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(layers, "layers");
@@ -469,7 +494,7 @@ int32_t kvl_get_attention_map(llama_context * ctx, int32_t seq_id, int32_t n_que
 }
 
 int32_t kvl_get_redundancy(llama_context * ctx, int32_t seq_id, int32_t flags, float * redundancy, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(redundancy, "redundancy");
@@ -531,7 +556,7 @@ int32_t kvl_remove_cells(llama_context * ctx, int32_t seq_id, const int32_t * ce
 
 int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather, const int32_t * pos, const int32_t * delta, const kvl_rows * rows, int32_t flags,
         int32_t n_layer, int32_t n_head_kv, int32_t n_keep, int32_t n_cells) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(gather, "gather");
@@ -578,7 +603,7 @@ int32_t kvl_compact(llama_context * ctx, int32_t seq_id, const int32_t * gather,
 }
 
 int32_t kvl_read_rows(llama_context * ctx, int32_t seq_id, const int32_t * cells, const kvl_rows * rows, int32_t n_layer, int32_t n_head_kv, int32_t n_cells) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(cells, "cells");
@@ -601,7 +626,7 @@ int32_t kvl_read_rows(llama_context * ctx, int32_t seq_id, const int32_t * cells
 }
 
 int32_t kvl_shift_window_cache(llama_context * ctx, int32_t seq_id, int32_t delta) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         kvl_check_seq(cache, seq_id);
@@ -640,7 +665,7 @@ static void read_rows(const ggml_tensor * stream, int32_t n_embd_head, int32_t n
 }
 
 int32_t kvl_read_keys(llama_context * ctx, int32_t seq_id, int32_t layer, float * k, int32_t n_cells) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(k, "k");
@@ -655,7 +680,7 @@ int32_t kvl_read_keys(llama_context * ctx, int32_t seq_id, int32_t layer, float 
 }
 
 int32_t kvl_read_values(llama_context * ctx, int32_t seq_id, int32_t layer, float * v, int32_t n_cells) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(v, "v");
@@ -670,7 +695,7 @@ int32_t kvl_read_values(llama_context * ctx, int32_t seq_id, int32_t layer, floa
 }
 
 int32_t kvl_read_queries(llama_context * ctx, int32_t seq_id, int32_t layer, float * q, int32_t n_query) {
-    return guard([&]() -> int32_t {
+    return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         check_pointer(q, "q");

@@ -82,6 +82,12 @@ void kvl_graph::run(const std::function<void()> & set_inputs) {
 
     lctx.synchronize();
 
+    // where nothing moves; not every backend takes an empty graph
+    if (ggml_graph_n_nodes(gf) == 0) {
+        set_inputs();
+        return;
+    }
+
     auto * sched = get_sched(lctx, n_nodes);
 
     ggml_backend_sched_reset(sched);
@@ -242,6 +248,21 @@ bool kvl_is_on_cpu(const kvl_cache & cache) {
     }
 
     return true;
+}
+
+void kvl_check_devices(const llama_context & lctx) {
+    for (auto * backend : kvl_access::backends(lctx)) {
+        auto * dev = ggml_backend_get_device(backend);
+        auto * reg = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+
+        // of our patches; no other backend lives on without its device
+        auto * is_lost = reg ? (bool (*)(ggml_backend_dev_t)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_rpc_is_lost") : nullptr;
+
+        if (is_lost && is_lost(dev)) {
+            throw kvl_error(KVL_ERR_COMPUTE, std::string("the RPC server ") + ggml_backend_dev_description(dev) +
+                    " is lost, and with it a part of the model: start it again, then kvlocal; what was said is kept");
+        }
+    }
 }
 
 void kvl_check_seq(const kvl_cache & cache, int32_t seq_id) {

@@ -137,6 +137,9 @@ bool kvl_is_cache_type(int32_t type);
 bool kvl_is_on_cpu(const kvl_cache & cache);
 bool kvl_is_on_cpu(const ggml_tensor * t);
 
+// an error if one of them was lost; after what was computed has been read, as that is when it shows
+void kvl_check_devices(const llama_context & lctx);
+
 void kvl_check_seq  (const kvl_cache & cache, int32_t seq_id);
 void kvl_check_shape(const kvl_cache & cache, int32_t seq_id, int32_t n_layer, int32_t n_head_kv, int32_t n_cells, bool may_be_empty = false);
 

@@ -2,10 +2,13 @@
 
     python tests/measure/kill_chat.py 200
     python tests/measure/kill_chat.py 200 --archive disk
+    python tests/measure/kill_chat.py 50 --rpc
 
 A greedy chat with compressions reads its turns from a pipe. Each process gets what remains of the script: how far it came is read from the
 transcript, and a turn without a whole answer is answered with /regen first. After every kill, all that was shown must be in the transcript;
-at the end its messages must be those of a chat that nobody disturbed.
+at the end its messages must be those of a chat that nobody disturbed. With --rpc the model is on an RPC server, and that is killed: the chat
+has to end by itself, with a sentence. What it had of an answer is kept as one that ended with an error, and the chat goes on from that: the
+answers behind it are others, and only what was asked is compared at the end.
 """
 
 import argparse
@@ -18,6 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rpc_process import RpcServer
 
 from kvlocal.conversations.records import Conversation, TranscriptError
 from kvlocal.conversations.transcript import Transcript
@@ -109,11 +116,15 @@ def main() -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--archive", choices=["off", "ram", "disk"], default="off")
+    parser.add_argument("--rpc", action="store_true", help="put the model on an RPC server, and kill that")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     args = parser.parse_args()
     OPTIONS.extend(["--archive", args.archive])
     rng, number = random.Random(args.seed), getattr(signal, f"SIG{args.signal}")
 
+    server = RpcServer() if args.rpc else None
+    if server:
+        OPTIONS.extend(["--rpc", server.address])
     with tempfile.TemporaryDirectory() as directory:
         reference = Path(directory, "reference.jsonl")
         started = time.monotonic()
@@ -128,6 +139,8 @@ def main() -> int:
             session = Path(directory, f"{counts['chats']}.jsonl")
             while len(whole(read(session))) < len(wanted):
                 before = read(session)
+                if server and not server.running:
+                    server = RpcServer(port=server.port)
                 chat = Chat(args.model, session, remaining(before))
                 killed = counts["kills"] < args.kills
                 if killed:
@@ -137,7 +150,10 @@ def main() -> int:
                         chat.process.wait(timeout=rng.uniform(0, seconds))
                         killed = False
                     except subprocess.TimeoutExpired:
-                        os.kill(chat.process.pid, number)
+                        if server:
+                            server.end(number)
+                        else:
+                            os.kill(chat.process.pid, number)
                 shown, said = chat.end()
                 after = read(session)
                 if lost := missing(shown, before, after):
@@ -152,11 +168,17 @@ def main() -> int:
                     is_open = len(whole(after)) < len(after.messages)
                     counts["before_answers" if last == "user" else "in_answers" if is_open else "between_turns"] += 1
                     print(f"kill {counts['kills']}: {len(after.messages)} messages, {'open' if is_open else 'whole'}", file=sys.stderr)
+                    # it may have been done when the server went
+                    if server and (chat.process.returncode not in (0, 1) or not all(line.startswith("kvlocal: ") for line in said.splitlines())):
+                        problems.append(f"it ended with {chat.process.returncode}: {said}")
                 elif chat.process.returncode:
                     problems.append(f"it ended with {chat.process.returncode}: {said}")
             counts["chats"] += 1
-            if read(session).messages != wanted:
+            compared = slice(0, None, 2) if server else slice(None)
+            if read(session).messages[compared] != wanted[compared]:
                 problems.append(f"other messages: {read(session).messages}")
+    if server and server.running:
+        server.end()
     print(json.dumps({**counts, "problems": problems, "longest_wait": round(seconds, 1)}, indent=1))
     return bool(problems)
 
