@@ -4,6 +4,7 @@
 # make setup     the set-up alone: afterwards .venv/bin/kvlocal works
 # make sanitize  the native tests under the address and undefined behaviour sanitizers
 # make leaks     a short run of the library under LeakSanitizer, which shares that build
+# make test-vulkan   the tests of a GPU, on Mesa's Vulkan driver that needs none; left out where that cannot be had
 # make stock     llama.cpp without our patches, in build/stock/dist/lib, to compare with
 # make stock-server  llama.cpp's own server without our patches, in build/stock-server/bin, to compare with
 # make pack      everything that a machine without a network needs, in build/kvlocal-offline.tar.gz (ARGS="--help" tells the options)
@@ -32,7 +33,7 @@ endif
 # Standard input and output belong to the chat and to the tests alone.
 bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 
-.PHONY: chat test lint setup sanitize leaks stock stock-server pack cuda-toolkit gpu-report clean
+.PHONY: chat test lint setup sanitize leaks test-vulkan stock stock-server pack cuda-toolkit gpu-report clean
 
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
@@ -72,6 +73,13 @@ sanitize:
 leaks:
 	@$(sanitized)
 	@$(under_sanitizers) .venv/bin/python tests/measure/leaks.py
+
+# A second build, with ggml's Vulkan backend. What is marked as a test of devices can be run on it too: ARGS="-m device"
+test-vulkan:
+	@$(bootstrap) --test && .venv/bin/python native/vulkan_tools.py </dev/null >&2
+	@[ ! -e .venv/vulkan/environment ] || { . .venv/vulkan/environment && \
+		$(call library,vulkan,-DGGML_VULKAN=ON -DCMAKE_BUILD_TYPE=Release) && \
+		KVLOCAL_LIB_DIR=$(CURDIR)/build/vulkan/dist/lib .venv/bin/python -m pytest --device gpu $(or $(ARGS),tests/test_offload.py); }
 
 stock:
 	@$(bootstrap) && $(call library,stock,-DKVLOCAL_STOCK=ON -DCMAKE_BUILD_TYPE=Release)

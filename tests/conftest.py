@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only: what it tests exists on the CPU alone")
+    config.addinivalue_line("markers", "device: what differs with the device that the models are on; -m device chooses these alone")
     device.use(config.getoption("--device"))
 
 

@@ -14,6 +14,8 @@ from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 
+pytestmark = pytest.mark.device
+
 PROMPT = (
     "The lighthouse keeper wrote in his journal every evening, and on the last page he had drawn a map of the coast"
 )

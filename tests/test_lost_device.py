@@ -21,6 +21,8 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal_cli.main import main
 
+pytestmark = pytest.mark.device
+
 CONFIG = SessionConfig(budget=64, stride=16, n_ubatch=32, max_tokens=24, n_threads=1, sampling=SamplingParams(temperature=0))
 OPTIONS = ("--kv-budget", "64", "--stride", "16", "--threads", "1", "--temp", "0", "--max-tokens", "24")
 QUESTIONS = ("The keeper wrote down the birds.", "Who wrote down what?", "And when?")

@@ -11,6 +11,8 @@ from kvlocal.llama.context import Context
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 
+pytestmark = pytest.mark.device
+
 W = 16
 N = 300  # tokens decoded by most tests
 L = 4  # layers of the shallow model

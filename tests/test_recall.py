@@ -25,6 +25,8 @@ from kvlocal.llama.sampling import SamplingParams
 from kvlocal.policies.base import CacheState
 from kvlocal.policies.recall import Recall, in_blocks
 
+pytestmark = pytest.mark.device
+
 
 @pytest.fixture(scope="module")
 def model(three_layers):

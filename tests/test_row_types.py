@@ -14,6 +14,8 @@ from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.rows import Rows
 
+pytestmark = pytest.mark.device
+
 CACHES = [("f16", "q4_0"), ("q8_0", "f32")]
 
 

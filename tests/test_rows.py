@@ -17,6 +17,8 @@ from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.rows import Rows
 
+pytestmark = pytest.mark.device
+
 # every type, for keys and for values, and never the same for both but once
 PAIRS = [
     ("f16", "f16"), ("f32", "q8_0"), ("q8_0", "q4_0"), ("q5_1", "f16"), ("q5_0", "iq4_nl"), ("q4_1", "q5_1"), ("q4_0", "q5_0"), ("iq4_nl", "q4_1"),

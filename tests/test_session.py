@@ -16,6 +16,8 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.policies import POLICIES
 
+pytestmark = pytest.mark.device
+
 GREEDY = SamplingParams(temperature=0)
 SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, n_threads=1, max_tokens=24, sampling=GREEDY)
 STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "

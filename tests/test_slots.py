@@ -17,6 +17,8 @@ from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 from kvlocal.llama.slots import Rounds, Slot, Slots
 
+pytestmark = pytest.mark.device
+
 OPTIONS = {"n_cells": 256, "n_outputs": 1, "n_ubatch": 64, "n_threads": 1}
 
 

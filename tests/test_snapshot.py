@@ -24,6 +24,8 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.tokens import NexusTokens
 
+pytestmark = pytest.mark.device
+
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1.1)
 SMALL = SessionConfig(budget=128, stride=32, n_ubatch=64, max_tokens=12, n_threads=1, sampling=GREEDY, system="Be brief.")
 STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "

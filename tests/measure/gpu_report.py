@@ -21,7 +21,6 @@ from kvlocal.files.atomic import atomic_write
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 
 HERE = Path(__file__).parent
-SUITE = ("native", "rows", "engine", "session", "snapshot", "slots", "lost_device")
 
 
 def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> dict[str, list[str]]:
@@ -30,7 +29,7 @@ def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> d
     measure = ["--model", model]
     bench = [python, "-m", "kvlocal_cli", "bench", *measure, "--stock", stock, "--pairs", str(sizes.pairs), "--policy", sizes.policy]
     return {
-        "suite": [python, "-m", "pytest", "-q", "--device", "gpu", *(str(tests / f"test_{name}.py") for name in SUITE)],
+        "suite": [python, "-m", "pytest", "-q", "-m", "device", "--device", "gpu", str(tests)],
         "ring": [python, str(HERE / "ring_overhead.py"), *measure, "--stock", stock, "--gpu-layers", "-1"],
         "operations": [python, str(HERE / "cell_operations.py"), *measure, "--gpu-layers", "-1"],
         "decode": [*bench, "--only", "decode@8000,prefill@8000", "--json", str(target / "decode.json")],
