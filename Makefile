@@ -8,6 +8,8 @@
 # make stock     llama.cpp without our patches, in build/stock/dist/lib, to compare with
 # make stock-server  llama.cpp's own server without our patches, in build/stock-server/bin, to compare with
 # make pack      everything that a machine without a network needs, in build/kvlocal-offline.tar.gz (ARGS="--help" tells the options)
+# make wheel     a wheel for any processor of this kind, in dist: who installs it needs no compiler
+# make test-wheel    installs it into an empty environment and chats (ARGS="--python python3.13" chooses the interpreter)
 # make cuda-toolkit  what compiles for NVIDIA devices, into .venv, where the system has no CUDA toolkit
 # make gpu-report    builds with CUDA and measures on the device, in build/gpu-report (ARGS="--help" tells the options)
 # make clean     remove .venv and build
@@ -33,7 +35,7 @@ endif
 # Standard input and output belong to the chat and to the tests alone.
 bootstrap = $(PYTHON) native/bootstrap.py </dev/null >&2
 
-.PHONY: chat test lint setup sanitize leaks test-vulkan stock stock-server pack cuda-toolkit gpu-report clean
+.PHONY: chat test lint setup sanitize leaks test-vulkan stock stock-server pack wheel test-wheel cuda-toolkit gpu-report clean
 
 chat:
 	@$(bootstrap) && exec .venv/bin/kvlocal chat $(ARGS)
@@ -89,6 +91,12 @@ stock-server:
 
 pack:
 	@$(bootstrap) && .venv/bin/python native/pack.py $(ARGS)
+
+wheel:
+	@$(bootstrap) --environment && .venv/bin/python native/wheel.py $(ARGS)
+
+test-wheel:
+	@$(PYTHON) tests/measure/try_wheel.py $(ARGS)
 
 cuda-toolkit:
 	@$(bootstrap) --environment && .venv/bin/python native/cuda_toolkit.py $(ARGS)

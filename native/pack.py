@@ -52,7 +52,8 @@ def pack(python_version: str | None, platforms: list[str], models: list[str], cu
     if python_version:
         place += ["--python-version", python_version]
     extras = project["project"]["optional-dependencies"]
-    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["serve"], *extras["test"], *extras["lint"]]
+    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    needed += [requirement for extra in ("serve", "test", "lint", "wheel") for requirement in extras[extra]]
     with tempfile.TemporaryDirectory(prefix="kvlocal-pack-") as temporary:
         offline = Path(temporary) / "offline"
         archive = fetch_sdist(pinned("KVLOCAL_LLAMA_CPP_PYTHON_VERSION"), pinned("KVLOCAL_LLAMA_CPP_PYTHON_SHA256"), ROOT / "build" / "pack")

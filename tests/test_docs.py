@@ -183,7 +183,7 @@ def test_the_table_of_rooms():
 def test_the_cmake_options():
     documented = {name for row in table("docs/building.md", "CMake option") for name in re.findall(r"-D(KVLOCAL_\w+)", row[0])}
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    assert documented == set(re.findall(r"option\((KVLOCAL_\w+)", cmake)) | {"KVLOCAL_LLAMA_CPP_DIR"}
+    assert documented == set(re.findall(r"(?:option|set)\((KVLOCAL_\w+) +\"[^\n]*(?:CACHE|OFF\))", cmake))
 
 
 def test_the_targets_of_make():

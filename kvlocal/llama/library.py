@@ -25,6 +25,7 @@ _LIBRARY_NAMES = {"darwin": ("libllama.dylib",), "win32": ("llama.dll", "libllam
 _CHAT_LIBRARY_NAME = {"darwin": "libkvlocal-chat.dylib", "win32": "kvlocal-chat.dll"}.get(sys.platform, "libkvlocal-chat.so")
 _CFFI_PART = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)
 _VERSION = re.compile(r"^__version__ = \"(.+?)\"", re.MULTILINE)
+_CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
 _REPAIR = "run `make setup` in the source tree or reinstall kvlocal"
 
 _lock = threading.Lock()
@@ -100,6 +101,7 @@ def load_stock(lib_dir: str | os.PathLike[str]) -> Library:
         llama_cpp = _bind_llama_cpp(libllama, package, version)
         if hasattr(llama_cpp.llama_cpp._lib, "kvl_api_version"):
             raise LibraryError(f"{libllama} has kvlocal's patches: name the directory that `make stock` fills")
+        _load_backends(libllama)
         _library = Library(llama_cpp, None, None, libllama.parent, version, "")
         return _library
 
@@ -130,6 +132,7 @@ def _load() -> Library:
     ffi, lib = _bind_cffi(libllama, header)
     llama_cpp = _bind_llama_cpp(libllama, package, version)
     _route_log(llama_cpp, ffi, lib)
+    _load_backends(libllama)
     return Library(llama_cpp, ffi, lib, libllama.parent, version, ffi.string(lib.kvl_patch_level()).decode())
 
 
@@ -199,6 +202,24 @@ def _bind_cffi(libllama: Path, header: Path) -> tuple[cffi.FFI, Any]:
     if version != lib.KVL_API_VERSION:
         raise LibraryError(f"{libllama} has version {version} of kvlocal's C interface and this kvlocal needs {lib.KVL_API_VERSION}: {_REPAIR}")
     return ffi, lib
+
+
+def _load_backends(libllama: Path) -> None:
+    """Loads the ggml backends of a portable build, which are files beside libllama: of those for processors the one that suits this one best.
+
+    In other builds libllama is linked to them, and they are there. llama.cpp itself would look for them beside the program, which is Python.
+
+    Raises:
+        LibraryError: there is none for this processor.
+    """
+    ffi = cffi.FFI()
+    # libllama links ggml, so these are found through its handle
+    ffi.cdef("void ggml_backend_load_all_from_path(const char * path); void * ggml_backend_dev_by_type(int type);")
+    ggml = _open(ffi, libllama)
+    if not ggml.ggml_backend_dev_by_type(_CPU):
+        ggml.ggml_backend_load_all_from_path(os.fsencode(libllama.parent))
+        if not ggml.ggml_backend_dev_by_type(_CPU):
+            raise LibraryError(f"none of the libggml-cpu files in {libllama.parent} can be loaded on this processor: {_REPAIR}")
 
 
 def _bind_llama_cpp(libllama: Path, package: Path, version: str) -> ModuleType:

@@ -1,5 +1,6 @@
 // kvlocal's own graphs: a scheduler beside llama.cpp's, over the same backends.
 
+#include "kvlocal-cpu.h"
 #include "kvlocal-impl.h"
 
 #include "llama-kv-cache-iswa.h"
@@ -248,6 +249,27 @@ bool kvl_is_on_cpu(const kvl_cache & cache) {
     }
 
     return true;
+}
+
+const kvl_cpu_kernels * kvl_find_kernels() {
+    // at the first use: a portable build loads ggml-cpu after libllama
+    static const kvl_cpu_kernels * kernels = []() -> const kvl_cpu_kernels * {
+        auto * dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        auto * get = dev ? ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "kvl_get_cpu_kernels") : nullptr;
+
+        return get ? ((decltype(&kvl_get_cpu_kernels)) get)() : nullptr;
+    }();
+
+    return kernels;
+}
+
+const kvl_cpu_kernels & kvl_kernels() {
+    const auto * kernels = kvl_find_kernels();
+    if (!kernels) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "the CPU backend that is loaded is not the one that was built with this library");
+    }
+
+    return *kernels;
 }
 
 void kvl_check_devices(const llama_context & lctx) {

@@ -197,7 +197,7 @@ void kvl_row_scores(const kvl_cache & cache, int32_t seq_id, int32_t n_query, bo
 
     kvl_graph graph(cache, 8);
 
-    ggml_tensor * out = graph.cpu_op(keys.n_rows, cache.n_head_kv, cache.n_layer, kvl_cpu_scores::compute, &task);
+    ggml_tensor * out = graph.cpu_op(keys.n_rows, cache.n_head_kv, cache.n_layer, kvl_kernels().scores, &task);
 
     graph.run([]() {});
 
@@ -220,7 +220,7 @@ void kvl_best_rows(const kvl_cache & cache, int32_t seq_id, int32_t n_query, con
 
     kvl_graph graph(cache, 8);
 
-    ggml_tensor * out = graph.cpu_op(search.n_best, cache.n_head_kv, cache.n_layer, kvl_cpu_best_rows::compute, &best);
+    ggml_tensor * out = graph.cpu_op(search.n_best, cache.n_head_kv, cache.n_layer, kvl_kernels().best_rows, &best);
 
     graph.run([]() {});
 
@@ -231,7 +231,9 @@ void kvl_boxes(const kvl_cache & cache, const uint8_t * keys, ggml_type type, in
     const size_t n_keys  = (size_t) cache.n_head_kv*chunk_size*ggml_row_size(type, cache.n_embd_head_k);
     const size_t n_boxes = (size_t) cache.n_head_kv*2*cache.n_embd_head_k*(chunk_size/KVL_BLOCK);
 
+    const auto fill = kvl_kernels().fill_boxes;
+
     for (int32_t i = 0; i < cache.n_layer; ++i) {
-        kvl_fill_boxes(type, cache.n_embd_head_k, cache.n_head_kv, keys + i*n_keys, chunk_size, first_block, n_block, boxes + i*n_boxes);
+        fill(type, cache.n_embd_head_k, cache.n_head_kv, keys + i*n_keys, chunk_size, first_block, n_block, boxes + i*n_boxes);
     }
 }

@@ -23,6 +23,8 @@ struct kvl_error : std::runtime_error {
     kvl_status status;
 };
 
+struct kvl_cpu_kernels;
+
 struct kvl_ring {
     struct layer {
         ggml_tensor * q = nullptr; // F32 [n_embd_head_k*n_head, n_window*n_seq + 1], the last row takes what is not kept
@@ -137,6 +139,10 @@ bool kvl_is_cache_type(int32_t type);
 bool kvl_is_on_cpu(const kvl_cache & cache);
 bool kvl_is_on_cpu(const ggml_tensor * t);
 
+// kvlocal's own code in the ggml-cpu that computes, see kvlocal-cpu.h; nullptr, or an error, where that is one without it
+const kvl_cpu_kernels * kvl_find_kernels();
+const kvl_cpu_kernels & kvl_kernels();
+
 // an error if one of them was lost; after what was computed has been read, as that is when it shows
 void kvl_check_devices(const llama_context & lctx);
 
@@ -160,7 +166,7 @@ std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_
 // 3-d view of one stream's keys or values: [n_embd_head, n_cells, n_head_kv]
 ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells);
 
-// whether the passes of kvlocal-cpu.cpp, which know neither soft caps nor sinks, give the attention of every layer
+// whether the passes of kvlocal-cpu.h, which know neither soft caps nor sinks, give the attention of every layer
 bool kvl_is_plain_attention(const kvl_cache & cache);
 
 // rotate keys or queries of layer il by delta positions more, x: F32 [n_embd_head_k, n], delta: I32 [n], or [1] where it is the same for all

@@ -155,33 +155,6 @@ void read_cells(const ggml_tensor * result, int64_t n_pad, int64_t n_cells, floa
 
 } // namespace
 
-void kvl_finish_redundancy(int64_t n, float * sums, const float * twin, const float * value, float * out) {
-    for (int64_t i = 0; i < n; ++i) {
-        // the diagonal of the similarity matrix: 1, or 0 for a key that is zero
-        sums[i] -= sums[i] == 0.0f ? 0.0f : 1.0f;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        if (twin[i] >= 0.0f) {
-            sums[(int64_t) twin[i]] -= value[i];
-        }
-    }
-
-    float mean_max = -INFINITY;
-    for (int64_t i = 0; i < n; ++i) {
-        sums[i] /= n;
-        mean_max = std::max(mean_max, sums[i]);
-    }
-
-    float total = 0.0f;
-    for (int64_t i = 0; i < n; ++i) {
-        out[i] = expf(sums[i] - mean_max);
-        total += out[i];
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        out[i] /= total;
-    }
-}
-
 static std::vector<kvl_stored_keys> stored_keys(const kvl_cache & cache, uint32_t stream) {
     std::vector<kvl_stored_keys> res;
     for (const auto & layer : kvl_access::layers(*cache.kv)) {
@@ -204,7 +177,7 @@ static void scores_on_cpu(const kvl_cache & cache, uint32_t stream, query_set qu
 
     kvl_graph graph(cache, 8);
 
-    ggml_tensor * out = graph.cpu_op(n_pad, cache.n_head_kv, cache.n_layer, kvl_cpu_scores::compute, &task);
+    ggml_tensor * out = graph.cpu_op(n_pad, cache.n_head_kv, cache.n_layer, kvl_kernels().scores, &task);
 
     graph.run([]() {});
 
@@ -290,7 +263,7 @@ static void redundancy_on_cpu(const kvl_cache & cache, uint32_t stream, const st
 
     kvl_graph graph(cache, 8);
 
-    ggml_tensor * out = graph.cpu_op(order.size(), cache.n_head_kv, cache.n_layer, kvl_cpu_redundancy::compute, &task);
+    ggml_tensor * out = graph.cpu_op(order.size(), cache.n_head_kv, cache.n_layer, kvl_kernels().redundancy, &task);
 
     graph.run([]() {});
 
@@ -383,7 +356,7 @@ static void redundancy_portable(const kvl_cache & cache, uint32_t stream, const 
                 twin[i] = value[h*n + i] > KVL_SIMILAR ? (float) last[h*n + i] : -1.0f;
             }
 
-            kvl_finish_redundancy(n, sums.data() + h*n, twin.data(), value.data() + h*n, redundancy);
+            kvl_kernels().finish_redundancy(n, sums.data() + h*n, twin.data(), value.data() + h*n, redundancy);
             redundancy += n;
         }
     }

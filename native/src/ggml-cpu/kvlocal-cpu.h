@@ -1,9 +1,13 @@
-// Scores and redundancy of all layers and heads as custom operations of a graph on the CPU.
+// What kvlocal computes on the CPU in code of its own: scores, redundancy and attention as custom operations of a graph, and what goes with them.
+//
+// It is a part of ggml-cpu, so that it is compiled for the same processor: a portable build has many variants of that and takes the best one when it
+// runs. libllama does not link to any of them, it asks for the functions by their table.
 
 #pragma once
 
 #include "ggml.h"
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -28,10 +32,21 @@ struct kvl_stored_keys {
     int64_t chunk_size = 1;
 
     // a stream
-    kvl_stored_keys(const ggml_tensor * stream, int64_t n_embd_head);
+    kvl_stored_keys(const ggml_tensor * stream, int64_t n_embd_head) :
+        type(stream->type),
+        data((const char *) stream->data),
+        cell_size(stream->nb[1]),
+        head_size(ggml_row_size(stream->type, n_embd_head)) {}
 
     // chunks: each [n_layer, n_head_kv, chunk_size, row of type]
-    kvl_stored_keys(const uint8_t * const * chunks, int64_t chunk_size, ggml_type type, int64_t n_embd_head, int64_t n_head_kv, int64_t layer);
+    kvl_stored_keys(const uint8_t * const * chunks, int64_t chunk_size, ggml_type type, int64_t n_embd_head, int64_t n_head_kv, int64_t layer) :
+        type(type),
+        data(nullptr),
+        cell_size(ggml_row_size(type, n_embd_head)),
+        head_size(chunk_size*cell_size),
+        chunks(chunks),
+        chunk_size(chunk_size),
+        offset(layer*n_head_kv*head_size) {}
 
     const char * at(int64_t cell, int64_t head) const {
         if (!chunks) {
@@ -102,6 +117,34 @@ struct kvl_cpu_redundancy {
     static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
 };
 
+// attention of single tokens, see kvl_attention
+// dst: F32 [d, n_head, n_tokens], then the states [HEADER + d, n_head, n_tokens, n_parts]
+struct kvl_cpu_attention {
+    static constexpr int64_t HEADER = 32; // floats of a state before its values
+
+    const float scale;
+    const int   n_parts; // of the cells
+
+    std::atomic<int> n_done = 0;
+
+    kvl_cpu_attention(float scale, int n_parts) : scale(scale), n_parts(n_parts) {}
+
+    static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
+};
+
 // what is left to do once the twins are known, for the n keys of one head by ascending position
 // sums: [n] column sums of the similarity matrix, twin: [n] index or -1, value: [n] similarity to the twin; out: [n]
 void kvl_finish_redundancy(int64_t n, float * sums, const float * twin, const float * value, float * out);
+
+// these functions, of the ggml-cpu that computes
+struct kvl_cpu_kernels {
+    decltype(&kvl_cpu_scores::compute)     scores;
+    decltype(&kvl_cpu_best_rows::compute)  best_rows;
+    decltype(&kvl_cpu_redundancy::compute) redundancy;
+    decltype(&kvl_cpu_attention::compute)  attention; // nullptr where ggml's own is the faster one
+    decltype(&kvl_fill_boxes)              fill_boxes;
+    decltype(&kvl_finish_redundancy)       finish_redundancy;
+};
+
+// ggml_backend_reg_get_proc_address gives it by this name
+const kvl_cpu_kernels * kvl_get_cpu_kernels();

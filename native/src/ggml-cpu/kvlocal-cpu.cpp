@@ -151,20 +151,32 @@ struct twin_search {
 
 } // namespace
 
-kvl_stored_keys::kvl_stored_keys(const ggml_tensor * stream, int64_t n_embd_head) :
-    type(stream->type),
-    data((const char *) stream->data),
-    cell_size(stream->nb[1]),
-    head_size(ggml_row_size(stream->type, n_embd_head)) {}
+void kvl_finish_redundancy(int64_t n, float * sums, const float * twin, const float * value, float * out) {
+    for (int64_t i = 0; i < n; ++i) {
+        // the diagonal of the similarity matrix: 1, or 0 for a key that is zero
+        sums[i] -= sums[i] == 0.0f ? 0.0f : 1.0f;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        if (twin[i] >= 0.0f) {
+            sums[(int64_t) twin[i]] -= value[i];
+        }
+    }
 
-kvl_stored_keys::kvl_stored_keys(const uint8_t * const * chunks, int64_t chunk_size, ggml_type type, int64_t n_embd_head, int64_t n_head_kv, int64_t layer) :
-    type(type),
-    data(nullptr),
-    cell_size(ggml_row_size(type, n_embd_head)),
-    head_size(chunk_size*cell_size),
-    chunks(chunks),
-    chunk_size(chunk_size),
-    offset(layer*n_head_kv*head_size) {}
+    float mean_max = -INFINITY;
+    for (int64_t i = 0; i < n; ++i) {
+        sums[i] /= n;
+        mean_max = std::max(mean_max, sums[i]);
+    }
+
+    float total = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        out[i] = expf(sums[i] - mean_max);
+        total += out[i];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        out[i] /= total;
+    }
+}
 
 void kvl_cpu_scores::compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & task = *(const kvl_cpu_scores *) userdata;
@@ -194,4 +206,16 @@ void kvl_cpu_redundancy::compute(ggml_tensor * dst, int ith, int nth, void * use
         search.find_twins();
         search.redundancy((float *) dst->data + u*n);
     }
+}
+
+const kvl_cpu_kernels * kvl_get_cpu_kernels() {
+    static const kvl_cpu_kernels kernels = {
+        kvl_cpu_scores::compute,
+        kvl_cpu_best_rows::compute,
+        kvl_cpu_redundancy::compute,
+        LOADS_HALF ? kvl_cpu_attention::compute : nullptr,
+        kvl_fill_boxes,
+        kvl_finish_redundancy,
+    };
+    return &kernels;
 }
