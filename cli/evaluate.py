@@ -186,6 +186,11 @@ class Run:
                 self._variants = [variant for variant in self._variants if not variant.wants_nexus]
         return model
 
+    def without_lora(self, model: Model) -> Model:
+        """The same model without adapters."""
+        with waiting(f"loading {self._name} without adapters"):
+            return Model(self._path, placement=model.placement)
+
     def note(self, n: int, what: str, why: str) -> None:
         """Says how many were left out, if any."""
         if n:

@@ -1,5 +1,6 @@
 """`kvlocal eval`: compares policies on the same chats."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -38,8 +39,10 @@ for command in (memory_command, gsm8k_command):
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take N dialogues, chosen by the seed.  [default: all]")
 @click.option("--by", metavar="FIELD",
               help="Also give all by a field of the dialogue that the last turn is from, such as task (MT-Bench-101) or method (SafeDialBench).")
+@click.option("--full-without-lora", is_flag=True,
+              help="Compare with the full context of the model without the adapters of --lora. The policy full then says what they change there.")
 @run_options
-def dialogue_command(run: Run, data_path: Path, concat: int, limit: int | None, by: str | None) -> None:
+def dialogue_command(run: Run, data_path: Path, concat: int, limit: int | None, by: str | None, full_without_lora: bool) -> None:
     """Measure how far predictions move when the history is compressed.
 
     The history of each chat is read turn by turn with compression on; then the last turn is read, its answer given, and what the model
@@ -57,19 +60,22 @@ def dialogue_command(run: Run, data_path: Path, concat: int, limit: int | None, 
     if by is not None and by not in fields:
         has = f"they have {', '.join(fields)}" if fields else "they have no field with a text"
         raise KvlocalError(f"no dialogue in {data_path} has a field {by!r} with a text to be told apart by: {has}")
-    with run.loaded() as model:
+    with ExitStack() as opened:
+        model = opened.enter_context(run.loaded())
+        reference = opened.enter_context(run.without_lora(model)) if full_without_lora and model.changed_by else model
         dialogues = shuffled(data.dialogues, run.seed)[:limit]
         depends: dict[str, object] = {"llama.cpp": load_library().bindings_version, "model": run.fingerprint}
         depends["types"] = [run.base.type_k, run.base.type_v]
-        if model.changed_by:
-            depends["lora"] = model.changed_by
+        if reference.changed_by:
+            depends["lora"] = reference.changed_by
         with waiting("reading the dialogues"):
-            task = DialogueTask(model, run.base, dialogues, concat, ReferenceCache(run.cache), depends, run.nexus, by)
+            task = DialogueTask(model, run.base, dialogues, concat, ReferenceCache(run.cache), depends, run.nexus, by, reference)
         left_out = {"empty": data.n_empty, "too_long": task.n_too_long, "without_history": task.n_without_history}
         run.note(data.n_empty, "dialogue", "left out because a text is empty or there is no answer")
         run.note(task.n_too_long, "chat", f"left out as too long for a model trained on {model.n_ctx_train} tokens")
         run.note(task.n_without_history, "chat", "left out because nothing comes before the last turn")
-        run.measure(task, {**_source(data_path, data), "concat": concat, "limit": limit, **({"by": by} if by else {})}, left_out)
+        own = {"full_without_lora": True} if full_without_lora else {}
+        run.measure(task, {**_source(data_path, data), "concat": concat, "limit": limit, **({"by": by} if by else {}), **own}, left_out)
 
 
 @eval_group.command("recall")

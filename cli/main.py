@@ -30,6 +30,7 @@ COMMANDS = {
     "doctor": Lazy("kvlocal_cli.doctor:doctor_command", "Say what this installation consists of, and what is wrong if anything is"),
     "eval": Lazy("kvlocal_cli.evaluations:eval_group", "Compare policies: how much of a conversation is left in the compressed cache."),
     "nexus": Lazy("kvlocal_cli.nexus:nexus_group", "Nexus tokens: trained soft tokens that stand for finished turns of a conversation."),
+    "adapt": Lazy("kvlocal_cli.adapt:adapt_group", "Adapters with which a model lives better with a compressed cache: LoRA files that --lora takes."),
     "config": Lazy("kvlocal_cli.config:config_group", "Show and change what options have by default."),
     "completion": Lazy("kvlocal_cli.completion:completion_group", "Have the shell complete commands, options, models, sessions and prompts by Tab."),
 }  # fmt: skip

@@ -44,14 +44,23 @@ def synth_command(model: str, output: Path, tokens: int, seed: int, parallel: in
         path = resolve(model)
         config = SessionConfig(budget=N_CELLS, policy="full", n_ubatch=max(parallel, SessionConfig.window))
         loaded = Model(path, placement=take_devices(where).of(path, config, parallel, undo=False))
-    with loaded, DataFile(output, settings.key(loaded), settings) as data, _Progress(data, tokens) as progress:
+    with loaded:
+        if not written_dialogues(loaded, output, tokens, settings):
+            sys.exit(INTERRUPTED)
+
+
+def written_dialogues(model: Model, output: Path, n_tokens: int, settings: SynthSettings = _SETTINGS) -> bool:
+    """Lets a model write dialogues until a file has so many tokens of them, with progress on stderr; False if Ctrl-C came before.
+
+    Raises KvlocalError if the file holds something else, or cannot be written.
+    """
+    with DataFile(output, settings.key(model), settings) as data, _Progress(data, n_tokens) as progress:
         try:
-            for dialogue in synthesize(loaded, data, tokens, settings):
+            for dialogue in synthesize(model, data, n_tokens, settings):
                 progress.add(dialogue)
         except KeyboardInterrupt:
             progress.interrupted = True
-    if progress.interrupted:
-        sys.exit(INTERRUPTED)
+    return not progress.interrupted
 
 
 class _Progress:

@@ -2,19 +2,15 @@
 
 import functools
 import math
-import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from kvlocal.errors import KvlocalError
 from kvlocal.files.fingerprint import fingerprint
 from kvlocal.files.replaceable import check_replaceable
 from kvlocal.gguf.container import Container
@@ -24,10 +20,11 @@ from kvlocal.nexus.file import NexusFile, is_nexus_file
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, waiting
+from kvlocal_cli.torch_options import compute_options, say, stops
 
 if TYPE_CHECKING:
     from kvlocal.training.examples import Examples
-    from kvlocal.training.nexus_training import Training, TrainingReport
+    from kvlocal.training.nexus_training import TrainingReport
 
 REPORT_SECONDS = 30  # between two lines about updates
 HELD_OUT = 0.1  # of the conversations, for evaluation
@@ -42,10 +39,6 @@ _TORCH_OPTIONS = (
                  help='Conversations, one JSON object a line: {"messages": [{"role", "content"}]}; can be repeated.'),
     click.option("--max-tokens", type=click.IntRange(min=64), default=1024, show_default=True, metavar="N",
                  help="Longest conversation; longer ones are cut between turns."),
-    click.option("--device", metavar="NAME", help="cpu or cuda.  [default: cuda if there is one]"),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
-                 help="What matrices are multiplied in.  [default: bfloat16 where the hardware has it]"),
-    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]"),
 )  # fmt: skip
 
 
@@ -69,27 +62,18 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of commands that need PyTorch; the command gets them and its `model` as `place: Workplace`."""
 
     @functools.wraps(command)
-    def with_place(
-        *, model: str, data: tuple[Path, ...], max_tokens: int, device: str | None, dtype: str | None, threads: int | None, **others: Any
-    ) -> Any:
-        try:
-            import torch
-        except ImportError as error:
-            raise KvlocalError("training and its evaluation need PyTorch: install it with `pip install kvlocal[train]`") from error
-        from kvlocal.training import examples, hardware
+    def with_place(*, model: str, data: tuple[Path, ...], max_tokens: int, device: str, dtype: str, **others: Any) -> Any:
+        from kvlocal.training import examples
 
         path = resolve(model)
-        if threads:
-            torch.set_num_threads(threads)
-        device = device or hardware.best_device()
         with waiting("reading the conversations"), Model(path) as tokenizer:
-            found = examples.read(tokenizer, data, max_tokens=max_tokens, held_out=HELD_OUT)
-        place = Workplace(path, Container(path), found, device, dtype or hardware.best_dtype(device))
-        return command(place=place, max_tokens=max_tokens, **others)
+            conversations = examples.read(tokenizer, data, max_tokens=max_tokens, held_out=HELD_OUT)
+        return command(place=Workplace(path, Container(path), conversations, device, dtype), max_tokens=max_tokens, **others)
 
+    found = compute_options(with_place)
     for option in reversed(_TORCH_OPTIONS):
-        with_place = option(with_place)
-    return with_place
+        found = option(found)
+    return found
 
 
 @click.command("train")
@@ -140,10 +124,10 @@ def train_command(
     is_begun = output.with_name(output.name + ".partial").exists()
     check_replaceable(output, lambda path: is_begun and is_nexus_file(path), "what this run has left unfinished", force=force)
     found = place.examples
-    _say(f"{len(found.training)} conversations to train on, {len(found.held_out)} held out")
+    say(f"{len(found.training)} conversations to train on, {len(found.held_out)} held out")
     for why, n in found.left_out.items():
         if n:
-            _say(f"{n} {_REASONS[why]}")
+            say(f"{n} {_REASONS[why]}")
     first = None
     if start:
         first = NexusFile.load(start)
@@ -158,8 +142,8 @@ def train_command(
     )
     with waiting("loading the weights"):
         run = Training(place.container, place.path.stem, found, chosen, output, place.device, first)
-    _say(f"{chosen.dtype} on {place.device}" + (f", going on after {run.step} updates" if run.step else ""))
-    with _Progress(run.step, chosen.steps) as progress, _stops(run) as interrupted:
+    say(f"{chosen.dtype} on {place.device}" + (f", going on after {run.step} updates" if run.step else ""))
+    with _Progress(run.step, chosen.steps) as progress, stops(run) as interrupted:
         run.run(
             progress.add,
             evaluate_every=evaluate_every,
@@ -167,28 +151,10 @@ def train_command(
             limit_seconds=60 * minutes if minutes else math.inf,
         )
     if run.step < chosen.steps:
-        _say(f"stopped after {run.step} of {chosen.steps} updates; the same command goes on from here")
+        say(f"stopped after {run.step} of {chosen.steps} updates; the same command goes on from here")
     click.echo(output)
     if interrupted:
         sys.exit(INTERRUPTED)
-
-
-@contextmanager
-def _stops(run: "Training") -> Iterator[list[int]]:
-    """Ctrl-C in this block ends the run after the update it is at; a second one ends it at once. The list gets what came."""
-    came: list[int] = []
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, previous)
-        run.stop()
-        _say("stopping after this update")
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 _REASONS = {
@@ -239,7 +205,3 @@ class _Progress:
 
 def held_out_text(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-def _say(text: str) -> None:
-    click.echo(f"kvlocal: {text}", err=True)

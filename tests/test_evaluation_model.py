@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lora_file import write_lora
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
@@ -184,6 +185,25 @@ def test_the_dialogue_command(short_smollm2, tmp_path):
     assert all(row["compression"] == pytest.approx(row["ratio"], abs=0.02) for row in document["rows"])
     assert document["settings"]["concat"] == 2 and document["settings"]["seed"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "d.jsonl", "out.json"]
+
+
+def test_an_adapter_against_the_model_without_it(short_smollm2, tmp_path):
+    data, out, lora = dialogues_file(tmp_path / "d.jsonl", 2), tmp_path / "out.json", write_lora(tmp_path / "a.gguf", short_smollm2)
+    more = ("--data", data, "--concat", 2, "--policy", "streaming", "--ratio", "0.3", "--json", out)
+
+    def kls(*options):
+        result = CliRunner().invoke(main, arguments(short_smollm2, tmp_path, "dialogue", *more, *options, "--force"))
+        assert result.exit_code == 0, result.stderr
+        document = json.loads(out.read_text())
+        assert document["settings"].get("full_without_lora", False) == ("--full-without-lora" in options)
+        return [row["mean"] for row in document["rows"] if row["metric"] == "kl"]
+
+    plain, adapted, against_plain = kls(), kls("--lora", lora), kls("--lora", lora, "--full-without-lora")
+    assert plain[0] == adapted[0] == 0
+    # what the adapter changes is more than what is lost without it
+    assert against_plain[0] > 2 * plain[1] and against_plain[1] > 2 * adapted[1]
+    # without an adapter there is nothing to tell apart
+    assert kls("--full-without-lora") == plain
 
 
 def test_an_archive_of_another_type(short_smollm2, tmp_path):

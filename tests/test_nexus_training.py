@@ -132,10 +132,11 @@ def test_pytorch_is_asked_for(smollm2: Path, tmp_path: Path, monkeypatch: pytest
 torch = pytest.importorskip("torch")
 
 from kvlocal.training.decoder import Decoder  # noqa: E402
-from kvlocal.training.distil import Compression, Distillation, SequenceLayout, _RowsKL  # noqa: E402
+from kvlocal.training.distil import Compression, Distillation, SequenceLayout  # noqa: E402
 from kvlocal.training.divergence import divergences  # noqa: E402
 from kvlocal.training.nexus_training import Training, TrainingError, TrainingSettings  # noqa: E402
 from kvlocal.training.parameters import Parameters  # noqa: E402
+from kvlocal.training.row_divergence import RowsKL  # noqa: E402
 from kvlocal.training.weights import Weights  # noqa: E402
 
 
@@ -260,7 +261,7 @@ def test_the_gradient_of_the_divergence(decoder: Decoder) -> None:
     p, q = (decoder.logits(hidden).log_softmax(-1) for hidden in (teacher, student))
     expected = (p.exp() * (p - q)).sum(-1).mean()
     (gradient,) = torch.autograd.grad(expected, student)
-    found = _RowsKL.apply(student, teacher, decoder)
+    found = RowsKL.apply(student, teacher, decoder)
     (found_gradient,) = torch.autograd.grad(3 * found, student)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(found_gradient, 3 * gradient, atol=1e-6)

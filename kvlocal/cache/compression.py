@@ -42,6 +42,13 @@ class Seconds:
     nexus: float = 0.0
 
 
+def cells_to_keep(budget: int, ratio: float | None, n_pinned: int, window: int, n_tokens: int) -> int:
+    """Cells of each layer and head after a compression of a conversation of n_tokens, with the other numbers as Compressor has them."""
+    if ratio is None:
+        return budget
+    return min(budget, max(n_pinned + 2 * window, round((1 - ratio) * n_tokens)))
+
+
 @dataclass
 class Compressor:
     """Keeps one sequence within its budget.
@@ -94,10 +101,7 @@ class Compressor:
 
     def target(self, ledger: Ledger) -> int:
         """Cells of each layer and head after a compression now."""
-        if self.ratio is None:
-            return self.budget
-        least = ledger.n_pinned + 2 * self.window
-        return min(self.budget, max(least, round((1 - self.ratio) * (ledger.n_tokens - ledger.n_nexus))))
+        return cells_to_keep(self.budget, self.ratio, ledger.n_pinned, self.window, ledger.n_tokens - ledger.n_nexus)
 
     def make_room(self, ledger: Ledger, n: int) -> None:
         """Before n more tokens: moves the keys back if their positions would leave the trained context.

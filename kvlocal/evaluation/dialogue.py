@@ -61,10 +61,12 @@ class DialogueTask:
 
     def __init__(
         self, model: Model, base: SessionConfig, dialogues: Sequence[Dialogue], concat: int, cache: ReferenceCache, depends: object,
-        nexus: NexusTokens | None = None, by: str | None = None,
+        nexus: NexusTokens | None = None, by: str | None = None, reference: Model | None = None,
     ) -> None:
         """depends: what the full context's predictions depend on besides the tokens, see ReferenceCache.get. nexus: for the policies that
-        need Nexus tokens. by: the label of dialogues (Dialogue.labels) by which metrics are given too."""
+        need Nexus tokens. by: the label of dialogues (Dialogue.labels) by which metrics are given too. reference: predicts with the full context what
+        all are compared with; by default the same model."""
+        self._reference_model = reference or model
         self._model, self._base, self._cache, self._depends, self._nexus = model, base, cache, depends, nexus
         self._template = ChatTemplate.from_model(model)
         self._chats: list[MeasuredChat] = []
@@ -98,10 +100,10 @@ class DialogueTask:
             KvlocalError: the chat cannot be read so.
         """
         (reference, full), chat = self._reference(index), self._chats[index]
-        if variant == FULL:
+        if variant == FULL and self._reference_model is self._model:
             compression, found = 0.0, {"kl": 0.0, "agreement": 1.0, "cross_entropy": float(reference.loss.mean())}
         else:
-            compression, tokens, logits = self._read(chat, variant)
+            compression, tokens, logits = self._read(chat, variant, self._model)
             assert np.array_equal(tokens, reference.tokens)
             found = compare(reference, full, logits)
         return Measurement(compression, {f"{name}{group}": [value] for group in dict.fromkeys(["", chat.group]) for name, value in found.items()})
@@ -111,15 +113,15 @@ class DialogueTask:
         if self._current is None or self._current[0] != index:
             self._current = None
             chat = self._chats[index]
-            reference = self._cache.get(self._depends, chat.tokens, lambda: Reference.of(*self._read(chat, FULL)[1:]))
+            reference = self._cache.get(self._depends, chat.tokens, lambda: Reference.of(*self._read(chat, FULL, self._reference_model)[1:]))
             # float16 has rounded them
             self._current = index, reference, log_softmax(reference.logp)
         return self._current[1:]
 
-    def _read(self, chat: MeasuredChat, variant: Variant) -> tuple[float, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def _read(self, chat: MeasuredChat, variant: Variant, model: Model) -> tuple[float, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The compression reached, the answer's tokens int32 [n], and what was predicted for each, logits float32 [n, n_vocab]."""
         spare = len(chat.tokens) - chat.n_history
-        reading = read_history(self._model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, spare, self._nexus)
+        reading = read_history(model, self._base, variant, chat.history, chat.n_history, chat.n_prefix, spare, self._nexus)
         with reading as (session, compression), session.hold():
             session.add_turn("user", chat.user)
             return compression, *read_answer(session, chat.answer)

@@ -1,1 +1,1 @@
-"""Trains Nexus tokens: a decoder in PyTorch, its weights and examples, dialogues that a model writes with itself, and distillation."""
+"""Trains Nexus tokens and adapters for a compressed cache: a decoder in PyTorch, its weights and examples, written dialogues, and distillation."""

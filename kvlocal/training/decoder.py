@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,12 @@ class LowRankAdapter:
 
     pairs: by GGUF's tensor name, A [r, n_in] and B [n_out, r] in the compute type; they may have gradients
     scale: the addition is scale * B A x, alpha / r in llama.cpp
-    rows: int64 [n], which rows get it
+    rows: int64 [n], which rows get it; None for all
     """
 
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     scale: float
-    rows: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Cells:
 
     def first(self, n: int) -> Cells:
         return Cells(self.keys[:, :n], self.values[:, :n])
+
+
+# What the heads of layer i read, [T, H * d] in the compute type, from its queries [H_kv, G, T, d] and the rows' own cells.
+Attention = Callable[[int, Tensor, Cells], Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,15 +105,40 @@ class Decoder:
             watch: int64 [n], rows whose attention `Pass.watched` gives.
         """
         all_positions = positions if past_positions is None else torch.cat([past_positions, positions])
-        masks = _Masks(visible, positions, all_positions, self.dtype)
-        rotations = self._rotations(positions)
+        masks = Masks(visible, positions, all_positions, self.dtype)
         cells, masses, watched = [], [], []
-        for i, layer in enumerate(self.weights.layers):
-            q, own = self._project(i, layer, self._norm(x, layer["attn_norm.weight"]), rotations[self._rope(i)], adapter)
+
+        def attention(i: int, q: Tensor, own: Cells) -> Tensor:
             here = own if past is None else Cells(torch.cat([past[i].keys, own.keys], 1), torch.cat([past[i].values, own.values], 1))
             mask = masks.of(i, self.hyper.windows[i])
             heads, mass = self._attend(q, here, mask, None if columns is None else columns[min(i, len(columns) - 1)])
-            out = self._linear(i, layer, "attn_output", heads, adapter).float()
+            cells.append(here)
+            if mass is not None:
+                masses.append(mass)
+            if watch is not None:
+                watched.append(self.attention_weights(q[:, :, watch], here.keys, mask[:, :, watch]))
+            return heads
+
+        return Pass(
+            self.through_layers(x, positions, attention, adapter),
+            cells,
+            torch.stack(masses) if masses else None,
+            torch.stack(watched) if watched else None,
+        )
+
+    def through_layers(self, x: Tensor, positions: Tensor, attention: Attention, adapter: LowRankAdapter | None = None) -> Tensor:
+        """Runs rows through all layers, whose heads read what `attention` gives: float32 [T, n_embd] behind the last norm.
+
+        Args:
+            x: float32 [T, n_embd].
+            positions: int64 [T], which queries and keys are rotated to.
+            attention: called once for each layer, from the first on.
+            adapter: what some rows get on top of the weights.
+        """
+        rotations = self._rotations(positions)
+        for i, layer in enumerate(self.weights.layers):
+            q, own = self._project(i, layer, self._norm(x, layer["attn_norm.weight"]), rotations[self._rope(i)], adapter)
+            out = self._linear(i, layer, "attn_output", attention(i, q, own), adapter).float()
             if "post_attention_norm.weight" in layer:
                 out = self._norm(out, layer["post_attention_norm.weight"])
             x = x + out
@@ -117,17 +146,16 @@ class Decoder:
             if "post_ffw_norm.weight" in layer:
                 out = self._norm(out, layer["post_ffw_norm.weight"])
             x = x + out
-            cells.append(here)
-            if mass is not None:
-                masses.append(mass)
-            if watch is not None:
-                watched.append(self._weights_of(q[:, :, watch], here.keys, mask[:, :, watch]))
-        return Pass(
-            self._norm(x, self.weights.output_norm),
-            cells,
-            torch.stack(masses) if masses else None,
-            torch.stack(watched) if watched else None,
-        )
+        return self._norm(x, self.weights.output_norm)
+
+    def read(self, q: Tensor, cells: Cells, mask: Tensor) -> Tensor:
+        """What heads read from cells, [T, H * d]: queries [H_kv, G, T, d], mask [H_kv or 1, 1, T, C] that is added to their scores."""
+        return self._attend(q, cells, mask, None)[0]
+
+    def moved_keys(self, i: int, keys: Tensor, by: Tensor) -> Tensor:
+        """Keys of layer i [H_kv, n, d] as if each had been read at a position that is higher by so much, int64 [H_kv, n]."""
+        cosines, sines = (part.view(*by.shape, -1) for part in self._rotation(by.flatten(), *self._rope(i)))
+        return self._rotate(keys, (cosines, sines)).to(keys.dtype)
 
     def moved(self, cells: list[Cells], by: Tensor) -> list[Cells]:
         """Cells of each layer as if each had been read at a position that is higher by so much, int64 [C]."""
@@ -148,6 +176,8 @@ class Decoder:
         if adapter is None or pair is None:
             return y
         a, b = pair
+        if adapter.rows is None:
+            return y.add(F.linear(F.linear(x, a), b), alpha=adapter.scale)
         return y.index_add_(0, adapter.rows, F.linear(F.linear(x.index_select(0, adapter.rows), a), b), alpha=adapter.scale)
 
     def _project(
@@ -203,7 +233,7 @@ class Decoder:
         mass = None if columns is None else out[..., size : size + columns.shape[-1]]
         return out[..., :size].transpose(0, 1).flatten(1), mass
 
-    def _weights_of(self, q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    def attention_weights(self, q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """Softmax weights of a few rows' queries [H_kv, G, n, d], maximum over the group, float32 [H_kv, n, C]."""
         scores = (q @ keys[:, None].transpose(-1, -2)).float() * self.hyper.attention_scale + mask.float()
         return scores.softmax(-1).amax(1)
@@ -215,7 +245,7 @@ class Decoder:
         return self._linear(i, layer, "ffn_down", gate * up, adapter)
 
 
-class _Masks:
+class Masks:
     """What each layer adds to its scores, [H_kv or 1, 1, T, C]: 0 where a row sees a column, -inf elsewhere."""
 
     def __init__(self, visible: Tensor, positions: Tensor, all_positions: Tensor, dtype: torch.dtype) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,9 @@ from kvlocal.nexus.allotment import n_nexus
 from kvlocal.training.decoder import Decoder
 from kvlocal.training.examples import Example
 from kvlocal.training.parameters import Parameters
+from kvlocal.training.row_divergence import RowsKL
 
 N_WINDOW = 16  # queries that choose raw cells (SnapKV)
-
-_CHUNK = 64  # rows whose probabilities over the vocabulary are held at a time
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class Distillation:
         )
         # the same tokens, as the teacher has them behind the gone segments
         same = slice(len(past), len(past) + len(judged))
-        kl = _RowsKL.apply(out.hidden.index_select(0, judged), self._pass.hidden[same], decoder)
+        kl = RowsKL.apply(out.hidden.index_select(0, judged), self._pass.hidden[same], decoder)
         attention = kl.new_zeros(())
         if masses is not None and out.masses is not None and self._full:
             later = torch.from_numpy(self._segments[same][:, None] > np.arange(self._n_sets)).to(device)
@@ -228,34 +226,3 @@ class Distillation:
             windowed = [i for i, window in enumerate(self._decoder.hyper.windows) if window is not None]
             kept[windowed] = True
         return kept
-
-
-class _RowsKL(torch.autograd.Function):
-    """KL(teacher || student) over the vocabulary, mean over rows, from hidden rows float32 [n, n_embd].
-
-    The gradient is made on the way, chunk by chunk, so the probabilities of all rows are never held together.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, decoder: Decoder) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        for begin in range(0, len(student), _CHUNK):
-            rows = slice(begin, begin + _CHUNK)
-            logits = decoder.logits(student[rows]).float()
-            expected = F.log_softmax(decoder.logits(teacher[rows]).float(), -1)
-            found = F.log_softmax(logits, -1)
-            p = expected.exp()
-            total += expected.sub_(found).mul_(p).sum()
-            if gradient is not None:
-                d = found.exp_().sub_(p)
-                softcap = decoder.hyper.softcap
-                if softcap:
-                    d *= 1 - (logits / softcap) ** 2
-                gradient[rows] = (d.to(decoder.dtype) @ decoder.weights.output).float() / len(student)
-        ctx.gradient = gradient
-        return (total / len(student)).float()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None]:
-        return ctx.gradient * scale, None, None

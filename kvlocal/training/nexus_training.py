@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvlocal.errors import KvlocalError
-from kvlocal.files.atomic import atomic_write
 from kvlocal.gguf.container import Container
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
+from kvlocal.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint, warm_up_then_cosine
 from kvlocal.training.decoder import Decoder
 from kvlocal.training.distil import Compression, Distillation
 from kvlocal.training.divergence import divergences
@@ -37,12 +36,6 @@ _CUT, _SHORTEST_PART = 0.2, 16
 _RECITAL_WEIGHT = 0.5
 # the ratio at which recitals are evaluated
 _RECITED_RATIO = 0.8
-_WARM_UP = 0.05  # of all updates
-_LAST_RATE = 0.05  # of the full rate
-
-
-class TrainingError(KvlocalError):
-    """Training cannot start or go on."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ class Training:
             self._parameters = Parameters.new(self._decoder.weights, settings.k, settings.rank, settings.seed)
         groups = [{"params": [self._parameters.table], "lr": _TABLE_RATE}, {"params": self._parameters.adapter_leaves, "lr": _ADAPTER_RATE}]
         self._optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._rate)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, partial(warm_up_then_cosine, steps=settings.steps))
         self._state = _State()
         self._stopped = False
         self._resume()
@@ -210,7 +203,7 @@ class Training:
         }  # fmt: skip
         return NexusFile(
             table=self._parameters.table.detach().cpu().numpy().copy(),
-            adapter={name: tuple(half.detach().cpu().numpy().astype(np.float16) for half in pair) for name, pair in self._parameters.pairs.items()},
+            adapter=self._parameters.arrays(),
             alpha=self._parameters.alpha,
             architecture=self._decoder.hyper.family,
             base_name=self._base_name,
@@ -218,14 +211,6 @@ class Training:
             ratios=self._settings.ratios,
             record=record,
         )
-
-    def _rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine."""
-        warm_up = max(1, round(_WARM_UP * self._settings.steps))
-        if step < warm_up:
-            return (step + 1) / warm_up
-        progress = (step - warm_up) / max(1, self._settings.steps - warm_up)
-        return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     def _update(self) -> TrainingReport:
         """One step of AdamW on the mean loss of a batch's students."""
@@ -301,39 +286,13 @@ class Training:
 
     def _save_checkpoint(self) -> None:
         """Writes what the run goes on from, and the Nexus file as it is now."""
-        content = io.BytesIO()
-        torch.save(
-            {
-                "key": self._key,
-                "leaves": [leaf.detach().cpu() for leaf in self._parameters.leaves],
-                "optimiser": self._optimiser.state_dict(),
-                "schedule": self._schedule.state_dict(),
-                "state": asdict(self._state),
-            },
-            content,
-        )
-        atomic_write(self._checkpoint, content.getvalue())
+        save_checkpoint(self._checkpoint, self._key, self._parameters.leaves, self._optimiser, self._schedule, asdict(self._state))
         self.file().save(self._path)
 
     def _resume(self) -> None:
-        if not self._checkpoint.exists():
-            return
-        try:
-            saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-            key = saved["key"]
-        except Exception as error:
-            raise TrainingError(f"{self._checkpoint} is no checkpoint that can be read: remove it to start anew") from error
-        if key != self._key:
-            raise TrainingError(
-                f"{self._checkpoint} is of a run with other settings, data or another model: repeat that command to go on with it, "
-                "or remove the file to start anew"
-            )
-        with torch.no_grad():
-            for leaf, values in zip(self._parameters.leaves, saved["leaves"], strict=True):
-                leaf.copy_(values)
-        self._optimiser.load_state_dict(saved["optimiser"])
-        self._schedule.load_state_dict(saved["schedule"])
-        self._state = _State(**saved["state"])
+        state = load_checkpoint(self._checkpoint, self._key, self._parameters.leaves, self._optimiser, self._schedule)
+        if state is not None:
+            self._state = _State(**state)
 
 
 def _curve(losses: Sequence[tuple[float, float, float]], n: int = 100) -> list[dict[str, float]]:

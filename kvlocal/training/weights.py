@@ -57,6 +57,11 @@ class HyperParameters:
     gelu: bool
     softcap: float
 
+    @property
+    def n_swa(self) -> int:
+        """Size of the sliding window of the layers that have one, 0 if none has."""
+        return max((window for window in self.windows if window), default=0)
+
     @classmethod
     def of(cls, base: Container) -> HyperParameters:
         """Raises WeightsError if the model is of a family or has a feature that the decoder does not know."""
