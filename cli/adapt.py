@@ -9,6 +9,7 @@ from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal_cli.adapt_distill import ADAPTED_FILE, distill_command, held_out_text
 from kvlocal_cli.adapt_eval import eval_command
+from kvlocal_cli.adapt_rl import rl_command
 from kvlocal_cli.groups import CommandGroup
 
 
@@ -17,7 +18,7 @@ def adapt_group() -> None:
     """Adapters with which a model lives better with a compressed cache: LoRA files that --lora takes."""
 
 
-for command in (distill_command, eval_command):
+for command in (distill_command, rl_command, eval_command):
     adapt_group.add_command(command)
 
 

@@ -15,7 +15,7 @@ from kvlocal.llama.errors import CacheFull, EngineError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 from kvlocal.llama.sequence_decoder import SequenceDecoder
-from kvlocal.llama.slots import Rounds, Slot, Slots
+from kvlocal.llama.slots import Rounds, Slot, Slots, SlotsInStep
 
 pytestmark = pytest.mark.device
 
@@ -208,3 +208,23 @@ def test_a_fault_in_one_request_is_its_own(model, tokens):
 
     error, rows = together(model, broken, lambda slot: read(tokens[:20], 3, slot))
     assert isinstance(error, AttributeError) and len(rows) == 4
+
+
+def test_one_thread_decodes_next_tokens_of_several_slots_ahead(model, tokens):
+    slots = SlotsInStep(3, model, **OPTIONS)
+    texts = [tokens[i : i + 20 + i] for i in range(3)]
+    opened = [slots.open(model, **OPTIONS) for _ in texts]
+    for slot, text in zip(opened, texts, strict=True):
+        slot.decode(text[:-1], 0)
+    slots.decode_ahead([(slot, text[-1], len(text) - 1) for slot, text in zip(opened, texts, strict=True)])
+    for slot, text in zip(opened, texts, strict=True):
+        slot.decode(text[-1:], len(text) - 1)
+        with Context(model, **OPTIONS) as alone:
+            alone.decode(text[:-1], 0)
+            alone.decode(text[-1:], len(text) - 1)
+            assert np.abs(slot.logits() - alone.logits()).max() < 1e-3
+        assert slot.pos_max() == len(text) - 1
+    slots.decode_ahead([(opened[0], 5, 20)])
+    with pytest.raises(EngineError, match="another token was decoded ahead"):
+        opened[0].decode([6], 20)
+    slots.close()

@@ -73,6 +73,7 @@ class Compressor:
     choices: how often they were
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
+    observe: told the ledger after each change of what is in the cells; None for nobody
     """
 
     native: NativeCache
@@ -98,6 +99,7 @@ class Compressor:
     rotations: int = 0
     choices: int = 0
     held: bool = False
+    observe: Callable[[Ledger], None] | None = None
 
     def target(self, ledger: Ledger) -> int:
         """Cells of each layer and head after a compression now."""
@@ -221,6 +223,7 @@ class Compressor:
             self.native.compact(refill.gather, positions, refill.delta, archive.chunks())
             self.native.shift_window_cache(next_position - ledger.next_position)
             ledger.refill(refill.gather, refill.tokens, refill.positions, next_position)
+        self._changed(ledger)
 
     def write_through(self, ledger: Ledger) -> bool:
         """All tokens are in the archive. False without one, or if it had to be given up."""
@@ -270,4 +273,9 @@ class Compressor:
                 # the mask wants ascending positions; the window's are the true ones
                 self.native.compact(keep, np.arange(ledger.next_position - n_keep, ledger.next_position))
                 ledger.compact(keep, None)
+        self._changed(ledger)
         self.seconds.compact += time.perf_counter() - started
+
+    def _changed(self, ledger: Ledger) -> None:
+        if self.observe:
+            self.observe(ledger)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
@@ -12,15 +14,25 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.slots import Slots
 from kvlocal.nexus.tokens import NexusTokens
 
+S = TypeVar("S", bound=Slots)
+
 
 def slots_for(
     n: int, model: Model, config: SessionConfig, nexus: NexusTokens | None = None, token_share: float = 0.0
 ) -> tuple[Slots, int]:
+    """As slots_of_kind, for slots in rounds.
+
+    token_share: as for kvlocal.llama.slots.Rounds
+    """
+    return slots_of_kind(partial(Slots, token_share=token_share), n, model, config, nexus)
+
+
+def slots_of_kind(make: Callable[..., S], n: int, model: Model, config: SessionConfig, nexus: NexusTokens | None = None) -> tuple[S, int]:
     """Slots for n sessions with a configuration, and the budget of each, in cells.
 
     A session is made once for it, so that what is wrong with the configuration itself is said at once.
 
-    token_share: as for kvlocal.llama.slots.Rounds
+    make: makes them, as Slots is made
 
     Raises:
         KvlocalError: no session is possible with this configuration, or there is not enough memory for n of them.
@@ -35,4 +47,4 @@ def slots_for(
 
     with ChatSession(model, config, nexus=nexus, undo=False, make_context=make_context) as session:
         budget = session.cache.budget
-    return Slots(n, model, token_share=token_share, **asked), budget
+    return make(n, model, **asked), budget

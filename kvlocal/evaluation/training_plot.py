@@ -24,8 +24,9 @@ def draw(what: str, values: Sequence[float], evaluations: Sequence[Mapping[str, 
         KvlocalError: matplotlib is missing or the file cannot be written.
     """
     check(path)
-    figure = new_figure(11, 4.5)
-    updates, held_out = figure.subplots(1, 2)
+    figure = new_figure(11 if evaluations else 6, 4.5)
+    panels = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
+    updates = panels[0]
     steps = np.arange(1, len(values) + 1)
     updates.plot(steps, values, ".", color="0.8")
     stretches = [part for part in np.array_split(np.arange(len(values)), min(_STRETCHES, max(1, len(values)))) if len(part)]
@@ -33,12 +34,13 @@ def draw(what: str, values: Sequence[float], evaluations: Sequence[Mapping[str, 
     if known:
         updates.plot(*zip(*known, strict=True), color="C0")
     updates.set(xlabel="update", ylabel=what, ylim=(0, None))
-    names = dict.fromkeys(name for one in evaluations for name in one if name != "step")
-    for i, name in enumerate(names):
-        points = [(one["step"], one[name]) for one in evaluations if name in one]
-        held_out.plot(*zip(*points, strict=True), marker="osD^v<>pX*"[i % 10], label=name)
-    held_out.set(xlabel="update", ylabel=f"held-out {what}", ylim=(0, None))
-    for panel in (updates, held_out):
+    for held_out in panels[1:]:
+        names = dict.fromkeys(name for one in evaluations for name in one if name != "step")
+        for i, name in enumerate(names):
+            points = [(one["step"], one[name]) for one in evaluations if name in one]
+            held_out.plot(*zip(*points, strict=True), marker="osD^v<>pX*"[i % 10], label=name)
+        held_out.set(xlabel="update", ylabel=f"held-out {what}", ylim=(0, None))
+        figure.legend(*held_out.get_legend_handles_labels(), loc="outside right upper")
+    for panel in panels:
         panel.grid(alpha=0.3)
-    figure.legend(*held_out.get_legend_handles_labels(), loc="outside right upper")
     save(figure, path)

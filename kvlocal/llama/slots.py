@@ -274,3 +274,43 @@ class Slot:
             raise EngineError("the slot is closed: open a new one")
         if seq != 0:
             raise EngineError(f"there is no sequence {seq}: a slot has 1")
+
+
+class SlotsInStep(Slots):
+    """Slots whose conversations one thread has, without a driver: what they decode is decoded at once, and next tokens together where that is asked
+    for ahead. It is made as Slots is.
+    """
+
+    def __init__(self, n: int, model: Model, **options: Any) -> None:
+        super().__init__(n, model, **options)
+        self.scheduler: _AtOnce = _AtOnce()
+
+    def decode_ahead(self, tokens: Sequence[tuple[Slot, int, int]]) -> None:
+        """Decodes one token of each of some slots together. What each of them decodes next has to be just that, and is there already.
+
+        tokens: slot, token and position
+        """
+        requests = [_Request(slot._context, slot.seq, np.array([token], np.int32), pos, "last", slot._adapter) for slot, token, pos in tokens]
+        for context in dict.fromkeys(request.context for request in requests):
+            _decode_together(context, [request for request in requests if request.context is context])
+        self.scheduler.ahead = {(request.context, request.seq): request for request in requests}
+
+
+class _AtOnce(Scheduler):
+    """Carries out in the thread that asks. ahead: what was decoded already, by context and sequence."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda requests: None)
+        self.ahead: dict[tuple[Context, int], _Request] = {}
+
+    def wait(self, request: _Request) -> None:
+        done = self.ahead.pop((request.context, request.seq), None)
+        if done is None:
+            request.decode()
+        elif request.is_next_token and (request.rows[0], request.pos) == (done.rows[0], done.pos):
+            request.result, request.error = done.result, done.error
+        else:
+            request.error = EngineError("another token was decoded ahead: decode that one")
+
+    def call(self, function: Callable[[], T]) -> T:
+        return function()

@@ -1,1 +1,3 @@
-"""Trains Nexus tokens and adapters for a compressed cache: a decoder in PyTorch, its weights and examples, written dialogues, and distillation."""
+"""Trains Nexus tokens and adapters for a compressed cache: a decoder in PyTorch, its weights and examples, written dialogues, distillation and
+reinforcement learning.
+"""
