@@ -76,7 +76,9 @@ def _rows(report: dict[str, Any], facts: dict[str, Any] | None) -> list[tuple[st
             ("quantization", facts["quantization"] or "unknown"),
         ]
         if facts["heads"]:
-            rows.append(("layers", f"{facts['layers']}, {facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}{window}"))
+            recurrent = f", {facts['recurrent_layers']} of them recurrent" if facts["recurrent_layers"] else ""
+            heads = f"{facts['heads']} heads, {facts['kv_heads']} KV heads of {facts['head_size']}"
+            rows.append(("layers", f"{facts['layers']}{recurrent}, {heads}{window}"))
     if report["trained_context"]:
         rows.append(("trained context", f"{report['trained_context']:,} tokens"))
     if facts is not None:

@@ -47,7 +47,8 @@ def copy(
     target: Path,
     *,
     metadata: Mapping[str, Any] = {},
-    added: Mapping[str, bool | int] = {},
+    added: Mapping[str, Any] = {},
+    without: str = "",
     names: Mapping[str, str] = {},
     tensors: Iterable[tuple[str, np.ndarray, GGMLQuantizationType, tuple[int, ...]]] | None = None,
 ) -> None:
@@ -55,17 +56,21 @@ def copy(
 
     Args:
         metadata: other values of keys that are there, of the same types.
-        added: keys that are not there, bool or uint32.
+        added: keys that are not there; bool, float or uint32, or a list of int32.
+        without: keys that begin with this are left out; none if it is empty.
         names: of tokens, {old: new}.
         tensors: name, data, type and shape of each, outermost dimension first; those of the source by default.
     """
-    pairs = dict(source.pairs)
+    pairs = {key: pair for key, pair in source.pairs.items() if not (without and key.startswith(without))}
     for key, value in metadata.items():
         if key in pairs:
             pairs[key] = _text(key) + struct.pack("<I", source.kinds[key]) + _value(source.kinds[key], value)
     for key, value in added.items():
-        kind = GGUFValueType.BOOL if isinstance(value, bool) else GGUFValueType.UINT32
-        pairs[key] = _text(key) + struct.pack("<I", kind) + _value(kind, value)
+        if isinstance(value, list):
+            pairs[key] = _text(key) + struct.pack(f"<IIQ{len(value)}i", GGUFValueType.ARRAY, GGUFValueType.INT32, len(value), *value)
+            continue
+        kinds = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT32, int: GGUFValueType.UINT32}
+        pairs[key] = _text(key) + struct.pack("<I", kinds[type(value)]) + _value(kinds[type(value)], value)
     if names:
         key = "tokenizer.ggml.tokens"
         texts = [names.get(text, text) for text in (text.decode("utf-8", "surrogateescape") for text in source.strings(key))]

@@ -13,7 +13,7 @@ from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import Layout
 from kvlocal.llama.rows import Rows
 
-LAYOUT = Layout(2, 6, 3, 32, 32, 1, 512, 16, False, True, 8, 6, 34, 22)
+LAYOUT = Layout(2, 6, 3, 32, 32, 1, 512, 16, False, False, True, 8, 6, 34, 22)
 CHUNK_BYTES = 2 * 3 * CHUNK * (34 + 22)
 
 
@@ -117,6 +117,23 @@ def test_marks_that_are_gone_leave_their_place_to_others(tmp_path, ram):
     assert not archive.marks
 
 
+def test_marks_that_lie_back_are_thinned_out():
+    archive = Archive(LAYOUT, 2**30, None)
+    filled(archive, [256])
+    for n in range(1, 257):
+        archive.add_mark(ArchivedMark(n, 1, n, (0,), 0, np.zeros(100, np.uint8)))
+        archive.thin_marks(1000)
+    lengths = [mark.n_tokens for mark in archive.marks]
+    assert len(lengths) == 10 and lengths[-3:] == [254, 255, 256]
+    # what is read again, where there is no mark any more, is less than what is taken back
+    for n in range(lengths[0], 257):
+        last = max(length for length in lengths if length <= n)
+        assert n - last <= 256 - n + 1
+    archive.thin_marks(0)
+    assert [mark.n_tokens for mark in archive.marks] == [256]
+    archive.close()
+
+
 def check_equal(archive, rows):
     tokens = np.broadcast_to(np.arange(archive.n_tokens), (2, 3, archive.n_tokens))
     found = rows_of(archive, tokens)
@@ -191,7 +208,7 @@ def test_another_archive_takes_over_what_one_had(copy):
         (archive.positions, [], data),
         (archive.positions, marks, [data[0], data[1][1:], data[2]]),
         (archive.positions[:200], marks, data[:1] + data[2:]),
-        (archive.positions, [dataclasses.replace(marks[0], n_ring=101)], data),
+        (archive.positions, [dataclasses.replace(marks[0], n_beside=101)], data),
         (archive.positions, [dataclasses.replace(marks[0], n_cells=-1)], data),
         (archive.positions, [dataclasses.replace(marks[0], n_cells=301)], data),
         (archive.positions, marks * 2, [*data, data[2]]),

@@ -384,7 +384,7 @@ def test_wrong_calls_are_refused_and_change_nothing(model, tokens):
         assert code(lib.kvl_compact, ctx, seq, ints, ints, ffi.NULL, ffi.NULL, 0, L, 3, 1, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_read_keys, ctx, seq, 0, floats, 60) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_read_queries, ctx, seq, 0, floats, 1) == lib.KVL_ERR_ARGUMENT
-        assert code(lib.kvl_shift_window_cache, ctx, seq, 1) == lib.KVL_ERR_ARGUMENT
+        assert code(lib.kvl_shift_beside, ctx, seq, 1) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_ring_get_state, ctx, seq, ffi.NULL, 0) == lib.KVL_ERR_ARGUMENT
         assert code(lib.kvl_ring_set_state, ctx, seq, ffi.new("uint8_t[]", 8), 8) == lib.KVL_ERR_ARGUMENT
     ring = native.ring_state()
@@ -493,7 +493,7 @@ def test_sliding_window_model_compacts_its_global_layers(gemma3, tokens):
         # moved back as a whole, with the sliding-window cache following: attention sees the same differences
         keep = chat.everywhere(np.arange(n + 1))
         chat.native.compact(keep, np.arange(n + 1) + 50, np.full(keep.shape, 50))
-        chat.native.shift_window_cache(50)
+        chat.native.shift_beside(50)
         chat.context.decode(tokens[n + 1 : n + 2], n + 51)
         plain.feed(1)
         p, q = log_softmax(plain.context.logits()), log_softmax(chat.context.logits())

@@ -152,7 +152,10 @@ class PlainReader(Reader):
         self._read(tokens, at_once)
 
     def slice(self, n: int, at_once: int) -> float:
+        state = self._context.recurrent_state() if self._context.model.is_hybrid else None
         seconds = super().slice(n, at_once)
+        if state is not None:
+            self._context.set_recurrent_state(0, state)
         self._context.remove(0, self._position - n, -1)
         self._position -= n
         self._history -= n
@@ -163,7 +166,7 @@ class PlainReader(Reader):
             "history": self._history,
             "peak_cells": self._position,
             "capacity": self._context.n_cells,
-            "kv_bytes": self._context.kv_bytes() + self._ring_bytes,
+            "kv_bytes": self._context.kv_bytes() + self._context.state_bytes() + self._ring_bytes,
         }
 
     def close(self) -> None:

@@ -194,6 +194,17 @@ class Archive:
             self._let_go(stored)
         del self._marks[n:]
 
+    def thin_marks(self, n_bytes: int) -> None:
+        """Forgets marks until the others take no more than so many bytes, but never the last.
+
+        The farther back, the larger the gaps that are left: what has to be read again to come back to where no mark is any more is a share of what
+        would be taken back.
+        """
+        while len(self._marks) > 1 and sum(len(stored.data) for stored in self._marks) > n_bytes:
+            n = [0, *(stored.mark.n_tokens for stored in self._marks)]
+            costs = [(n[i + 1] - n[i - 1]) / (1 + n[-1] - n[i]) for i in range(1, len(n) - 1)]
+            self._let_go(self._marks.pop(costs.index(min(costs))))
+
     # a copy that outlives the process
 
     def parts(self) -> list[ArchivePart]:
@@ -242,7 +253,7 @@ class Archive:
         of_chunks, of_marks = data[:n_chunks], data[n_chunks:]
         if len(of_marks) != len(marks) or any(len(array) != self.chunk_bytes for array in of_chunks):
             raise ValueError("these are not all parts of an archive")
-        fits = all(0 <= mark.n_cells <= mark.n_tokens and 0 <= mark.n_ring <= len(array) for mark, array in zip(marks, of_marks, strict=True))
+        fits = all(0 <= mark.n_cells <= mark.n_tokens and 0 <= mark.n_beside <= len(array) for mark, array in zip(marks, of_marks, strict=True))
         if not fits or lengths != sorted({*lengths}) or not all(0 <= n <= len(positions) for n in lengths):
             raise ValueError("the marks contradict each other")
         self._positions, self.n_tokens = positions.copy(), len(positions)

@@ -16,6 +16,9 @@ from kvlocal.cache.marks import ArchivedMark
 from kvlocal.cache.noted_cells import Arrays, Limits, NotedCells
 from kvlocal.errors import KvlocalError
 
+# what the marks of a model with a recurrent state may take, each of which has a copy of it: from some 100 KB (LFM2) to some 75 MB (Qwen3-Next)
+MOST_STATES = 2**29
+
 
 class ArchivedCells(NotedCells):
     """NotedCells, and the way back to all marks through an archive; what is exchanged between the two while the cells are held comes back too.
@@ -58,13 +61,15 @@ class ArchivedCells(NotedCells):
             return False
         try:
             archive.add_mark(now)
+            if self.layout.is_recurrent and not self.compressor.held:
+                archive.thin_marks(MOST_STATES)
         except ArchiveFailed:
             return False
         return True
 
     def _now(self) -> ArchivedMark | None:
         """What the cells are now, to fill them so again; None without an archive, or if it had to be given up."""
-        return ArchivedMark.of(self.ledger, self.native.ring_state(), self.pace) if self.compressor.write_through(self.ledger) else None
+        return ArchivedMark.of(self.ledger, self._beside.get(), self.pace) if self.compressor.write_through(self.ledger) else None
 
     @property
     def marked(self) -> list[int]:
@@ -88,6 +93,7 @@ class ArchivedCells(NotedCells):
         self.doubt()
         self.context.clear()
         self.compressor.recaller.go_back(self.ledger, mark)
+        self._beside.set(mark.beside)
         self.compressor.looked.truncate(self.ledger)
         self.compressor.chosen_at, self.pace = 0, mark.pace
         self.ledger.certain = self._agrees()
@@ -137,7 +143,7 @@ class ArchivedCells(NotedCells):
 
         def restore() -> None:
             self.ledger = ledger
-            self._restore(state, mark.n_tokens, mark.ring)
+            self._restore(state, mark.n_tokens, mark.beside)
 
         return restore
 
@@ -160,7 +166,7 @@ class ArchivedCells(NotedCells):
         arrays, archive = super().snapshot(), self.archive
         if archive is None:
             return arrays
-        marks = [(mark.n_tokens, mark.n_cells, mark.next_position, mark.n_ring, *mark.pace) for mark in archive.marks]
+        marks = [(mark.n_tokens, mark.n_cells, mark.next_position, mark.n_beside, *mark.pace) for mark in archive.marks]
         return arrays | {
             "archive.positions": archive.positions,
             "archive.marks": np.array(marks, np.int64).reshape(-1, 4 + len(self.pace)).T,
@@ -183,7 +189,7 @@ class ArchivedCells(NotedCells):
         """
         self.doubt()
         if self.archive and "archive.positions" in arrays:
-            marks = [ArchivedMark(n, cells, end, tuple(pace), ring) for n, cells, end, ring, *pace in arrays["archive.marks"].T.tolist()]
+            marks = [ArchivedMark(n, cells, end, tuple(pace), beside) for n, cells, end, beside, *pace in arrays["archive.marks"].T.tolist()]
             self.archive.restore(arrays["archive.positions"], marks, parts, copy)
             self.pace = tuple(arrays["archive.pace"].tolist())
         elif self.archive:
@@ -193,10 +199,10 @@ class ArchivedCells(NotedCells):
     def _cells(self) -> Arrays:
         return {} if self._way_back_archive else super()._cells()
 
-    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8] | None, ring: npt.NDArray[np.uint8] | None) -> None:
+    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8] | None, beside: npt.NDArray[np.uint8] | None) -> None:
         if cache is not None or self.compressor.recaller is None or self.layout.is_swa:
-            super()._fill(ledger, cache, ring)
+            super()._fill(ledger, cache, beside)
             return
         self.context.clear()
         self.compressor.recaller.fill(ledger)
-        self.native.set_ring_state(ring)
+        self._beside.set(beside)

@@ -19,6 +19,7 @@ from kvlocal.cache.archive import Archive
 from kvlocal.cache.archived_cells import ArchivedCells
 from kvlocal.cache.compression import Compressor, Seconds
 from kvlocal.cache.config import CacheConfig, CacheError, check_budget, queries_to_record
+from kvlocal.cache.evaluate_again import SecondEvaluation
 from kvlocal.cache.fitting import archive_types, fitted
 from kvlocal.cache.ledger import NEXUS
 from kvlocal.cache.noted_cells import Arrays, Limits
@@ -110,6 +111,7 @@ class BudgetedCache(ArchivedCells):
                 copies=self.policy.evicts,
                 archived=config.store != "off",
             )
+            self._again = SecondEvaluation(context, self.layout.is_recurrent)
             self._archive_types = archive_types(config, self.layout)
             self.sources = ScoreSources(self.native, self.layout, self.policy, config.window, context.n_ubatch, model.token_bytes)
             self.compressor = Compressor(
@@ -140,6 +142,7 @@ class BudgetedCache(ArchivedCells):
         if self.config.store != "off":
             self.compressor.open_archive(self._empty_archive())
         self._begin_turn()
+        self._again.forget()
 
     def _begin_turn(self) -> None:
         """Tokens of an answer: how many came since the cells were chosen, and after how many they are chosen again."""
@@ -149,6 +152,8 @@ class BudgetedCache(ArchivedCells):
         """As ArchivedCells.mark, before a turn of the user: what is chosen in it does not depend on when it was in the last one."""
         super().mark()
         self._begin_turn()
+        if self.archive:
+            self._again.note(self.ledger)
 
     def _empty_archive(self) -> Archive:
         config = self.config
@@ -184,9 +189,16 @@ class BudgetedCache(ArchivedCells):
         """
         ids = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)])
         ends = list(accumulate(len(part.tokens) for part in parts))
-        start, breaks = 0, self._ends_of_user_text(parts)
+        texts = self._user_texts(parts)
+        breaks = [end for _, end in texts]
+        # what is evaluated a second time begins where the recurrent state, if there is one, was copied
+        copies = [max(begin, end - self.n_again) for begin, end in texts] if self.layout.is_recurrent else []
+        start = 0
         while True:
-            stop = min([start + self._room_at(start, parts, ends), len(ids), *breaks[:1]])
+            if copies and start == copies[0]:
+                del copies[0]
+                self._again.note(self.ledger)
+            stop = min([start + self._room_at(start, parts, ends), len(ids), *copies[:1], *breaks[:1]])
             # what of each part is in this chunk; one without tokens counts where it stands
             inside = [
                 (part, min(end, stop) - max(end - len(part.tokens), start))
@@ -205,14 +217,18 @@ class BudgetedCache(ArchivedCells):
                 return stop
             start = stop
 
-    def _ends_of_user_text(self, parts: Sequence[Passage]) -> list[int]:
-        """After how many of the tokens the user has said all and the markup of an answer begins: the last queries are about what was asked then."""
+    def _user_texts(self, parts: Sequence[Passage]) -> list[tuple[int, int]]:
+        """Which of the tokens the user says, for each time that all is said and the markup of an answer begins: the last queries are about what was
+        asked then.
+        """
         if not self.compressor.recaller:
             return []
-        role, n, found = self.ledger.segments[-1].role if self.ledger.segments else "", 0, []
+        role, n, begin, found = self.ledger.segments[-1].role if self.ledger.segments else "", 0, 0, []
         for part in parts:
-            if part.role == "assistant" and role == "user" and n:
-                found.append(n)
+            if part.role != role:
+                if part.role == "assistant" and role == "user" and n:
+                    found.append((begin, n))
+                begin = n
             role, n = part.role, n + len(part.tokens)
         return found
 
@@ -248,8 +264,15 @@ class BudgetedCache(ArchivedCells):
 
     @property
     def n_again(self) -> int:
-        """The most tokens that `recall_for_answer` evaluates a second time."""
-        return min(self._recall.again, self.context.n_ubatch) if self.compressor.recaller else 0
+        """The most tokens that `recall_for_answer` evaluates a second time.
+
+        From a recurrent state they can be no fewer: then they are so many as every head is sure to have among its newest.
+        """
+        if not self.compressor.recaller:
+            return 0
+        recall = self._recall
+        newest = max(self.config.window, round(min(recall.recent, recall.asked) * self.target))
+        return min(recall.again, self.context.n_ubatch, newest if self.layout.is_recurrent else recall.again)
 
     def recall_for_answer(self) -> None:
         """Behind what the user says, which was just read: brings what it is about into the cells. Without an archive there is nothing to bring.
@@ -267,20 +290,11 @@ class BudgetedCache(ArchivedCells):
             self._choose(closely=True)
 
     def _evaluate_again(self, n: int) -> None:
-        """Evaluates the last n tokens a second time, or as many of them as every head has, with the cells that there are now."""
-        ledger, recaller = self.ledger, self.compressor.recaller
-        n = min(n, ledger.n_cells)
-        last = ledger.tokens[..., ledger.n_cells - n : ledger.n_cells] == np.arange(ledger.n_tokens - n, ledger.n_tokens)
-        n = int(last.all(axis=(0, 1))[::-1].cumprod().sum())
-        if not n or not recaller:
-            return
+        """Evaluates the last n tokens a second time with the cells that there are now, where that can be (SecondEvaluation.run)."""
         started = time.perf_counter()
-        with ledger.changing():
-            recaller.archive.truncate(ledger.n_tokens - n)
-            self.context.remove(0, ledger.next_position - n, -1)
-            self.context.decode(ledger.ids[ledger.n_tokens - n :], ledger.next_position - n)
-        self.compressor.chosen_at = 0
-        self._count("recall", started)
+        if self.archive and self._again.run(self.ledger, self.archive, n):
+            self.compressor.chosen_at = 0
+            self._count("recall", started)
 
     def append(
         self,

@@ -221,7 +221,7 @@ class Compressor:
         positions = np.arange(next_position - refill.gather.shape[-1], next_position)
         with ledger.changing():
             self.native.compact(refill.gather, positions, refill.delta, archive.chunks())
-            self.native.shift_window_cache(next_position - ledger.next_position)
+            self.native.shift_beside(next_position - ledger.next_position)
             ledger.refill(refill.gather, refill.tokens, refill.positions, next_position)
         self._changed(ledger)
 
@@ -265,7 +265,7 @@ class Compressor:
             # cells are moved in place, layer by layer
             with ledger.changing():
                 self.native.compact(keep, positions, delta)
-                self.native.shift_window_cache(shift)
+                self.native.shift_beside(shift)
                 ledger.compact(keep, positions)
             self.rotations += 1
         else:

@@ -45,6 +45,8 @@ def check_file(path: Path, config: C, placement: Placement) -> C:
         return config
     check_allocation(attention.n_ctx_train, config)
     type_k, type_v = config.type_k, config.type_v
+    if attention.latent and type_k != type_v:
+        raise CacheError(f"the values of {path.name} are parts of its keys (latent attention): give --ctk {type_k} --ctv {type_k}")
     _check_blocks(path, attention, (("--ctk", type_k), ("--ctv", type_v)))
     if device := _without_attention(attention, type_k, type_v, placement):
         raise CacheError(f"the device {device} has no attention for keys of type {type_k} and values of type {type_v}: give f16 for both")

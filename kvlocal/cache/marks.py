@@ -19,27 +19,27 @@ class ArchivedMark:
     n_cells: cells of each layer and head
     next_position: where the next token went
     pace: when the cells were to be chosen again (ArchivedCells.pace)
-    n_ring: bytes of the recorded queries
-    data: uint8 [bytes], the recorded queries (NativeCache.ring_state), and behind them which tokens were in the cells, packed
+    n_beside: bytes of what is beside the cells
+    data: uint8 [bytes], what is beside the cells (kvlocal.cache.beside), and behind it which tokens were in them, packed
     """
 
     n_tokens: int
     n_cells: int
     next_position: int
     pace: tuple[int, ...]
-    n_ring: int
+    n_beside: int
     data: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     @classmethod
-    def of(cls, ledger: Ledger, ring: npt.NDArray[np.uint8] | None, pace: tuple[int, ...]) -> Self:
+    def of(cls, ledger: Ledger, beside: npt.NDArray[np.uint8] | None, pace: tuple[int, ...]) -> Self:
         """What is there now."""
-        parts = [np.zeros(0, np.uint8) if ring is None else ring, pack(ledger.tokens[..., : ledger.n_cells])]
+        parts = [np.zeros(0, np.uint8) if beside is None else beside, pack(ledger.tokens[..., : ledger.n_cells])]
         return cls(ledger.n_tokens, ledger.n_cells, ledger.next_position, pace, len(parts[0]), np.concatenate(parts))
 
     @property
-    def ring(self) -> npt.NDArray[np.uint8] | None:
-        """The recorded queries, None if none were recorded."""
-        return self.data[: self.n_ring] if self.n_ring else None
+    def beside(self) -> npt.NDArray[np.uint8] | None:
+        """As Beside.get gave it."""
+        return self.data[: self.n_beside] if self.n_beside else None
 
     def tokens(self, n_layer: int, n_head_kv: int) -> npt.NDArray[np.int32]:
         """The token in each cell, int32 [L, H, n_cells], ascending.
@@ -47,7 +47,7 @@ class ArchivedMark:
         Raises:
             ValueError: the data are none that `of` made.
         """
-        tokens = unpack(self.data[self.n_ring :], (n_layer, n_head_kv, self.n_cells))
+        tokens = unpack(self.data[self.n_beside :], (n_layer, n_head_kv, self.n_cells))
         if self.n_cells and (tokens[..., 0].min() < 0 or (np.diff(tokens, axis=-1) <= 0).any() or (tokens[..., -1] != self.n_tokens - 1).any()):
             raise ValueError("a mark is not what the archive holds")
         return tokens

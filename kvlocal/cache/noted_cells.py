@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvlocal.cache.beside import Beside, most_state_bytes
 from kvlocal.cache.config import CacheError
 from kvlocal.cache.ledger import Ledger
 from kvlocal.llama.cells import NativeCache
@@ -28,11 +29,13 @@ class _Checkpoint:
     """A length of the conversation that can be gone back to.
 
     The tail of the cache is simply cut off as long as nothing was removed since; before the first removal the cache is copied. The query ring
-    is overwritten from the start, so it is copied at once.
+    is overwritten from the start, and so is a recurrent state, so they are copied at once.
+
+    beside: as Beside.get gives it
     """
 
     n_tokens: int
-    ring: npt.NDArray[np.uint8] | None
+    beside: npt.NDArray[np.uint8] | None
     state: npt.NDArray[np.uint8] | None = None
     ledger: Ledger | None = None
 
@@ -76,6 +79,7 @@ class NotedCells:
         self.native = NativeCache(context.pointer, context.seq, context.call)
         self.layout = self.native.layout()
         self._capacity, self._carries, self._undo = capacity, carries, undo
+        self._beside = Beside(context, self.native, self.layout)
         self._way_back = _WayBack(context, _copy_bytes(context) if undo and copies and (self.layout.is_swa or not archived) else 0)
         self._begun = 0  # how often a conversation was
         self.empty(0)
@@ -99,8 +103,8 @@ class NotedCells:
 
     @property
     def kv_bytes(self) -> int:
-        """What the cells and the recorded queries take, in bytes."""
-        return self.context.kv_bytes() + self.layout.ring_bytes
+        """What the cells, the recurrent state and the recorded queries take, in bytes."""
+        return self.context.kv_bytes() + self.context.state_bytes() + self.layout.ring_bytes
 
     # what is certain
 
@@ -123,7 +127,7 @@ class NotedCells:
     def mark(self) -> None:
         """The conversation can be made as long again as it is now, by `set_length`, until the next mark."""
         if self._undo:
-            self._way_back.checkpoint = _Checkpoint(self.ledger.n_tokens, self.native.ring_state())
+            self._way_back.checkpoint = _Checkpoint(self.ledger.n_tokens, self._beside.get())
         if self.layout.is_swa:
             # what left the sliding window can't be brought back by cutting off the tail
             self._way_back.keep(self.ledger)
@@ -152,17 +156,18 @@ class NotedCells:
         self._way_back.checkpoint = None
         if checkpoint.ledger:
             self.ledger = checkpoint.ledger
-        self._restore(checkpoint.state, checkpoint.n_tokens, checkpoint.ring)
+        self._restore(checkpoint.state, checkpoint.n_tokens, checkpoint.beside)
 
-    def _restore(self, state: npt.NDArray[np.uint8] | None, n_tokens: int, ring: npt.NDArray[np.uint8] | None) -> None:
+    def _restore(self, state: npt.NDArray[np.uint8] | None, n_tokens: int, beside: npt.NDArray[np.uint8] | None) -> None:
         """Cells from a copy that was made with the ledger there is, or those that are there if None, up to a length of the conversation."""
         self.doubt()
         if state is not None:
             self.context.clear()
             self.context.state_set(0, state)
         self._truncate(n_tokens)
+        # a recurrent state first: cells are not cut off in front of it
+        self._beside.set(beside)
         self.context.remove(0, self.ledger.next_position, -1)
-        self.native.set_ring_state(ring)
         self.ledger.certain = self._agrees()
 
     def _truncate(self, n_tokens: int) -> None:
@@ -172,7 +177,7 @@ class NotedCells:
     def _cut_tail(self, n_tokens: int) -> bool:
         """Removes the cells of the tokens from n_tokens on, and any behind that are not noted; False if that does not bring back what was before.
 
-        They must be the last cells of every head, and few enough to leave some of the recorded queries.
+        They must be the last cells of every head, and few enough to leave some of the recorded queries. From a recurrent state nothing is cut off.
         """
         ledger, end = self.ledger, self.context.pos_max(0) + 1
         n_drop = ledger.n_tokens - n_tokens
@@ -181,7 +186,7 @@ class NotedCells:
             return self._agrees()
         holds_tail = n_drop < ledger.n_cells and (n_drop == 0 or bool((ledger.tokens[..., ledger.n_cells - n_drop] == n_tokens).all()))
         leaves_queries = not self.layout.n_window or n_removed < self.layout.n_window
-        if not (holds_tail and leaves_queries and n_removed >= 0):
+        if not (holds_tail and leaves_queries and n_removed >= 0) or self.layout.is_recurrent:
             return False
         self.doubt()
         self._truncate(n_tokens)
@@ -190,8 +195,10 @@ class NotedCells:
         return ledger.certain
 
     def _agrees(self) -> bool:
-        """Whether there are as many cells as are noted, up to the position that is noted."""
-        return self.native.n_cells() == self.ledger.n_cells and self.context.pos_max(0) == self.ledger.next_position - 1
+        """Whether there are as many cells as are noted, up to the position that is noted, and a recurrent state of that position if there is one."""
+        end = self.ledger.next_position
+        has_state = not self.layout.is_recurrent or self.context.pos_min(0) == end - 1
+        return self.native.n_cells() == self.ledger.n_cells and self.context.pos_max(0) == end - 1 and has_state
 
     def _has_window(self) -> bool:
         """Whether the sliding window in front of the next token is whole."""
@@ -199,25 +206,24 @@ class NotedCells:
 
     @contextmanager
     def taken_back(self) -> Iterator[None]:
-        """What is decoded inside is removed again on exit, and the query ring is as it was. Nothing else may be removed or moved inside.
+        """What is decoded inside is removed again on exit, and what is beside the cells is as it was. Nothing else may be removed or moved inside.
 
         Where that fails, the cells are uncertain.
         """
         self.check_certain()
         begun, end = self._begun, self.context.pos_max(0) + 1
         # what leaves a sliding window can't be brought back by cutting off the tail
-        state, ring = self.context.state_get() if self.layout.is_swa else None, self.native.ring_state()
+        state, beside = self.context.state_get() if self.layout.is_swa else None, self._beside.get()
         try:
             yield
         finally:
             if self._begun == begun:
                 with self.ledger.changing():
-                    if state is None:
-                        self.context.remove(0, end, -1)
-                    else:
+                    if state is not None:
                         self.context.clear()
                         self.context.state_set(0, state)
-                    self.native.set_ring_state(ring)
+                    self._beside.set(beside)
+                    self.context.remove(0, end, -1)
             else:
                 # after a failure the conversation was begun anew
                 self.doubt()
@@ -227,8 +233,8 @@ class NotedCells:
     def snapshot(self) -> Arrays:
         """What is in the cells, and the mark; `resume` takes it.
 
-        cache, ring: uint8 [bytes]; ledger.*: Ledger.arrays; and for the mark, checkpoint.numbers: int64 [1], checkpoint.ring, and
-        checkpoint.cache and checkpoint.ledger.* if need be
+        cache: uint8 [bytes]; ring: uint8 [bytes], what is beside the cells (Beside.get); ledger.*: Ledger.arrays; and for the mark,
+        checkpoint.numbers: int64 [1], checkpoint.ring, and checkpoint.cache and checkpoint.ledger.* if need be
         """
         self.check_certain()
         if self.layout.is_swa:
@@ -238,11 +244,11 @@ class NotedCells:
         checkpoint = self._way_back.checkpoint
         arrays = {
             **self._cells(),
-            "ring": self.native.ring_state(),
+            "ring": self._beside.get(),
             **_named("ledger", self.ledger),
         }
         if checkpoint:
-            arrays |= {"checkpoint.numbers": np.array([checkpoint.n_tokens], np.int64), "checkpoint.ring": checkpoint.ring}
+            arrays |= {"checkpoint.numbers": np.array([checkpoint.n_tokens], np.int64), "checkpoint.ring": checkpoint.beside}
             if checkpoint.ledger:
                 arrays |= {"checkpoint.cache": checkpoint.state, **_named("checkpoint.ledger", checkpoint.ledger)}
         return {name: array for name, array in arrays.items() if array is not None}
@@ -254,12 +260,11 @@ class NotedCells:
     def snapshot_limits(self, n_text: int) -> Limits:
         """The type and the largest shape of each array of a `snapshot`, whose last dimension may be smaller. n_text: tokens there can be."""
         cells = self.ledger.tokens.shape
-        n_ring = 0 if (ring := self.native.ring_state()) is None else len(ring)
         ledger: Limits = {"numbers": ("<i8", (4,)), "ids": ("<i4", (n_text,)), "block_of": ("<i4", (n_text,)), "segments": ("u1", (n_text,))}
         ledger |= {"tokens": ("<i4", cells), "positions": ("<i4", cells), **dict.fromkeys(self.ledger.carried, ("<f4", cells))}
         limits: Limits = {"checkpoint.numbers": ("<i8", (1,))}
         for prefix in ("", "checkpoint."):
-            limits |= {f"{prefix}cache": ("u1", (_copy_bytes(self.context),)), f"{prefix}ring": ("u1", (n_ring,))}
+            limits |= {f"{prefix}cache": ("u1", (_copy_bytes(self.context),)), f"{prefix}ring": ("u1", (self._beside.n_most,))}
             limits |= {f"{prefix}ledger.{name}": limit for name, limit in ledger.items()}
         return limits
 
@@ -276,32 +281,36 @@ class NotedCells:
         self._fill(self.ledger, arrays.get("cache"), arrays.get("ring"))
         if checkpoint and not checkpoint.ledger:
             _check_tail(checkpoint, self.ledger)
+        if not self._agrees():
+            raise ValueError("cells and ledger differ")
         self._way_back.checkpoint = checkpoint
         self.ledger.certain = True
 
-    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8] | None, ring: npt.NDArray[np.uint8] | None) -> None:
+    def _fill(self, ledger: Ledger, cache: npt.NDArray[np.uint8] | None, beside: npt.NDArray[np.uint8] | None) -> None:
         """Puts into the cells what a snapshot holds of them; ValueError, or an error of the engine, if that is not what the ledger says."""
         if cache is None:
             raise ValueError("there are no cells")
         self.context.state_set(0, cache)
-        self.native.set_ring_state(ring)
         end = ledger.next_position
         # the positions that the mask looks at; those of the window's cache end where they do
         if not np.array_equal(self.native.positions(), np.arange(end - ledger.n_cells, end)) or self.context.pos_max(0) != end - 1:
             raise ValueError("cache and ledger differ")
+        # a checkpoint's is older than its cells
+        self._beside.set(beside)
 
     def _checkpoint_of(self, arrays: Mapping[str, npt.NDArray[Any]]) -> _Checkpoint:
         """The checkpoint of a snapshot; its cache, if it has one, is in the cells then."""
         (n_tokens,) = arrays["checkpoint.numbers"].tolist()
         checkpoint = _Checkpoint(n_tokens, arrays.get("checkpoint.ring"))
-        self.native.set_ring_state(checkpoint.ring)
+        self._beside.set(checkpoint.beside)
         if "checkpoint.cache" in arrays:
             checkpoint.ledger = self._empty_ledger(self.ledger.n_pinned)
             checkpoint.ledger.take(_of("checkpoint.ledger", arrays))
             checkpoint.state = arrays["checkpoint.cache"]
-            self._fill(checkpoint.ledger, checkpoint.state, checkpoint.ring)
+            self._fill(checkpoint.ledger, checkpoint.state, checkpoint.beside)
             _check_tail(checkpoint, checkpoint.ledger)
         return checkpoint
+
 
 def _check_tail(checkpoint: _Checkpoint, ledger: Ledger) -> None:
     """ValueError unless cutting off what came after the checkpoint leaves something that it can be."""
@@ -311,7 +320,7 @@ def _check_tail(checkpoint: _Checkpoint, ledger: Ledger) -> None:
 
 def _copy_bytes(context: SequenceDecoder) -> int:
     """What a copy of a cache takes at most."""
-    return context.kv_bytes() + context.kv_bytes() // 50 + 2**16
+    return context.kv_bytes() + context.kv_bytes() // 50 + 2**16 + most_state_bytes(context)
 
 
 def _named(prefix: str, ledger: Ledger) -> Arrays:

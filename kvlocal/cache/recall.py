@@ -100,7 +100,8 @@ class Recaller:
     def go_back(self, ledger: Ledger, mark: ArchivedMark) -> None:
         """Fills the cells, which are empty, with what they held at a mark. What was archived since is forgotten.
 
-        They are bit for bit what they were; where the archive has other types than the cache, what these make of it.
+        They are bit for bit what they were; where the archive has other types than the cache, what these make of it. What was beside them is not
+        put back here.
 
         Raises:
             ValueError: the mark is none of this archive.
@@ -115,7 +116,6 @@ class Recaller:
         frame = Frame.at(ledger.n_pinned, self._n_ctx_train, mark.n_tokens, mark.next_position)
         ledger.go_back(mark.n_tokens, mark.next_position, tokens, frame.positions(self.archive.positions)[tokens])
         self.fill(ledger)
-        self._native.set_ring_state(mark.ring)
 
     def fill(self, ledger: Ledger) -> None:
         """Fills the cells, which are empty, with what the ledger says.

@@ -164,7 +164,7 @@ class TextSession(Answerer):
             return n_tokens
         lengths = [length for length in reversed(cache.marked) if 0 < length <= n_tokens]
         # A few tokens can be cut off the end, but the cells that were chosen for them stay: the same text is gone on with in the same way from marks.
-        if 0 < n_there - n_tokens < cache.layout.n_window:
+        if 0 < n_there - n_tokens < cache.layout.n_window and not cache.layout.is_recurrent:
             lengths.insert(0 if n_tokens >= self._n_given else len(lengths), n_tokens)
         found = next((length for length in lengths if cache.set_length(length)), 0)
         if not found:

@@ -157,7 +157,7 @@ def _describe_model(problems: list[str], library: Library, name: str, lora: Sequ
             for kind in KV_TYPES:
                 ggml_type = getattr(library.llama_cpp, f"GGML_TYPE_{kind.upper()}")
                 block = ggml.ggml_blck_size(ggml_type)
-                sizes = (layout.n_embd_head_k, layout.n_embd_head_v)
+                sizes = (layout.n_embd_head_k, layout.n_embd_row_v)
                 row = sum(ggml.ggml_row_size(ggml_type, size * layout.n_head_kv) for size in sizes)
                 cost[kind] = 1000 * layout.n_layer * row if all(size % block == 0 for size in sizes) else None
         return {

@@ -14,6 +14,7 @@ from kvlocal.doctor.memory_shares import MemoryShare, ModelSizes, padded, shares
 from kvlocal.errors import KvlocalError
 from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
+from kvlocal.gguf.recurrent import Recurrent
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import CELL_BLOCK
 from kvlocal.llama.devices import Device, devices, used_devices
@@ -77,6 +78,7 @@ class MemoryEstimate:
     copied: whether the host has a copy of all cells for undo, as where the policy removes cells and no archive has them
     archive, archive_ram: for each cell, on the host: its row in an archive; and what all archives have together at most
     least_cells: that a sequence is given
+    states: of each conversation, on the host: its recurrent state, and what that was before the last turn
     """
 
     host: MemoryShare
@@ -87,6 +89,7 @@ class MemoryEstimate:
     archive: int
     archive_ram: int
     least_cells: int
+    states: int = 0
 
     @classmethod
     def of(
@@ -112,7 +115,7 @@ class MemoryEstimate:
         has_way_back = config.store != "off" and not attention.window
         copied = undo and allocation(config, attention.n_ctx_train).evicts and not has_way_back
         heads = sum(n for n, windowed in zip(attention.n_head_kv_each, attention.windowed, strict=True) if not windowed)
-        kind = config.archive_type
+        kind, recurrent = config.archive_type, Recurrent.of(model)
         return cls(
             host=replace(host, weights=host.weights + adapters),
             devices=tuple(parts),
@@ -122,6 +125,7 @@ class MemoryEstimate:
             archive=heads * attention.row_bytes(kind or config.type_k, kind or config.type_v) if config.store != "off" else 0,
             archive_ram=config.archive_ram,
             least_cells=attention.window + config.n_ubatch if attention.window else 0,
+            states=2 * recurrent.state_bytes if recurrent else 0,
         )
 
     def total(self, n_cells: int, parallel: int = 1) -> list[int]:
@@ -132,7 +136,7 @@ class MemoryEstimate:
         archives = min(self.archive_ram, parallel * self.archive * n)
         of_host = sum(size for size, shared in zip(on_devices, self.of_host, strict=True) if shared)
         copy = sum(share.cache(n) for share in (self.host, *self.devices)) if self.copied else 0
-        return [_PROCESS + self.host.total(n, parallel) + parallel * (self.noted * n + copy) + archives + of_host, *on_devices]
+        return [_PROCESS + self.host.total(n, parallel) + parallel * (self.noted * n + copy + self.states) + archives + of_host, *on_devices]
 
     def lacks(self, free: Free, n_cells: int, parallel: int = 1) -> tuple[str, int, int] | None:
         """The first place that has too little: its name in a sentence, what it would take and what is free there. None if all have enough."""

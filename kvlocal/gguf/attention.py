@@ -9,6 +9,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from kvlocal.gguf.container import Container
+from kvlocal.gguf.recurrent import Recurrent
 
 # the family whose attention llama.cpp gives a soft cap
 _SOFT_CAP = "gemma2"
@@ -28,11 +29,12 @@ class Attention:
     n_embd: numbers of an embedding
     n_head: query heads of the layer that has most
     n_head_kv: KV heads of the layer that has most
-    n_head_kv_each: KV heads of each layer
+    n_head_kv_each: KV heads of each layer, 0 of one without a KV cache
     size_k, size_v: numbers of a key and of a value of one head
     window: of the sliding-window layers, 0 without any
     windowed: whether each layer has a sliding window, as far as it is known; a layer of which it is not counts as one without
     plain: whether it has neither a soft cap nor sinks in every layer
+    latent: whether a value is the beginning of its key (multi-head latent attention), and not stored
     """
 
     n_ctx_train: int
@@ -45,6 +47,7 @@ class Attention:
     window: int
     windowed: tuple[bool, ...]
     plain: bool
+    latent: bool
 
     @classmethod
     def of(cls, model: Container) -> Self | None:
@@ -66,14 +69,18 @@ class Attention:
         n_head = int(np.max(number("attention.head_count")))
         # one number for all layers, or one for each
         each = np.atleast_1d(number("attention.head_count_kv", n_head))
+        recurrent = Recurrent.of(model)
         size_k, size_v = (int(number(f"attention.{name}_length", n_embd // n_head)) for name in ("key", "value"))
         if min(n_embd, n_layer, n_head, int(each.sum()), size_k, size_v) < 1 or len(each) not in (1, n_layer) or n_layer > _MOST_LAYERS:
             raise ValueError("no attention")
         heads = tuple(np.broadcast_to(each, n_layer).tolist())
+        if recurrent:
+            heads = tuple(n if i in recurrent.attention_layers else 0 for i, n in enumerate(heads))
         sinks = all(f"blk.{i}.attn_sinks.weight" in model.tensors for i in range(n_layer))
         window, plain = int(number("attention.sliding_window", 0)), family != _SOFT_CAP and not sinks
+        latent = bool(number("attention.key_length_mla", 0))
         windowed = _windowed(number("attention.sliding_window_pattern", _PERIODS.get(family, 1)), n_layer) if window else (False,) * n_layer
-        return cls(int(number("context_length")), n_embd, n_head, max(heads), heads, size_k, size_v, window, windowed, plain)
+        return cls(int(number("context_length")), n_embd, n_head, max(heads), heads, size_k, size_v, window, windowed, plain, latent)
 
     def cell_bytes(self, type_k: str, type_v: str) -> int:
         """What one cell takes in all layers and heads, with these types of cache."""
@@ -81,7 +88,7 @@ class Attention:
 
     def row_bytes(self, type_k: str, type_v: str) -> int:
         """What a key and a value of one head take, with these types of cache."""
-        sizes = ((self.size_k, type_k), (self.size_v, type_v))
+        sizes = ((self.size_k, type_k), (0 if self.latent else self.size_v, type_v))
         return sum(-(-size * _bytes_of(kind) // block_of(kind)) for size, kind in sizes)
 
 

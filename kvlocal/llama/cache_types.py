@@ -22,7 +22,7 @@ def row_types(kind: str, layout: Layout) -> RowTypes:
         ValueError: their heads are no whole blocks of it.
     """
     _, ggml = functions()
-    number, sizes = getattr(load().llama_cpp, KV_TYPES[kind]), (layout.n_embd_head_k, layout.n_embd_head_v)
+    number, sizes = getattr(load().llama_cpp, KV_TYPES[kind]), (layout.n_embd_head_k, layout.n_embd_row_v)
     if any(size % ggml.ggml_blck_size(number) for size in sizes):
         raise ValueError(f"heads of {sizes[0]} and {sizes[1]} numbers are no whole blocks of {kind}")
     return RowTypes(number, number, *(ggml.ggml_row_size(number, size) for size in sizes))

@@ -44,11 +44,17 @@ class Layout:
     n_cells_max: int
     n_window: int
     is_swa: bool
+    is_recurrent: bool
     can_rotate: bool
     type_k: int
     type_v: int
     row_size_k: int
     row_size_v: int
+
+    @property
+    def n_embd_row_v(self) -> int:
+        """Numbers of a value of one head that are stored: none with latent attention, where it is the beginning of its key."""
+        return self.n_embd_head_v if self.row_size_v else 0
 
     @property
     def row_types(self) -> RowTypes:
@@ -107,7 +113,7 @@ class NativeCache:
         out = self._ffi.new("struct kvl_layout *")
         self._check(self._lib.kvl_get_layout(self._context, out))
         values = {name: getattr(out, name) for name in Layout.__dataclass_fields__}
-        return Layout(**values | {"is_swa": bool(out.is_swa), "can_rotate": bool(out.can_rotate)})
+        return Layout(**values | {name: bool(values[name]) for name in ("is_swa", "is_recurrent", "can_rotate")})
 
     def layer_ids(self) -> np.ndarray:
         """Indices of the compressible layers in the model, int32 [L]."""
@@ -356,9 +362,9 @@ class NativeCache:
     def _pointers(self, arrays: Sequence[np.ndarray]) -> Any:
         return self._ffi.new("uint8_t *[]", [self._ffi.cast("uint8_t *", array.ctypes.data) for array in arrays])
 
-    def shift_window_cache(self, delta: int) -> None:
-        """Shifts the positions of the sliding-window cache beside the compacted one, if there is one."""
-        self._check(self._lib.kvl_shift_window_cache(self._context, self._seq, delta))
+    def shift_beside(self, delta: int) -> None:
+        """Shifts the positions of the sliding-window cache, or of the recurrent state, beside the compacted cache, if there is one."""
+        self._check(self._lib.kvl_shift_beside(self._context, self._seq, delta))
 
     def read_keys(self, layer: int) -> np.ndarray:
         """Stored keys of a compressible layer, float32 [H, C, head size]."""

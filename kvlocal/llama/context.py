@@ -141,7 +141,7 @@ class Context:
         model.contexts.add(self)
 
         self._memory = lib.llama_get_memory(pointer)
-        self._kv_bytes = log.kv_bytes
+        self._kv_bytes, self._state_bytes = log.kv_bytes, log.state_bytes
         self.n_cells: int = lib.llama_n_ctx_seq(pointer)
         self.n_ubatch: int = lib.llama_n_ubatch(pointer)
         self.n_seq_max: int = lib.llama_n_seq_max(pointer)
@@ -383,9 +383,35 @@ class Context:
                 f"and no more than {self.n_cells} cells"
             )
 
+    def recurrent_state(self, seq: int = 0) -> npt.NDArray[np.uint8]:
+        """What the recurrent layers of a hybrid model hold of a sequence, in llama.cpp's own format, [bytes] uint8.
+
+        It stands for all tokens so far, and there is no other way back to it: `remove` cuts nothing off the end of such a sequence, unless an
+        earlier state is put back before.
+        """
+        self._batch.check_sequence(seq)
+        flags = self._lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        size = self._lib.llama_state_seq_get_size_ext(self.pointer, seq, flags)
+        state = np.empty(size, dtype=np.uint8)
+        if not size or self._lib.llama_state_seq_get_data_ext(self.pointer, _bytes_of(state), size, seq, flags) != size:
+            raise EngineError(f"llama.cpp could not copy the recurrent state of sequence {seq}")
+        return state
+
+    def set_recurrent_state(self, seq: int, state: npt.NDArray[np.uint8]) -> None:
+        """Puts back what `recurrent_state` gave, and leaves the cells as they are. Where it is refused, the sequence has none."""
+        self._batch.check_sequence(seq)
+        array, flags = np.ascontiguousarray(state, dtype=np.uint8), self._lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        self._outputs = range(0)
+        if self._lib.llama_state_seq_set_data_ext(self.pointer, _bytes_of(array), len(array), seq, flags) != len(array):
+            raise EngineError("the saved recurrent state does not fit this context: it needs the same model")
+
     def kv_bytes(self) -> int:
         """What the cache takes, all sequences and layers together, in bytes."""
         return self._kv_bytes
+
+    def state_bytes(self) -> int:
+        """The same for the states of recurrent layers, whose size does not depend on the number of cells; 0 without any."""
+        return self._state_bytes
 
     def synchronize(self) -> None:
         """Wait until the backends are done."""

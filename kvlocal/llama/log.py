@@ -7,6 +7,7 @@ from typing import Any, Self
 from kvlocal.interrupts import CtrlCWaits
 
 _KV_SIZE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
+_STATE_SIZE = re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB")
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -51,5 +52,13 @@ class NativeLog:
     @property
     def kv_bytes(self) -> int:
         """The sum of the caches reported, in bytes, which llama.cpp rounds to hundredths of a MiB."""
-        sizes = (_KV_SIZE.match(text) for _, text in self._lines)
+        return self._bytes_of(_KV_SIZE)
+
+    @property
+    def state_bytes(self) -> int:
+        """The same for the states of recurrent layers."""
+        return self._bytes_of(_STATE_SIZE)
+
+    def _bytes_of(self, pattern: re.Pattern[str]) -> int:
+        sizes = (pattern.match(text) for _, text in self._lines)
         return int(sum(float(size[1]) for size in sizes if size) * 2**20)

@@ -48,7 +48,7 @@ class Model:
         devices: those beside the CPU that it may lie on.
 
     Raises:
-        EngineError: no such file, not GGUF, not loadable, a model without a plain KV cache, an adapter for another one, no such device, or an RPC
+        EngineError: no such file, not GGUF, not loadable, a model without a KV cache, an adapter for another one, no such device, or an RPC
             server that does not answer.
     """
 
@@ -133,8 +133,7 @@ class Model:
     def _check_has_kv_cache(self) -> None:
         kinds = {
             "an encoder": self.has_encoder or not self.has_decoder,
-            "a recurrent state": self.is_recurrent,
-            "a partly recurrent state": self.is_hybrid,
+            "a recurrent state of fixed size": self.is_recurrent,
             "diffusion": self.is_diffusion,
         }
         for kind, found in kinds.items():
@@ -142,7 +141,7 @@ class Model:
                 self.close()
                 raise EngineError(
                     f"{self.path} works with {kind} instead of a plain KV cache, so there is nothing to compress: "
-                    "choose a decoder-only attention model"
+                    "choose a decoder-only model with attention"
                 )
 
     @property

@@ -146,9 +146,9 @@ class Slots:
         heapq.heappush(self._free, seq)
 
     def kv_bytes(self) -> int:
-        """What the cells and the recorded queries of all slots of the context take, in bytes."""
+        """What the cells, the recurrent states and the recorded queries of all slots of the context take, in bytes."""
         context = self._context
-        return context.kv_bytes() + (NativeCache(context.pointer).layout().ring_bytes if context.n_recorded else 0)
+        return context.kv_bytes() + context.state_bytes() + (NativeCache(context.pointer).layout().ring_bytes if context.n_recorded else 0)
 
     def close(self) -> None:
         """Frees the context that is shared. Closing twice is harmless."""
@@ -255,9 +255,24 @@ class Slot:
         self._logits = None
         self._context.state_set(self.seq, state)
 
+    def recurrent_state(self, seq: int = 0) -> npt.NDArray[np.uint8]:
+        """As Context.recurrent_state."""
+        self._check(seq)
+        return self._context.recurrent_state(self.seq)
+
+    def set_recurrent_state(self, seq: int, state: npt.NDArray[np.uint8]) -> None:
+        """As Context.set_recurrent_state."""
+        self._check(seq)
+        self._logits = None
+        self._context.set_recurrent_state(self.seq, state)
+
     def kv_bytes(self) -> int:
         """What the cells of this slot take, in bytes."""
         return self._context.kv_bytes() // self._context.n_seq_max
+
+    def state_bytes(self) -> int:
+        """What the recurrent state of this slot takes, in bytes."""
+        return self._context.state_bytes() // self._context.n_seq_max
 
     def synchronize(self) -> None:
         """As Context.synchronize."""

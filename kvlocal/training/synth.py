@@ -246,7 +246,7 @@ class _Scribe:
         control = load().llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
         controls = [token for token in range(model.n_vocab) if model.token_attributes(token) & control]
         # a sliding window forgets what would come back into it
-        self.can_rewind = not model.n_swa
+        self.can_rewind = not model.n_swa and not model.is_hybrid
         self.ends = template.end_tokens
         self._ends = np.array(sorted(self.ends), dtype=np.int64)
         self._forbidden = np.array([token for token in controls if token not in self.ends], dtype=np.int64)

@@ -4,7 +4,7 @@
 //
 // Terms: a *cell* is a slot of the KV cache; cells are numbered from 0 within the stream of their sequence, and the
 // used part of a stream is [0, n_cells), holes included. *Layer* counts the compressible layers only (all layers of a
-// plain model, the global layers of a sliding-window one). All arrays are dense, row-major, in host memory.
+// plain model, the global layers of a sliding-window one, the attention layers of a hybrid one). All arrays are dense, row-major, in host memory.
 //
 // Every call returns >= 0, or a kvl_status below zero and a message for kvl_last_error().
 // No call may run at the same time as another one, or as a decode, on the same context.
@@ -26,7 +26,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 8
+    KVL_API_VERSION = 10
 };
 
 enum {
@@ -59,6 +59,7 @@ struct kvl_layout {
     int32_t n_cells_max;   // capacity of a stream
     int32_t n_window;      // queries the ring holds per sequence, 0 while it is off
     int32_t is_swa;        // 1: a sliding-window model, the layers here are its global ones
+    int32_t is_recurrent;  // 1: a hybrid model, the layers here are those with attention; the others have a state of fixed size
     int32_t can_rotate;    // 1: kept keys can be moved to new positions
     int32_t type_k;        // ggml_type of a stored key
     int32_t type_v;        // ggml_type of a stored value
@@ -183,9 +184,9 @@ int32_t kvl_compact(struct llama_context * ctx, int32_t seq_id,
 int32_t kvl_read_rows(struct llama_context * ctx, int32_t seq_id, const int32_t * cells, const struct kvl_rows * rows,
         int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 
-// shift the positions that a sliding-window cache holds for a sequence, so that they follow a rotated base cache
-// cells whose position falls below zero are freed; without a sliding-window cache this does nothing
-int32_t kvl_shift_window_cache(struct llama_context * ctx, int32_t seq_id, int32_t delta);
+// shift the positions that a sliding-window cache, or a recurrent state, holds for a sequence, so that they follow a rotated base cache
+// cells whose position falls below zero are freed; with neither of the two this does nothing
+int32_t kvl_shift_beside(struct llama_context * ctx, int32_t seq_id, int32_t delta);
 
 // what is stored, as float32: keys and values as attention reads them, i.e. rotated by the Hadamard matrix where
 // llama.cpp does that (quantised caches), queries likewise

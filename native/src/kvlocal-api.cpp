@@ -213,9 +213,10 @@ int32_t kvl_get_layout(llama_context * ctx, kvl_layout * layout) {
         layout->n_cells_max   = cache.kv->get_size();
         layout->n_window      = ring ? ring->n_window : 0;
         layout->is_swa        = cache.swa != nullptr;
+        layout->is_recurrent  = cache.recr != nullptr;
         layout->can_rotate    = can_rotate(cache);
         layout->type_k        = kvl_access::layers(*cache.kv)[0].k->type;
-        layout->type_v        = kvl_access::layers(*cache.kv)[0].v->type;
+        layout->type_v        = kvl_type_v(kvl_access::layers(*cache.kv)[0]);
         layout->row_size_k    = kvl_row_size_k(cache);
         layout->row_size_v    = kvl_row_size_v(cache);
 
@@ -625,17 +626,22 @@ int32_t kvl_read_rows(llama_context * ctx, int32_t seq_id, const int32_t * cells
     });
 }
 
-int32_t kvl_shift_window_cache(llama_context * ctx, int32_t seq_id, int32_t delta) {
+int32_t kvl_shift_beside(llama_context * ctx, int32_t seq_id, int32_t delta) {
     return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
         kvl_check_seq(cache, seq_id);
 
-        if (cache.swa && delta != 0) {
+        if ((cache.swa || cache.recr) && delta != 0) {
             if (!can_rotate(cache)) {
                 throw kvl_error(KVL_ERR_UNSUPPORTED, "the keys of this model can't be moved to other positions");
             }
-            cache.swa->seq_add(seq_id, -1, -1, delta);
+            if (cache.swa) {
+                cache.swa->seq_add(seq_id, -1, -1, delta);
+            }
+            if (cache.recr) {
+                cache.recr->seq_add(seq_id, -1, -1, delta);
+            }
         }
 
         return KVL_OK;
@@ -643,12 +649,13 @@ int32_t kvl_shift_window_cache(llama_context * ctx, int32_t seq_id, int32_t delt
 }
 
 // cells of one stream as float32, [n_head_kv, n_cells, n_embd_head]
-static void read_rows(const ggml_tensor * stream, int32_t n_embd_head, int32_t n_head_kv, int32_t n_cells, float * out) {
+// n_embd_row: numbers of a head that are stored, of which the first n_embd_head are read
+static void read_rows(const ggml_tensor * stream, int32_t n_embd_row, int32_t n_embd_head, int32_t n_head_kv, int32_t n_cells, float * out) {
     std::vector<uint8_t> data(stream->nb[1]*n_cells);
     ggml_backend_tensor_get(stream, data.data(), 0, data.size());
 
     const auto   to_float = ggml_get_type_traits(stream->type)->to_float;
-    const size_t size     = ggml_row_size(stream->type, n_embd_head);
+    const size_t size     = ggml_row_size(stream->type, n_embd_row);
 
     for (int32_t h = 0; h < n_head_kv; ++h) {
         for (int32_t i = 0; i < n_cells; ++i) {
@@ -656,7 +663,7 @@ static void read_rows(const ggml_tensor * stream, int32_t n_embd_head, int32_t n
             float         * dst = out + ((size_t) h*n_cells + i)*n_embd_head;
 
             if (stream->type == GGML_TYPE_F32) {
-                memcpy(dst, src, size);
+                memcpy(dst, src, n_embd_head*sizeof(float));
             } else {
                 to_float(src, dst, n_embd_head);
             }
@@ -673,7 +680,7 @@ int32_t kvl_read_keys(llama_context * ctx, int32_t seq_id, int32_t layer, float 
         kvl_check_shape(cache, seq_id, cache.n_layer, cache.n_head_kv, n_cells);
 
         ctx->synchronize();
-        read_rows(kvl_access::layers(*cache.kv)[layer].k_stream[cache.kv->get_stream(seq_id)], cache.n_embd_head_k, cache.n_head_kv, n_cells, k);
+        read_rows(kvl_access::layers(*cache.kv)[layer].k_stream[cache.kv->get_stream(seq_id)], cache.n_embd_head_k, cache.n_embd_head_k, cache.n_head_kv, n_cells, k);
 
         return KVL_OK;
     });
@@ -688,7 +695,11 @@ int32_t kvl_read_values(llama_context * ctx, int32_t seq_id, int32_t layer, floa
         kvl_check_shape(cache, seq_id, cache.n_layer, cache.n_head_kv, n_cells);
 
         ctx->synchronize();
-        read_rows(kvl_access::layers(*cache.kv)[layer].v_stream[cache.kv->get_stream(seq_id)], cache.n_embd_head_v, cache.n_head_kv, n_cells, v);
+
+        const auto & stored = kvl_access::layers(*cache.kv)[layer];
+        const auto & stream = (stored.v ? stored.v_stream : stored.k_stream)[cache.kv->get_stream(seq_id)];
+
+        read_rows(stream, stored.v ? cache.n_embd_head_v : cache.n_embd_head_k, cache.n_embd_head_v, cache.n_head_kv, n_cells, v);
 
         return KVL_OK;
     });

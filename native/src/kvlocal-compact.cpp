@@ -140,7 +140,7 @@ struct compaction {
         what(what),
         n_cells(kvl_access::cells(*cache.kv, seq_id).used_max_p1()),
         stream(cache.kv->get_stream(seq_id)),
-        graph(cache, (16 + (what.delta ? 20*MAX_GROUPS : 0))*cache.n_layer + 64),
+        graph(cache, (16 + (what.delta ? 24*MAX_GROUPS : 0))*cache.n_layer + 64),
         task({ {}, cache.n_head_kv, what.n_keep, n_cells }) {}
 
     size_t n_idx() const { return (size_t) cache.n_head_kv*what.n_keep; }
@@ -170,7 +170,9 @@ struct compaction {
             graph.cpu_op(1, 1, 1, move_task::compute, &task);
         }
 
-        ggml_tensor * hadamard = what.delta ? cache.kv->build_input_k_rot(graph.ctx()) : nullptr;
+        ggml_tensor * hadamard = what.delta ? kvl_build_k_rot(cache, graph.ctx()) : nullptr;
+
+        const size_t n_move = task.moves.size()/cache.n_layer; // of a layer, the keys first
 
         for (int32_t i = 0; i < cache.n_layer; ++i) {
             const auto & layer = kvl_access::layers(*cache.kv)[i];
@@ -178,8 +180,10 @@ struct compaction {
             ggml_tensor * k = layer.k_stream[stream];
 
             if (!in_place) {
-                k = build_move(i, task.moves[2*i]);
-                build_move(i, task.moves[2*i + 1]);
+                k = build_move(i, task.moves[n_move*i]);
+                if (n_move > 1) {
+                    build_move(i, task.moves[n_move*i + 1]);
+                }
             }
             if (what.delta && kvl_access::hparams(*cache.kv).has_rope(layer.il)) {
                 build_rotation(i, k, layer.k->type, layer.il, hadamard);
@@ -207,10 +211,12 @@ private:
 
         for (int32_t i = 0; i < cache.n_layer; ++i) {
             ggml_tensor * k = layers[i].k_stream[stream];
-            ggml_tensor * v = layers[i].v_stream[stream];
+            ggml_tensor * v = layers[i].v ? layers[i].v_stream[stream] : nullptr;
 
             add_move(i, k, cache.n_embd_head_k, kvl_row_size_k(cache), rows ? rows->k : nullptr, rows ? (ggml_type) rows->type_k : k->type);
-            add_move(i, v, cache.n_embd_head_v, kvl_row_size_v(cache), rows ? rows->v : nullptr, rows ? (ggml_type) rows->type_v : v->type);
+            if (v) {
+                add_move(i, v, cache.n_embd_row_v, kvl_row_size_v(cache), rows ? rows->v : nullptr, rows ? (ggml_type) rows->type_v : v->type);
+            }
         }
     }
 

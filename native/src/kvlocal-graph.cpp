@@ -4,8 +4,10 @@
 #include "kvlocal-impl.h"
 
 #include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
 
 #include <algorithm>
+#include <typeinfo>
 
 struct kvl_runtime {
     ggml_backend_sched_ptr sched;
@@ -124,6 +126,10 @@ bool kvl_is_cache_type(int32_t type) {
     }
 }
 
+ggml_type kvl_type_v(const kvl_access::kv_layer & layer) {
+    return layer.v ? layer.v->type : layer.k->type;
+}
+
 // where the device of a layer has no attention for the types of its cache, llama.cpp computes it elsewhere, with copies of the whole cache
 static void check_attention(const kvl_cache & cache, const kvl_access::kv_layer & layer, ggml_backend_dev_t dev) {
     const ggml_init_params params = { 8*ggml_tensor_overhead(), nullptr, true };
@@ -133,14 +139,14 @@ static void check_attention(const kvl_cache & cache, const kvl_access::kv_layer 
 
     ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, cache.n_embd_head_k, 1,    cache.n_head);
     ggml_tensor * k    = ggml_new_tensor_3d(ctx.get(), layer.k->type, cache.n_embd_head_k, n_kv, cache.n_head_kv);
-    ggml_tensor * v    = ggml_new_tensor_3d(ctx.get(), layer.v->type, cache.n_embd_head_v, n_kv, cache.n_head_kv);
+    ggml_tensor * v    = ggml_new_tensor_3d(ctx.get(), kvl_type_v(layer), cache.n_embd_head_v, n_kv, cache.n_head_kv);
     ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_kv, 1);
 
     const ggml_tensor * res = ggml_flash_attn_ext(ctx.get(), q, k, v, mask, 1.0f, 0.0f, 0.0f);
 
     if (!ggml_backend_dev_supports_op(dev, res)) {
         throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("the device ") + ggml_backend_dev_name(dev) + " has no attention for keys of type " +
-                ggml_type_name(layer.k->type) + " and values of type " + ggml_type_name(layer.v->type) + ": use f16");
+                ggml_type_name(layer.k->type) + " and values of type " + ggml_type_name(kvl_type_v(layer)) + ": use f16");
     }
 }
 
@@ -160,8 +166,17 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
         res.swa = iswa->get_swa();
     }
 
+    // what is derived from it has caches beside it whose cells would have to be moved along
+    if (memory && typeid(*memory) == typeid(llama_memory_hybrid)) {
+        auto * hybrid = static_cast<llama_memory_hybrid *>(memory);
+
+        res.kv   = hybrid->get_mem_attn();
+        res.recr = hybrid->get_mem_recr();
+    }
+
     if (!res.kv) {
-        throw kvl_error(KVL_ERR_UNSUPPORTED, "the context has no plain KV cache: recurrent, hybrid and compressed-attention models can't be compressed");
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "the context has no plain KV cache: recurrent models without attention, models with a sliding window beside "
+                "a recurrent state, and models with sparse or compressed attention can't be compressed: choose another model");
     }
 
     const auto & hparams = kvl_access::hparams(*res.kv);
@@ -170,8 +185,9 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
     if (layers.empty()) {
         throw kvl_error(KVL_ERR_UNSUPPORTED, "the model has no layer with a KV cache that grows");
     }
-    if (hparams.is_mla()) {
-        throw kvl_error(KVL_ERR_UNSUPPORTED, "models with multi-head latent attention can't be compressed");
+    if (hparams.is_mla() && (res.recr || res.swa)) {
+        throw kvl_error(KVL_ERR_UNSUPPORTED, "models with latent attention beside a recurrent state or a sliding window can't be compressed: "
+                "choose another model");
     }
     if (hparams.use_alibi) {
         throw kvl_error(KVL_ERR_UNSUPPORTED, "models with ALiBi positions can't be compressed");
@@ -192,29 +208,30 @@ kvl_cache kvl_find_cache(llama_context * lctx) {
     res.n_head        = hparams.n_head(il);
     res.n_head_kv     = hparams.n_head_kv(il);
     res.n_embd_head_k = hparams.n_embd_head_k(il);
-    res.n_embd_head_v = hparams.n_embd_head_v(il);
+    res.n_embd_head_v = hparams.is_mla() ? hparams.n_lora_kv : hparams.n_embd_head_v(il);
+    res.n_embd_row_v  = hparams.is_mla() ? 0 : res.n_embd_head_v;
 
     for (const auto & layer : layers) {
         if ((int32_t) hparams.n_head       (layer.il) != res.n_head        ||
             (int32_t) hparams.n_head_kv    (layer.il) != res.n_head_kv     ||
             (int32_t) hparams.n_embd_head_k(layer.il) != res.n_embd_head_k ||
-            (int32_t) hparams.n_embd_head_v(layer.il) != res.n_embd_head_v) {
+            (!hparams.is_mla() && (int32_t) hparams.n_embd_head_v(layer.il) != res.n_embd_head_v)) {
             throw kvl_error(KVL_ERR_UNSUPPORTED, "models whose layers differ in their heads can't be compressed");
         }
 
         for (const auto * t : { layer.k, layer.v }) {
-            if (!kvl_is_cache_type(t->type)) {
+            if (t && !kvl_is_cache_type(t->type)) {
                 throw kvl_error(KVL_ERR_UNSUPPORTED, std::string("a KV cache of type ") + ggml_type_name(t->type) + " can't be compressed");
             }
         }
 
         // the rows of one head are moved alone
-        if (res.n_embd_head_k % ggml_blck_size(layer.k->type) != 0 || res.n_embd_head_v % ggml_blck_size(layer.v->type) != 0) {
+        if (res.n_embd_head_k % ggml_blck_size(layer.k->type) != 0 || res.n_embd_row_v % ggml_blck_size(kvl_type_v(layer)) != 0) {
             throw kvl_error(KVL_ERR_UNSUPPORTED, "the head size is no multiple of the cache type's block size: use an f16 cache");
         }
     }
 
-    if (ggml_is_quantized(layers[0].k->type) || ggml_is_quantized(layers[0].v->type)) {
+    if (ggml_is_quantized(layers[0].k->type) || ggml_is_quantized(kvl_type_v(layers[0]))) {
         ggml_backend_dev_t last = nullptr;
 
         for (const auto & layer : layers) {

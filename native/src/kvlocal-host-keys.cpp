@@ -79,12 +79,12 @@ query_copies copy_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_que
         rows.push_back((int32_t) ring.row(seq_id, p));
     }
 
-    kvl_graph graph(cache, cache.n_layer*(2 + 8*n_copy) + 64);
+    kvl_graph graph(cache, cache.n_layer*(2 + 12*n_copy) + 64);
 
     auto * ctx = graph.ctx();
 
     ggml_tensor * idxs     = graph.input(GGML_TYPE_I32, rows.size());
-    ggml_tensor * hadamard = cache.kv->build_input_k_rot(ctx);
+    ggml_tensor * hadamard = kvl_build_k_rot(cache, ctx);
 
     // what is rotated by the same delta shares its sines
     std::vector<ggml_tensor *> delta { nullptr };

@@ -7,6 +7,7 @@
 
 #include "llama-context.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include "ggml-cpp.h"
@@ -64,11 +65,14 @@ struct kvl_cache {
     llama_kv_cache * kv;
     llama_kv_cache * swa; // the sliding-window cache beside it, or nullptr
 
+    llama_memory_recurrent * recr; // the states of the recurrent layers, or nullptr
+
     int32_t n_layer;
     int32_t n_head;
     int32_t n_head_kv;
     int32_t n_embd_head_k;
     int32_t n_embd_head_v;
+    int32_t n_embd_row_v; // of that what is stored: 0 with latent attention, where a value is the beginning of its key
 };
 
 // the only door to private members
@@ -132,6 +136,9 @@ private:
 // the compressible cache of a context, or a kvl_error that says why there is none
 kvl_cache kvl_find_cache(llama_context * lctx);
 
+// of the values of a layer, stored or as parts of its keys
+ggml_type kvl_type_v(const kvl_access::kv_layer & layer);
+
 // whether cells and rows can be of this ggml_type
 bool kvl_is_cache_type(int32_t type);
 
@@ -162,6 +169,9 @@ void   kvl_ring_set_state (kvl_ring & ring, int32_t seq_id, const uint8_t * stat
 
 // the used cells of a sequence by ascending position
 std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_id);
+
+// the Hadamard matrix that stored keys are multiplied by, to be filled by set_input_k_rot; nullptr without one
+ggml_tensor * kvl_build_k_rot(const kvl_cache & cache, ggml_context * ctx);
 
 // 3-d view of one stream's keys or values: [n_embd_head, n_cells, n_head_kv]
 ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells);

@@ -4,6 +4,11 @@
 
 #include <cmath>
 
+ggml_tensor * kvl_build_k_rot(const kvl_cache & cache, ggml_context * ctx) {
+    // llama.cpp leaves out the multiplication where values are parts of the keys, though it may have the matrix
+    return cache.n_embd_row_v ? cache.kv->build_input_k_rot(ctx) : nullptr;
+}
+
 ggml_tensor * kvl_build_rotate(const kvl_cache & cache, ggml_context * ctx, ggml_tensor * x, ggml_tensor * delta, ggml_tensor * hadamard, uint32_t il) {
     const auto & hparams = kvl_access::hparams(*cache.kv);
     const auto & cparams = cache.lctx->get_cparams();
@@ -24,9 +29,23 @@ ggml_tensor * kvl_build_rotate(const kvl_cache & cache, ggml_context * ctx, ggml
     // every row is a token of its own, or all are heads of one
     x = delta->ne[0] == 1 ? ggml_reshape_3d(ctx, x, x->ne[0], n, 1) : ggml_reshape_3d(ctx, x, x->ne[0], 1, n);
 
-    x = ggml_rope_ext(ctx, x, delta, model.get_rope_factors(cparams, il), hparams.n_rot(il), hparams.rope_type,
+    // where keys are made from a latent vector the numbers that are rotated are the last ones, as llama_kv_cache::build_graph_shift has it
+    const int64_t n_rot   = hparams.n_rot(il);
+    const int64_t n_plain = hparams.n_lora_kv > 0 ? x->ne[0] - n_rot : 0;
+
+    ggml_tensor * plain = n_plain > 0 ? ggml_view_3d(ctx, x, n_plain, x->ne[1], x->ne[2], x->nb[1], x->nb[2], 0) : nullptr;
+
+    if (plain) {
+        x = ggml_view_3d(ctx, x, n_rot, x->ne[1], x->ne[2], x->nb[1], x->nb[2], ggml_row_size(x->type, n_plain));
+    }
+
+    x = ggml_rope_ext(ctx, x, delta, model.get_rope_factors(cparams, il), n_rot, hparams.rope_type,
             cparams.n_ctx_orig_yarn, freq_base, freq_scale,
             cparams.yarn_ext_factor, attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+
+    if (plain) {
+        x = ggml_concat(ctx, plain, x, 0);
+    }
 
     x = ggml_reshape_2d(ctx, x, x->ne[0], n);
 

@@ -10,7 +10,7 @@ size_t kvl_row_size_k(const kvl_cache & cache) {
 }
 
 size_t kvl_row_size_v(const kvl_cache & cache) {
-    return ggml_row_size(kvl_access::layers(*cache.kv)[0].v->type, cache.n_embd_head_v);
+    return ggml_row_size(kvl_type_v(kvl_access::layers(*cache.kv)[0]), cache.n_embd_row_v);
 }
 
 size_t kvl_row_size(int32_t type, int64_t n) {
@@ -66,7 +66,7 @@ void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows) {
     const int64_t n = (int64_t) cache.n_layer*cache.n_head_kv*rows.chunk_size;
 
     const int64_t n_bytes_k = n*(int64_t) kvl_row_size(rows.type_k, cache.n_embd_head_k);
-    const int64_t n_bytes_v = n*(int64_t) kvl_row_size(rows.type_v, cache.n_embd_head_v);
+    const int64_t n_bytes_v = n*(int64_t) kvl_row_size(rows.type_v, cache.n_embd_row_v);
 
     if (rows.n_bytes_k != n_bytes_k || rows.n_bytes_v != n_bytes_v) {
         throw kvl_error(KVL_ERR_ARGUMENT, "the rows have " + std::to_string(rows.n_bytes_k) + " and " + std::to_string(rows.n_bytes_v) +
@@ -111,7 +111,7 @@ void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cel
     const auto type_v = (ggml_type) rows.type_v;
 
     const size_t n_k = (size_t) cache.n_head_kv*rows.n_rows*ggml_row_size(type_k, cache.n_embd_head_k);
-    const size_t n_v = (size_t) cache.n_head_kv*rows.n_rows*ggml_row_size(type_v, cache.n_embd_head_v);
+    const size_t n_v = (size_t) cache.n_head_kv*rows.n_rows*ggml_row_size(type_v, cache.n_embd_row_v);
 
     cache.lctx->synchronize();
 
@@ -121,6 +121,8 @@ void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cel
         const auto & layer = kvl_access::layers(*cache.kv)[i];
 
         read_stream(layer.k_stream[stream], cache.n_head_kv, cache.n_embd_head_k, cells, rows.n_rows, staged, type_k, rows.k[0] + i*n_k);
-        read_stream(layer.v_stream[stream], cache.n_head_kv, cache.n_embd_head_v, cells, rows.n_rows, staged, type_v, rows.v[0] + i*n_v);
+        if (layer.v) {
+            read_stream(layer.v_stream[stream], cache.n_head_kv, cache.n_embd_row_v, cells, rows.n_rows, staged, type_v, rows.v[0] + i*n_v);
+        }
     }
 }

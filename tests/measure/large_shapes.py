@@ -41,7 +41,7 @@ def fill(cache: BudgetedCache, n: int) -> None:
         m = min(chunk, n - start)
         rows = Rows(*(
             rng.standard_normal((*shape, m, size), np.float32).astype(np.float16).view(np.uint8)
-            for size in (layout.n_embd_head_k, layout.n_embd_head_v)
+            for size in (layout.n_embd_head_k, layout.n_embd_row_v)
         ))  # fmt: skip
         there = np.broadcast_to(np.arange(start + m, dtype=np.int32), (*shape, start + m))
         cache.native.compact(there, np.arange(start + m), rows=rows)

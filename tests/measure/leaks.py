@@ -97,7 +97,7 @@ def _work_in(context: Context, adapter: Adapter | None) -> None:
     cache.compact(keep, np.arange(64), np.full(shape, 64 - n_cells))
     for portable in (False, True):
         cache.compact(np.broadcast_to(np.r_[64:96, 0:32], shape), np.arange(64), np.full(shape, 1), rows=rows, portable=portable)
-    cache.shift_window_cache(64 - n_cells)
+    cache.shift_beside(64 - n_cells)
     context.state_set(1, state)
     cache.set_ring_state(ring)
     for refused in (
