@@ -14,9 +14,10 @@ from kvlocal.llama.rpc_server import serve
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads, where there is no GPU.  [default: one per core]")
 @click.option("--cache", is_flag=True, help="Keep large tensors on the disk here, so that a model comes over the network once.")
 def rpc_server_command(host: str, port: int, threads: int | None, cache: bool) -> None:
-    """Hold layers of models of other machines, which name this one with --rpc, and compute them here.
+    """Hold layers of models of other machines, and compute them here.
 
-    On the GPUs of this machine, or on its CPU where there are none. It is llama.cpp's RPC server, and runs until it is ended.
+    The others name this machine with --rpc. The layers are on its GPUs, or on its CPU where there are none. It is llama.cpp's RPC server,
+    and runs until it is ended.
 
     Nobody is asked for a key and nothing is encrypted: whoever reaches the port can use this machine, and what it is sent is not
     checked as files are. Use it on a network that you trust.

@@ -15,6 +15,7 @@ from doors import write_chat_model
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
 from kvlocal.errors import KvlocalError
+from kvlocal.gguf.container import Container
 from kvlocal.llama.context import Context
 from kvlocal_cli.idle import Idle
 from kvlocal_cli.main import main
@@ -136,10 +137,11 @@ def test_a_budget_that_turns_out_too_small_while_it_is_read_changes_nothing(path
 def test_memory_is_looked_at_for_another_budget_too(path, monkeypatch, contexts, lacking):
     """What the session takes that ends then counts as free."""
     asked = [SessionConfig(budget=budget, stride=16, policy="snapkv") for budget in (64, 400)]
-    (estimate, _), _ = (memory_estimate._estimate(path, config, True, ()) for config in asked)
-    small, large = estimate.total(64 + 16), estimate.total(400 + 16)
+    model = Container(path)
+    estimate, _ = (memory_estimate.MemoryEstimate.of(model, config) for config in asked)
+    small, large = estimate.total(64 + 16)[0], estimate.total(400 + 16)[0]
     assert small < large
-    left = large - (small - estimate.weights)
+    left = large - (small - estimate.host.weights)
     monkeypatch.setattr(memory_estimate, "available_memory", lambda: left - lacking if contexts.made else small)
     done = chat(path, "/set kv-budget 400", "/set")
     if lacking:

@@ -17,6 +17,7 @@ from kvlocal.gguf.container import Container
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import Placement
 from kvlocal.llama.sampling import SamplingParams
 
 # one thread: two that wait for each other crawl when the machine is busy
@@ -176,8 +177,8 @@ def test_a_snapshot_comes_back(model, tmp_path):
 
 def test_keys_and_values_have_one_type(file):
     with pytest.raises(CacheError, match="parts of its keys .*: give --ctk q8_0 --ctv q8_0"):
-        check_file(file, dataclasses.replace(CONFIG, type_k="q8_0"), 0)
-    assert check_file(file, dataclasses.replace(CONFIG, type_k="q8_0", type_v="q8_0"), 0)
+        check_file(file, dataclasses.replace(CONFIG, type_k="q8_0"), Placement())
+    assert check_file(file, dataclasses.replace(CONFIG, type_k="q8_0", type_v="q8_0"), Placement())
 
 
 def test_a_file_tells_what_it_is(file, model):

@@ -398,7 +398,7 @@ def test_their_memory_is_counted(talker, adapter):
     config = fitted(talker, CONFIG, 0)
     base, lora = Container(talker), [Lora(adapter)] * 2
     with_them, without = (memory_estimate.MemoryEstimate.of(base, config, True, each) for each in (lora, ()))
-    assert with_them.weights - without.weights == 2 * adapter.stat().st_size
+    assert with_them.host.weights - without.host.weights == 2 * adapter.stat().st_size
 
 
 # Where they are named

@@ -13,9 +13,12 @@ import tiny_model
 from click.testing import CliRunner
 from gguf import GGUFWriter
 from test_catalogue import put_gguf
-from test_pull import GGUF, Served, hub, models, server  # noqa: F401
+from test_pull import GGUF, LISTINGS, Served, hub, listing, models, server  # noqa: F401
 
+from kvlocal.cache.config import allocation
+from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor.memory_estimate import MemoryEstimate, rough_total
+from kvlocal.doctor.memory_shares import ModelSizes, shares
 from kvlocal.doctor.model_facts import model_facts
 from kvlocal.errors import KvlocalError
 from kvlocal.files.fingerprint import fingerprint
@@ -27,6 +30,7 @@ from kvlocal.hub.hub_file import HubFile, HubQuantization, parts_of
 from kvlocal.hub.pull import pull
 from kvlocal.hub.removal import users_of, was_pulled
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import Placement
 from kvlocal_cli.main import main
 
 COMMIT = "c0ffee" * 6 + "c0de"
@@ -41,11 +45,8 @@ def serve(hub, files: dict[str, bytes]) -> Served:  # noqa: F811
     for name, body in files.items():
         for revision in ("main", COMMIT):
             hub.server.files[f"/owner/repo/resolve/{revision}/{name}"] = Served(body)
-    listed = [{"type": "file", "oid": COMMIT, "size": len(body), "path": name} for name, body in files.items()]
-    listed.append({"type": "directory", "oid": COMMIT, "path": "a-folder"})
-    tree = Served(json.dumps(listed).encode())
-    for query in ("recursive=true&expand=false", "recursive=True&expand=False"):  # as versions of the client write it
-        hub.server.files[f"/api/models/owner/repo/tree/main?{query}"] = tree
+    tree = Served(listing({name: len(body) for name, body in files.items()}))
+    hub.server.files |= dict.fromkeys(LISTINGS, tree)
     return tree
 
 
@@ -399,17 +400,23 @@ def test_what_fits_is_told_by_the_size(models, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("size", "n_layer", "n_embd", "n_head_kv", "head"),
-    [(639446688, 28, 1024, 8, 128), (2497280256, 36, 2560, 8, 128), (5027783488, 36, 4096, 8, 128), (9001752960, 40, 5120, 8, 128)],
+    ("size", "n_layer", "n_head", "n_ff"),
+    [(639446688, 28, 16, 3072), (2497280256, 36, 32, 9728), (5027783488, 36, 32, 12288), (9001752960, 40, 40, 17408)],
 )
-def test_the_rough_size_is_near_the_estimate(size, n_layer, n_embd, n_head_kv, head):
-    """Of Qwen3 of 0.6, 4, 8 and 14 B, whose shapes these are, with the cache of the default budget."""
-    import kvlocal.doctor.memory_estimate as estimates
-    from kvlocal.cache.config import allocation
-    from kvlocal.chat.config import SessionConfig
-
-    config = SessionConfig()
-    cell = n_layer * n_head_kv * 2 * head * 2
-    other = estimates._PROCESS + config.n_ubatch * estimates._ROWS_OF_A_TOKEN * n_embd * 4
-    exact = MemoryEstimate(size, cell, other).total(allocation(config, 32768).n_cells)
-    assert rough_total(size) == pytest.approx(exact, rel=0.1)
+def test_the_rough_size_is_near_the_estimate(size, n_layer, n_head, n_ff):
+    """Of Qwen3 of 0.6, 4, 8 and 14 B, whose shapes these are, with the cache of the default budget and its archive."""
+    config, n_head_kv, head = SessionConfig(), 8, 128
+    sizes = ModelSizes(
+        layers=(size // n_layer,) * n_layer,
+        output=size % n_layer,
+        embeddings=0,
+        shared=0,
+        cells=(n_head_kv * 2 * head * 2,) * n_layer,
+        rings=(0,) * n_layer,
+        windows=(0,) * n_layer,
+        token=4 * (2 * n_ff + 9 * n_head * head),
+        n_ubatch=config.n_ubatch,
+    )
+    host, _ = shares(sizes, Placement(), [])
+    estimate = MemoryEstimate(host, (), (), 64 * n_layer * n_head_kv, False, sum(sizes.cells), config.archive_ram, 0)
+    assert rough_total(size) == pytest.approx(estimate.total(allocation(config, 32768).n_cells)[0], rel=0.1)

@@ -212,12 +212,20 @@ print(pull(find_in_repository('owner/repo', sys.argv[1])))
 """
 
 
+def listing(sizes: dict[str, int]) -> bytes:
+    """What the hub tells of owner/repo: its files, and what they take."""
+    files = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+    return json.dumps({"id": "owner/repo", "sha": COMMIT, "siblings": files}).encode()
+
+
+# as versions of the client ask for it
+LISTINGS = ("/api/models/owner/repo?blobs=true", "/api/models/owner/repo?blobs=True")
+
+
 def test_a_pattern_finds_a_file(hub, models, monkeypatch):
     """On the hub, and on the disk without asking the hub."""
-    listed = [{"type": "file", "oid": COMMIT, "size": len(GGUF), "path": name} for name in ("README.md", "file.gguf", "part/other.gguf")]
-    tree = Served(json.dumps(listed).encode())
-    for query in ("recursive=true&expand=false", "recursive=True&expand=False"):  # as versions of the client write it
-        hub.server.files[f"/api/models/owner/repo/tree/main?{query}"] = tree
+    tree = Served(listing({"README.md": 3, "file.gguf": len(GGUF), "part/other.gguf": len(GGUF)}))
+    hub.server.files |= dict.fromkeys(LISTINGS, tree)
     assert "2 files of owner/repo fit [fp]*.gguf" in hub.run("[fp]*.gguf", source=FIND).err
     assert "no files of owner/repo fit x*.gguf: name one of those there are (file.gguf, part/other.gguf)" in hub.run("x*.gguf", source=FIND).err
     found = hub.run("f*.gguf", source=FIND)

@@ -64,12 +64,14 @@ def find_in_repository(repository: str, pattern: str) -> HubFile:
 
 
 def _sizes(model: HubFile | HubQuantization) -> dict[str, int]:
-    """The files of a model's repository and what they take, in bytes."""
+    """The files of a model's repository and what they take, in bytes; 0 where the hub does not say.
+
+    Asked once: a machine without a network says so at once.
+    """
     huggingface_hub = hub_client()
     with hub_errors(model), quiet_hub():
-        entries = huggingface_hub.HfApi().list_repo_tree(model.repository, recursive=True, revision=model.revision)
-        # folders have no size
-        return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        info = huggingface_hub.HfApi().model_info(model.repository, revision=model.revision, files_metadata=True)
+        return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
 def hub_client() -> ModuleType:

