@@ -9,18 +9,19 @@ from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.statistics import mean_over_chats, shown
 from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
-from kvlocal_cli.adapt_distill import ADAPTED_FILE, DATA_FILE, POLICIES, RATIOS, parse_policies, read_data
+from kvlocal_cli.adapt_distill import POLICIES, RATIOS, parse_policies, read_data
 from kvlocal_cli.adapt_rewards import measure_rewards, rows_of, show, students_of, task_options, tasks_of
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import waiting
 from kvlocal_cli.torch_options import compute_options
+from kvlocal_cli.training_run import EXISTING_FILE, FILE
 
 
 @click.command("eval")
-@click.argument("file", type=ADAPTED_FILE)
+@click.argument("file", type=FILE)
 @click.option("-m", "--model", required=True, help="The model it was trained for, a name from the catalogue or a GGUF file.")
-@click.option("--data", type=DATA_FILE, multiple=True, metavar="FILE",
+@click.option("--data", type=EXISTING_FILE, multiple=True, metavar="FILE",
               help='Conversations, one JSON object a line: {"messages": [{"role", "content"}]}; can be repeated.')
 @task_options
 @click.option("--policy", "names", default=POLICIES, show_default=True, callback=parse_policies, metavar="LIST", help="Policies to measure with.")

@@ -1,28 +1,24 @@
 """`kvlocal adapt rl`."""
 
 import math
-import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvlocal.doctor.memory_limits import available_memory
 from kvlocal.errors import KvlocalError
 from kvlocal.files.fingerprint import fingerprint
-from kvlocal.files.replaceable import check_replaceable
 from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.context import MAX_SEQUENCES
 from kvlocal.llama.model import Model
-from kvlocal_cli.adapt_distill import ADAPTED_FILE, DATA_FILE, REPORT_SECONDS, held_out_text
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED, waiting
-from kvlocal_cli.torch_options import compute_options, say, stops
+from kvlocal_cli.terminal import waiting
+from kvlocal_cli.torch_options import compute_options, say
+from kvlocal_cli.training_run import EXISTING_FILE, FILE, Times, check_output, check_plot, mean, time_options, train
 
 if TYPE_CHECKING:
     from kvlocal.training.rl_training import RLReport, RLSettings
@@ -60,7 +56,7 @@ def parse_kinds(_context: click.Context, _parameter: click.Parameter, text: str)
 
 
 TASK_OPTIONS = (
-    click.option("--tasks", "file_of_tasks", type=DATA_FILE, metavar="FILE.jsonl",
+    click.option("--tasks", "file_of_tasks", type=EXISTING_FILE, metavar="FILE.jsonl",
                  help='Tasks, one JSON object a line: {"messages": [{"role", "content"}], "check": {"contains": [...], "lacks": [...], "number": N, '
                       '"regex": "..."}}.  [default: tasks that are made from the seed]'),
     click.option("--kinds", default=KINDS, show_default=True, callback=parse_kinds, metavar="LIST", help="Kinds of the tasks that are made."),
@@ -78,7 +74,7 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("rl")
 @click.argument("model")
-@click.option("-o", "--output", type=ADAPTED_FILE, required=True, metavar="FILE",
+@click.option("-o", "--output", type=FILE, required=True, metavar="FILE",
               help="The adapter, a LoRA in GGUF. It is rewritten at every checkpoint; FILE.partial beside it is what a run goes on from.")
 @click.option("--force", is_flag=True, help="Write over FILE if it is there already.")
 @task_options
@@ -87,7 +83,7 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Compression ratios, one of which each update has; 0 is no compression.")
 @click.option("--stride", type=click.IntRange(min=16), default=128, show_default=True, metavar="N",
               help="Tokens by which the cache grows before it is compressed again.")
-@click.option("--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--start", type=EXISTING_FILE, metavar="FILE",
               help="Begin with an adapter that `kvlocal adapt` trained before.")
 @click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Updates.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Tasks an update.")
@@ -101,12 +97,8 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True, metavar="X", help="Learning rate.")
 @click.option("--held-out", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
               help="Tasks to evaluate on, which share nothing with the others; of a file, the last tenth at most.")
-@click.option("--evaluate-every", type=click.IntRange(min=0), default=25, show_default=True, metavar="N",
-              help="Updates between evaluations; 0 for none at all.")
-@click.option("--checkpoint-minutes", type=click.FloatRange(min=0), default=2.0, show_default=True, metavar="X", help="Minutes between checkpoints.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="X",
-              help="Stop after so long; the same command goes on from there.  [default: no limit]")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png",
+@time_options(evaluate_every=25, checkpoint_minutes=2.0)
+@click.option("--plot", type=FILE, metavar="FILE.png",
               help="Draw the rewards of updates and of evaluations. Needs kvlocal[plot].")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random.")
 @click.option("--gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True, metavar="N",
@@ -114,8 +106,8 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @compute_options
 def rl_command(
     model: str, output: Path, force: bool, file_of_tasks: Path | None, kinds: tuple[str, ...], task_tokens: tuple[int, int],
-    ratios: tuple[float, ...], start: Path | None, batch: int, held_out: int, evaluate_every: int, checkpoint_minutes: float, minutes: float | None,
-    plot: Path | None, gpu_layers: int, device: str, dtype: str, **settings: Any,
+    ratios: tuple[float, ...], start: Path | None, batch: int, held_out: int, times: Times, plot: Path | None, gpu_layers: int, device: str,
+    dtype: str, **settings: Any,
 ) -> None:
     """Train an adapter with which MODEL answers rightly more often from a compressed cache, by reinforcement learning.
 
@@ -127,17 +119,12 @@ def rl_command(
     """
     import torch
 
-    from kvlocal.evaluation import training_plot
-    from kvlocal.evaluation.figure import check, is_figure
     from kvlocal.training.adapted_file import AdaptedFile, is_adapted_file
     from kvlocal.training.rewards import cells_for
     from kvlocal.training.rl_training import RLSettings, RLTraining
 
-    is_begun = output.with_name(output.name + ".partial").exists()
-    check_replaceable(output, lambda path: is_begun and is_adapted_file(path), "what this run has left unfinished", force=force)
-    if plot:
-        check(plot)
-        check_replaceable(plot, is_figure, "a figure", force=force)
+    check_output(output, is_adapted_file, force)
+    check_plot(plot, force)
     path = resolve(model)
     container = Container(path)
     first = AdaptedFile.load(start, container) if start else None
@@ -151,21 +138,10 @@ def rl_command(
             container, path.stem, tasks, others, chosen, output, device,
             n_gpu_layers=gpu_layers, n_threads=torch.get_num_threads(), start=first,
         )  # fmt: skip
-    say(f"{dtype} on {device}" + (f", going on after {run.step} updates" if run.step else ""))
-    with _Progress(run.step, chosen.steps) as progress, stops(run) as interrupted:
-        run.run(
-            progress.add,
-            evaluate_every=evaluate_every if others else 0,
-            checkpoint_seconds=60 * checkpoint_minutes,
-            limit_seconds=60 * minutes if minutes else math.inf,
-        )
-    if plot:
-        training_plot.draw("mean reward", [update["reward"] for update in run.updates], run.evaluations, plot)
-    if run.step < chosen.steps:
-        say(f"stopped after {run.step} of {chosen.steps} updates; the same command goes on from here")
-    click.echo(output)
-    if interrupted:
-        sys.exit(INTERRUPTED)
+    train(
+        run, chosen.steps, times, _described, output,
+        place=f"{dtype} on {device}", plot=plot, curve=("mean reward", lambda update: update["reward"]),
+    )  # fmt: skip
 
 
 def _tasks(
@@ -211,41 +187,7 @@ def _check_memory(container: Container, settings: "RLSettings", n_tasks: int) ->
         )
 
 
-class _Progress:
-    """How far training is, on stderr: a bar on a terminal, and lines with rewards now and then."""
-
-    def __init__(self, done: int, steps: int) -> None:
-        self._work = LongWork("updates", steps, done)
-        self._steps = steps
-        self._recent: list[RLReport] = []
-
-    def __enter__(self) -> Self:
-        self._work.__enter__()
-        return self
-
-    def add(self, found: "RLReport") -> None:
-        if found.held_out:
-            self._flush(found.step)
-            self._work.say(f"update {found.step}: held out " + held_out_text(found.held_out))
-            return
-        self._work.update(completed=found.step)
-        self._recent.append(found)
-        if self._work.is_time(REPORT_SECONDS):
-            self._flush(found.step)
-
-    def _flush(self, step: int) -> None:
-        if self._recent:
-            reward, signal, cut, seconds = (
-                statistics.fmean(getattr(one, name) for one in self._recent) for name in ("reward", "signal", "cut", "seconds")
-            )
-            apart = [one.mean for one in self._recent if not math.isnan(one.mean)]
-            told = f", log-probabilities {statistics.fmean(apart):.3f} apart" if apart else ""
-            self._work.say(
-                f"update {step} of {self._steps}: reward {reward:.3f}, {signal:.0%} of the tasks teach, {cut:.0%} of the answers cut off{told}, "
-                f"{seconds:.0f} s an update, {(self._steps - step) * seconds / 60:.0f} min left"
-            )
-        self._recent = []
-
-    def __exit__(self, *_: object) -> None:
-        self._flush(self._steps)
-        self._work.__exit__()
+def _described(updates: "Sequence[RLReport]") -> str:
+    reward, signal, cut, apart = (mean(updates, name) for name in ("reward", "signal", "cut", "mean"))
+    told = "" if math.isnan(apart) else f", log-probabilities {apart:.3f} apart"
+    return f"reward {reward:.3f}, {signal:.0%} of the tasks teach, {cut:.0%} of the answers cut off{told}"

@@ -1,6 +1,5 @@
 """`kvlocal nexus`: what makes, measures and describes Nexus files."""
 
-import json
 from pathlib import Path
 
 import click
@@ -11,7 +10,9 @@ from kvlocal.nexus.file import NexusFile
 from kvlocal_cli.groups import CommandGroup
 from kvlocal_cli.nexus_eval import eval_command
 from kvlocal_cli.nexus_synth import synth_command
-from kvlocal_cli.nexus_train import NEXUS_FILE, held_out_text, train_command
+from kvlocal_cli.nexus_train import train_command
+from kvlocal_cli.trained_file import show_trained_file
+from kvlocal_cli.training_run import FILE
 
 
 @click.group("nexus", cls=CommandGroup)
@@ -24,7 +25,7 @@ for command in (synth_command, train_command, eval_command):
 
 
 @nexus_group.command("info")
-@click.argument("file", type=NEXUS_FILE)
+@click.argument("file", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the whole training record.")
 @click.option("-m", "--model", help="Also check that the file was made for this model, a name from the catalogue or a GGUF file.")
 def info_command(file: Path, as_json: bool, model: str | None) -> None:
@@ -45,14 +46,5 @@ def info_command(file: Path, as_json: bool, model: str | None) -> None:
         "ratios": list(found.ratios),
         "segment_rule": found.segment_rule,
     }
-    if as_json:
-        click.echo(json.dumps(described | {"record": found.record}, indent=2))
-        return
-    for name, value in described.items():
-        click.echo(f"{name.replace('_', ' '):<14}{', '.join(map(str, value)) if isinstance(value, list) else value}")
-    for name in ("steps", "seconds", "device"):
-        if name in found.record:
-            click.echo(f"{name:<14}{found.record[name]}")
-    evaluations = found.record.get("evaluations")
-    if evaluations:
-        click.echo("held out      " + held_out_text({name: value for name, value in evaluations[-1].items() if name != "step"}))
+    evaluations = found.record.get("evaluations", [])
+    show_trained_file(described, found.record, [("held out", values) for values in evaluations[-1:]], as_json)

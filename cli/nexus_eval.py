@@ -10,17 +10,18 @@ import click
 from kvlocal.errors import KvlocalError
 from kvlocal.evaluation.statistics import mean_over_chats, shown
 from kvlocal.nexus.file import NexusFile
-from kvlocal_cli.nexus_train import NEXUS_FILE, RATIOS, Workplace, torch_options
+from kvlocal_cli.nexus_train import RATIOS, Workplace, torch_options
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import waiting
+from kvlocal_cli.training_run import FILE
 
 if TYPE_CHECKING:
     from kvlocal.training.examples import Example
 
 
 @click.command("eval")
-@click.argument("file", type=NEXUS_FILE)
+@click.argument("file", type=FILE)
 @click.option("-m", "--model", required=True, help="The model it was trained for, a name from the catalogue or a GGUF file.")
 @click.option("--ratio", "ratios", default=RATIOS, show_default=True, callback=parse_ratios, metavar="LIST", help="Compression ratios.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Conversations at most.")

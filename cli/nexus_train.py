@@ -1,41 +1,33 @@
 """`kvlocal nexus train`."""
 
 import functools
-import math
-import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvlocal.files.fingerprint import fingerprint
-from kvlocal.files.replaceable import check_replaceable
 from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.model import Model
 from kvlocal.nexus.file import NexusFile, is_nexus_file
 from kvlocal_cli.options import parse_ratios
-from kvlocal_cli.progress import LongWork
-from kvlocal_cli.terminal import INTERRUPTED, waiting
-from kvlocal_cli.torch_options import compute_options, say, stops
+from kvlocal_cli.terminal import waiting
+from kvlocal_cli.torch_options import compute_options, say
+from kvlocal_cli.trained_file import values_text
+from kvlocal_cli.training_run import EXISTING_FILE, FILE, Times, check_output, mean, time_options, train
 
 if TYPE_CHECKING:
     from kvlocal.training.examples import Examples
     from kvlocal.training.nexus_training import TrainingReport
 
-REPORT_SECONDS = 30  # between two lines about updates
 HELD_OUT = 0.1  # of the conversations, for evaluation
 RATIOS = "0.5,0.6,0.7,0.8,0.9"
 
-NEXUS_FILE = click.Path(dir_okay=False, path_type=Path)
-_DATA = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
 _TORCH_OPTIONS = (
-    click.option("--data", "data", type=_DATA, required=True, multiple=True, metavar="FILE",
+    click.option("--data", "data", type=EXISTING_FILE, required=True, multiple=True, metavar="FILE",
                  help='Conversations, one JSON object a line: {"messages": [{"role", "content"}]}; can be repeated.'),
     click.option("--max-tokens", type=click.IntRange(min=64), default=1024, show_default=True, metavar="N",
                  help="Longest conversation; longer ones are cut between turns."),
@@ -78,13 +70,13 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("train")
 @click.argument("model")
-@click.option("-o", "--output", type=NEXUS_FILE, required=True, metavar="FILE",
+@click.option("-o", "--output", type=FILE, required=True, metavar="FILE",
               help="The Nexus file. It is rewritten at every checkpoint; FILE.partial beside it is what a run goes on from.")
 @click.option("--force", is_flag=True, help="Write over FILE if it is there already.")
 @click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True, metavar="N", help="Updates.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Conversations an update.")
 @click.option("--students", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Compressions of each conversation.")
-@click.option("--start", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--start", type=EXISTING_FILE, metavar="FILE",
               help="Begin with the values of a Nexus file that was trained before.")
 @click.option("--k", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Nexus tokens of a turn at most.")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, metavar="N", help="Rank of the LoRA adapter.")
@@ -100,15 +92,12 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Share of the conversations whose loss is that of repeating one of their turns word for word.")
 @click.option("--held-out", type=click.IntRange(min=0), default=16, show_default=True, metavar="N",
               help="Conversations to evaluate on; a tenth of the data is kept for that.")
-@click.option("--evaluate-every", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Updates between evaluations.")
-@click.option("--checkpoint-minutes", type=click.FloatRange(min=0), default=5.0, show_default=True, metavar="X", help="Minutes between checkpoints.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="X",
-              help="Stop after so long; the same command goes on from there.  [default: no limit]")
+@time_options(evaluate_every=100, checkpoint_minutes=5.0)
 @torch_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random.")
 def train_command(
     place: Workplace, output: Path, force: bool, start: Path | None, rank: int, no_lora: bool, ratios: tuple[float, ...], fixed_ratio: float | None,
-    held_out: int, evaluate_every: int, checkpoint_minutes: float, minutes: float | None, **settings: Any,
+    held_out: int, times: Times, **settings: Any,
 ) -> None:
     """Train Nexus tokens for MODEL, a name from the catalogue or a GGUF file.
 
@@ -121,8 +110,7 @@ def train_command(
     """
     from kvlocal.training.nexus_training import Training, TrainingSettings
 
-    is_begun = output.with_name(output.name + ".partial").exists()
-    check_replaceable(output, lambda path: is_begun and is_nexus_file(path), "what this run has left unfinished", force=force)
+    check_output(output, is_nexus_file, force)
     found = place.examples
     say(f"{len(found.training)} conversations to train on, {len(found.held_out)} held out")
     for why, n in found.left_out.items():
@@ -142,19 +130,7 @@ def train_command(
     )
     with waiting("loading the weights"):
         run = Training(place.container, place.path.stem, found, chosen, output, place.device, first)
-    say(f"{chosen.dtype} on {place.device}" + (f", going on after {run.step} updates" if run.step else ""))
-    with _Progress(run.step, chosen.steps) as progress, stops(run) as interrupted:
-        run.run(
-            progress.add,
-            evaluate_every=evaluate_every,
-            checkpoint_seconds=60 * checkpoint_minutes,
-            limit_seconds=60 * minutes if minutes else math.inf,
-        )
-    if run.step < chosen.steps:
-        say(f"stopped after {run.step} of {chosen.steps} updates; the same command goes on from here")
-    click.echo(output)
-    if interrupted:
-        sys.exit(INTERRUPTED)
+    train(run, chosen.steps, times, _described, output, place=f"{chosen.dtype} on {place.device}")
 
 
 _REASONS = {
@@ -166,42 +142,5 @@ _REASONS = {
 }
 
 
-class _Progress:
-    """How far training is, on stderr: a bar on a terminal, and lines with losses now and then."""
-
-    def __init__(self, done: int, steps: int) -> None:
-        self._work = LongWork("updates", steps, done)
-        self._steps = steps
-        self._recent: list[TrainingReport] = []
-
-    def __enter__(self) -> Self:
-        self._work.__enter__()
-        return self
-
-    def add(self, found: "TrainingReport") -> None:
-        if found.held_out:
-            self._flush(found.step)
-            self._work.say(f"update {found.step}: held out {held_out_text(found.held_out)}")
-            return
-        if math.isnan(found.attention):
-            return
-        self._work.update(completed=found.step)
-        self._recent.append(found)
-        if self._work.is_time(REPORT_SECONDS):
-            self._flush(found.step)
-
-    def _flush(self, step: int) -> None:
-        values = {name: [getattr(one, name) for one in self._recent] for name in ("kl", "recital", "attention", "seconds")}
-        means = {name: statistics.fmean(known) for name, found in values.items() if (known := [value for value in found if not math.isnan(value)])}
-        if means:
-            losses = ", ".join(f"{name} {value:.4f}" for name, value in means.items() if name != "seconds")
-            left = (self._steps - step) * means["seconds"] / 60
-            self._work.say(f"update {step} of {self._steps}: {losses}, {means['seconds']:.2f} s an update, {left:.0f} min left")
-        self._recent = []
-
-    def __exit__(self, *_: object) -> None:
-        self._work.__exit__()
-
-
-def held_out_text(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+def _described(updates: "Sequence[TrainingReport]") -> str:
+    return values_text({name: mean(updates, name) for name in ("kl", "recital", "attention")})

@@ -1,13 +1,10 @@
-"""Trains Nexus tokens by distillation: updates, held-out evaluation, checkpoints that a killed run goes on from."""
+"""Trains Nexus tokens by distillation: its updates, and what the tokens are worth on held-out conversations."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +15,18 @@ import torch
 from kvlocal.gguf.container import Container
 from kvlocal.nexus.base import base_hash
 from kvlocal.nexus.file import NexusFile
-from kvlocal.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint, warm_up_then_cosine
+from kvlocal.training.checkpoint import TrainingError, warm_up_then_cosine
 from kvlocal.training.decoder import Decoder
 from kvlocal.training.distil import Compression, Distillation
 from kvlocal.training.divergence import divergences
 from kvlocal.training.examples import Example, Examples, joined
 from kvlocal.training.parameters import Parameters
+from kvlocal.training.training_run import Report, TrainingRun
 from kvlocal.training.weights import Weights
 
 EVALUATED_RATIOS = (0.5, 0.8, 0.9)
 
 _TABLE_RATE, _ADAPTER_RATE = 3e-3, 1e-3
-_CLIP = 1.0
 # so often one segment of a conversation is cut in two, neither of them shorter than so many tokens
 _CUT, _SHORTEST_PART = 0.2, 16
 # of a recital, beside the KL of a conversation, which is some five times smaller
@@ -75,35 +72,19 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class TrainingReport:
-    """One update, or one evaluation.
+class TrainingReport(Report):
+    """One update, or one evaluation, whose means are KL by what was kept, such as "nexus@0.8", in nats per token.
 
-    step: updates made
     kl, attention: of an update, mean over its conversations; kl without recitals, and not a number where there were only such
     recital: of an update, mean KL of its recitals; not a number where there were none
-    held_out: of an evaluation, mean KL by what was kept, such as "nexus@0.8", in nats per token; empty for an update
-    seconds: spent on it
     """
 
-    step: int
     kl: float = math.nan
     attention: float = math.nan
     recital: float = math.nan
-    held_out: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
-@dataclass
-class _State:
-    """What a checkpoint holds besides parameters and optimiser; random numbers depend on seed and step alone."""
-
-    step: int = 0
-    seconds: float = 0.0
-    losses: list[tuple[float, float, float]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-
-
-class Training:
+class Training(TrainingRun[TrainingReport, NexusFile]):
     """One training run.
 
     Args:
@@ -111,7 +92,7 @@ class Training:
         base_name: what users call it.
         examples: conversations.
         settings: see TrainingSettings.
-        path: the Nexus file. It is written at every checkpoint; what is needed to go on is beside it, in PATH.partial, until all is done.
+        path: the Nexus file, see TrainingRun.
         device: where to compute, such as "cpu" or "cuda".
         start: the Nexus file whose values training begins with.
 
@@ -120,14 +101,13 @@ class Training:
         WeightsError: the model is not one that the decoder knows.
     """
 
+    # tokens that mean nothing yet are worth nothing
+    begins_with_evaluation = False
+
     def __init__(
         self, base: Container, base_name: str, examples: Examples, settings: TrainingSettings, path: Path, device: str, start: NexusFile | None = None
     ) -> None:
-        self._base, self._base_name, self._examples, self._settings = base, base_name, examples, settings
-        self._path, self._checkpoint = path, path.with_name(path.name + ".partial")
-        self._base_hash = base_hash(base)
-        described = [asdict(settings), self._base_hash, examples.digests]
-        self._key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        self._base_name, self._examples, self._settings, self._base_hash = base_name, examples, settings, base_hash(base)
         self._decoder = Decoder(Weights.load(base, getattr(torch, settings.dtype), device))
         self._held_out = joined(examples.held_out[: settings.n_held_out], settings.join, settings.max_tokens)
         if start:
@@ -137,70 +117,16 @@ class Training:
         else:
             self._parameters = Parameters.new(self._decoder.weights, settings.k, settings.rank, settings.seed)
         groups = [{"params": [self._parameters.table], "lr": _TABLE_RATE}, {"params": self._parameters.adapter_leaves, "lr": _ADAPTER_RATE}]
-        self._optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, partial(warm_up_then_cosine, steps=settings.steps))
-        self._state = _State()
-        self._stopped = False
-        self._resume()
-
-    @property
-    def step(self) -> int:
-        """Updates made so far."""
-        return self._state.step
-
-    def stop(self) -> None:
-        """Makes `run` end after the update it is at, as when the time is over. May be called by a signal's handler."""
-        self._stopped = True
-
-    def run(
-        self,
-        report: Callable[[TrainingReport], None],
-        *,
-        evaluate_every: int = 100,
-        checkpoint_seconds: float = 300.0,
-        limit_seconds: float = math.inf,
-    ) -> NexusFile:
-        """Trains to the last update, or until the time is over, and writes the Nexus file.
-
-        Args:
-            report: gets every update and every evaluation.
-            evaluate_every: updates from one evaluation to the next; one more comes at the end.
-            checkpoint_seconds: from one checkpoint to the next.
-            limit_seconds: of training in this call; a run that it stops can be gone on with.
-
-        Raises:
-            TrainingError: a loss is not finite any more.
-        """
-        started = saved = time.monotonic()
-        steps = self._settings.steps
-        while self.step < steps and not self._stopped and time.monotonic() - started < limit_seconds:
-            report(self._update())
-            if self.step % evaluate_every == 0 and self.step < steps:
-                report(self._evaluate())
-            if time.monotonic() - saved >= checkpoint_seconds:
-                self._save_checkpoint()
-                saved = time.monotonic()
-        if self.step < steps:
-            self._save_checkpoint()
-        else:
-            report(self._evaluate())
-            self.file().save(self._path)
-            self._checkpoint.unlink(missing_ok=True)
-        return self.file()
+        optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(warm_up_then_cosine, steps=settings.steps))
+        described = ["nexus", asdict(settings), self._base_hash, examples.digests]
+        super().__init__(path, described, self._parameters.leaves, optimiser, schedule, settings.steps)
 
     def file(self) -> NexusFile:
         """What is trained so far; the adapter in float16."""
-        record = {
-            "settings": asdict(self._settings),
-            "data": {"sha256": self._examples.digests, "dialogues": self._examples.n_dialogues, "training": len(self._examples.training),
-                     "held_out": len(self._examples.held_out), "left_out": self._examples.left_out},
-            "torch": torch.__version__,
-            "device": self._decoder.device.type,
-            "seconds": round(self._state.seconds, 1),
-            "steps": self.step,
-            "losses": _curve(self._state.losses),
-            "evaluations": self._state.evaluations,
-        }  # fmt: skip
+        examples = self._examples
+        data = {"sha256": examples.digests, "dialogues": examples.n_dialogues, "training": len(examples.training),
+                "held_out": len(examples.held_out), "left_out": examples.left_out}  # fmt: skip
         return NexusFile(
             table=self._parameters.table.detach().cpu().numpy().copy(),
             adapter=self._parameters.arrays(),
@@ -209,12 +135,11 @@ class Training:
             base_name=self._base_name,
             base_hash=self._base_hash,
             ratios=self._settings.ratios,
-            record=record,
+            record=self._record(asdict(self._settings), data, self._decoder.device) | {"losses": _curve(self.updates)},
         )
 
-    def _update(self) -> TrainingReport:
-        """One step of AdamW on the mean loss of a batch's students."""
-        started = time.monotonic()
+    def _gradients(self) -> tuple[tuple[float, float, float], dict[str, Any]]:
+        """Of the mean loss of a batch's students."""
         settings = self._settings
         kls: dict[bool, list[float]] = {False: [], True: []}
         attentions = []
@@ -236,19 +161,8 @@ class Training:
                 ((weight * loss.kl + settings.attention_weight * loss.attention) / (settings.batch * settings.students)).backward()
                 kls[is_recital].append(loss.kl.item())
                 attentions.append(loss.attention.item())
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.leaves, _CLIP)
-        if not torch.isfinite(norm):
-            raise TrainingError(f"the loss is not finite any more after {self.step} updates: start anew with another --seed or --dtype float32")
-        self._optimiser.step()
-        self._schedule.step()
-        self._optimiser.zero_grad()
-        state = self._state
-        state.step += 1
         kl, recital, attention = (sum(values) / len(values) if values else math.nan for values in (kls[False], kls[True], attentions))
-        state.losses.append((kl, attention, recital))
-        seconds = time.monotonic() - started
-        state.seconds += seconds
-        return TrainingReport(self.step, kl, attention, recital, seconds=seconds)
+        return (kl, attention, recital), {"kl": kl, "attention": attention, "recital": recital}
 
     def _example(self, n: int, rng: np.random.Generator) -> Example:
         """The n-th conversation, all of them in a new order in each round, behind others that are drawn; sometimes with a segment cut in two."""
@@ -268,13 +182,9 @@ class Training:
         n = int(rng.integers(1, len(example.segments) + 1))
         return example.recited(n, int(rng.integers(n)), self._examples.instruction)
 
-    def _evaluate(self) -> TrainingReport:
-        started = time.monotonic()
+    def _held_out_means(self) -> dict[str, float]:
         found = [self._divergences(example) for example in self._held_out]
-        means = {name: float(np.mean([one[name] for one in found])) for name in (found[0] if found else ())}
-        if means:
-            self._state.evaluations.append({"step": self.step} | {name: round(value, 5) for name, value in means.items()})
-        return TrainingReport(self.step, held_out=means, seconds=time.monotonic() - started)
+        return {name: float(np.mean([one[name] for one in found])) for name in (found[0] if found else ())}
 
     def _divergences(self, example: Example) -> dict[str, float]:
         found = divergences(self._decoder, self._parameters, example, EVALUATED_RATIOS)
@@ -284,15 +194,8 @@ class Training:
             found |= {f"recital {name}": value for name, value in recited.items()}
         return found
 
-    def _save_checkpoint(self) -> None:
-        """Writes what the run goes on from, and the Nexus file as it is now."""
-        save_checkpoint(self._checkpoint, self._key, self._parameters.leaves, self._optimiser, self._schedule, asdict(self._state))
-        self.file().save(self._path)
-
-    def _resume(self) -> None:
-        state = load_checkpoint(self._checkpoint, self._key, self._parameters.leaves, self._optimiser, self._schedule)
-        if state is not None:
-            self._state = _State(**state)
+    def _report(self, step: int, **told: Any) -> TrainingReport:
+        return TrainingReport(step, **told)
 
 
 def _curve(losses: Sequence[tuple[float, float, float]], n: int = 100) -> list[dict[str, float]]:

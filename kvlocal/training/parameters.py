@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kvlocal.nexus.file import NexusFile
+from kvlocal.training.adapted_file import AdaptedFile
+from kvlocal.training.checkpoint import TrainingError
 from kvlocal.training.decoder import LowRankAdapter
 from kvlocal.training.weights import LINEAR, Weights
 
@@ -34,6 +36,19 @@ class AdapterParameters:
     def begin(cls, weights: Weights, rank: int, seed: int) -> AdapterParameters:
         """An adapter that adds nothing yet: A is uniform within 1 / sqrt(n_in), B is zero (LoRA, arXiv 2106.09685), alpha is the rank."""
         return AdapterParameters(_new_pairs(weights, rank, np.random.default_rng([seed, 0])), float(rank))
+
+    @classmethod
+    def after(cls, file: AdaptedFile | None, weights: Weights, rank: int, seed: int) -> AdapterParameters:
+        """What a file holds that was trained before; without one an adapter that adds nothing yet.
+
+        Raises:
+            TrainingError: the file's adapter has another rank.
+        """
+        if file is None:
+            return cls.begin(weights, rank, seed)
+        if file.rank != rank:
+            raise TrainingError(f"the file to begin with has rank {file.rank}: ask for the same with --rank")
+        return AdapterParameters(pairs_of(file.adapter, weights.embedding.device), file.alpha)
 
     @property
     def rank(self) -> int:
