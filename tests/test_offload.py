@@ -144,7 +144,7 @@ def test_a_sliding_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place
                 np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, W), atol=1e-3)
             keep = np.r_[0:60, 200 - W : 200]
             chat.native.compact(chat.everywhere(keep), keep - 30 * (keep >= 60), chat.everywhere(-30 * (keep >= 60)))
-            chat.native.shift_window_cache(-30)
+            chat.native.shift_beside(-30)
             chat.n_past -= 30
             logits.append(np.stack([log_softmax(chat.feed(1)) for _ in range(3)]))
     np.testing.assert_allclose(*np.exp(logits), rtol=0, atol=CLOSE)
