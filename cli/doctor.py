@@ -32,7 +32,7 @@ def doctor_command(model: str | None, lora: tuple[Lora, ...], rpc: tuple[str, ..
     """
     if lora and model is None:
         raise click.UsageError("--lora is for a model: name it too")
-    report = diagnose(model, lora)
+    report = diagnose(model, lora, rpc)
     report["chat"] = _chat(report, model, lora, rpc)
     if as_json:
         click.echo(json.dumps(report, indent=2))

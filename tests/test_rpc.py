@@ -252,8 +252,10 @@ def test_the_doctor_asks_them(three_layers: Path, servers: list[RpcServer]) -> N
     done = CliRunner().invoke(main, ["doctor", str(three_layers), "--rpc", ",".join(addresses(servers))])
     assert done.exit_code == 0, done.stdout
     assert all(f"RPC server {address}" in done.stdout for address in addresses(servers))
+    # and what the model takes there
+    assert done.stdout.count("memory on RPC") == len(servers), done.stdout
     done = CliRunner().invoke(main, ["doctor", str(three_layers), "--rpc", f"127.0.0.1:{free_port()}"])
-    assert done.exit_code == 1 and "no RPC server" in done.stdout
+    assert done.exit_code == 1 and done.stdout.count("no RPC server") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ from kvlocal.template.chat_template import ChatTemplate
 _T = TypeVar("_T")
 
 
-def diagnose(model: str | None = None, lora: Sequence[Lora] = ()) -> dict[str, Any]:
+def diagnose(model: str | None = None, lora: Sequence[Lora] = (), rpc: tuple[str, ...] = ()) -> dict[str, Any]:
     """A report for JSON; a part that cannot be found out is None, and the reason is in its "problems".
 
     Sizes are in bytes. Keys:
@@ -51,6 +51,7 @@ def diagnose(model: str | None = None, lora: Sequence[Lora] = ()) -> dict[str, A
     Args:
         model: a catalogue name or a path, as `catalogue.resolve` takes it.
         lora: adapters for it.
+        rpc: servers that are to get layers of it, each as HOST:PORT.
     """
     problems: list[str] = []
     hints: list[str] = []
@@ -65,7 +66,7 @@ def diagnose(model: str | None = None, lora: Sequence[Lora] = ()) -> dict[str, A
     }
     if model is not None:
         # Without the library the one problem would be named twice.
-        report["model"] = library and _attempt(problems, lambda: _describe_model(problems, library, model, lora))
+        report["model"] = library and _attempt(problems, lambda: _describe_model(problems, library, model, lora, rpc))
     return report | {"hints": hints, "problems": problems}
 
 
@@ -129,7 +130,7 @@ def _describe_models(problems: list[str], hints: list[str]) -> dict[str, Any]:
     }
 
 
-def _describe_model(problems: list[str], library: Library, name: str, lora: Sequence[Lora]) -> dict[str, Any]:
+def _describe_model(problems: list[str], library: Library, name: str, lora: Sequence[Lora], rpc: tuple[str, ...]) -> dict[str, Any]:
     """What a session needs to know about a model.
 
     Keys: path, description, architecture, parameters, size (bytes of the weights), trained_context (tokens), sliding_window (tokens, 0 for none),
@@ -174,15 +175,20 @@ def _describe_model(problems: list[str], library: Library, name: str, lora: Sequ
             "kv_heads": layout and layout.n_head_kv,
             "can_rotate": layout and layout.can_rotate,
             "kv_bytes_per_1000_cells": cost,
-            **_describe_places(path, lora),
+            **_describe_places(path, lora, rpc),
             "lora": [adapter for adapter in adapters if adapter],
         }
 
 
-def _describe_places(path: Path, lora: Sequence[Lora]) -> dict[str, Any]:
-    """What of a model and of a chat with it fits where."""
-    config, used = SessionConfig(), used_devices(Placement(ALL), devices())
-    placement = Placement(layers_that_fit(path, config, Placement(ALL), lora=lora) if used else 0)
+def _describe_places(path: Path, lora: Sequence[Lora], rpc: tuple[str, ...]) -> dict[str, Any]:
+    """What of a model and of a chat with it fits where.
+
+    Raises:
+        EngineError: a server does not answer.
+    """
+    config, whole = SessionConfig(), Placement(ALL, rpc=rpc)
+    used = used_devices(whole, devices(whole.servers))
+    placement = replace(whole, n_gpu_layers=layers_that_fit(path, config, whole, lora=lora) if used else 0)
     free = Free.now(used_devices(placement, used))
     container = Container(path)
     attention, estimate = Attention.of(container), MemoryEstimate.of(container, config, True, lora, placement, free)
