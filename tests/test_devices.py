@@ -18,7 +18,9 @@ from kvlocal.doctor.memory_estimate import Free, MemoryEstimate, OutOfMemory, ch
 from kvlocal.doctor.memory_shares import MemoryShare, ModelSizes, shares
 from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
+from kvlocal.llama import devices as devices_module
 from kvlocal.llama import model as model_module
+from kvlocal.llama.cache_types import device_without_attention
 from kvlocal.llama.context import Context
 from kvlocal.llama.devices import Device, devices, used_devices
 from kvlocal.llama.errors import EngineError
@@ -234,13 +236,28 @@ def test_what_lies_elsewhere_is_not_counted_on_the_host(smollm2: Path) -> None:
     assert same == device and shared == host + device
 
 
+def test_no_device_is_asked_where_all_is_on_the_cpu(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that says what memory it has takes some of it."""
+
+    def asked(_: object) -> list[Device]:
+        raise AssertionError("a device was asked")
+
+    monkeypatch.setattr(devices_module, "devices", asked)
+    check(smollm2, SessionConfig(), placement=Placement(0))
+    assert device_without_attention("q8_0", "q8_0", n_head=9, n_head_kv=3, size_k=64, size_v=64, placement=Placement(0)) is None
+    with Model(smollm2, placement=Placement(0)) as model:
+        assert model.devices == []
+    with pytest.raises(AssertionError, match="was asked"):
+        check(smollm2, SessionConfig(), placement=Placement(1))
+
+
 def test_too_little_on_a_device(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, placement = SessionConfig(budget=4096), Placement(ALL)
     _, need = on_devices(smollm2, ALL, free(8 * G), budget=4096)
     monkeypatch.setattr(memory_estimate, "available_memory", lambda: 64 * G)
     for size in (need, need - 1):
         card = replace(CUDA0, memory_free=size, memory_total=8 * G)
-        monkeypatch.setattr(memory_estimate, "devices", lambda _, card=card: [card, CPU])
+        monkeypatch.setattr(devices_module, "devices", lambda _, card=card: [card, CPU])
         if size == need:
             check(smollm2, config, placement=placement)
             continue
@@ -251,10 +268,10 @@ def test_too_little_on_a_device(smollm2: Path, monkeypatch: pytest.MonkeyPatch) 
         assert "\n" not in str(error.value)
     # what a conversation gives back counts there, too, and the model is there already
     card = replace(CUDA0, memory_free=10**6, memory_total=8 * G)
-    monkeypatch.setattr(memory_estimate, "devices", lambda _: [card, CPU])
+    monkeypatch.setattr(devices_module, "devices", lambda _: [card, CPU])
     check(smollm2, config, placement=placement, instead_of=config)
     card = replace(CUDA0, memory_free=need + memory_estimate._LEFT_FREE - 1, memory_total=8 * G)
-    monkeypatch.setattr(memory_estimate, "devices", lambda _: [card, CPU])
+    monkeypatch.setattr(devices_module, "devices", lambda _: [card, CPU])
     check(smollm2, config, placement=placement)
     with pytest.raises(OutOfMemory, match="--gpu-layers auto, which is [0-9]+ here"):
         check(smollm2, SessionConfig(budget=8000), parallel=30, placement=placement)

@@ -25,7 +25,7 @@ from kvlocal.hub.hub_file import HubFile
 from kvlocal.llama.adapter import Adapter, Lora, check_lora
 from kvlocal.llama.cells import NativeCache, NativeError
 from kvlocal.llama.context import KV_TYPES, Context
-from kvlocal.llama.devices import devices, used_devices
+from kvlocal.llama.devices import devices, devices_of, used_devices
 from kvlocal.llama.ggml import functions
 from kvlocal.llama.library import Library, load
 from kvlocal.llama.model import Model
@@ -187,7 +187,7 @@ def _describe_places(path: Path, lora: Sequence[Lora], rpc: tuple[str, ...]) -> 
         EngineError: a server does not answer.
     """
     config, whole = SessionConfig(), Placement(ALL, rpc=rpc)
-    used = used_devices(whole, devices(whole.servers))
+    used = devices_of(whole)
     placement = replace(whole, n_gpu_layers=layers_that_fit(path, config, whole, lora=lora) if used else 0)
     free = Free.now(used_devices(placement, used))
     container = Container(path)

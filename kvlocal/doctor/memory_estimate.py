@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from kvlocal.gguf.container import Container
 from kvlocal.gguf.recurrent import Recurrent
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import CELL_BLOCK
-from kvlocal.llama.devices import Device, devices, used_devices
+from kvlocal.llama.devices import Device, devices_of
 from kvlocal.llama.placement import ALL, Placement
 
 # Python, numpy and llama.cpp without a model
@@ -152,11 +153,7 @@ class MemoryEstimate:
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:
     """The largest number from 1 to most that something holds for which holds for all smaller ones; 0 if it holds for none."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, most + 1), True, key=lambda n: not holds(n))
 
 
 def check(
@@ -178,7 +175,7 @@ def check(
         EngineError: there is no such device.
         ContainerError: the file cannot be read.
     """
-    free = Free.now(used_devices(placement, devices(placement.servers)))
+    free = Free.now(devices_of(placement))
     found = _estimate(path, config, undo, lora, placement, free)
     if found is None:
         return
@@ -238,7 +235,7 @@ def layers_that_fit(
         ContainerError: the file cannot be read.
     """
     placement = replace(placement, n_gpu_layers=ALL)
-    free = free or Free.now(used_devices(placement, devices(placement.servers)))
+    free = free or Free.now(devices_of(placement))
     if all(size is None for size in free.devices):
         return ALL
     model = Container(path)
@@ -267,7 +264,7 @@ def largest_budget(path: Path, config: SessionConfig, lora: Sequence[Lora] = (),
         EngineError: there is no such device.
         ContainerError: the file cannot be read.
     """
-    free = Free.now(used_devices(placement, devices(placement.servers)))
+    free = Free.now(devices_of(placement))
     found = _estimate(path, config, True, lora, placement, free)
     if free.host is None or found is None:
         return None

@@ -15,8 +15,6 @@ from kvlocal.gguf.recurrent import Recurrent
 _SOFT_CAP = "gemma2"
 # families of which llama.cpp knows how many layers there are to one without a sliding window, where a file does not say it
 _PERIODS = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4}
-
-
 # more than any model has; a file may say anything
 _MOST_LAYERS = 4096
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvlocal.llama.cells import Layout
 from kvlocal.llama.context import KV_TYPES
-from kvlocal.llama.devices import Device, devices, used_devices
+from kvlocal.llama.devices import Device, cpu_devices, devices_of
 from kvlocal.llama.ggml import functions
 from kvlocal.llama.library import load
 from kvlocal.llama.placement import Placement
@@ -68,7 +68,6 @@ def device_without_attention(
 
 def _with_attention(placement: Placement) -> list[Device]:
     """The devices that would hold a part of the cache. With all layers elsewhere the CPU holds none."""
-    every = devices(placement.servers)
-    chosen = used_devices(placement, every) if placement.kv_offload else []
+    chosen = devices_of(placement) if placement.kv_offload else []
     on_cpu = not chosen or placement.n_gpu_layers >= 0
-    return chosen + [device for device in every if on_cpu and device.kind == "cpu"]
+    return chosen + (cpu_devices() if on_cpu else [])

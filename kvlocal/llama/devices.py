@@ -49,18 +49,41 @@ def devices(servers: Sequence[str] = ()) -> list[Device]:
     Raises:
         EngineError: a server does not answer.
     """
+    return [_device(pointer) for pointer in [*_here(), *connect(servers)]]
+
+
+def devices_of(placement: Placement) -> list[Device]:
+    """Those that layers go to (used_devices), as they are now. Where all is on the CPU no device is asked: a GPU that is asked what memory it has
+    takes some of it for the answer.
+
+    Raises:
+        EngineError: one is named that there is not, or a server does not answer.
+    """
+    return used_devices(placement, devices(placement.servers)) if placement.n_gpu_layers else []
+
+
+def cpu_devices() -> list[Device]:
+    """The CPU. No other device is asked."""
+    _, ggml = functions()
+    return [_device(pointer) for pointer in _here() if ggml.ggml_backend_dev_type(pointer) == KINDS.index("cpu")]
+
+
+def _here() -> list[Any]:
+    """A ggml_backend_dev_t for each device of this machine."""
+    _, ggml = functions()
+    return [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+
+
+def _device(pointer: Any) -> Device:
     ffi, ggml = functions()
-    found = []
-    for pointer in [*(ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())), *connect(servers)]:
-        props = ffi.new("struct ggml_backend_dev_props *")
-        ggml.ggml_backend_dev_get_props(pointer, props)
-        backend = ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(pointer))
-        kind = KINDS[props.type] if props.type < len(KINDS) else "unknown"
-        found.append(Device(
-            _text(ffi, props.name), _text(ffi, props.description), _text(ffi, backend), kind, props.memory_free, props.memory_total,
-            _text(ffi, props.device_id) or None, int(ffi.cast("uintptr_t", pointer)),
-        ))  # fmt: skip
-    return found
+    props = ffi.new("struct ggml_backend_dev_props *")
+    ggml.ggml_backend_dev_get_props(pointer, props)
+    backend = ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(pointer))
+    kind = KINDS[props.type] if props.type < len(KINDS) else "unknown"
+    return Device(
+        _text(ffi, props.name), _text(ffi, props.description), _text(ffi, backend), kind, props.memory_free, props.memory_total,
+        _text(ffi, props.device_id) or None, int(ffi.cast("uintptr_t", pointer)),
+    )  # fmt: skip
 
 
 def check_connected(devices: Sequence[Device]) -> None:

@@ -26,8 +26,6 @@ struct ggml_backend_device * ggml_backend_reg_dev_get(ggml_backend_reg_t reg, si
 size_t ggml_backend_dev_count(void);
 ggml_backend_dev_t ggml_backend_dev_get(size_t index);
 ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t device);
-const char * ggml_backend_dev_name(ggml_backend_dev_t device);
-const char * ggml_backend_dev_description(ggml_backend_dev_t device);
 int ggml_backend_dev_type(ggml_backend_dev_t device);
 void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total);
 struct ggml_backend_dev_caps { bool async; bool host_buffer; bool buffer_from_host_ptr; bool events; bool mmap_support; };

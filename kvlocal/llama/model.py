@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kvlocal.gguf.container import ALIGNMENT, ContainerError, Header, other_parts
 from kvlocal.gguf.safety import Alphabet, examine
 from kvlocal.llama.adapter import Adapter, Lora, checked_base
-from kvlocal.llama.devices import Device, check_connected, devices, used_devices
+from kvlocal.llama.devices import Device, check_connected, devices_of
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.library import load
 from kvlocal.llama.log import NativeLog
@@ -270,7 +270,7 @@ def _put(params: Any, placement: Placement) -> tuple[list[Device], list[Any]]:
         EngineError: a device is named that there is not, or an RPC server that does not answer or gets nothing.
     """
     lib = load().llama_cpp
-    used = used_devices(placement, devices(placement.servers))
+    used = devices_of(placement)
     if placement.rpc and not any(device.is_remote for device in used):
         raise EngineError("no layer of the model goes to the RPC servers: give more --gpu-layers, name them with --device, or leave them out")
     # without a list llama.cpp makes all devices ready, and takes their memory, also where no layer goes there

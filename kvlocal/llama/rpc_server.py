@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 
-from kvlocal.llama.devices import devices, used_devices
+from kvlocal.llama.devices import cpu_devices, devices_of
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.ggml import functions
 from kvlocal.llama.library import load
@@ -36,8 +36,7 @@ def serve(host: str, port: int, n_threads: int, cache_dir: str | None = None) ->
             probe.bind((address, port))
     except OSError as error:
         raise EngineError(f"nothing can listen at {host}:{port} ({error.strerror}): choose another --host or --port") from error
-    every = devices()
-    served = used_devices(Placement(ALL), every) or [device for device in every if device.kind == "cpu"]
+    served = devices_of(Placement(ALL)) or cpu_devices()
     # Python's own handlers would not run while llama.cpp waits
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
