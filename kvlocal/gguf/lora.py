@@ -9,8 +9,9 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from kvlocal.gguf.container import Container, Tensor
 
-_A, _B = ".lora_a", ".lora_b"
-_ALPHA = "adapter.lora.alpha"
+# what is behind the name of a tensor that is changed, for the halves A and B of its pair
+HALF_A, HALF_B = ".lora_a", ".lora_b"
+ALPHA = "adapter.lora.alpha"
 _SWITCHED = "adapter.alora.invocation_tokens"
 # left out by llama.cpp without a word
 _NORM = "_norm.weight"
@@ -34,7 +35,7 @@ def flaw_of_adapter(adapter: Container, base: Container) -> str | None:
 def flaw_of_values(adapter: Container) -> str | None:
     """As flaw_of_adapter, of what takes a moment to look at: all numbers of an adapter that has no such flaw."""
     for name in changed_tensors(adapter):
-        for half in (adapter.tensors[name + _A], adapter.tensors[name + _B]):
+        for half in (adapter.tensors[name + HALF_A], adapter.tensors[name + HALF_B]):
             if not np.isfinite(half.values()).all():
                 return f"{half.name} holds values that are not finite"
     return None
@@ -51,7 +52,7 @@ def _flaw_of_metadata(adapter: Container, base: Container) -> str | None:
         return f"it is for the architecture {_short(architecture)}, and the model has {_short(wanted)}"
     if _SWITCHED in adapter.kinds:
         return "it is to be switched on by certain tokens"
-    if adapter.kinds.get(_ALPHA, GGUFValueType.FLOAT32) != GGUFValueType.FLOAT32 or not math.isfinite(metadata.get(_ALPHA, 0.0)):
+    if adapter.kinds.get(ALPHA, GGUFValueType.FLOAT32) != GGUFValueType.FLOAT32 or not math.isfinite(metadata.get(ALPHA, 0.0)):
         return "its alpha is no number"
     return None
 
@@ -62,11 +63,11 @@ def _flaw_of_names(adapter: Container, base: Container) -> str | None:
     if not changed:
         return "it has no tensors"
     for name in changed:
-        if name + _A not in names or name + _B not in names:
+        if name + HALF_A not in names or name + HALF_B not in names:
             return f"{_short(name)} has one half of its pair"
         if name not in base.tensors:
             return f"the model has no tensor {_short(name)}"
-    other = [name for name in names if not name.endswith((_A, _B, _NORM))]
+    other = [name for name in names if not name.endswith((HALF_A, HALF_B, _NORM))]
     if other:
         return f"{_short(other[0])} is no part of an adapter"
     if _EMBEDDING in changed and _OUTPUT not in base.tensors:
@@ -76,7 +77,7 @@ def _flaw_of_names(adapter: Container, base: Container) -> str | None:
 
 def _flaw_of_tensors(adapter: Container, base: Container) -> str | None:
     for name in changed_tensors(adapter):
-        a, b, changed = adapter.tensors[name + _A], adapter.tensors[name + _B], base.tensors[name]
+        a, b, changed = adapter.tensors[name + HALF_A], adapter.tensors[name + HALF_B], base.tensors[name]
         if changed.kind == getattr(GGMLQuantizationType, _SCALED, None):
             return f"{name} is of the type {_SCALED} in the model"
         if not _fits(name, a, b, changed):
@@ -105,7 +106,7 @@ def _in_full(tensor: Tensor) -> tuple[int, ...]:
 
 def changed_tensors(adapter: Container) -> list[str]:
     """The names of the model's tensors that an adapter changes."""
-    return list(dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in adapter.tensors if name.endswith((_A, _B))))
+    return list(dict.fromkeys(name.removesuffix(HALF_A).removesuffix(HALF_B) for name in adapter.tensors if name.endswith((HALF_A, HALF_B))))
 
 
 def _short(text: object) -> str:

@@ -10,18 +10,18 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFWriter
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import replacing
 from kvlocal.gguf.container import Container, ContainerError
+from kvlocal.gguf.lora import ALPHA, HALF_A, HALF_B
+from kvlocal.gguf.lora_writer import write_lora
 from kvlocal.nexus.base import base_hash
 
 VERSION = 1
 TURN_RULE = "turn"  # a segment is a user's turn and the answer to it, up to the markup that closes the answer
 
 _PREFIX = "kvlocal.nexus."
-_A, _B = ".lora_a", ".lora_b"
 
 
 class NexusError(KvlocalError):
@@ -81,25 +81,16 @@ class NexusFile:
             self._write(staged)
 
     def _write(self, path: Path) -> None:
-        writer = GGUFWriter(path, self.architecture)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", self.alpha)
-        writer.add_uint32(_PREFIX + "version", VERSION)
-        writer.add_uint32(_PREFIX + "k", self.k)
-        writer.add_uint32(_PREFIX + "n_embd", self.n_embd)
-        for name in ("base_name", "base_hash", "segment_rule"):
-            writer.add_string(_PREFIX + name, getattr(self, name))
-        writer.add_array(_PREFIX + "ratios", [float(ratio) for ratio in self.ratios])
-        writer.add_string(_PREFIX + "record", json.dumps(self.record))
-        writer.add_array(_PREFIX + "table", self.table.ravel().tolist())
-        for name, (a, b) in self.adapter.items():
-            writer.add_tensor(name + _A, np.ascontiguousarray(a))
-            writer.add_tensor(name + _B, np.ascontiguousarray(b))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        metadata = {
+            _PREFIX + "version": VERSION,
+            _PREFIX + "k": self.k,
+            _PREFIX + "n_embd": self.n_embd,
+            **{_PREFIX + name: getattr(self, name) for name in ("base_name", "base_hash", "segment_rule")},
+            _PREFIX + "ratios": self.ratios,
+            _PREFIX + "record": json.dumps(self.record),
+            _PREFIX + "table": self.table.ravel().tolist(),
+        }
+        write_lora(path, self.architecture, self.alpha, self.adapter, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -129,8 +120,8 @@ class NexusFile:
     def _from(cls, container: Container) -> Self:
         metadata = container.metadata
         table = np.asarray(metadata[_PREFIX + "table"], np.float32)
-        names = [name.removesuffix(_A) for name in container.tensors if name.endswith(_A)]
-        if set(container.tensors) != {name + end for name in names for end in (_A, _B)}:
+        names = [name.removesuffix(HALF_A) for name in container.tensors if name.endswith(HALF_A)]
+        if set(container.tensors) != {name + end for name in names for end in (HALF_A, HALF_B)}:
             raise ValueError("a tensor without its partner")
         halves = {name: tensor.values().astype(_ADAPTER_TYPES[tensor.kind.name]) for name, tensor in container.tensors.items()}
         record = json.loads(metadata[_PREFIX + "record"])
@@ -138,8 +129,8 @@ class NexusFile:
             raise TypeError("record")
         return cls(
             table=table.reshape(metadata[_PREFIX + "k"], metadata[_PREFIX + "n_embd"]),
-            adapter={name: (halves[name + _A], halves[name + _B]) for name in names},
-            alpha=float(metadata["adapter.lora.alpha"]),
+            adapter={name: (halves[name + HALF_A], halves[name + HALF_B]) for name in names},
+            alpha=float(metadata[ALPHA]),
             ratios=tuple(round(ratio, 6) for ratio in metadata[_PREFIX + "ratios"].tolist()),
             record=record,
             **{name: _text(metadata[key]) for name, key in _TEXTS.items()},

@@ -8,21 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
-from gguf import GGUFWriter
 
 from kvlocal.errors import KvlocalError
 from kvlocal.files.atomic import replacing
 from kvlocal.gguf.container import Container, ContainerError
-from kvlocal.gguf.lora import changed_tensors, flaw_of_adapter, flaw_of_values
+from kvlocal.gguf.lora import ALPHA, HALF_A, HALF_B, changed_tensors, flaw_of_adapter, flaw_of_values
+from kvlocal.gguf.lora_writer import write_lora
 from kvlocal.nexus.base import base_hash
 
 VERSION = 1
 
 _PREFIX = "kvlocal.adapt."
-_A, _B = ".lora_a", ".lora_b"
-_ALPHA = "adapter.lora.alpha"
 
 
 class AdaptedFileError(KvlocalError):
@@ -67,24 +64,15 @@ class AdaptedFile:
         Raises:
             KvlocalError: it cannot be written.
         """
+        metadata = {
+            _PREFIX + "version": VERSION,
+            **{_PREFIX + name: getattr(self, name) for name in _TEXTS},
+            _PREFIX + "policies": ",".join(self.policies),
+            _PREFIX + "ratios": self.ratios,
+            _PREFIX + "record": json.dumps(self.record),
+        }
         with replacing(path) as staged:
-            writer = GGUFWriter(staged, self.architecture)
-            writer.add_type("adapter")
-            writer.add_string("adapter.type", "lora")
-            writer.add_float32(_ALPHA, self.alpha)
-            writer.add_uint32(_PREFIX + "version", VERSION)
-            for name in _TEXTS:
-                writer.add_string(_PREFIX + name, getattr(self, name))
-            writer.add_string(_PREFIX + "policies", ",".join(self.policies))
-            writer.add_array(_PREFIX + "ratios", [float(ratio) for ratio in self.ratios])
-            writer.add_string(_PREFIX + "record", json.dumps(self.record))
-            for name, (a, b) in self.adapter.items():
-                writer.add_tensor(name + _A, np.ascontiguousarray(a))
-                writer.add_tensor(name + _B, np.ascontiguousarray(b))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+            write_lora(staged, self.architecture, self.alpha, self.adapter, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], base: Container | None = None) -> Self:
@@ -117,13 +105,13 @@ class AdaptedFile:
     @classmethod
     def _from(cls, container: Container) -> Self:
         metadata, tensors = container.metadata, container.tensors
-        pairs = {name: (tensors[name + _A].values(), tensors[name + _B].values()) for name in changed_tensors(container)}
+        pairs = {name: (tensors[name + HALF_A].values(), tensors[name + HALF_B].values()) for name in changed_tensors(container)}
         record = json.loads(metadata[_PREFIX + "record"])
         if not isinstance(record, dict):
             raise TypeError("record")
         return cls(
             adapter=pairs,
-            alpha=float(metadata[_ALPHA]),
+            alpha=float(metadata[ALPHA]),
             architecture=metadata["general.architecture"],
             policies=tuple(metadata[_PREFIX + "policies"].split(",")),
             ratios=tuple(round(ratio, 6) for ratio in metadata[_PREFIX + "ratios"].tolist()),
