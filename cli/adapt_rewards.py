@@ -15,7 +15,8 @@ from kvlocal.evaluation.statistics import mean_over_chats, shown
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.context import MAX_SEQUENCES
 from kvlocal.llama.model import Model
-from kvlocal_cli.adapt_rl import parse_kinds, parse_range
+from kvlocal_cli.adapt_rl import MADE_TASKS
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.progress import LongWork
 
 if TYPE_CHECKING:
@@ -34,10 +35,7 @@ _OPTIONS = (
     click.option("--tasks", "tasks", metavar="FILE.jsonl|own",
                  help='Measure how often answers are right instead: to tasks as `adapt rl` has them, or with "own" to tasks that it makes and does '
                       "not train on."),
-    click.option("--kinds", default="recall,correction,sum,copy,format", show_default=True, callback=parse_kinds, metavar="LIST",
-                 help="Kinds of the tasks that are made."),
-    click.option("--task-tokens", default="80-180", show_default=True, callback=parse_range, metavar="MIN-MAX",
-                 help="How long their conversations are, about."),
+    *MADE_TASKS,
     click.option("--answers", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Answers to each task."),
     click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, metavar="X",
                  help="Temperature that they are drawn at; with 0 one answer is enough."),
@@ -48,9 +46,7 @@ _OPTIONS = (
 
 def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of an evaluation by tasks."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(command, _OPTIONS)
 
 
 def tasks_of(name: str, kinds: Sequence[str], task_tokens: tuple[int, int], limit: int) -> "Sequence[CheckedTask]":

@@ -16,6 +16,7 @@ from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.context import MAX_SEQUENCES
 from kvlocal.llama.model import Model
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.terminal import waiting
 from kvlocal_cli.torch_options import compute_options, say
 from kvlocal_cli.training_run import EXISTING_FILE, FILE, Times, check_output, check_plot, mean, time_options, train
@@ -55,21 +56,22 @@ def parse_kinds(_context: click.Context, _parameter: click.Parameter, text: str)
     return kinds
 
 
+MADE_TASKS = (
+    click.option("--kinds", default=KINDS, show_default=True, callback=parse_kinds, metavar="LIST", help="Kinds of the tasks that are made."),
+    click.option("--task-tokens", default=_TOKENS, show_default=True, callback=parse_range, metavar="MIN-MAX",
+                 help="How long their conversations are, about."),
+)  # fmt: skip
 TASK_OPTIONS = (
     click.option("--tasks", "file_of_tasks", type=EXISTING_FILE, metavar="FILE.jsonl",
                  help='Tasks, one JSON object a line: {"messages": [{"role", "content"}], "check": {"contains": [...], "lacks": [...], "number": N, '
                       '"regex": "..."}}.  [default: tasks that are made from the seed]'),
-    click.option("--kinds", default=KINDS, show_default=True, callback=parse_kinds, metavar="LIST", help="Kinds of the tasks that are made."),
-    click.option("--task-tokens", default=_TOKENS, show_default=True, callback=parse_range, metavar="MIN-MAX",
-                 help="How long their conversations are, about."),
+    *MADE_TASKS,
 )  # fmt: skip
 
 
 def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --tasks, --kinds and --task-tokens."""
-    for option in reversed(TASK_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(command, TASK_OPTIONS)
 
 
 @click.command("rl")
@@ -97,7 +99,7 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True, metavar="X", help="Learning rate.")
 @click.option("--held-out", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
               help="Tasks to evaluate on, which share nothing with the others; of a file, the last tenth at most.")
-@time_options(evaluate_every=25, checkpoint_minutes=2.0)
+@time_options(evaluate_every=25, checkpoint_minutes=2.0, least=0)
 @click.option("--plot", type=FILE, metavar="FILE.png",
               help="Draw the rewards of updates and of evaluations. Needs kvlocal[plot].")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of everything that is random.")

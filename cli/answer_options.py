@@ -11,6 +11,7 @@ import click
 from kvlocal.chat.config import SessionError
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.files.text import text_of
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.options import clean_text
 
 _OPTIONS = (
@@ -38,9 +39,7 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError(str(error)) from error
         return command(*args, asked=asked, **others)
 
-    for option in reversed(_OPTIONS):
-        with_options = option(with_options)
-    return with_options
+    return add_options(with_options, _OPTIONS)
 
 
 def _text(path: Path) -> str:

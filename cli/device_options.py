@@ -14,6 +14,7 @@ from kvlocal.errors import KvlocalError
 from kvlocal.llama.adapter import Lora
 from kvlocal.llama.placement import ALL, Placement, SplitMode
 from kvlocal.llama.rpc import servers_of
+from kvlocal_cli.option_lists import add_options
 
 AUTO: Literal["auto"] = "auto"
 
@@ -165,6 +166,4 @@ def take_devices(arguments: dict[str, Any]) -> Where:
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds these options to a command."""
-    for option in reversed(DEVICE_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(command, DEVICE_OPTIONS)

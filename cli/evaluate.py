@@ -35,6 +35,7 @@ from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal_cli import completing
 from kvlocal_cli.device_options import DEVICE_OPTIONS, Where, take_devices
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.options import lora_option, parse_ratios
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED, is_terminal, waiting
@@ -123,9 +124,7 @@ def run_options(command: Callable[..., Any], budget: int | None = None) -> Calla
             check_replaceable(json_path, lambda path: holds_results(path, "task"), "results of an evaluation", force=force)
         return command(run=Run(**own, where=where, variants=variants, base=base, plot_path=plot_path, cache=cache or references_dir()), **others)
 
-    for option in reversed(_OPTIONS):
-        with_run = option(with_run)
-    return with_run
+    return add_options(with_run, _OPTIONS)
 
 
 class Run:

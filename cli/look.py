@@ -9,6 +9,7 @@ import click
 
 from kvlocal.llama.model import Model
 from kvlocal.template.chat_template import ChatTemplate
+from kvlocal_cli.option_lists import add_options
 
 Think = Literal["show", "hide", "off"]
 
@@ -41,9 +42,7 @@ def look_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_look(*args: Any, plain: bool, think: Think, **others: Any) -> Any:
         return command(*args, look=Look(plain, think), **others)
 
-    for option in reversed(_OPTIONS):
-        with_look = option(with_look)
-    return with_look
+    return add_options(with_look, _OPTIONS)
 
 
 def warn_of_thoughts(name: str, model: Model, look: Look) -> None:

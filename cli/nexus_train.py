@@ -13,6 +13,7 @@ from kvlocal.gguf.container import Container
 from kvlocal.hub.catalogue import resolve
 from kvlocal.llama.model import Model
 from kvlocal.nexus.file import NexusFile, is_nexus_file
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.options import parse_ratios
 from kvlocal_cli.terminal import waiting
 from kvlocal_cli.torch_options import compute_options, say
@@ -63,9 +64,7 @@ def torch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(place=Workplace(path, Container(path), conversations, device, dtype), max_tokens=max_tokens, **others)
 
     found = compute_options(with_place)
-    for option in reversed(_TORCH_OPTIONS):
-        found = option(found)
-    return found
+    return add_options(found, _TORCH_OPTIONS)
 
 
 @click.command("train")

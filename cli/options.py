@@ -33,6 +33,7 @@ from kvlocal.nexus.tokens import NexusTokens
 from kvlocal_cli import completing
 from kvlocal_cli.device_options import DEVICE_OPTIONS, Where, take_devices
 from kvlocal_cli.fetching import located
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.sampling_options import SAMPLING_OPTIONS, take_sampling
 from kvlocal_cli.settings import is_given
 from kvlocal_cli.terminal import waiting
@@ -402,9 +403,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError(str(error)) from error
         return command(*args, config=config, loading=loading, **others)
 
-    for option in reversed(_OPTIONS):
-        with_config = option(with_config)
-    return with_config
+    return add_options(with_config, _OPTIONS)
 
 
 def model_named(name: str | None, model: str | None) -> tuple[str | None, str]:

@@ -14,6 +14,7 @@ from kvlocal.conversations.named_sessions import chats_dir, sessions_dir
 from kvlocal.conversations.pruning import prunable, prune
 from kvlocal.errors import KvlocalError
 from kvlocal_cli.groups import Command, CommandGroup
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.terminal import is_terminal, print_aligned
 
 _MOST_SHOWN = 20
@@ -45,9 +46,7 @@ _OPTIONS = (
 
 
 def _prune_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(command, _OPTIONS)
 
 
 @click.command("prune", cls=Command)

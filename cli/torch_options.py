@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import click
 
 from kvlocal.errors import KvlocalError
+from kvlocal_cli.option_lists import add_options
 
 _OPTIONS = (
     click.option("--device", metavar="NAME", help="cpu or cuda.  [default: cuda if there is one]"),
@@ -39,9 +40,7 @@ def compute_options(command: Callable[..., Any]) -> Callable[..., Any]:
         device = device or hardware.best_device()
         return command(device=device, dtype=dtype or hardware.best_dtype(device), **others)
 
-    for option in reversed(_OPTIONS):
-        with_device = option(with_device)
-    return with_device
+    return add_options(with_device, _OPTIONS)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 import click
 
 from kvlocal.files.replaceable import check_replaceable
+from kvlocal_cli.option_lists import add_options
 from kvlocal_cli.progress import LongWork
 from kvlocal_cli.terminal import INTERRUPTED
 from kvlocal_cli.torch_options import say, stops
@@ -43,11 +44,15 @@ class Times:
     limit_seconds: float
 
 
-def time_options(evaluate_every: int, checkpoint_minutes: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds --evaluate-every, --checkpoint-minutes and --minutes; the command gets them as `times: Times`."""
+def time_options(evaluate_every: int, checkpoint_minutes: float, *, least: int = 1) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds --evaluate-every, --checkpoint-minutes and --minutes; the command gets them as `times: Times`.
+
+    evaluate_every, checkpoint_minutes: by default
+    least: that evaluate_every can be; 0 if there may be no evaluation at all
+    """
     options = (
-        click.option("--evaluate-every", type=click.IntRange(min=0), default=evaluate_every, show_default=True, metavar="N",
-                     help="Updates between evaluations; 0 for none at all."),
+        click.option("--evaluate-every", type=click.IntRange(min=least), default=evaluate_every, show_default=True, metavar="N",
+                     help="Updates between evaluations" + ("." if least else "; 0 for none at all.")),
         click.option("--checkpoint-minutes", type=click.FloatRange(min=0), default=checkpoint_minutes, show_default=True, metavar="X",
                      help="Minutes between checkpoints."),
         click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="X",
@@ -60,9 +65,7 @@ def time_options(evaluate_every: int, checkpoint_minutes: float) -> Callable[[Ca
             times = Times(evaluate_every, 60 * checkpoint_minutes, 60 * minutes if minutes else math.inf)
             return command(times=times, **others)
 
-        for option in reversed(options):
-            with_times = option(with_times)
-        return with_times
+        return add_options(with_times, options)
 
     return add
 
@@ -158,6 +161,8 @@ class _Progress(Generic[R]):
         self._recent = []
 
     def __exit__(self, *_: object) -> None:
+        if self._recent:
+            self._flush(self._recent[-1].step)
         self._work.__exit__()
 
 
