@@ -6,11 +6,45 @@ import numpy as np
 
 from kvlocal.cache.archive import Archive
 from kvlocal.cache.config import CacheConfig
+from kvlocal.chat.config import SessionConfig
+from kvlocal.chat.session import ChatSession
 from kvlocal.chat.stats import SegmentStats
+from kvlocal.llama.model import Model
 from kvlocal.llama.rows import Rows
+from kvlocal.llama.sampling import SamplingParams
 
 # one thread: two that wait for each other crawl when the machine is busy
 CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram")
+CHAT = SessionConfig(**vars(CONFIG), max_tokens=24, sampling=SamplingParams(temperature=0))
+STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
+
+
+def session(model: Model, **changes: object) -> ChatSession:
+    """One with CHAT, and some of it otherwise."""
+    return ChatSession(model, dataclasses.replace(CHAT, **changes))
+
+
+def ask(chat: ChatSession, texts: list[str]) -> list[str]:
+    """The answers."""
+    return ["".join(chat.send(text)) for text in texts]
+
+
+def state(chat: ChatSession) -> dict[str, object]:
+    """All that what comes next depends on, but for what is archived."""
+    cache = chat.cache
+    n, ledger = cache.ledger.n_cells, cache.ledger
+    rows = cache.native.read_rows(np.arange(n))
+    queries = (cache.native.read_queries(1), cache.native.query_positions()) if cache.layout.n_window else (np.zeros(0), np.zeros(0))
+    return {
+        "ids": ledger.ids, "tokens": ledger.tokens[..., :n], "positions": ledger.positions[..., :n], "next": ledger.next_position,
+        "cells": cache.native.positions(), "k": rows.k, "v": rows.v, "queries": queries[0], "at": queries[1],
+        "pace": cache.pace, "recent": list(chat._sampler.recent), "marks": cache.marked,
+    }  # fmt: skip
+
+
+def read_nothing_again(chat: ChatSession) -> None:
+    """From now on it fails where the conversation would be read again."""
+    chat._begin = chat.restore = chat.cache.begin = None
 
 
 def tokens(n: int, seed: int = 0) -> np.ndarray:

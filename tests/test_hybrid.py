@@ -1,14 +1,15 @@
 """Hybrid models: their attention layers are compressed and archived, and their recurrent state comes back with the conversation."""
 
-import dataclasses
 import json
-import threading
 from functools import partial
 
 import numpy as np
 import pytest
+import recalling
 from click.testing import CliRunner
 from hybrid_model import LAYERS, N_HEAD, N_HEAD_KV, write_hybrid_model
+from recalling import CHAT, STORY, ask, read_nothing_again, session
+from test_slots import OPTIONS, together
 
 from kvlocal.batch.run import run_batch
 from kvlocal.benchmark.readers import PlainReader
@@ -16,7 +17,6 @@ from kvlocal.benchmark.script import Script
 from kvlocal.cache import archived_cells
 from kvlocal.cache.evaluate_again import SecondEvaluation
 from kvlocal.cache.second_read import SecondRead
-from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.chat.text_session import TextSession
 from kvlocal.conversations.snapshot import Snapshots
@@ -28,18 +28,11 @@ from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import Context
 from kvlocal.llama.errors import EngineError
 from kvlocal.llama.model import Model
-from kvlocal.llama.sampling import SamplingParams
-from kvlocal.llama.slots import Slots
 from kvlocal.serving.engine import Engine
 from kvlocal.serving.request import AnswerRequest
 from kvlocal_cli.main import main
 
 FAMILIES = ("lfm2", "granitehybrid", "qwen3next")
-# one thread: two that wait for each other crawl when the machine is busy
-CONFIG = SessionConfig(
-    budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram", max_tokens=24, sampling=SamplingParams(temperature=0)
-)
-STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
 ASKED = ["Name a bird.", STORY * 6, "Why?", STORY * 3 + "What did the keeper write down?", "Name a tree.", "And a river?"]
 MORE = ["Go on.", STORY * 4 + "Who wrote?", "When?"]
 
@@ -72,25 +65,9 @@ def tokens(model):
     return np.random.default_rng(7).integers(100, model.n_vocab, 600).astype(np.int32)
 
 
-def session(model, **changes):
-    return ChatSession(model, dataclasses.replace(CONFIG, **changes))
-
-
-def ask(chat, texts):
-    return ["".join(chat.send(text)) for text in texts]
-
-
 def state(chat):
     """All that what comes next depends on."""
-    cache = chat.cache
-    n, ledger = cache.ledger.n_cells, cache.ledger
-    rows = cache.native.read_rows(np.arange(n))
-    queries = (cache.native.read_queries(1), cache.native.query_positions()) if cache.layout.n_window else (np.zeros(0), np.zeros(0))
-    return {
-        "ids": ledger.ids, "tokens": ledger.tokens[..., :n], "positions": ledger.positions[..., :n], "next": ledger.next_position,
-        "cells": cache.native.positions(), "k": rows.k, "v": rows.v, "queries": queries[0], "at": queries[1],
-        "recurrent": cache.context.recurrent_state(), "pace": cache.pace, "recent": list(chat._sampler.recent), "marks": cache.marked,
-    }  # fmt: skip
+    return recalling.state(chat) | {"recurrent": chat.cache.context.recurrent_state()}
 
 
 def check_equal(one, other):
@@ -98,10 +75,6 @@ def check_equal(one, other):
     others = state(other)
     for name, array in state(one).items():
         np.testing.assert_array_equal(array, others[name], err_msg=name)
-
-
-def read_nothing_again(chat):
-    chat._begin = chat.restore = chat.cache.begin = None
 
 
 # cells
@@ -234,7 +207,7 @@ def test_an_answer_that_is_cut_is_what_it_says(lfm2):
 
 
 def test_what_is_held_comes_back(lfm2):
-    with ChatSession(lfm2, CONFIG, spare=300) as chat, ChatSession(lfm2, CONFIG, spare=300) as other:
+    with ChatSession(lfm2, CHAT, spare=300) as chat, ChatSession(lfm2, CHAT, spare=300) as other:
         for one in (chat, other):
             ask(one, ASKED[:3])
         with chat.hold():
@@ -315,7 +288,7 @@ def test_the_end_of_a_question_is_evaluated_again(model, monkeypatch):
 
 def test_a_text_is_gone_on_with(lfm2):
     text = lfm2.tokenize(STORY * 8, parse_special=False)
-    with TextSession(lfm2, CONFIG) as one, TextSession(lfm2, CONFIG) as other:
+    with TextSession(lfm2, CHAT) as one, TextSession(lfm2, CHAT) as other:
         assert one.read(text) == 0
         drawn = "".join(one.answer())
         n_marked = one.cache.marked[-1]
@@ -381,7 +354,6 @@ def _with(data, at, number):
 
 def test_slots_decode_as_alone(model, tokens):
     """Next tokens of several sequences in one batch, beside texts that are read; rounded as alone or very nearly so."""
-    options = {"n_cells": 256, "n_outputs": 1, "n_ubatch": 64, "n_threads": 1}
 
     def read(tokens, context):
         context.decode(tokens[:-6], 0)
@@ -400,9 +372,9 @@ def test_slots_decode_as_alone(model, tokens):
         return np.stack(rows), end
 
     tasks = [partial(read, tokens[20 * i : 20 * i + 20 + 5 * i]) for i in range(3)]
-    results = together(model, tasks, options)
+    results = together(model, *tasks)
     for task, (rows, end) in zip(tasks, results, strict=True):
-        with Context(model, **options) as context:
+        with Context(model, **OPTIONS) as context:
             alone, state = task(context)
         np.testing.assert_allclose(rows, alone, atol=5e-3)
         np.testing.assert_allclose(rows[1:7], rows[7:], atol=5e-3)
@@ -410,28 +382,9 @@ def test_slots_decode_as_alone(model, tokens):
         assert len(end) == len(state) and end[8:40].tolist() == state[8:40].tolist()
 
 
-def together(model, tasks, options):
-    """What each task returns, which gets a slot and runs beside the others."""
-    slots, results = Slots(len(tasks), model, **options), [None] * len(tasks)
-
-    def run(i):
-        with slots.scheduler.turn():
-            slot = slots.open(model, **options)
-            results[i] = tasks[i](slot)
-            slot.close()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        slots.scheduler.advance(0.05)
-    slots.close()
-    return results
-
-
 def test_a_batch_answers_as_alone(lfm2):
     lines = [json.dumps({"messages": [{"role": "user", "content": text}]}).encode() + b"\n" for text in (STORY * 6, "Why?", STORY * 4 + "Who?")]
-    alone, beside = ({result.number: result.messages for result in run_batch(iter(lines), lfm2, CONFIG, parallel=n)} for n in (1, 3))
+    alone, beside = ({result.number: result.messages for result in run_batch(iter(lines), lfm2, CHAT, parallel=n)} for n in (1, 3))
     assert alone == beside and len(alone) == 3
 
 
@@ -445,7 +398,7 @@ def test_a_server_goes_on_goes_back_and_brings_back(lfm2):
     def user(text):
         return {"role": "user", "content": text}
 
-    with Engine(lfm2, CONFIG, parallel=2, waiting=2) as engine, session(lfm2) as alone:
+    with Engine(lfm2, CHAT, parallel=2, waiting=2) as engine, session(lfm2) as alone:
         histories = [[user(STORY * 3 + str(i))] for i in range(3)]
         for _ in range(2):
             for history in histories:

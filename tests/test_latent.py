@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 from latent_model import LATENT, N_HEAD, N_LAYER, PLAIN, ROTATED, write_latent_model
+from recalling import CHAT, STORY, ask, session
 
 from kvlocal.cache.config import CacheError
 from kvlocal.cache.fitting import check_file
-from kvlocal.chat.config import SessionConfig
-from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.snapshot import Snapshots
 from kvlocal.doctor.model_facts import model_facts
 from kvlocal.gguf.attention import Attention
@@ -18,13 +17,7 @@ from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
 from kvlocal.llama.placement import Placement
-from kvlocal.llama.sampling import SamplingParams
 
-# one thread: two that wait for each other crawl when the machine is busy
-CONFIG = SessionConfig(
-    budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram", max_tokens=24, sampling=SamplingParams(temperature=0)
-)
-STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
 ASKED = ["Name a bird.", STORY * 6, "Why?", STORY * 3 + "What did the keeper write down?", "Name a tree."]
 MORE = ["Go on.", STORY * 4 + "Who wrote?"]
 
@@ -46,14 +39,6 @@ def model(file):
 def tokens(model):
     """Random ones of its vocabulary, int32 [600]."""
     return np.random.default_rng(7).integers(100, model.n_vocab, 600).astype(np.int32)
-
-
-def session(model, **changes):
-    return ChatSession(model, dataclasses.replace(CONFIG, **changes))
-
-
-def ask(chat, texts):
-    return ["".join(chat.send(text)) for text in texts]
 
 
 def read(context, tokens):
@@ -177,8 +162,8 @@ def test_a_snapshot_comes_back(model, tmp_path):
 
 def test_keys_and_values_have_one_type(file):
     with pytest.raises(CacheError, match="parts of its keys .*: give --ctk q8_0 --ctv q8_0"):
-        check_file(file, dataclasses.replace(CONFIG, type_k="q8_0"), Placement())
-    assert check_file(file, dataclasses.replace(CONFIG, type_k="q8_0", type_v="q8_0"), Placement())
+        check_file(file, dataclasses.replace(CHAT, type_k="q8_0"), Placement())
+    assert check_file(file, dataclasses.replace(CHAT, type_k="q8_0", type_v="q8_0"), Placement())
 
 
 def test_a_file_tells_what_it_is(file, model):

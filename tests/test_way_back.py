@@ -4,46 +4,27 @@ import dataclasses
 
 import numpy as np
 import pytest
-from recalling import lasting, rows_of
+import recalling
+from recalling import CHAT, STORY, ask, lasting, read_nothing_again, rows_of, session
 from tiny_model import write_tiny_model
 
 from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.config import CacheConfig
 from kvlocal.cache.marks import ArchivedMark, pack, unpack
-from kvlocal.chat.config import SessionConfig, SessionError
+from kvlocal.chat.config import SessionError
 from kvlocal.chat.session import ChatSession
 from kvlocal.llama.model import Model
-from kvlocal.llama.sampling import SamplingParams
 
-# one thread: two that wait for each other crawl when the machine is busy
-CONFIG = SessionConfig(
-    budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram", max_tokens=24, sampling=SamplingParams(temperature=0)
-)
-STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
 ASKED = ["Name a bird.", STORY * 6, "Why?", STORY * 3 + "What did the keeper write down?", "Name a tree.", "And a river?"]
 MORE = ["Go on.", STORY * 4 + "Who wrote?", "When?"]
 
 
 
-def session(model, **changes):
-    return ChatSession(model, dataclasses.replace(CONFIG, **changes))
-
-
-def ask(chat, texts):
-    return ["".join(chat.send(text)) for text in texts]
-
-
 def state(chat):
     """All that what comes next depends on."""
-    cache = chat.cache
-    n, ledger = cache.ledger.n_cells, cache.ledger
-    rows, archive = cache.native.read_rows(np.arange(n)), cache.compressor.recaller.archive
-    every = np.broadcast_to(np.arange(archive.n_tokens), (*ledger.tokens.shape[:2], archive.n_tokens))
-    return {
-        "ids": ledger.ids, "tokens": ledger.tokens[..., :n], "positions": ledger.positions[..., :n], "next": ledger.next_position,
-        "cells": cache.native.positions(), "k": rows.k, "v": rows.v, "queries": cache.native.read_queries(1), "at": cache.native.query_positions(),
-        "archived": rows_of(archive, every).k, "pace": cache.pace, "recent": list(chat._sampler.recent), "marks": cache.marked,
-    }  # fmt: skip
+    archive, shape = chat.cache.compressor.recaller.archive, chat.cache.ledger.tokens.shape[:2]
+    every = np.broadcast_to(np.arange(archive.n_tokens), (*shape, archive.n_tokens))
+    return recalling.state(chat) | {"archived": rows_of(archive, every).k}
 
 
 def check_equal(one, other):
@@ -54,10 +35,6 @@ def check_equal(one, other):
             np.testing.assert_array_equal(array, others[name], err_msg=name)
     n = min(len(array[0][0]) for array in (state(one)["archived"], others["archived"]))
     np.testing.assert_array_equal(state(one)["archived"][:, :, :n], others["archived"][:, :, :n])
-
-
-def read_nothing_again(chat):
-    chat._begin = chat.restore = chat.cache.begin = None
 
 
 @pytest.mark.parametrize(("depth", "kind"), [(1, "f16"), (2, "q8_0"), (4, "f16"), (6, "f16")])
@@ -100,7 +77,7 @@ def test_turn_by_turn_and_on_again(shallow_model):
 
 
 def test_nothing_is_copied(shallow_model):
-    with ChatSession(shallow_model, CONFIG, spare=200) as chat:
+    with ChatSession(shallow_model, CHAT, spare=200) as chat:
         chat.cache.context.state_get = None
         ask(chat, ASKED[:4])
         with chat.hold():
@@ -110,7 +87,7 @@ def test_nothing_is_copied(shallow_model):
 
 
 def test_what_is_held_comes_back_with_its_marks(shallow_model):
-    config = dataclasses.replace(CONFIG, max_tokens=8)
+    config = dataclasses.replace(CHAT, max_tokens=8)
     with ChatSession(shallow_model, config, spare=200) as chat, ChatSession(shallow_model, config, spare=200) as other:
         for one in (chat, other):
             ask(one, ASKED[:3])
