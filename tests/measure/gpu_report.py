@@ -27,13 +27,16 @@ def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> d
     """The command of each piece."""
     python, tests = sys.executable, HERE.parent
     measure = ["--model", model]
-    bench = [python, "-m", "kvlocal_cli", "bench", *measure, "--stock", stock, "--pairs", str(sizes.pairs), "--policy", sizes.policy]
+    bench = [python, "-m", "kvlocal_cli", "bench", *measure, "--stock", stock, "--pairs", str(sizes.pairs)]
+    with_policy = [*bench, "--policy", sizes.policy]
     return {
         "suite": [python, "-m", "pytest", "-q", "-m", "device", "--device", "gpu", str(tests)],
         "ring": [python, str(HERE / "ring_overhead.py"), *measure, "--stock", stock, "--gpu-layers", "-1"],
         "operations": [python, str(HERE / "cell_operations.py"), *measure, "--gpu-layers", "-1"],
-        "decode": [*bench, "--only", "decode@8000,prefill@8000", "--json", str(target / "decode.json")],
-        "chat": [*bench, "--only", "chat40,share", "--json", str(target / "chat.json")],
+        "decode": [*with_policy, "--only", "decode@8000,prefill@8000", "--json", str(target / "decode.json")],
+        "chat": [*with_policy, "--only", "chat40,share", "--json", str(target / "chat.json")],
+        "recall": [*bench, "--policy", "recall", "--only", "decode@8000,read@8000,chat40,share.recall", "--json", str(target / "recall.json")],
+        "choices": [python, str(HERE / "recall_time.py"), *measure, "--tokens", "8000,100000"],
         "long": [python, str(HERE / "long_chat.py"), *measure, "--tokens", str(sizes.tokens), "--policy", sizes.policy, "--gpu-layers", "-1",
                  "--json", str(target / "long.json")],
         "lost": [python, str(HERE / "lost_gpu.py"), *measure],
@@ -50,7 +53,7 @@ def devices() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME[,NAME]", default="", help="suite, ring, operations, decode, chat, long, lost")
+    parser.add_argument("--only", metavar="NAME[,NAME]", default="", help="suite, ring, operations, decode, chat, recall, choices, long, lost")
     parser.add_argument("--again", action="store_true", help="also what has a result")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--shape", choices=SHAPES, help="measure a model of this shape with random weights, which is written first")
