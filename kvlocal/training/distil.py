@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlocal.nexus.allotment import n_nexus
-from kvlocal.training.decoder import Decoder
+from kvlocal.training.decoder import Cells, Decoder, Pass
 from kvlocal.training.examples import Example
 from kvlocal.training.parameters import Parameters
 from kvlocal.training.row_divergence import RowsKL
@@ -111,6 +111,11 @@ class SequenceLayout:
         """The rows that the student computes, ascending."""
         return np.flatnonzero((self.nexus >= 0) | (self.segments >= self.n_gone))
 
+    @property
+    def own_is_nexus(self) -> npt.NDArray[np.bool_]:
+        """Which of the own rows are Nexus tokens, bool [T_own]."""
+        return self.nexus[self.own] >= 0
+
     def visible(self, kept: Tensor | None) -> Tensor:
         """What the own rows see of past and own, bool [L or 1, H_kv or 1, T_own, T].
 
@@ -125,6 +130,31 @@ class SequenceLayout:
             return torch.from_numpy(causal & ~hidden)[None, None]
         seen, hidden = (torch.from_numpy(part).to(kept.device) for part in (causal & ~hidden, causal & hidden))
         return seen | (hidden & F.pad(kept, (0, len(own)))[:, :, None])
+
+
+def student_pass(
+    decoder: Decoder, parameters: Parameters, layout: SequenceLayout, cells: list[Cells], visible: Tensor, columns: Tensor | None
+) -> Pass:
+    """The student's own rows, over the teacher's cells and themselves; only Nexus tokens have the adapter.
+
+    Args:
+        cells: of each layer, the teacher's, of which the first are the past.
+        visible: as SequenceLayout.visible gives it.
+        columns: sets of past and own columns, as Decoder.forward takes them.
+    """
+    device, own, is_nexus = decoder.device, layout.own, layout.own_is_nexus
+    past, nexus_rows = (torch.from_numpy(rows).to(device) for rows in (layout.past, np.flatnonzero(is_nexus)))
+    x = decoder.embed(torch.from_numpy(layout.tokens[own]).to(device))
+    x = x.index_copy(0, nexus_rows, F.embedding(torch.from_numpy(layout.nexus[own][is_nexus]).to(device), parameters.table))
+    return decoder.forward(
+        x,
+        torch.from_numpy(own).to(device),
+        visible,
+        past=decoder.moved([layer.first(len(past)) for layer in cells], past - torch.arange(len(past), device=device)),
+        past_positions=past,
+        adapter=parameters.adapter(decoder.dtype, nexus_rows) if len(nexus_rows) else None,
+        columns=columns,
+    )
 
 
 @dataclass(frozen=True)
@@ -182,21 +212,11 @@ class Distillation:
         decoder, device = self._decoder, self._decoder.device
         layout = SequenceLayout.of(self._example, compression)
         past, own = layout.past, layout.own
-        is_nexus = layout.nexus[own] >= 0
-        nexus_rows, judged = (torch.from_numpy(np.flatnonzero(rows)).to(device) for rows in (is_nexus, ~is_nexus))
-        x = decoder.embed(torch.from_numpy(layout.tokens[own]).to(device))
-        x = x.index_copy(0, nexus_rows, F.embedding(torch.from_numpy(layout.nexus[own][is_nexus]).to(device), parameters.table))
+        judged = torch.from_numpy(np.flatnonzero(~layout.own_is_nexus)).to(device)
         masses = self._pass.masses
-        past_positions = torch.from_numpy(past).to(device)
-        out = decoder.forward(
-            x,
-            torch.from_numpy(own).to(device),
-            layout.visible(self._kept(layout, compression, rng)).to(device),
-            past=decoder.moved([cells.first(len(past)) for cells in self._pass.cells], past_positions - torch.arange(len(past), device=device)),
-            past_positions=past_positions,
-            adapter=parameters.adapter(decoder.dtype, nexus_rows) if len(nexus_rows) else None,
-            columns=self._columns(layout.segments[np.concatenate([past, own])]) if masses is not None else None,
-        )
+        visible = layout.visible(self._kept(layout, compression, rng)).to(device)
+        columns = self._columns(layout.segments[np.concatenate([past, own])]) if masses is not None else None
+        out = student_pass(decoder, parameters, layout, self._pass.cells, visible, columns)
         # the same tokens, as the teacher has them behind the gone segments
         same = slice(len(past), len(past) + len(judged))
         kl = RowsKL.apply(out.hidden.index_select(0, judged), self._pass.hidden[same], decoder)

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvlocal.gguf.container import Container
@@ -36,7 +35,7 @@ from kvlocal.nexus.file import NexusFile
 from kvlocal.policies import CacheState, Recall
 from kvlocal.training.checkpoint import warm_up_then_cosine
 from kvlocal.training.decoder import Decoder
-from kvlocal.training.distil import Compression, SequenceLayout
+from kvlocal.training.distil import Compression, SequenceLayout, student_pass
 from kvlocal.training.examples import Example, joined, read
 from kvlocal.training.parameters import Parameters
 from kvlocal.training.row_divergence import RowsKL
@@ -94,25 +93,12 @@ class Reading:
         ks = [n_nexus(len(segment), ratio, share, len(parameters.table)) if share else 0 for segment in self._example.segments[: self._n_gone]]
         n_judged = len(self._example.segments) - self._n_gone
         layout = SequenceLayout.of(self._example, Compression((*ks, *[0] * (n_judged - 1)), self._n_gone, 0.0, n_judged=n_judged))
-        past, own = layout.past, layout.own
-        is_nexus = layout.nexus[own] >= 0
-        nexus_rows, text_rows = (torch.from_numpy(np.flatnonzero(rows)) for rows in (is_nexus, ~is_nexus))
-        columns = np.concatenate([past, own])
-        column_is_nexus = np.concatenate([np.zeros(len(past), bool), is_nexus])
-        visible = self._visible(layout, is_nexus, self._kept(ratio, sum(ks)))
-        x = decoder.embed(torch.from_numpy(layout.tokens[own]))
-        if len(nexus_rows):
-            x = x.index_copy(0, nexus_rows, F.embedding(torch.from_numpy(layout.nexus[own][is_nexus]), parameters.table))
-        positions = torch.from_numpy(past)
-        out = decoder.forward(
-            x,
-            torch.from_numpy(own),
-            torch.from_numpy(visible),
-            past=decoder.moved([cells.first(len(past)) for cells in self._teacher.cells], positions - torch.arange(len(past))),
-            past_positions=positions,
-            adapter=parameters.adapter(decoder.dtype, nexus_rows) if len(nexus_rows) else None,
-            columns=self._columns(layout.segments[columns], column_is_nexus) if len(nexus_rows) else None,
-        )
+        is_nexus = layout.own_is_nexus
+        visible = torch.from_numpy(self._visible(layout, is_nexus, self._kept(ratio, sum(ks))))
+        column_is_nexus = np.concatenate([np.zeros(len(layout.past), bool), is_nexus])
+        columns = self._columns(layout.segments[np.concatenate([layout.past, layout.own])], column_is_nexus) if share else None
+        out = student_pass(decoder, parameters, layout, self._teacher.cells, visible, columns)
+        text_rows = torch.from_numpy(np.flatnonzero(~is_nexus))
         judged = np.flatnonzero(self._judged[begin:])
         rows, same = text_rows[torch.from_numpy(judged)], torch.from_numpy(begin + judged)
         kl = RowsKL.apply(out.hidden.index_select(0, rows), self._teacher.hidden[same], decoder)

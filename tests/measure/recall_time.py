@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--data", type=Path, help="MT-Bench-101's file of dialogues; without it the tokens are any")
+    parser.add_argument("--gpu-layers", type=int, default=0, help="-1 for all")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tokens", default="1000,8000,100000")
     parser.add_argument("--answer", type=int, default=160)
@@ -114,7 +115,7 @@ def main() -> None:
     config = CacheConfig(
         budget=args.kv_budget, policy="recall", archive="ram", archive_ram=2**40, n_threads=args.threads, type_k=args.type, type_v=args.type
     )
-    with Model(resolve(args.model)) as model:
+    with Model(resolve(args.model), n_gpu_layers=args.gpu_layers) as model:
         text = text_of(model, args.data, READ + args.answer)
         for n_tokens in map(int, args.tokens.split(",")):
             with BudgetedCache(model, config, undo=False) as cache:
