@@ -12,8 +12,8 @@ from kvlocal.chat.config import SessionConfig, SessionError
 from kvlocal.chat.options import AnswerOptions
 from kvlocal.chat.session import ChatSession
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.cells import NativeError
 from kvlocal.llama.context import Context
+from kvlocal.llama.errors import NativeError
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import Sampler, SamplingParams
 

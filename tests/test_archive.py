@@ -10,10 +10,10 @@ from recalling import rows_of
 
 from kvlocal.cache.archive import CHUNK, Archive, ArchiveFailed
 from kvlocal.cache.marks import ArchivedMark
-from kvlocal.llama.cells import Layout
+from kvlocal.llama.layout import Layout
 from kvlocal.llama.rows import Rows
 
-LAYOUT = Layout(2, 6, 3, 32, 32, 1, 512, 16, False, False, True, 8, 6, 34, 22)
+LAYOUT = Layout(2, 6, 3, 32, 32, 1, 512, 16, False, False, True, False, 8, 6, 34, 22)
 CHUNK_BYTES = 2 * 3 * CHUNK * (34 + 22)
 
 

@@ -22,8 +22,9 @@ from kvlocal.chat.session import ChatSession
 from kvlocal.gguf.attention import Attention
 from kvlocal.gguf.container import Container
 from kvlocal.llama.cache_types import device_without_attention
-from kvlocal.llama.cells import NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import KV_TYPES, Context
+from kvlocal.llama.errors import NativeError
 from kvlocal.llama.model import Model
 from kvlocal.llama.placement import Placement
 from kvlocal_cli.main import main

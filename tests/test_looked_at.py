@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from host_keys import row_scores
 from recalling import CONFIG, tokens
 
 from kvlocal.cache.attention_of_answer import of_cells
@@ -36,19 +37,18 @@ class Watched:
     def __init__(self, cache):
         self.cache, self.choices, self.left = cache, [], set()
         recaller = cache.compressor.recaller
-        choose = recaller.choose
+        refill = recaller.refill
 
-        def watching(ledger, n_keep, policy, closely=False):
+        def watching(ledger, tokens):
             before = self.held()
-            refill = choose(ledger, n_keep, policy, closely)
             n_query = min(16, len(cache.native.query_positions()))
-            scores = cache.native.row_scores(recaller.archive.key_chunks(), ledger.n_tokens, n_query)
-            self.choices.append((before, refill.tokens, scores, ledger.segments[-1].role, ledger.n_tokens))
-            after = {(layer, head, token) for layer, head in np.ndindex(*refill.tokens.shape[:2]) for token in refill.tokens[layer, head].tolist()}
+            scores = row_scores(cache.native, recaller.archive.key_chunks(), ledger.n_tokens, n_query)
+            self.choices.append((before, tokens, scores, ledger.segments[-1].role, ledger.n_tokens))
+            after = {(layer, head, token) for layer, head in np.ndindex(*tokens.shape[:2]) for token in tokens[layer, head].tolist()}
             self.left |= before - after
-            return refill
+            return refill(ledger, tokens)
 
-        recaller.choose = watching
+        recaller.refill = watching
 
     def held(self):
         ledger = self.cache.ledger

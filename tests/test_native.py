@@ -6,8 +6,9 @@ import pytest
 import tiny_model
 
 from kvlocal.doctor.memory_estimate import available_memory
-from kvlocal.llama.cells import NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import Context
+from kvlocal.llama.errors import NativeError
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 

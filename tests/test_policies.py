@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvlocal.policies import POLICIES, CacheState, PolicyError, make
+from kvlocal.policies.base import keep_best
 from kvlocal.policies.scoring import pooled
 
 L, H, C, W = 3, 2, 90, 8
@@ -251,6 +252,20 @@ def test_every_plan_is_a_valid_one(name):
         assert (keep == j).any(axis=-1).all()
     for name_, array in before.items():
         np.testing.assert_array_equal(getattr(state, name_), array)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_equally_important_cells_the_newest_stay(seed):
+    rng = np.random.default_rng(seed)
+    importance = rng.integers(0, 3, (2, 3, 40)).astype(np.float32)
+    pinned = np.broadcast_to(np.arange(40) < 2, importance.shape)
+    state = CacheState(pinned, np.full(importance.shape, np.nan, np.float32), 4)
+    for budget in (7, 20, 39):
+        keep = keep_best(importance, state, budget)
+        for place in np.ndindex(2, 3):
+            forced = [*range(2), *range(36, 40)]
+            others = sorted(range(2, 36), key=lambda cell: (-importance[place][cell], -cell))
+            assert keep[place].tolist() == sorted([*forced, *others[: budget - len(forced)]])
 
 
 @pytest.mark.parametrize("name", ["gkv", "kvzip-gkv"])

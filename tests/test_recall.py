@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import device
 import numpy as np
 import pytest
 from gguf_copy import Source, copy
+from host_keys import row_scores
 from recalling import CONFIG, rows_of, tokens
 from shallow_model import write_shallow_model
 from test_native import hadamard_matrix, rotate
@@ -18,7 +20,9 @@ from kvlocal.cache.config import CacheConfig, CacheError
 from kvlocal.cache.frames import stretches
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
-from kvlocal.llama.cells import BLOCK, NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.errors import NativeError
+from kvlocal.llama.layout import BLOCK
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.sampling import SamplingParams
@@ -107,15 +111,16 @@ def test_scores_of_archived_keys_are_those_of_a_cache_that_holds_all(model):
                 cells = np.arange(start, min(300, start + 170))
                 archive.append(cache.native.read_rows(cells), cells.astype(np.int32))
             for options in ({}, {"n_query": 5}, {"n_query": 5, "largest": True}):
-                found = cache.native.row_scores(archive.key_chunks(), 300, **options)
-                np.testing.assert_allclose(found, cache.native.scores(**options), atol=1e-6)
+                found = row_scores(cache.native, archive.key_chunks(), 300, **options)
+                # half precision in a device's products
+                np.testing.assert_allclose(found, cache.native.scores(**options), atol=device.tolerance(1e-6, 1e-4))
             chunks = archive.key_chunks()
             for wrong in ((chunks, 513), (chunks, 3), (chunks, 0), ([], 1), (chunks, 300, -1)):
                 with pytest.raises(NativeError) as error:
-                    cache.native.row_scores(*wrong)
+                    row_scores(cache.native, *wrong)
                 assert error.value.code == load().lib.KVL_ERR_ARGUMENT
             with pytest.raises(ValueError, match="keys must be contiguous"):
-                cache.native.row_scores([chunk[:1] for chunk in chunks], 300)
+                row_scores(cache.native, [chunk[:1] for chunk in chunks], 300)
 
 
 def check(cache, archived):
@@ -155,7 +160,7 @@ def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
                 check(cache, archive)
                 n = cache.ledger.n_cells
                 assert 96 <= n < 96 + 32
-                scores = cache.native.row_scores(archive.key_chunks(), archive.n_tokens, 16)
+                scores = row_scores(cache.native, archive.key_chunks(), archive.n_tokens, 16)
                 expected = Recall().plan(state(scores, 8, 16), n).keep
                 assert (expected != Recall().for_question.plan(state(scores, 8, 16), n).keep).any()
                 np.testing.assert_array_equal(cache.ledger.tokens[..., :n], expected)
@@ -197,7 +202,9 @@ def test_what_a_question_recalled_is_there_when_its_end_is_evaluated_again(model
             check(cache, archive)
             assert archive.n_tokens == cache.ledger.n_tokens == 363
             found[again] = rows_of(archive, np.broadcast_to(np.arange(363), (*cache.ledger.tokens.shape[:2], 363)))
-    same = (found[0].k == found[24].k).all(axis=(1, 3))
+    keys = [found[again].k.view(np.float16).astype(np.float32) for again in (0, 24)]
+    # a device rounds the products of more tokens otherwise
+    same = (np.abs(keys[0] - keys[1]) <= device.tolerance(0, 0.002) * np.abs(keys[0]).max()).all(axis=(1, 3))
     # the end of the question ends three tokens before the end
     assert same[:, : 363 - 3 - 24].all() and same[0].all()
     assert not same[-1, 363 - 3 - 24 : 363 - 3].any()
@@ -214,8 +221,8 @@ def test_a_compression_at_the_end_of_a_text_does_not_take_the_place_of_a_choice_
 
 def test_a_question_looks_through_the_archive_with_all_its_words(model, monkeypatch):
     """Where not all keys are looked at, others choose by each second query."""
-    every, best_rows = [], NativeCache.best_rows
-    monkeypatch.setattr(NativeCache, "best_rows", lambda *args, **options: every.append(options["every"]) or best_rows(*args, **options))
+    every, copy_queries = [], NativeCache.copy_queries
+    monkeypatch.setattr(NativeCache, "copy_queries", lambda *args, **options: every.append(options.get("every", 1)) or copy_queries(*args, **options))
     for search in ("_QUICK", "_CLOSE"):
         monkeypatch.setattr(recall, search, getattr(recall, search)._replace(least=64, far=1))
     with BudgetedCache(model, CONFIG) as cache:
@@ -316,11 +323,11 @@ def test_an_answer_looks_on_in_what_its_question_looked_at(which, request, monke
         assert (cache.compressor.rotations > 0) == (which == "short_model") and recaller._near is not None
         n = ledger.n_tokens
         positions = recaller.positions(ledger, ledger.next_position)
-        exact = cache.native.row_scores(recaller.archive.key_chunks(), n, 16, stretches=stretches(positions - recaller.archive.positions))
+        exact = row_scores(cache.native, recaller.archive.key_chunks(), n, 16, stretches=stretches(positions - recaller.archive.positions))
         chunk = np.arange(n) // CHUNK
         allowed = np.isin(chunk, recaller._near) | (chunk == 0) | (chunk >= (n - 96) // BLOCK * BLOCK // CHUNK)
         assert not allowed.all()
-        found, scores = recaller._candidates(ledger, 96, positions, recall._QUICK)
+        found, scores = recaller._candidates(ledger, 96, recall._QUICK, False)()
         assert allowed[found].all() and (np.diff(found, axis=-1) > 0).all() and (found[..., -90:] == np.arange(n - 90, n)).all()
         # without what is left out each query pays more to the rest
         assert (scores >= np.take_along_axis(exact, found, axis=-1) - 1e-4).all()
@@ -328,14 +335,14 @@ def test_an_answer_looks_on_in_what_its_question_looked_at(which, request, monke
         best = np.where(allowed, exact, 0).max(-1)
         assert (np.take_along_axis(exact, found, axis=-1).max(-1) > 0.5 * best).mean() > 0.95
         recaller.look_everywhere()
-        assert not allowed[recaller._candidates(ledger, 96, positions, recall._QUICK)[0]].all()
+        assert not allowed[recaller._candidates(ledger, 96, recall._QUICK, False)()[0]].all()
         # what comes behind a question is looked through too, when it is not new any more
         cache.read(user(30, 50))
         asked = ledger.n_tokens
         for token in tokens(600, 99):
             cache.append(np.array([token]), "decode")
             cache.choose_again()
-        found, _ = recaller._candidates(ledger, 96, recaller.positions(ledger, ledger.next_position), recall._QUICK)
+        found, _ = recaller._candidates(ledger, 96, recall._QUICK, False)()
         assert recaller._near is not None and (found // CHUNK == asked // CHUNK + 1).any(axis=-1).mean() > 0.5
 
 
@@ -414,7 +421,7 @@ def test_past_the_trained_context_the_archive_stays(short_model, kind):
         n_query = len(cache.native.query_positions())
         expected = np.stack([reference_scores(cache, n_query, layer) for layer in range(3)]).astype(np.float32)
         now = compressor.recaller.positions(cache.ledger, cache.ledger.next_position)
-        found = cache.native.row_scores(archive.key_chunks(), len(now), n_query, stretches=stretches(now - archive.positions))
+        found = row_scores(cache.native, archive.key_chunks(), len(now), n_query, stretches=stretches(now - archive.positions))
         np.testing.assert_allclose(found, expected, atol=1e-4)
         # by boxes and each second query, so that a few of the best are missed, as in dialogues (docs/results.md); here tokens are any
         n_keep, exact = cache.ledger.n_cells, Recall().plan(state(found, 8, 16), cache.ledger.n_cells).keep

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny_model
 from gguf import GGMLQuantizationType
+from host_keys import best_rows, row_scores
 from test_native import Chat, L, W, hadamard_matrix, reference_scores, rotate
 from test_rows import STEP, assert_same, boxed, chunks_of, everything, mixed, numbers, pick, supported
 
@@ -122,7 +123,7 @@ def test_scores_are_those_of_the_rounded_keys(model, tokens, cache, kind, moved)
     shifts = np.repeat(moved[1], np.diff([*moved[0], 200])).astype(np.float64)
     hadamard = np.eye(64) if cache["type_k"] in ("f16", "f32") else hadamard_matrix(64)
     for options in ({"n_query": W}, {"n_query": 5, "largest": True}):
-        scores = chat.native.row_scores(chunks_of(rows.k, 64), 200, stretches=moved, types=rows.types, **options)
+        scores = row_scores(chat.native, chunks_of(rows.k, 64), 200, stretches=moved, types=rows.types, **options)
         for layer in (0, L - 1):
             rotated = rotate(numbers(rows.k[layer], kind) @ hadamard, np.broadcast_to(shifts, (3, 200)), 100000.0, 64) @ hadamard
             np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, keys=rotated, **options), atol=1e-3)
@@ -137,8 +138,8 @@ def test_boxes_and_the_best_rows_are_those_of_the_rounded_keys(model, tokens, ca
     for box, expected in zip(boxes, expected_boxes, strict=True):
         np.testing.assert_array_equal(box, expected)
     options = {"first": 16, "last": 320, "n_blocks": 6, "n_query": W, "stretches": ([0, 20, 330], [500, -3, 0])}
-    found, scores = chat.native.best_rows(chunks, boxes, 360, types=rows.types, **options)
-    expected, expected_scores = chat.native.best_rows(expected_chunks, expected_boxes, 360, types=plain.types, **options)
+    found, scores = best_rows(chat.native, chunks, boxes, 360, types=rows.types, **options)
+    expected, expected_scores = best_rows(chat.native, expected_chunks, expected_boxes, 360, types=plain.types, **options)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
 
@@ -152,6 +153,7 @@ def test_types_that_rows_cannot_have_are_refused_and_change_nothing(model, token
     keys, box = ffi.from_buffer("uint8_t[]", chunk), ffi.new("uint16_t[]", L * 3 * 2 * 64 * 16)
     pointers, boxes = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunk.ctypes.data)]), ffi.new("uint16_t *[]", [box])
     scores, found = ffi.new("float[]", L * 3 * 60), ffi.new("int32_t[]", L * 3 * 60)
+    queries = native.copy_queries()._handle
     # one that is no more, one of 256 numbers, one of whole numbers, and none at all
     lcpp = load().llama_cpp
     for wrong in (-1, 4, lcpp.GGML_TYPE_Q4_K, lcpp.GGML_TYPE_I8, 1000, 2**31 - 1):
@@ -161,9 +163,9 @@ def test_types_that_rows_cannot_have_are_refused_and_change_nothing(model, token
             assert lib.kvl_read_rows(context, 0, cells, rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
             assert lib.kvl_compact(context, 0, gather, cells, ffi.NULL, rows, 0, L, 3, 60, 60) == lib.KVL_ERR_ARGUMENT
         null = ffi.NULL
-        assert lib.kvl_get_row_scores(context, 0, W, 0, pointers, wrong, 1, 256, null, null, 0, scores, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+        assert lib.kvl_get_row_scores(queries, 0, pointers, wrong, 1, 256, null, null, 0, scores, L, 3, 60) == lib.KVL_ERR_ARGUMENT
         assert lib.kvl_get_boxes(context, keys, wrong, 256, 0, 1, box, ffi.sizeof(box), L, 3) == lib.KVL_ERR_ARGUMENT
-        best = lib.kvl_get_best_rows(context, 0, W, 1, 2, pointers, wrong, boxes, 1, 256, 60, null, null, 0, 0, 32, found, scores, L, 3, 60)
+        best = lib.kvl_get_best_rows(queries, 2, pointers, wrong, boxes, 1, 256, 60, null, null, 0, 0, 32, found, scores, L, 3, 60)
         assert best == lib.KVL_ERR_ARGUMENT and b"type" in ffi.string(lib.kvl_last_error())
     # a type whose rows have other sizes
     rows, *_pointers = native._rows([before])
@@ -176,7 +178,7 @@ def test_types_that_rows_cannot_have_are_refused_and_change_nothing(model, token
     with pytest.raises(ValueError, match="rows of this cache must be"):
         native.compact(chat.everywhere(np.arange(60)), np.arange(60), rows=Rows(small.k, small.v))
     with pytest.raises(ValueError, match="keys must be contiguous"):
-        native.row_scores(chunks_of(small.k, 64), 60)
+        row_scores(native, chunks_of(small.k, 64), 60)
 
 
 def test_heads_that_are_no_whole_blocks_are_refused(tmp_path):

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import tiny_model
 from gguf import GGMLQuantizationType
+from host_keys import best_rows, row_scores
 from test_native import Chat, L, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
-from kvlocal.llama.cells import BLOCK, NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import KV_TYPES, Context
+from kvlocal.llama.errors import NativeError
+from kvlocal.llama.layout import BLOCK
 from kvlocal.llama.library import load
 from kvlocal.llama.model import Model
 from kvlocal.llama.rows import Rows
@@ -226,7 +229,7 @@ def test_scores_of_rows_are_those_of_keys_rotated_there(model, tokens, types, mo
     hadamard = np.eye(64) if types["type_k"] in ("f16", "f32") else hadamard_matrix(64)
     for size in (64, 256):
         for options in ({"n_query": W}, {"n_query": 5}, {"n_query": 5, "largest": True}):
-            scores = chat.native.row_scores(chunks_of(keys, size), 200, stretches=moved, **options)
+            scores = row_scores(chat.native, chunks_of(keys, size), 200, stretches=moved, **options)
             for layer in (0, L - 1):
                 rotated = rotate(numbers(keys[layer], types["type_k"]) @ hadamard, np.broadcast_to(shifts, (3, 200)), 100000.0, 64) @ hadamard
                 np.testing.assert_allclose(scores[layer], reference_scores(chat, layer, keys=rotated, **options), atol=1e-3)
@@ -266,8 +269,8 @@ def test_the_best_rows_are_those_that_their_boxes_let_expect(model, tokens, type
     for n_query, every, n_bound, first, last, n_blocks in (
         (16, 1, 4, 16, 320, 6), (5, 1, 16, 0, 336, 21), (16, 2, 16, 32, 304, 1), (16, 1, 1, 48, 208, 0), (16, 3, 2, 16, 320, 6)
     ):  # fmt: skip
-        rows, scores = chat.native.best_rows(
-            chunks, boxes, 360, first=first, last=last, n_blocks=n_blocks, n_query=n_query, every=every, n_bound=n_bound, stretches=moved
+        rows, scores = best_rows(
+            chat.native, chunks, boxes, 360, first=first, last=last, n_blocks=n_blocks, n_query=n_query, every=every, n_bound=n_bound, stretches=moved
         )
         assert (np.diff(rows, axis=-1) > 0).all() and rows.shape == (L, 3, first + 16 * n_blocks + 360 - last)
         np.testing.assert_array_equal(rows[..., :first], np.broadcast_to(np.arange(first), (L, 3, first)))
@@ -315,11 +318,11 @@ def test_wrong_boxes_are_refused(model, tokens):
     ):  # fmt: skip
         options = {"n_rows": 360} | good | bad
         with pytest.raises(NativeError) as error:
-            chat.native.best_rows(chunks, boxes, **options)
+            best_rows(chat.native, chunks, boxes, **options)
         assert error.value.code == lib.KVL_ERR_ARGUMENT, bad
     for wrong in ((chunks, boxes[:1]), ([chunk[:, :, :128].copy() for chunk in chunks], boxes), (chunks, [box.view(np.int16) for box in boxes])):
         with pytest.raises(ValueError):
-            chat.native.best_rows(*wrong, 360, **good)
+            best_rows(chat.native, *wrong, 360, **good)
     for blocks in (range(-1, 3), range(17, 18), range(3, 17)):
         with pytest.raises(NativeError) as error:
             chat.native.fill_boxes(chunks[0], blocks, boxes[0])
@@ -339,14 +342,48 @@ def test_wrong_stretches_are_refused(model, tokens):
     chunks, lib, ffi = chunks_of(everything(chat.native).k, 64), load().lib, load().ffi
     for starts, shifts in (([1], [0]), ([0, 0], [1, 2]), ([0, 20, 10], [1, 2, 3]), ([0, 60], [1, 2]), ([-1, 5], [1, 2]), ([0], [-(2**31)])):
         with pytest.raises(NativeError) as error:
-            chat.native.row_scores(chunks, 60, stretches=(starts, shifts))
+            row_scores(chat.native, chunks, 60, stretches=(starts, shifts))
         assert error.value.code == lib.KVL_ERR_ARGUMENT
     with pytest.raises(ValueError, match="starts and shifts"):
-        chat.native.row_scores(chunks, 60, stretches=([0, 1], [0]))
+        row_scores(chat.native, chunks, 60, stretches=([0, 1], [0]))
+    queries = chat.native.copy_queries(shifts=np.array([3]))
+    with pytest.raises(NativeError, match="not copied for keys that are moved by 4 positions"):
+        queries.row_scores(chunks, 60, stretches=([0], [4]))
     pointers, scores = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunks[0].ctypes.data)]), np.zeros((L, 3, 60), np.float32)
     for starts, shifts, n in ((ffi.NULL, ffi.new("int32_t[]", 1), 1), (ffi.new("int32_t[]", 1), ffi.NULL, 1), (ffi.NULL, ffi.NULL, -1)):
         out, f16 = chat.native._floats(scores), chat.native.layout().type_k
-        assert lib.kvl_get_row_scores(chat.native._context, 0, W, 0, pointers, f16, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+        assert lib.kvl_get_row_scores(queries._handle, 0, pointers, f16, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+
+
+def test_wrong_copies_of_queries_are_refused(model, tokens):
+    chat, lib, ffi = Chat(model, tokens, n=60), load().lib, load().ffi
+    context, null, out = chat.native._context, ffi.NULL, ffi.new("struct kvl_queries **")
+    one = ffi.new("int32_t[]", 1)
+    for wrong in (
+        (null, 0, W, 1, 0, null, 0, out), (context, 0, W, 1, 0, null, 0, null),
+        (context, 1, W, 1, 0, null, 0, out), (context, -1, W, 1, 0, null, 0, out),
+        (context, 0, -1, 1, 0, null, 0, out), (context, 0, W, 0, 0, null, 0, out),
+        (context, 0, W, 1, lib.KVL_LARGEST, null, 0, out), (context, 0, W, 1, 0, null, 1, out), (context, 0, W, 1, 0, one, -1, out),
+    ):  # fmt: skip
+        assert lib.kvl_copy_queries(*wrong) == lib.KVL_ERR_ARGUMENT and out[0] == null, wrong
+    chunk = chunks_of(everything(chat.native).k, 64)[0]
+    pointers, scores = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunk.ctypes.data)]), ffi.new("float[]", L * 3 * 60)
+    f16 = chat.native.layout().type_k
+    handle = chat.native.copy_queries()._handle
+    for queries, flags, shape in ((null, 0, (L, 3)), (handle, lib.KVL_PORTABLE, (L, 3)), (handle, 0, (L, 2)), (handle, 0, (L + 1, 3))):
+        assert lib.kvl_get_row_scores(queries, flags, pointers, f16, 1, 64, null, null, 0, scores, *shape, 60) == lib.KVL_ERR_ARGUMENT
+
+
+def test_queries_that_were_copied_outlive_what_the_context_does_next(model, tokens):
+    """They are what they were, whatever is decoded since, and when the context is gone."""
+    chat = Chat(model, tokens, n=60)
+    chunks, expected = chunks_of(everything(chat.native).k, 64), chat.native.scores()
+    queries = [chat.native.copy_queries(beside=beside) for beside in (False, True)]
+    chat.context.decode(tokens[60:100], 60)
+    for one in queries:
+        np.testing.assert_allclose(one.row_scores(chunks, 60), expected, atol=device.tolerance(1e-6, 1e-4))
+    chat.context.close()
+    np.testing.assert_allclose(queries[1].row_scores(chunks, 60), expected, atol=device.tolerance(1e-6, 1e-4))
 
 
 @pytest.mark.parametrize("portable", [False, True])

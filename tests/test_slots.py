@@ -6,6 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import device
 import numpy as np
 import pytest
 
@@ -222,7 +223,8 @@ def test_one_thread_decodes_next_tokens_of_several_slots_ahead(model, tokens):
         with Context(model, **OPTIONS) as alone:
             alone.decode(text[:-1], 0)
             alone.decode(text[-1:], len(text) - 1)
-            assert np.abs(slot.logits() - alone.logits()).max() < 1e-3
+            # a device multiplies one token by other operations than several
+            assert np.abs(slot.logits() - alone.logits()).max() < device.tolerance(1e-3, 4)
         assert slot.pos_max() == len(text) - 1
     slots.decode_ahead([(opened[0], 5, 20)])
     with pytest.raises(EngineError, match="another token was decoded ahead"):

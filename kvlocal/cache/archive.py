@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvlocal.cache.archive_memory import ArchiveFailed, ArchiveMemory, Block
 from kvlocal.cache.marks import ArchivedMark
-from kvlocal.llama.cells import Layout
+from kvlocal.llama.layout import Layout
 from kvlocal.llama.rows import Rows, RowTypes
 
 __all__ = ["CHUNK", "STORES", "Archive", "ArchiveFailed", "ArchivePart", "Store"]

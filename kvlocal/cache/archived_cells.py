@@ -91,6 +91,7 @@ class ArchivedCells(NotedCells):
         """Cells, ledger and archive as they were at a mark; the cells are uncertain if that fails."""
         assert self.compressor.recaller is not None
         self.doubt()
+        self.compressor.drop_choice()
         self.context.clear()
         self.compressor.recaller.go_back(self.ledger, mark)
         self._beside.set(mark.beside)
@@ -148,6 +149,7 @@ class ArchivedCells(NotedCells):
         return restore
 
     def _truncate(self, n_tokens: int) -> None:
+        self.compressor.drop_choice()
         super()._truncate(n_tokens)
         self.compressor.chosen_at = 0
         self.compressor.looked.truncate(self.ledger)
@@ -188,6 +190,7 @@ class ArchivedCells(NotedCells):
         copy: take memory for them, and do not use them where they are
         """
         self.doubt()
+        self.compressor.drop_choice()
         if self.archive and "archive.positions" in arrays:
             marks = [ArchivedMark(n, cells, end, tuple(pace), beside) for n, cells, end, beside, *pace in arrays["archive.marks"].T.tolist()]
             self.archive.restore(arrays["archive.positions"], marks, parts, copy)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.ledger import Ledger
-from kvlocal.llama.cells import Layout, NativeCache
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.layout import Layout
 
 BySegment = npt.NDArray[np.float64]
 

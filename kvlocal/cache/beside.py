@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvlocal.llama.cells import Layout, NativeCache
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.layout import Layout
 from kvlocal.llama.sequence_decoder import SequenceDecoder
 
 

@@ -128,6 +128,7 @@ class BudgetedCache(ArchivedCells):
                 model.n_ctx_train,
                 model.n_swa if self.layout.is_swa else 0,
                 before=self._way_back.keep,
+                late=min(self._recall.late, self._recall.refresh) if self.layout.is_on_device else 0,
             )
             opened.callback(self.compressor.close_archive)
             self.begin(0)
@@ -178,7 +179,10 @@ class BudgetedCache(ArchivedCells):
     @property
     def room_in_answer(self) -> int:
         """As `room`, for tokens of an answer that is given: no more than may come before the cells are chosen anew."""
-        return min(self.room, self._interval - self._since_choice) if self.compressor.recaller else self.room
+        if not self.compressor.recaller:
+            return self.room
+        ends = self._interval - self._since_choice, self.compressor.tokens_before_choice(self.ledger)
+        return min(self.room, *(n for n in ends if n))
 
     # what comes
 
@@ -260,7 +264,7 @@ class BudgetedCache(ArchivedCells):
         self.check_certain()
         self._since_choice = 0
         policy = self._recall.for_question if self._interval < self._recall.refresh else self._recall
-        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1, policy, closely)
+        return self.compressor.choose_again(self.ledger, self._recall.refresh + 1 + self.compressor.late, policy, closely)
 
     @property
     def n_again(self) -> int:
@@ -322,6 +326,7 @@ class BudgetedCache(ArchivedCells):
         else:
             self.ledger.append(tokens)
         self._appended()
+        self.compressor.take_choice(self.ledger)
         if self.compressor.recaller:
             self._since_choice += sum(n for part, n in parts if part.role == "assistant") if parts else len(tokens)
             if self._since_choice >= self._interval:

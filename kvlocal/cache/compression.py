@@ -5,22 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from kvlocal.cache.archive import Archive, ArchiveFailed
 from kvlocal.cache.attention_of_answer import AttentionOfAnswer
 from kvlocal.cache.frames import first_position
+from kvlocal.cache.later_choice import LaterChoice
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
-from kvlocal.cache.recall import Recaller, Refill
+from kvlocal.cache.recall import Choice, Recaller, Refill
 from kvlocal.cache.score_sources import ScoreSources
 from kvlocal.errors import KvlocalError
-from kvlocal.llama.cells import Layout, NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.errors import NativeError
+from kvlocal.llama.layout import Layout
 from kvlocal.policies import Policy
 
 Positions = Literal["auto", "original", "cache"]
+
+T = TypeVar("T")
 
 
 class PositionsExhausted(KvlocalError):
@@ -73,6 +78,7 @@ class Compressor:
     choices: how often they were
     lost: why the archive was given up, "" as long as it was not
     held: while set, nothing is removed or moved, but cells may be exchanged for others from the archive
+    late: tokens of an answer before a choice made in it takes effect, which is found while they are decoded; 0 for at once
     observe: told the ledger after each change of what is in the cells; None for nobody
     """
 
@@ -99,7 +105,9 @@ class Compressor:
     rotations: int = 0
     choices: int = 0
     held: bool = False
+    late: int = 0
     observe: Callable[[Ledger], None] | None = None
+    _later: LaterChoice = field(default_factory=LaterChoice)
 
     def target(self, ledger: Ledger) -> int:
         """Cells of each layer and head after a compression now."""
@@ -163,37 +171,78 @@ class Compressor:
     def choose_again(self, ledger: Ledger, free: int, policy: Policy, closely: bool = False) -> bool:
         """A policy chooses the cells anew from the whole conversation, as many as leave `free` cells before the next compression.
 
-        closely: as in Recaller.choose
+        closely: as in Recaller.choice
 
-        While they are held their number stays. False if there is no archive, or nothing in it that the cache does not hold,
-        or, where keys were rotated and no token came since, no query to choose by.
+        Where choices are late, one that is not close takes effect with `take_choice`. While cells are held their number stays. False if there is no
+        archive, or nothing in it that the cache does not hold, or, where keys were rotated and no token came since, no query to choose by.
         """
         if self.recaller is None or ledger.n_tokens in (self.chosen_at, ledger.n_cells) or not len(self.native.query_positions()):
             return False
         self.before(ledger)
         n_full = self.target(ledger) + max(0, self.stride - free)
-        return self._recall(ledger, ledger.n_cells if self.held else min(n_full, ledger.n_tokens), policy, closely)
+        n_keep = ledger.n_cells if self.held else min(n_full, ledger.n_tokens)
+        return self._recall(ledger, n_keep, policy, closely, beside=self.late > 0 and not closely and not self.held)
 
-    def _recall(self, ledger: Ledger, n_keep: int, policy: Policy, closely: bool = False) -> bool:
-        """Fills n_keep cells from the whole conversation. False without an archive, or if it had to be given up: nothing has changed then."""
-        if self.recaller is None:
-            return False
+    def tokens_before_choice(self, ledger: Ledger) -> int | None:
+        """How many tokens are to come before the choice that is being found takes effect; None without one."""
+        age = self._later.age(ledger.n_tokens)
+        return None if age is None else max(0, self.late - age)
+
+    def take_choice(self, ledger: Ledger) -> None:
+        """After new tokens: the choice that was being found takes effect, if it is time."""
+        if self.tokens_before_choice(ledger) != 0:
+            return
         started = time.perf_counter()
-        if not self.write_through(ledger):
+        if choice := self._tried(self._later.take):
+            self._carry_out(ledger, choice)
+        self.seconds.recall += time.perf_counter() - started
+
+    def drop_choice(self) -> None:
+        """The choice that is being found, if there is one, is for a conversation that is no more: it never takes effect."""
+        self._later.drop()
+
+    def _recall(self, ledger: Ledger, n_keep: int, policy: Policy, closely: bool = False, beside: bool = False) -> bool:
+        """Fills n_keep cells from the whole conversation, or begins to look for what they shall hold. False without an archive, or if it had to be
+        given up: nothing has changed then.
+        """
+        started = time.perf_counter()
+        if not self.write_through(ledger) or self.recaller is None:
             return False
+        recaller = self.recaller
+        find = self._tried(lambda: recaller.choice(ledger, n_keep, policy, closely=closely, beside=beside))
+        if find is None:
+            return False
+        if beside:
+            self._later.begin(ledger.n_tokens, find)
+        else:
+            choice = self._tried(find)
+            if choice is None or not self._carry_out(ledger, choice):
+                return False
+        self.seconds.recall += time.perf_counter() - started
+        return True
+
+    def _tried(self, call: Callable[[], T]) -> T | None:
+        """What looks through the archive returns; None if the archive had to be given up, which nothing else has changed by."""
         try:
-            refill = self.recaller.choose(ledger, n_keep, policy, closely)
+            return call()
         except (ArchiveFailed, NativeError) as error:
             if isinstance(error, NativeError) and not error.unsupported:
                 raise
             self.give_up_archive(str(error))
+            return None
+
+    def _carry_out(self, ledger: Ledger, choice: Choice) -> bool:
+        """Fills the cells with what was chosen and what has come since. False if the archive had to be given up: nothing has changed then."""
+        recaller, choice = self.recaller, choice.with_new(ledger.n_tokens)
+        assert recaller is not None
+        refill = self._tried(lambda: recaller.refill(ledger, choice.tokens))
+        if refill is None:
             return False
-        self.looked.add(ledger, refill.tokens, refill.gather >= ledger.n_cells, refill.scores, refill.attention)
-        self.compressions += n_keep < ledger.n_cells
+        self.looked.add(ledger, refill.tokens, refill.gather >= ledger.n_cells, choice.scores, choice.attention)
+        self.compressions += refill.tokens.shape[-1] < ledger.n_cells
         self.choices += 1
-        self._fill(ledger, refill, self.recaller.archive, ledger.next_position)
+        self._fill(ledger, refill, recaller.archive, ledger.next_position)
         self.n_recalled, self.chosen_at = refill.n_recalled, ledger.n_tokens
-        self.seconds.recall += time.perf_counter() - started
         return True
 
     def _begin_frame(self, ledger: Ledger, n: int) -> bool:
@@ -226,7 +275,8 @@ class Compressor:
         self._changed(ledger)
 
     def write_through(self, ledger: Ledger) -> bool:
-        """All tokens are in the archive. False without one, or if it had to be given up."""
+        """All tokens are in the archive, in which no choice is being looked for. False without one, or if it had to be given up."""
+        self.drop_choice()
         if self.recaller is None:
             return False
         try:
@@ -240,6 +290,7 @@ class Compressor:
         self.recaller = Recaller(self.native, self.window, archive, self.n_ctx_train)
 
     def close_archive(self) -> None:
+        self._later.close()
         if self.recaller:
             self.recaller.archive.close()
         self.recaller, self.lost, self.n_recalled, self.chosen_at = None, "", 0.0, 0

@@ -12,8 +12,8 @@ from kvlocal.cache.config import AUTO, CacheConfig, CacheError, check_allocation
 from kvlocal.gguf.attention import Attention, block_of
 from kvlocal.gguf.container import Container
 from kvlocal.llama.cache_types import device_without_attention, row_types
-from kvlocal.llama.cells import Layout
 from kvlocal.llama.context import CELL_BLOCK
+from kvlocal.llama.layout import Layout
 from kvlocal.llama.placement import Placement
 from kvlocal.llama.rows import RowTypes
 

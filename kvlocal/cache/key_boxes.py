@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.archive import CHUNK, Archive
-from kvlocal.llama.cells import BLOCK, NativeCache
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.layout import BLOCK
 
 
 class KeyBoxes:

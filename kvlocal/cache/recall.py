@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ from kvlocal.cache.frames import Frame, stretches
 from kvlocal.cache.key_boxes import KeyBoxes
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.marks import ArchivedMark
-from kvlocal.llama.cells import BLOCK, NativeCache
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.layout import BLOCK
 from kvlocal.policies import CacheState, Policy
 
 
@@ -39,6 +41,35 @@ _NEAR = 64
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Tokens that each layer and head shall hold.
+
+    n_tokens: how many there were in the conversation when it was asked for
+    tokens: int32 [L, H, n], ascending
+    scores: float32 [L, H, n], the attention to each of them that they were chosen by; None if all are wanted
+    attention: float64 [n_tokens], the attention to each token of the conversation that was looked at, mean over layers and heads; None as before
+    """
+
+    n_tokens: int
+    tokens: npt.NDArray[np.int32]
+    scores: npt.NDArray[np.float32] | None = None
+    attention: npt.NDArray[np.float64] | None = None
+
+    def with_new(self, n_tokens: int) -> Choice:
+        """The same, and all tokens that have come since, which nobody has looked at."""
+        if n_tokens == self.n_tokens:
+            return self
+        shape = *self.tokens.shape[:2], n_tokens - self.n_tokens
+        new = np.broadcast_to(np.arange(self.n_tokens, n_tokens, dtype=np.int32), shape)
+        return Choice(
+            n_tokens,
+            np.concatenate([self.tokens, new], axis=-1),
+            None if self.scores is None else np.concatenate([self.scores, np.zeros(shape, np.float32)], axis=-1),
+            None if self.attention is None else np.pad(self.attention, (0, shape[-1])),
+        )
+
+
+@dataclass(frozen=True)
 class Refill:
     """What the cells shall hold, of each layer and head.
 
@@ -47,8 +78,6 @@ class Refill:
     positions: int32 [L, H, n], the positions of their keys
     delta: int32 [L, H, n], by how many positions the keys are rotated on their way; None for none
     n_recalled: how many come from the archive, mean over layers and heads
-    scores: float32 [L, H, n], the attention to each of the tokens that they were chosen by; None if all are wanted
-    attention: float64 [n_tokens], the attention to each token of the conversation that was looked at, mean over layers and heads; None as before
     """
 
     gather: npt.NDArray[np.int32]
@@ -56,8 +85,6 @@ class Refill:
     positions: npt.NDArray[np.int32]
     delta: npt.NDArray[np.int32] | None
     n_recalled: float
-    scores: npt.NDArray[np.float32] | None = None
-    attention: npt.NDArray[np.float64] | None = None
 
 
 class Recaller:
@@ -134,29 +161,44 @@ class Recaller:
             delta = positions - archive.positions[tokens]
             self._native.compact(tokens, np.arange(ledger.next_position - n, ledger.next_position), delta if delta.any() else None, archive.chunks())
 
-    def choose(self, ledger: Ledger, n_keep: int, policy: Policy, closely: bool = False) -> Refill:
-        """The n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`.
+    def choice(self, ledger: Ledger, n_keep: int, policy: Policy, *, closely: bool = False, beside: bool = False) -> Callable[[], Choice]:
+        """What finds the n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`.
 
         closely: whether it may take longer, because much depends on it; what is chosen without, until `look_everywhere`, is from what this looked at
+        beside: what is returned may be called in another thread while the context decodes, as long as the archive stays as it is
 
         Raises:
             ArchiveFailed: there is no room for what finds them.
-            NativeError: the native layer refused it or failed.
+            NativeError: the native layer refused it or failed; what is returned raises it too.
         """
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
-        positions = self.positions(ledger, ledger.next_position)
         if closely:
             self.look_everywhere()
-        if n_keep < n_tokens:
-            candidates, scores = self._candidates(ledger, n_keep, positions, _CLOSE if closely else _QUICK)
-            state = CacheState(candidates < ledger.n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
+        if n_keep >= n_tokens:
+            every = Choice(n_tokens, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)))
+            return lambda: every
+        candidates_of = self._candidates(ledger, n_keep, _CLOSE if closely else _QUICK, beside)
+        n_pinned = ledger.n_pinned
+
+        def find() -> Choice:
+            candidates, scores = candidates_of()
+            state = CacheState(candidates < n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
             keep = policy.plan(state, n_keep).keep
             attention = np.bincount(candidates.ravel(), scores.ravel(), n_tokens) / (shape[0] * shape[1])
             if closely:
                 self._near, self._n_asked = _most_looked_at(attention), n_tokens // CHUNK
-            refill = self._refill(ledger, np.take_along_axis(candidates, keep, axis=-1), positions)
-            return replace(refill, scores=np.take_along_axis(scores, keep, axis=-1), attention=attention)
-        return self._refill(ledger, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)), positions)
+            return Choice(n_tokens, np.take_along_axis(candidates, keep, axis=-1), np.take_along_axis(scores, keep, axis=-1), attention)
+
+        return find
+
+    def refill(self, ledger: Ledger, tokens: npt.NDArray[np.int32]) -> Refill:
+        """For cells that are to hold these tokens, int32 [L, H, n] ascending. What the archive does not have yet is in the cells, and stays there.
+
+        Raises:
+            ArchiveFailed: what was stored is there no more.
+        """
+        self.archive.check()
+        return self._refill(ledger, tokens, self.positions(ledger, ledger.next_position))
 
     def look_everywhere(self) -> None:
         """What is chosen next is not for the answer to what was asked last."""
@@ -169,41 +211,51 @@ class Recaller:
     def positions(self, ledger: Ledger, next_position: int) -> npt.NDArray[np.int32]:
         """Where the keys of all tokens have to be for a next token at this position, int32 [n_tokens]."""
         frame = Frame.at(ledger.n_pinned, self._n_ctx_train, ledger.n_tokens, next_position)
-        return frame.positions(self.archive.positions)
+        return frame.positions(self._stored_positions(ledger))
+
+    def _stored_positions(self, ledger: Ledger) -> npt.NDArray[np.int32]:
+        """Those that the keys of all tokens were made for, int32 [n_tokens]; what is not archived yet is in the last cells, where it was made."""
+        stored = self.archive.positions
+        n_new = ledger.n_tokens - len(stored)
+        return stored if n_new <= 0 else np.concatenate([stored, ledger.positions[0, 0, ledger.n_cells - n_new : ledger.n_cells]])
 
     def _candidates(
-        self, ledger: Ledger, n_keep: int, positions: npt.NDArray[np.int32], search: _Search
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Tokens that each head may hold, int32 [L, H, C] ascending, and what the last queries pay to each of them, float32.
+        self, ledger: Ledger, n_keep: int, search: _Search, beside: bool
+    ) -> Callable[[], tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        """What finds the tokens that each head may hold, int32 [L, H, C] ascending, and what the last queries pay to each of them, float32.
 
         The pinned ones, the newest n_keep, and of those between the blocks in which the queries can find most; while there are few enough, all.
         Before the first query after a rotation all scores are 0.
         """
         n_tokens, shape = ledger.n_tokens, ledger.tokens.shape[:2]
         n_query = min(self._window, len(self._native.query_positions()))
-        archive, shifts = self.archive, positions - self.archive.positions
-        moved = bool(shifts.any())
+        every = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
+        if not n_query:
+            return lambda: (every, np.zeros(every.shape, np.float32))
+        archive, positions = self.archive, self.positions(ledger, ledger.next_position)
+        keys, types, shifts = archive.key_chunks(), archive.types, positions - archive.positions
+        moved = stretches(shifts) if shifts.any() else None
         first = -(-ledger.n_pinned // BLOCK) * BLOCK
         last = max(first, (n_tokens - max(n_keep, self._window)) // BLOCK * BLOCK)
         n_blocks = -(-max(search.far * n_keep, search.least) // BLOCK)
-        if n_query and n_blocks * BLOCK < last - first:
-            keys, boxes = archive.key_chunks(), self._boxes.of(archive)
-            where = self._chunks_to_search(len(keys), first, last, n_blocks)
-            tokens = (where[:, None] * CHUNK + np.arange(CHUNK)).ravel()[: n_tokens - (len(keys) - len(where)) * CHUNK].astype(np.int32)
-            n_left_out = last // CHUNK - int(np.count_nonzero(where < last // CHUNK))
-            rows, scores = self._native.best_rows(
+        if n_blocks * BLOCK >= last - first:
+            queries = self._native.copy_queries(n_query, shifts=moved and moved[1], beside=beside)
+            return lambda: (every, queries.row_scores(keys, n_tokens, stretches=moved, types=types))
+        boxes = self._boxes.of(archive)
+        where = self._chunks_to_search(len(keys), first, last, n_blocks)
+        tokens = (where[:, None] * CHUNK + np.arange(CHUNK)).ravel()[: n_tokens - (len(keys) - len(where)) * CHUNK].astype(np.int32)
+        n_left_out = last // CHUNK - int(np.count_nonzero(where < last // CHUNK))
+        there = stretches(shifts[tokens]) if moved else None
+        queries = self._native.copy_queries(n_query, every=search.every, shifts=there and there[1], beside=beside)
+
+        def best() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+            rows, scores = queries.best_rows(
                 [keys[i] for i in where], [boxes[i] for i in where], len(tokens),
-                first=first, last=last - n_left_out * CHUNK, n_blocks=n_blocks, n_query=n_query, every=search.every,
-                stretches=stretches(shifts[tokens]) if moved else None, types=archive.types,
+                first=first, last=last - n_left_out * CHUNK, n_blocks=n_blocks, stretches=there, types=types,
             )  # fmt: skip
             return tokens[rows], scores
-        every = np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens))
-        if not n_query:
-            return every, np.zeros(every.shape, np.float32)
-        scores = self._native.row_scores(
-            archive.key_chunks(), n_tokens, n_query, stretches=stretches(shifts) if moved else None, types=archive.types
-        )
-        return every, scores
+
+        return best
 
     def _chunks_to_search(self, n: int, first: int, last: int, n_blocks: int) -> npt.NDArray[np.intp]:
         """Of n chunks those that are looked through, ascending: the ones that a question looked at most, what came behind it, and all that hold
@@ -232,7 +284,7 @@ class Recaller:
         cell_of[where] = -1
         missing = gather < 0
         gather = np.where(missing, n_cells + tokens, gather)
-        shifts = positions - self.archive.positions
+        shifts = positions - self._stored_positions(ledger)
         delta = np.where(missing, shifts[tokens], 0) if shifts.any() else None
         n_recalled = np.count_nonzero(missing) / (n_layer * n_head)
         return Refill(gather, tokens, positions[tokens], delta if delta is not None and delta.any() else None, n_recalled)

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlocal.cache.ledger import Ledger
-from kvlocal.llama.cells import Layout, NativeCache
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.layout import Layout
 from kvlocal.policies import CacheState, Policy
 from kvlocal.policies.base import SplittingPolicy
 

@@ -23,9 +23,10 @@ from kvlocal.gguf.lora import changed_tensors
 from kvlocal.hub.catalogue import Catalogue
 from kvlocal.hub.hub_file import HubFile
 from kvlocal.llama.adapter import Adapter, Lora, check_lora
-from kvlocal.llama.cells import NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.devices import devices, devices_of, used_devices
+from kvlocal.llama.errors import NativeError
 from kvlocal.llama.ggml import functions
 from kvlocal.llama.library import Library, load
 from kvlocal.llama.model import Model

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvlocal.llama.cells import Layout
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.devices import Device, cpu_devices, devices_of
 from kvlocal.llama.ggml import functions
+from kvlocal.llama.layout import Layout
 from kvlocal.llama.library import load
 from kvlocal.llama.placement import Placement
 from kvlocal.llama.rows import RowTypes

@@ -3,69 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvlocal.errors import KvlocalError
+from kvlocal.llama.errors import checked
+from kvlocal.llama.host_queries import HostQueries, check_chunks, pointers_to, shape_of_keys
+from kvlocal.llama.layout import BLOCK, Layout
 from kvlocal.llama.library import load
 from kvlocal.llama.rows import Rows, RowTypes
-
-BLOCK = 16  # keys that share a box
-
-
-class NativeError(KvlocalError):
-    """A call of the native layer was refused or failed.
-
-    code: the kvl_status of kvlocal.h, below zero
-    """
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
-    @property
-    def unsupported(self) -> bool:
-        """Whether the model, the cache or the device cannot do it at all."""
-        return self.code == load().lib.KVL_ERR_UNSUPPORTED
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the compressible cache of a context looks like; the fields of kvl_layout in kvlocal.h."""
-
-    n_layer: int
-    n_head: int
-    n_head_kv: int
-    n_embd_head_k: int
-    n_embd_head_v: int
-    n_seq_max: int
-    n_cells_max: int
-    n_window: int
-    is_swa: bool
-    is_recurrent: bool
-    can_rotate: bool
-    type_k: int
-    type_v: int
-    row_size_k: int
-    row_size_v: int
-
-    @property
-    def n_embd_row_v(self) -> int:
-        """Numbers of a value of one head that are stored: none with latent attention, where it is the beginning of its key."""
-        return self.n_embd_head_v if self.row_size_v else 0
-
-    @property
-    def row_types(self) -> RowTypes:
-        """What the cache stores its cells in."""
-        return RowTypes(self.type_k, self.type_v, self.row_size_k, self.row_size_v)
-
-    @property
-    def ring_bytes(self) -> int:
-        """What the recorded queries take: [n_embd_head_k * n_head, n_window * n_seq_max + 1] float32 in each layer."""
-        n_rows = self.n_window * self.n_seq_max + 1 if self.n_window else 0
-        return self.n_layer * self.n_head * self.n_embd_head_k * n_rows * 4
 
 
 class NativeCache:
@@ -85,13 +31,8 @@ class NativeCache:
         self._ffi, self._lib = library.ffi, library.lib
         self._context, self._seq = self._ffi.cast("struct llama_context *", pointer), seq
 
-    def _check(self, code: int) -> int:
-        if code < 0:
-            raise NativeError(self._ffi.string(self._lib.kvl_last_error()).decode(errors="replace"), code)
-        return code
-
     def _compute(self, function: Callable[..., int], *args: Any) -> None:
-        self._call(lambda: self._check(function(self._context, self._seq, *args)))
+        self._call(lambda: checked(function(self._context, self._seq, *args)))
 
     def _floats(self, array: np.ndarray) -> Any:
         return self._ffi.from_buffer("float[]", array, require_writable=True)
@@ -103,46 +44,46 @@ class NativeCache:
         """Keeps the last n_window queries of every layer, for all sequences of the context; 0 switches that off. What was recorded is forgotten, in
         all sequences: a context does it once, when it is made.
         """
-        self._check(self._lib.kvl_ring_enable(self._context, n_window))
+        checked(self._lib.kvl_ring_enable(self._context, n_window))
 
     def enable_attention(self, on: bool) -> None:
         """Whether the attention of a few tokens to an f16 cache on the CPU is our own operation, as at first, or always ggml's."""
-        self._check(self._lib.kvl_attention_enable(self._context, on))
+        checked(self._lib.kvl_attention_enable(self._context, on))
 
     def layout(self) -> Layout:
         out = self._ffi.new("struct kvl_layout *")
-        self._check(self._lib.kvl_get_layout(self._context, out))
+        checked(self._lib.kvl_get_layout(self._context, out))
         values = {name: getattr(out, name) for name in Layout.__dataclass_fields__}
-        return Layout(**values | {name: bool(values[name]) for name in ("is_swa", "is_recurrent", "can_rotate")})
+        return Layout(**values | {name: bool(values[name]) for name in ("is_swa", "is_recurrent", "can_rotate", "is_on_device")})
 
     def layer_ids(self) -> np.ndarray:
         """Indices of the compressible layers in the model, int32 [L]."""
         ids = np.empty(self.layout().n_layer, np.int32)
-        self._check(self._lib.kvl_get_layers(self._context, self._ints(ids), len(ids)))
+        checked(self._lib.kvl_get_layers(self._context, self._ints(ids), len(ids)))
         return ids
 
     def positions(self) -> np.ndarray:
         """Positions of the cells for the causal mask, -1 for holes, int32 [C]."""
-        pos = np.empty(self._check(self._lib.kvl_get_cells(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
-        self._check(self._lib.kvl_get_cells(self._context, self._seq, self._ints(pos), len(pos)))
+        pos = np.empty(checked(self._lib.kvl_get_cells(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
+        checked(self._lib.kvl_get_cells(self._context, self._seq, self._ints(pos), len(pos)))
         return pos
 
     def n_cells(self) -> int:
         """C: one more than the last used cell."""
-        return self._check(self._lib.kvl_get_cells(self._context, self._seq, self._ffi.NULL, 0))
+        return checked(self._lib.kvl_get_cells(self._context, self._seq, self._ffi.NULL, 0))
 
     def query_positions(self) -> np.ndarray:
         """Positions of the recorded queries, ascending, int32 [at most n_window]."""
-        pos = np.empty(self._check(self._lib.kvl_get_queries(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
-        self._check(self._lib.kvl_get_queries(self._context, self._seq, self._ints(pos), len(pos)))
+        pos = np.empty(checked(self._lib.kvl_get_queries(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
+        checked(self._lib.kvl_get_queries(self._context, self._seq, self._ints(pos), len(pos)))
         return pos
 
     def ring_state(self) -> np.ndarray | None:
         """What the ring holds of the sequence, uint8 [bytes]; None while it is off."""
         if not self.layout().n_window:
             return None
-        state = np.empty(self._check(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.NULL, 0)), np.uint8)
-        self._check(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+        state = np.empty(checked(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.NULL, 0)), np.uint8)
+        checked(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
         return state
 
     def set_ring_state(self, state: np.ndarray | None) -> None:
@@ -150,7 +91,7 @@ class NativeCache:
         if state is None:
             return
         state = np.ascontiguousarray(state, np.uint8)
-        self._check(self._lib.kvl_ring_set_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+        checked(self._lib.kvl_ring_set_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
 
     def _flags(self, portable: bool, largest: bool = False) -> int:
         return (self._lib.KVL_PORTABLE if portable else 0) | (self._lib.KVL_LARGEST if largest else 0)
@@ -169,34 +110,19 @@ class NativeCache:
         self._compute(self._lib.kvl_get_scores, n_query, flags, self._floats(out), *out.shape)
         return out
 
-    def row_scores(
-        self,
-        chunks: Sequence[np.ndarray],
-        n_rows: int,
-        n_query: int = 0,
-        largest: bool = False,
-        stretches: tuple[np.ndarray, np.ndarray] | None = None,
-        types: RowTypes | None = None,
-    ) -> np.ndarray:
-        """What `scores` is, for keys in host memory in place of the cells: float32 [L, H, n_rows]. The last of them are the queries' own.
+    def copy_queries(self, n_query: int = 0, *, every: int = 1, shifts: np.ndarray | None = None, beside: bool = False) -> HostQueries:
+        """The last n_query recorded queries (0: all), to score keys in host memory with.
 
-        chunks: each uint8 [L, H, chunk size, bytes of a key], keys of so many tokens one after another, rotated as those in the cache are
-        stretches: starts and shifts, int [n] each: the keys from starts[i] on, up to the next start, count as if rotated by shifts[i] more
-            positions; starts ascend from 0. None where all are at the positions that the queries expect
-        types: what they are stored in, None for the cache's own
+        every: each every-th of them, the last one among them
+        shifts: int [n], by how many positions the keys that they meet may be moved, besides 0
+        beside: what they compute is computed in the thread that asks for it, with half of the threads, while the context may decode; else it waits
+            for its turn as what a context computes does
         """
-        layout = self.layout()
-        types = types or layout.row_types
-        shape = self._shape_of_keys(layout, chunks, types)
-        pointers = self._pointers(chunks)
-        starts, shifts = self._stretches(stretches)
-        out = np.empty((layout.n_layer, layout.n_head_kv, n_rows), np.float32)
-        self._compute(
-            self._lib.kvl_get_row_scores,
-            n_query, self._flags(False, largest), pointers, types.k, len(chunks), shape[2],
-            self._ints(starts), self._ints(shifts), len(starts), self._floats(out), *out.shape,
-        )  # fmt: skip
-        return out
+        wanted = np.ascontiguousarray([] if shifts is None else shifts, np.int32)
+        out = self._ffi.new("struct kvl_queries **")
+        flags = self._lib.KVL_BESIDE if beside else 0
+        self._compute(self._lib.kvl_copy_queries, n_query, every, flags, self._ints(wanted), len(wanted), out)
+        return HostQueries(self._ffi.gc(out[0], self._lib.kvl_free_queries), self.layout(), None if beside else self._call)
 
     def fill_boxes(self, keys: np.ndarray, blocks: range, boxes: np.ndarray, types: RowTypes | None = None) -> None:
         """Writes the boxes of these blocks of a chunk: the least and the largest number in each channel of the BLOCK keys of a block.
@@ -207,69 +133,11 @@ class NativeCache:
         """
         layout = self.layout()
         types = types or layout.row_types
-        shape = self._shape_of_keys(layout, [keys], types)
-        self._check_chunks([boxes], (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
+        shape = shape_of_keys(layout, [keys], types)
+        check_chunks([boxes], (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
         out = self._ffi.cast("uint16_t *", self._ffi.from_buffer(boxes, require_writable=True))
         data = self._ffi.from_buffer("uint8_t[]", keys)
-        self._check(self._lib.kvl_get_boxes(self._context, data, types.k, shape[2], blocks.start, len(blocks), out, boxes.nbytes, *shape[:2]))
-
-    def best_rows(
-        self,
-        chunks: Sequence[np.ndarray],
-        boxes: Sequence[np.ndarray],
-        n_rows: int,
-        *,
-        first: int,
-        last: int,
-        n_blocks: int,
-        n_query: int = 0,
-        every: int = 1,
-        n_bound: int = 2,
-        stretches: tuple[np.ndarray, np.ndarray] | None = None,
-        types: RowTypes | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that the queries may find most in, int32 [L, H, n] ascending, and their scores as if there were no others (`row_scores`).
-
-        These are the rows before `first` and from `last` on, multiples of BLOCK, and n_blocks blocks of those between, for each head those whose
-        boxes let n_bound of the queries expect most. Of the queries each every-th is looked at, the last one among them.
-
-        chunks, stretches, types: as for `row_scores`
-        boxes: of each chunk, as `fill_boxes` fills them, for all blocks before `last`
-        """
-        layout = self.layout()
-        types = types or layout.row_types
-        shape = self._shape_of_keys(layout, chunks, types)
-        self._check_chunks(boxes, (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
-        if len(boxes) != len(chunks):
-            raise ValueError(f"there must be as many chunks of boxes as of keys, {len(chunks)}, not {len(boxes)}")
-        starts, shifts = self._stretches(stretches)
-        rows = np.empty((*shape[:2], first + n_blocks * BLOCK + n_rows - last), np.int32)
-        scores = np.empty(rows.shape, np.float32)
-        bounds = self._ffi.cast("uint16_t **", keep := self._pointers(boxes))
-        self._compute(
-            self._lib.kvl_get_best_rows,
-            n_query, every, n_bound, self._pointers(chunks), types.k, bounds, len(chunks), shape[2], n_rows,
-            self._ints(starts), self._ints(shifts), len(starts), first, last, self._ints(rows), self._floats(scores), *rows.shape,
-        )  # fmt: skip
-        del keep
-        return rows, scores
-
-    def _stretches(self, stretches: tuple[np.ndarray, np.ndarray] | None) -> list[np.ndarray]:
-        none = np.zeros(0, np.int32)
-        starts, shifts = (np.ascontiguousarray(array, np.int32) for array in stretches or (none, none))
-        if starts.ndim != 1 or starts.shape != shifts.shape:
-            raise ValueError(f"starts and shifts must be [n] each, not {starts.shape} and {shifts.shape}")
-        return [starts, shifts]
-
-    def _shape_of_keys(self, layout: Layout, chunks: Sequence[np.ndarray], types: RowTypes) -> tuple[int, ...]:
-        """That of each chunk of keys in host memory; ValueError if they have another one."""
-        shape = (layout.n_layer, layout.n_head_kv, chunks[0].shape[2] if chunks else 0, types.size_k)
-        self._check_chunks(chunks, shape, np.dtype(np.uint8))
-        return shape
-
-    def _check_chunks(self, chunks: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
-        if any(chunk.shape != shape or chunk.dtype != dtype or not chunk.flags.c_contiguous for chunk in chunks):
-            raise ValueError(f"chunks of such keys must be contiguous {dtype} {shape}")
+        checked(self._lib.kvl_get_boxes(self._context, data, types.k, shape[2], blocks.start, len(blocks), out, boxes.nbytes, *shape[:2]))
 
     def attention_map(self, layers: list[int], n_query: int = 0) -> np.ndarray:
         """Softmax weights of the last n_query recorded queries (0: all), mean over the query heads, float32 [len(layers), n_query, C]."""
@@ -292,7 +160,7 @@ class NativeCache:
     def remove(self, cells: np.ndarray) -> None:
         """Frees these cells, int [n], for all heads, and leaves holes."""
         cells = np.ascontiguousarray(cells, np.int32)
-        self._check(self._lib.kvl_remove_cells(self._context, self._seq, self._ints(cells), len(cells), self.n_cells()))
+        checked(self._lib.kvl_remove_cells(self._context, self._seq, self._ints(cells), len(cells), self.n_cells()))
 
     def compact(
         self,
@@ -353,42 +221,39 @@ class NativeCache:
                 if array.shape != shape or array.dtype != np.uint8:
                     raise ValueError(f"such rows of this cache must be uint8 {shape}, not {array.dtype} {array.shape}")
         out = self._ffi.new("struct kvl_rows *")
-        out.k, out.v = pointers = [self._pointers([getattr(chunk, name) for chunk in chunks]) for name in ("k", "v")]
+        out.k, out.v = pointers = [pointers_to([getattr(chunk, name) for chunk in chunks]) for name in ("k", "v")]
         out.n_bytes_k, out.n_bytes_v = first.k.nbytes, first.v.nbytes
         out.n_chunk, out.chunk_size, out.n_rows = len(chunks), first.n, len(chunks) * first.n
         out.type_k, out.type_v = types.k, types.v
         return [out, *pointers]
 
-    def _pointers(self, arrays: Sequence[np.ndarray]) -> Any:
-        return self._ffi.new("uint8_t *[]", [self._ffi.cast("uint8_t *", array.ctypes.data) for array in arrays])
-
     def shift_beside(self, delta: int) -> None:
         """Shifts the positions of the sliding-window cache, or of the recurrent state, beside the compacted cache, if there is one."""
-        self._check(self._lib.kvl_shift_beside(self._context, self._seq, delta))
+        checked(self._lib.kvl_shift_beside(self._context, self._seq, delta))
 
     def read_keys(self, layer: int) -> np.ndarray:
         """Stored keys of a compressible layer, float32 [H, C, head size]."""
         layout = self.layout()
         out = np.empty((layout.n_head_kv, self.n_cells(), layout.n_embd_head_k), np.float32)
-        self._check(self._lib.kvl_read_keys(self._context, self._seq, layer, self._floats(out), out.shape[1]))
+        checked(self._lib.kvl_read_keys(self._context, self._seq, layer, self._floats(out), out.shape[1]))
         return out
 
     def read_values(self, layer: int) -> np.ndarray:
         """Stored values of a compressible layer, float32 [H, C, head size]."""
         layout = self.layout()
         out = np.empty((layout.n_head_kv, self.n_cells(), layout.n_embd_head_v), np.float32)
-        self._check(self._lib.kvl_read_values(self._context, self._seq, layer, self._floats(out), out.shape[1]))
+        checked(self._lib.kvl_read_values(self._context, self._seq, layer, self._floats(out), out.shape[1]))
         return out
 
     def read_queries(self, layer: int) -> np.ndarray:
         """Recorded queries of a compressible layer, float32 [n_query, query heads, head size], as query_positions() orders them."""
         layout = self.layout()
         out = np.empty((len(self.query_positions()), layout.n_head, layout.n_embd_head_k), np.float32)
-        self._check(self._lib.kvl_read_queries(self._context, self._seq, layer, self._floats(out), out.shape[0]))
+        checked(self._lib.kvl_read_queries(self._context, self._seq, layer, self._floats(out), out.shape[0]))
         return out
 
     def kq_scale(self, layer: int) -> float:
         """The factor attention applies to q.k in a layer; known after the first decode with the ring on."""
         out = self._ffi.new("float *")
-        self._check(self._lib.kvl_get_kq_scale(self._context, layer, out))
+        checked(self._lib.kvl_get_kq_scale(self._context, layer, out))
         return out[0]

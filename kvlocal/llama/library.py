@@ -181,7 +181,7 @@ def _find(name: str, libllama: Path) -> Path:
 
 def _declare(header: Path) -> cffi.FFI:
     ffi = cffi.FFI()
-    ffi.cdef("struct llama_context; struct llama_vocab;" + _search(_CFFI_PART, header))
+    ffi.cdef("struct llama_context; struct llama_vocab; struct kvl_queries;" + _search(_CFFI_PART, header))
     return ffi
 
 

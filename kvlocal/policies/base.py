@@ -94,8 +94,18 @@ def needed(array: _Array | None) -> _Array:
 
 
 def keep_best(importance: npt.NDArray[np.floating], state: CacheState, budget: int) -> npt.NDArray[np.intp]:
-    """The pinned cells, the window, and the rest of the budget by importance [L, H, C], for each layer and head: [L, H, budget] ascending."""
+    """The pinned cells, the window, and the rest of the budget by importance [L, H, C], for each layer and head: [L, H, budget] ascending.
+
+    Of cells that are equally important the newest stay.
+    """
     rank = np.where(state.pinned, np.inf, importance)
     rank[..., rank.shape[-1] - state.window :] = np.inf
-    n_drop = rank.shape[-1] - budget
-    return np.sort(np.argpartition(rank, n_drop, axis=-1)[..., n_drop:], axis=-1)
+    n_cells = rank.shape[-1]
+    # where the least one is that stays takes half the time of an order
+    least = np.partition(rank, n_cells - budget, axis=-1)[..., n_cells - budget, None]
+    stays = rank >= least
+    n_more = np.count_nonzero(stays, axis=-1) - budget
+    for place in zip(*np.nonzero(n_more), strict=True):
+        # of equals the newest stay
+        stays[place][np.flatnonzero(rank[place] == least[place])[: n_more[place]]] = False
+    return (np.flatnonzero(stays) % n_cells).reshape(*rank.shape[:-1], budget)

@@ -23,6 +23,8 @@ class Recall:
     asked: the same behind what the user says and at the beginning of an answer, in the heads that look for what was asked
     worth: attention that a head must win by that for it to be one of them
     refresh: tokens of an answer after which it chooses again, where there is an archive; sooner at the beginning of an answer
+    late: tokens of an answer before a choice made in it takes effect where the cells are on a device, which decodes these while the processor
+        chooses; 0 for at once, as everywhere else
     again: tokens at the end of what the user says that are evaluated a second time, with what they recalled in the cells; 0 for none
     pool: each score is raised to the largest of so many cells around it, 1 for none
     blocks: size of the blocks in which cells are taken, by the largest score of a block, 1 for single cells
@@ -37,6 +39,7 @@ class Recall:
     asked: float = 0.3
     worth: float = 0.01
     refresh: int = 16
+    late: int = 4
     again: int = 64
     pool: int = 1
     blocks: int = 16
@@ -48,7 +51,7 @@ class Recall:
         check_weight("worth", self.worth)
         check_weight("whole", self.whole)
         check_kernel("pool", self.pool)
-        for name, least in (("refresh", 1), ("again", 0), ("blocks", 1)):
+        for name, least in (("refresh", 1), ("late", 0), ("again", 0), ("blocks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 

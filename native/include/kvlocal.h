@@ -7,7 +7,7 @@
 // plain model, the global layers of a sliding-window one, the attention layers of a hybrid one). All arrays are dense, row-major, in host memory.
 //
 // Every call returns >= 0, or a kvl_status below zero and a message for kvl_last_error().
-// No call may run at the same time as another one, or as a decode, on the same context.
+// No call may run at the same time as another one, or as a decode, on the same context. What takes kvl_queries has no context.
 
 #ifndef KVLOCAL_H
 #define KVLOCAL_H
@@ -16,6 +16,7 @@
 
 struct llama_context;
 struct llama_vocab;
+struct kvl_queries;
 
 #ifdef __cplusplus
 extern "C" {
@@ -26,7 +27,7 @@ extern "C" {
 /* cffi: begin */
 
 enum {
-    KVL_API_VERSION = 10
+    KVL_API_VERSION = 11
 };
 
 enum {
@@ -46,7 +47,8 @@ enum kvl_status {
 
 enum kvl_score_flags {
     KVL_PORTABLE = 1, // use ggml's own operations only, as GPU backends do, even on the CPU
-    KVL_LARGEST  = 2  // scores: the maximum over the queries instead of the mean
+    KVL_LARGEST  = 2, // scores: the maximum over the queries instead of the mean
+    KVL_BESIDE   = 4  // queries: what they compute leaves half of the threads to the context, which decodes meanwhile
 };
 
 struct kvl_layout {
@@ -61,6 +63,7 @@ struct kvl_layout {
     int32_t is_swa;        // 1: a sliding-window model, the layers here are its global ones
     int32_t is_recurrent;  // 1: a hybrid model, the layers here are those with attention; the others have a state of fixed size
     int32_t can_rotate;    // 1: kept keys can be moved to new positions
+    int32_t is_on_device;  // 1: the cells of all these layers are on devices other than the CPU
     int32_t type_k;        // ggml_type of a stored key
     int32_t type_v;        // ggml_type of a stored value
     int32_t row_size_k;    // bytes of a stored key of one head
@@ -124,13 +127,21 @@ int32_t kvl_ring_set_state(struct llama_context * ctx, int32_t seq_id, const uin
 int32_t kvl_get_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_cells);
 
-// the same for keys in host memory, the last n_query of which belong to the queries; models with a soft cap or sinks are not supported
+// copies the last n_query recorded queries (0: all) to host memory, where they score keys in host memory while the context does something else;
+// models with a soft cap or sinks are not supported; kvl_free_queries frees them, also when the context is gone
+// every: each every-th of them, the last one among them
+// flags: KVL_BESIDE; shifts: [n_shift] by how many positions the keys that they meet may be moved, besides 0
+int32_t kvl_copy_queries(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t flags,
+        const int32_t * shifts, int32_t n_shift, struct kvl_queries ** queries);
+void kvl_free_queries(struct kvl_queries * queries);
+
+// what kvl_get_scores gives, for keys in host memory, the last of which belong to the queries
 // chunks: [n_chunk] of [n_layer, n_head_kv, chunk_size, bytes of a key of type] as kvl_read_rows gives them, rotated as the cache's keys are
 // type: as type_k of kvl_rows
 // starts, shifts: [n_stretch] the keys from starts[i] on, up to the next start, count as if rotated by shifts[i] more positions; starts ascend
 // from 0, and n_stretch is 0 where no key is at another position than the queries expect
 // flags: KVL_LARGEST; scores: [n_layer, n_head_kv, n_rows]
-int32_t kvl_get_row_scores(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
+int32_t kvl_get_row_scores(const struct kvl_queries * queries, int32_t flags,
         const uint8_t * const * chunks, int32_t type, int32_t n_chunk, int32_t chunk_size,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch,
         float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows);
@@ -142,10 +153,10 @@ int32_t kvl_get_boxes(struct llama_context * ctx, const uint8_t * keys, int32_t 
 
 // for each head the rows [0, first) and [last, n_rows), and of the blocks between those in which the queries may find most by their boxes,
 // by ascending number; and their scores, as kvl_get_row_scores gives them where only these rows exist
-// every: of the queries each every-th is looked at, the last one among them; n_bound: so many of these, spread over them, meet the boxes
+// n_bound: so many of the queries, spread over them, meet the boxes
 // boxes: [n_chunk], filled for all blocks before `last`; first, last: multiples of KVL_BLOCK_SIZE, the queries' own keys are behind `last`
 // rows: [n_layer, n_head_kv, n_best]; scores: the same; n_best - first - (n_rows - last) is a multiple of KVL_BLOCK_SIZE
-int32_t kvl_get_best_rows(struct llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t n_bound,
+int32_t kvl_get_best_rows(const struct kvl_queries * queries, int32_t n_bound,
         const uint8_t * const * chunks, int32_t type, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
         int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best);

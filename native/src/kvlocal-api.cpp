@@ -202,7 +202,8 @@ int32_t kvl_get_layout(llama_context * ctx, kvl_layout * layout) {
 
         check_pointer(layout, "layout");
 
-        const auto & ring = kvl_access::ring(*cache.kv);
+        const auto & ring   = kvl_access::ring(*cache.kv);
+        const auto & layers = kvl_access::layers(*cache.kv);
 
         layout->n_layer       = cache.n_layer;
         layout->n_head        = cache.n_head;
@@ -215,8 +216,9 @@ int32_t kvl_get_layout(llama_context * ctx, kvl_layout * layout) {
         layout->is_swa        = cache.swa != nullptr;
         layout->is_recurrent  = cache.recr != nullptr;
         layout->can_rotate    = can_rotate(cache);
-        layout->type_k        = kvl_access::layers(*cache.kv)[0].k->type;
-        layout->type_v        = kvl_type_v(kvl_access::layers(*cache.kv)[0]);
+        layout->is_on_device  = std::none_of(layers.begin(), layers.end(), [](const auto & layer) { return kvl_is_on_cpu(layer.k); });
+        layout->type_k        = layers[0].k->type;
+        layout->type_v        = kvl_type_v(layers[0]);
         layout->row_size_k    = kvl_row_size_k(cache);
         layout->row_size_v    = kvl_row_size_v(cache);
 
@@ -334,13 +336,20 @@ int32_t kvl_get_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int
     });
 }
 
-static ggml_type check_key_type(const kvl_cache & cache, int32_t type) {
-    kvl_row_size(type, cache.n_embd_head_k);
+static ggml_type check_key_type(int32_t n_embd_head_k, int32_t type) {
+    kvl_row_size(type, n_embd_head_k);
 
     return (ggml_type) type;
 }
 
-static void check_host_keys(const kvl_cache & cache, const kvl_host_keys & keys, int32_t n_chunk) {
+static void check_heads(const kvl_queries & queries, int32_t n_layer, int32_t n_head_kv) {
+    if (n_layer != queries.n_layer || n_head_kv != queries.n_head_kv) {
+        throw kvl_error(KVL_ERR_ARGUMENT, "the arrays are for " + std::to_string(n_layer) + " layers of " + std::to_string(n_head_kv) +
+                " KV heads, the queries come from " + std::to_string(queries.n_layer) + " of " + std::to_string(queries.n_head_kv));
+    }
+}
+
+static void check_host_keys(const kvl_host_keys & keys, int32_t n_chunk) {
     check_pointer(keys.chunks, "chunks");
 
     if (keys.chunk_size < 1 || n_chunk < 1 || keys.n_rows < 1 || keys.n_rows > (int64_t) n_chunk*keys.chunk_size) {
@@ -363,31 +372,67 @@ static void check_host_keys(const kvl_cache & cache, const kvl_host_keys & keys,
         if (s == 0 ? keys.starts[s] != 0 : keys.starts[s] <= keys.starts[s - 1] || keys.starts[s] >= keys.n_rows) {
             throw kvl_error(KVL_ERR_ARGUMENT, "the stretches must start at ascending keys, the first at key 0; they do not at stretch " + std::to_string(s));
         }
-        if (keys.shifts[s] == INT32_MIN) {
-            throw kvl_error(KVL_ERR_ARGUMENT, "the shift of stretch " + std::to_string(s) + " is out of range");
-        }
-        if (keys.shifts[s] != 0 && !can_rotate(cache)) {
-            throw kvl_error(KVL_ERR_UNSUPPORTED, "the keys of this model can't be moved to other positions");
-        }
     }
 }
 
-int32_t kvl_get_row_scores(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t flags,
-        const uint8_t * const * chunks, int32_t type, int32_t n_chunk, int32_t chunk_size,
-        const int32_t * starts, const int32_t * shifts, int32_t n_stretch, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows) {
+int32_t kvl_copy_queries(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t flags,
+        const int32_t * shifts, int32_t n_shift, kvl_queries ** queries) {
     return guard_device(ctx, [&]() -> int32_t {
         const auto cache = kvl_find_cache(ctx);
 
+        check_pointer(queries, "queries");
+        check_flags(flags, KVL_BESIDE);
+        check_scorable(cache, n_query);
+        kvl_check_seq(cache, seq_id);
+
+        if (every < 1) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "no query is looked at");
+        }
+        if (n_shift < 0) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "the number of shifts is negative");
+        }
+        if (n_shift > 0) {
+            check_pointer(shifts, "shifts");
+        }
+        for (int32_t s = 0; s < n_shift; ++s) {
+            if (shifts[s] == INT32_MIN) {
+                throw kvl_error(KVL_ERR_ARGUMENT, "shift " + std::to_string(s) + " is out of range");
+            }
+            if (shifts[s] != 0 && !can_rotate(cache)) {
+                throw kvl_error(KVL_ERR_UNSUPPORTED, "the keys of this model can't be moved to other positions");
+            }
+        }
+
+        auto copied = kvl_copy_queries(cache, seq_id, n_query, every, shifts, n_shift);
+
+        if (flags & KVL_BESIDE) {
+            copied.n_threads = std::max(1, copied.n_threads/2);
+        }
+
+        *queries = new kvl_queries(std::move(copied));
+
+        return KVL_OK;
+    });
+}
+
+void kvl_free_queries(kvl_queries * queries) {
+    delete queries;
+}
+
+int32_t kvl_get_row_scores(const kvl_queries * queries, int32_t flags,
+        const uint8_t * const * chunks, int32_t type, int32_t n_chunk, int32_t chunk_size,
+        const int32_t * starts, const int32_t * shifts, int32_t n_stretch, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_rows) {
+    return guard([&]() -> int32_t {
+        check_pointer(queries, "queries");
         check_pointer(scores, "scores");
         check_flags(flags, KVL_LARGEST);
-        check_scorable(cache, n_query);
-        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, kvl_access::cells(*cache.kv, seq_id).used_max_p1());
+        check_heads(*queries, n_layer, n_head_kv);
 
-        const kvl_host_keys keys = { chunks, starts, shifts, check_key_type(cache, type), chunk_size, n_rows, n_stretch };
+        const kvl_host_keys keys = { chunks, starts, shifts, check_key_type(queries->n_embd_head_k, type), chunk_size, n_rows, n_stretch };
 
-        check_host_keys(cache, keys, n_chunk);
+        check_host_keys(keys, n_chunk);
 
-        kvl_row_scores(cache, seq_id, n_query, flags & KVL_LARGEST, keys, scores);
+        kvl_row_scores(*queries, flags & KVL_LARGEST, keys, scores);
 
         return KVL_OK;
     });
@@ -409,7 +454,7 @@ int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t type, i
         check_chunk_unit(chunk_size);
         kvl_check_shape(cache, 0, n_layer, n_head_kv, kvl_access::cells(*cache.kv, 0).used_max_p1(), true);
 
-        const auto    key_type = check_key_type(cache, type);
+        const auto    key_type = check_key_type(cache.n_embd_head_k, type);
         const int32_t n_box    = chunk_size/KVL_BLOCK_SIZE;
         const int64_t needed   = (int64_t) n_layer*n_head_kv*2*cache.n_embd_head_k*n_box*sizeof(uint16_t);
 
@@ -426,29 +471,27 @@ int32_t kvl_get_boxes(llama_context * ctx, const uint8_t * keys, int32_t type, i
     });
 }
 
-int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, int32_t every, int32_t n_bound,
+int32_t kvl_get_best_rows(const kvl_queries * queries, int32_t n_bound,
         const uint8_t * const * chunks, int32_t type, const uint16_t * const * boxes, int32_t n_chunk, int32_t chunk_size, int32_t n_rows,
         const int32_t * starts, const int32_t * shifts, int32_t n_stretch, int32_t first, int32_t last,
         int32_t * rows, float * scores, int32_t n_layer, int32_t n_head_kv, int32_t n_best) {
-    return guard_device(ctx, [&]() -> int32_t {
-        const auto cache = kvl_find_cache(ctx);
-
+    return guard([&]() -> int32_t {
+        check_pointer(queries, "queries");
         check_pointer(boxes, "boxes");
         check_pointer(rows, "rows");
         check_pointer(scores, "scores");
-        check_scorable(cache, n_query);
         check_chunk_unit(chunk_size);
-        kvl_check_shape(cache, seq_id, n_layer, n_head_kv, kvl_access::cells(*cache.kv, seq_id).used_max_p1());
+        check_heads(*queries, n_layer, n_head_kv);
 
-        const kvl_host_keys keys = { chunks, starts, shifts, check_key_type(cache, type), chunk_size, n_rows, n_stretch };
+        const kvl_host_keys keys = { chunks, starts, shifts, check_key_type(queries->n_embd_head_k, type), chunk_size, n_rows, n_stretch };
 
-        check_host_keys(cache, keys, n_chunk);
+        check_host_keys(keys, n_chunk);
 
         for (int32_t i = 0; i < n_chunk; ++i) {
             check_pointer(boxes[i], "a chunk of boxes");
         }
-        if (every < 1 || n_bound < 1) {
-            throw kvl_error(KVL_ERR_ARGUMENT, "no query is looked at, or none meets the boxes");
+        if (n_bound < 1) {
+            throw kvl_error(KVL_ERR_ARGUMENT, "no query meets the boxes");
         }
         if (first < 0 || last < first || last > n_rows || first % KVL_BLOCK_SIZE != 0 || last % KVL_BLOCK_SIZE != 0) {
             throw kvl_error(KVL_ERR_ARGUMENT, "the rows between " + std::to_string(first) + " and " + std::to_string(last) + " are no whole blocks of the keys");
@@ -460,9 +503,9 @@ int32_t kvl_get_best_rows(llama_context * ctx, int32_t seq_id, int32_t n_query, 
             throw kvl_error(KVL_ERR_ARGUMENT, std::to_string(n_best) + " rows can't be chosen in whole blocks");
         }
 
-        const kvl_search search = { boxes, every, n_bound, first, last, (int32_t) (n_chosen/KVL_BLOCK_SIZE), n_best };
+        const kvl_search search = { boxes, n_bound, first, last, (int32_t) (n_chosen/KVL_BLOCK_SIZE), n_best };
 
-        kvl_best_rows(cache, seq_id, n_query, keys, search, rows, scores);
+        kvl_best_rows(*queries, keys, search, rows, scores);
 
         return KVL_OK;
     });

@@ -82,14 +82,64 @@ struct move_task {
     }
 };
 
-// what a graph is given before it runs
-struct graph_input {
-    ggml_tensor        * tensor;
-    std::vector<uint8_t> data;
+// what the graph is given of the layers whose cells are in one kind of memory, in one block of it: one transfer takes less than one for each tensor
+struct input_block {
+    struct input {
+        ggml_tensor        * tensor;
+        std::vector<uint8_t> data;
+    };
+
+    std::vector<input>      inputs;
+    ggml_backend_buffer_ptr buffer;
 
     template <typename T>
-    graph_input(ggml_tensor * tensor, const std::vector<T> & values) : tensor(tensor), data(values.size()*sizeof(T)) {
-        memcpy(data.data(), values.data(), data.size());
+    ggml_tensor * add(ggml_context * ctx, ggml_type type, const std::vector<T> & values) {
+        const auto * begin = (const uint8_t *) values.data();
+
+        inputs.push_back({
+            ggml_new_tensor_1d(ctx, type, values.size()*sizeof(T)/ggml_type_size(type)),
+            { begin, begin + values.size()*sizeof(T) },
+        });
+
+        return inputs.back().tensor;
+    }
+
+    void upload(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
+        const size_t alignment = ggml_backend_buft_get_alignment(buft);
+
+        size_t size = 0;
+        for (const auto & in : inputs) {
+            size += GGML_PAD(ggml_backend_buft_get_alloc_size(buft, in.tensor), alignment);
+        }
+
+        buffer.reset(ggml_backend_buft_alloc_buffer(buft, size + alignment));
+        if (!buffer) {
+            throw kvl_error(KVL_ERR_MEMORY, "out of memory for the " + std::to_string(size) + " bytes that cells are moved by");
+        }
+
+        auto place = ggml_tallocr_new(buffer.get());
+
+        for (const auto & in : inputs) {
+            if (ggml_tallocr_alloc(&place, in.tensor) != GGML_STATUS_SUCCESS) {
+                throw kvl_error(KVL_ERR_MEMORY, "a device has no memory for what cells are moved by");
+            }
+        }
+
+        auto * begin = (uint8_t *) inputs[0].tensor->data;
+
+        std::vector<uint8_t> all((uint8_t *) inputs.back().tensor->data + inputs.back().data.size() - begin);
+
+        for (const auto & in : inputs) {
+            memcpy(all.data() + ((uint8_t *) in.tensor->data - begin), in.data.data(), in.data.size());
+        }
+
+        ggml_tensor * block = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, all.size());
+
+        if (ggml_backend_tensor_alloc(buffer.get(), block, begin) != GGML_STATUS_SUCCESS) {
+            throw kvl_error(KVL_ERR_MEMORY, "a device has no memory for what cells are moved by");
+        }
+
+        ggml_backend_tensor_set(block, all.data(), 0, all.size());
     }
 };
 
@@ -130,7 +180,7 @@ struct compaction {
     kvl_graph graph;
     move_task task;
 
-    std::vector<graph_input> inputs;
+    std::map<ggml_backend_buffer_type_t, input_block> blocks;
     std::vector<staged_move> staged;
 
     size_t n_rotated = 0;
@@ -150,11 +200,12 @@ struct compaction {
 
     int64_t n_flat() const { return flat(cache.kv->get_size(), 0); }
 
+    // of the layer that is moved
+    input_block * block = nullptr;
+
     template <typename T>
     ggml_tensor * input(ggml_type type, const std::vector<T> & values) {
-        ggml_tensor * t = graph.input(type, values.size()*sizeof(T)/ggml_type_size(type));
-        inputs.emplace_back(t, values);
-        return t;
+        return block->add(graph.ctx(), type, values);
     }
 
     void run() {
@@ -179,10 +230,14 @@ struct compaction {
 
             ggml_tensor * k = layer.k_stream[stream];
 
+            block = &blocks[ggml_backend_buffer_get_type(layer.k->buffer)];
+
             if (!in_place) {
-                k = build_move(i, task.moves[n_move*i]);
+                auto where = find_rows(task.moves[n_move*i]);
+
+                k = build_move(task.moves[n_move*i], where);
                 if (n_move > 1) {
-                    build_move(i, task.moves[n_move*i + 1]);
+                    build_move(task.moves[n_move*i + 1], where);
                 }
             }
             if (what.delta && kvl_access::hparams(*cache.kv).has_rope(layer.il)) {
@@ -190,10 +245,13 @@ struct compaction {
             }
         }
 
-        graph.run([&]() {
-            for (const auto & in : inputs) {
-                ggml_backend_tensor_set(in.tensor, in.data.data(), 0, in.data.size());
+        for (auto & [buft, inputs] : blocks) {
+            if (!inputs.inputs.empty()) {
+                inputs.upload(graph.ctx(), buft);
             }
+        }
+
+        graph.run([&]() {
             if (hadamard && hadamard->buffer) {
                 cache.kv->set_input_k_rot(hadamard);
             }
@@ -249,9 +307,40 @@ private:
         return true;
     }
 
+    // which rows of a layer move, the same for its keys and its values: flat indices, as tensors once one of the two needs them
+    struct moved_rows {
+        std::vector<int32_t> from;
+        std::vector<int64_t> to;
+        std::vector<int64_t> host_to;
+
+        ggml_tensor * t_from    = nullptr;
+        ggml_tensor * t_to      = nullptr;
+        ggml_tensor * t_host_to = nullptr;
+    };
+
+    // move: of the keys or the values of a layer
+    moved_rows find_rows(const row_move & move) {
+        moved_rows res;
+
+        for (int64_t h = 0; h < cache.n_head_kv; ++h) {
+            for (int64_t j = 0; j < what.n_keep; ++j) {
+                const int64_t cell = move.gather[h*what.n_keep + j];
+
+                if (cell >= n_cells) {
+                    res.host_to.push_back(flat(j, h));
+                } else if (cell != j) {
+                    res.from.push_back((int32_t) flat(cell, h));
+                    res.to.push_back(flat(j, h));
+                }
+            }
+        }
+
+        return res;
+    }
+
     // rows as numbers of 32 bits, whatever they mean: every backend copies those as they are
     // returns the stream after the move
-    ggml_tensor * build_move(int32_t i_layer, const row_move & move) {
+    ggml_tensor * build_move(const row_move & move, moved_rows & where) {
         if (move.size % sizeof(float) != 0) {
             staged.push_back({
                 &move,
@@ -261,11 +350,38 @@ private:
             return move.stream;
         }
 
-        std::vector<int32_t> from;
-        std::vector<int64_t> to;
+        auto * ctx = graph.ctx();
 
-        std::vector<uint8_t> host;
-        std::vector<int64_t> host_to;
+        const int64_t n_word = move.size/sizeof(float);
+
+        ggml_tensor * words = view_rows(ctx, move.stream, GGML_TYPE_F32, n_word, n_flat());
+
+        if (!where.from.empty()) {
+            if (!where.t_from) {
+                where.t_from = input(GGML_TYPE_I32, where.from);
+                where.t_to   = input(GGML_TYPE_I64, where.to);
+            }
+
+            ggml_tensor * kept = ggml_get_rows(ctx, words, where.t_from);
+            words = ggml_set_rows(ctx, words, kept, where.t_to);
+            graph.expand(words);
+        }
+        if (!where.host_to.empty()) {
+            if (!where.t_host_to) {
+                where.t_host_to = input(GGML_TYPE_I64, where.host_to);
+            }
+
+            ggml_tensor * brought = ggml_reshape_2d(ctx, input(GGML_TYPE_F32, host_rows(move)), n_word, where.host_to.size());
+            words = ggml_set_rows(ctx, words, brought, where.t_host_to);
+            graph.expand(words);
+        }
+
+        return words;
+    }
+
+    // the rows that the host brings along, as the stream has them, in the order of moved_rows::host_to
+    std::vector<uint8_t> host_rows(const row_move & move) {
+        std::vector<uint8_t> res;
 
         auto convert = move.conversion();
 
@@ -274,34 +390,13 @@ private:
                 const int64_t cell = move.gather[h*what.n_keep + j];
 
                 if (cell >= n_cells) {
-                    host.resize(host.size() + move.size);
-                    convert(move.host(h, cell - n_cells), host.data() + host.size() - move.size);
-                    host_to.push_back(flat(j, h));
-                } else if (cell != j) {
-                    from.push_back((int32_t) flat(cell, h));
-                    to.push_back(flat(j, h));
+                    res.resize(res.size() + move.size);
+                    convert(move.host(h, cell - n_cells), res.data() + res.size() - move.size);
                 }
             }
         }
 
-        auto * ctx = graph.ctx();
-
-        const int64_t n_word = move.size/sizeof(float);
-
-        ggml_tensor * words = view_rows(ctx, move.stream, GGML_TYPE_F32, n_word, n_flat());
-
-        if (!from.empty()) {
-            ggml_tensor * kept = ggml_get_rows(ctx, words, input(GGML_TYPE_I32, from));
-            words = ggml_set_rows(ctx, words, kept, input(GGML_TYPE_I64, to));
-            graph.expand(words);
-        }
-        if (!host_to.empty()) {
-            ggml_tensor * brought = ggml_reshape_2d(ctx, input(GGML_TYPE_F32, host), n_word, host_to.size());
-            words = ggml_set_rows(ctx, words, brought, input(GGML_TYPE_I64, host_to));
-            graph.expand(words);
-        }
-
-        return words;
+        return res;
     }
 
     // k: the stream after the move

@@ -196,15 +196,34 @@ struct kvl_host_keys {
     int32_t n_stretch;
 };
 
+// the recorded queries of all layers in host memory: rotating the few queries back has the effect of rotating the many keys
+struct kvl_queries {
+    std::vector<int32_t> shifts; // of each copy, the first is 0
+    std::vector<float>   data;   // [n_layer, n_copy, n_query, n_embd_q]
+    std::vector<float>   scales; // [n_layer] of their products with keys
+    std::vector<int32_t> before; // [n_query] by how many tokens each is older than the last one
+
+    int64_t n_query;
+    int64_t n_embd_q;
+
+    int32_t n_layer;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_embd_head_k;
+    int32_t n_threads;
+
+    const float * layer(int64_t i) const { return data.data() + i*shifts.size()*n_query*n_embd_q; }
+};
+
 void kvl_scores       (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool portable, bool largest, float * scores, int32_t n_cells);
 void kvl_attention_map(const kvl_cache & cache, int32_t seq_id, int32_t n_query, const int32_t * layers, int32_t n_chosen, float * map, int32_t n_cells);
-void kvl_row_scores   (const kvl_cache & cache, int32_t seq_id, int32_t n_query, bool largest, const kvl_host_keys & keys, float * scores);
+kvl_queries kvl_copy_queries(const kvl_cache & cache, int32_t seq_id, int32_t n_query, int32_t every, const int32_t * shifts, int32_t n_shift);
+void        kvl_row_scores  (const kvl_queries & queries, bool largest, const kvl_host_keys & keys, float * scores);
 
 // which of them are looked at, checked
 struct kvl_search {
     const uint16_t * const * boxes; // [n_chunk], see kvl_get_boxes
 
-    int32_t every;
     int32_t n_bound;
     int32_t first;
     int32_t last;
@@ -212,7 +231,7 @@ struct kvl_search {
     int32_t n_best;
 };
 
-void kvl_best_rows    (const kvl_cache & cache, int32_t seq_id, int32_t n_query, const kvl_host_keys & keys, const kvl_search & search, int32_t * rows, float * scores);
+void kvl_best_rows    (const kvl_queries & queries, const kvl_host_keys & keys, const kvl_search & search, int32_t * rows, float * scores);
 void kvl_boxes        (const kvl_cache & cache, const uint8_t * keys, ggml_type type, int32_t chunk_size, int32_t first_block, int32_t n_block, uint16_t * boxes);
 void kvl_redundancy   (const kvl_cache & cache, int32_t seq_id, bool portable, float * redundancy, int32_t n_cells);
 

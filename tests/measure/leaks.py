@@ -21,9 +21,9 @@ import numpy as np
 from doors import CHATML, write_chat_model, write_nexus
 
 from kvlocal.llama.adapter import Adapter
-from kvlocal.llama.cells import NativeCache, NativeError
+from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import Context
-from kvlocal.llama.errors import EngineError
+from kvlocal.llama.errors import EngineError, NativeError
 from kvlocal.llama.model import Model
 from kvlocal.template.compiled import AnswerError, CompiledTemplate, TemplateError
 

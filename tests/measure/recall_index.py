@@ -14,7 +14,6 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +32,8 @@ from kvlocal.evaluation.history import turn_tokens
 from kvlocal.evaluation.recall_chats import FACTS_PER_CHAT, RecallChat, recall_chats
 from kvlocal.evaluation.statistics import bootstrap
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
-from kvlocal.llama.cells import BLOCK, NativeCache
+from kvlocal.llama.cells import NativeCache
+from kvlocal.llama.layout import BLOCK
 from kvlocal.llama.model import Model
 from kvlocal.llama.rows import RowTypes
 from kvlocal.nexus.allotment import n_nexus
@@ -68,7 +68,7 @@ class Look:
         self.first, last = (n // BLOCK * BLOCK for n in (ledger.n_pinned + BLOCK - 1, n_tokens - round(Recall.asked * DEFAULT_BUDGET)))
         self.region, self.n = slice(self.first, last), last - self.first
         self.k = {name: DEFAULT_BUDGET - round(share * DEFAULT_BUDGET) - ledger.n_pinned for name, share in SHARES.items()}
-        every, self.exact_ms = timed(lambda: native.row_scores(archive.key_chunks(), n_tokens, WINDOW))
+        every, self.exact_ms = timed(lambda: native.copy_queries(WINDOW).row_scores(archive.key_chunks(), n_tokens))
         self.scores = every[..., self.region]
         self.far = self.scores.sum(axis=-1)
         keys = np.concatenate([chunk.view(np.float16) for chunk in archive.key_chunks()], axis=2)[:, :, :n_tokens].astype(np.float32)
@@ -97,12 +97,20 @@ class Look:
     ) -> None:
         """Rounded keys, fewer queries, and the boxes in use, which are all there in native code."""
         n_tokens = keys.shape[2]
+
+        def exact(keys: list[np.ndarray], types: RowTypes) -> np.ndarray:
+            return native.copy_queries(WINDOW).row_scores(keys, n_tokens, types=types)
+
         for bits, kind in ((8, GGMLQuantizationType.Q8_0), (4, GGMLQuantizationType.Q4_0)):
             in_kind = in_chunks(quantize(keys, kind))
             types = RowTypes(int(kind), own.v, in_kind[0].shape[-1], own.size_v)
-            values, ms = timed(partial(native.row_scores, in_kind, n_tokens, WINDOW, types=types))
+            values, ms = timed(partial(exact, in_kind, types=types))
             self.add(f"keys of {bits} bits (native)", values[..., self.region], ms)
-        best = partial(native.best_rows, chunks, boxes, n_tokens, first=self.first, last=self.first + self.n, n_query=WINDOW)
+
+        def best(n_blocks: int, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
+            queries = native.copy_queries(WINDOW, every=every)
+            return queries.best_rows(chunks, boxes, n_tokens, first=self.first, last=self.first + self.n, n_blocks=n_blocks)
+
         (_, values), ms = timed(lambda: best(n_blocks=self.n // BLOCK, every=8))
         self.add("whole keys, by 2 of the queries (native)", values[..., self.region], ms)
         ms = timed(lambda: best(n_blocks=1))[1] - self.exact_ms * (1 - (self.n - BLOCK) / n_tokens)

@@ -10,6 +10,7 @@ over layers with its 95 % interval over turns, and the worst layer.
 
 import argparse
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from kvlocal.cache.archive import CHUNK
 from kvlocal.cache.frames import stretches
 from kvlocal.cache.ledger import Ledger
-from kvlocal.cache.recall import Refill
+from kvlocal.cache.recall import Choice
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.dialogues import load
@@ -33,7 +34,7 @@ CHOSEN = ("near", "everywhere", "exact")
 
 
 class Comparison:
-    """Stands in for a recaller's `choose`, and notes what its choices for answers catch of the attention.
+    """Stands in for a recaller's `choice`, and notes what its choices for answers catch of the attention.
 
     caught: by who chooses, of each turn [choices] of float64 [L], the attention to what is neither pinned nor recent
     all_far: of each turn [choices], the attention to all that is neither pinned nor recent, mean over layers and heads
@@ -42,35 +43,36 @@ class Comparison:
     def __init__(self, session: ChatSession) -> None:
         recaller = session.cache.compressor.recaller
         assert recaller
-        self._recaller, self._native, self._choose = recaller, session.cache.native, recaller.choose
+        self._recaller, self._native, self._choose = recaller, session.cache.native, recaller.choice
         self.caught, self.all_far = defaultdict[str, list[list[np.ndarray]]](list), list[list[float]]()
-        recaller.choose = self.choose  # type: ignore[method-assign]
+        recaller.choice = self.choice  # type: ignore[method-assign]
 
     def begin_turn(self) -> None:
         for name in CHOSEN:
             self.caught[name].append([])
         self.all_far.append([])
 
-    def choose(self, ledger: Ledger, n_keep: int, policy: Policy, closely: bool = False) -> Refill:
-        recaller, refill = self._recaller, self._choose(ledger, n_keep, policy, closely)
+    def choice(self, ledger: Ledger, n_keep: int, policy: Policy, *, closely: bool = False, beside: bool = False) -> Callable[[], Choice]:
+        recaller, choice = self._recaller, self._choose(ledger, n_keep, policy, closely=closely)()
         if closely or recaller._near is None or not self.all_far:
-            return refill
+            return lambda: choice
         n_tokens, shape, near = ledger.n_tokens, ledger.tokens.shape[:2], recaller._near
         recaller.look_everywhere()
-        everywhere = self._choose(ledger, n_keep, policy)
+        everywhere = self._choose(ledger, n_keep, policy)()
         recaller._near = near
         shifts = recaller.positions(ledger, ledger.next_position) - recaller.archive.positions
         moved = stretches(shifts) if shifts.any() else None
-        scores = self._native.row_scores(recaller.archive.key_chunks(), n_tokens, recaller._window, stretches=moved)
+        queries = self._native.copy_queries(recaller._window, shifts=moved and moved[1])
+        scores = queries.row_scores(recaller.archive.key_chunks(), n_tokens, stretches=moved)
         pinned = np.broadcast_to(np.arange(n_tokens) < ledger.n_pinned, scores.shape)
         exact = policy.plan(CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), recaller._window, scores), n_keep).keep
         far = scores.copy()
         far[..., : ledger.n_pinned] = far[..., n_tokens - round(Recall.recent * n_keep) :] = 0
-        chosen: tuple[np.ndarray, ...] = refill.tokens, everywhere.tokens, exact
+        chosen: tuple[np.ndarray, ...] = choice.tokens, everywhere.tokens, exact
         for name, tokens in zip(CHOSEN, chosen, strict=True):
             self.caught[name][-1].append(np.take_along_axis(far, tokens, axis=-1).sum(axis=(1, 2), dtype=np.float64))
         self.all_far[-1].append(float(far.sum(axis=-1).mean()))
-        return refill
+        return lambda: choice
 
 
 def main() -> None:
