@@ -140,7 +140,8 @@ def report(cache: BudgetedCache, answer: np.ndarray, n_tokens: int) -> None:
     parts = (
         ("write through", recaller, "write_through"), ("queries", cache.native, "copy_queries"), ("scores", HostQueries, "row_scores"),
         ("best rows", HostQueries, "best_rows"), ("refill", recaller, "refill"), ("wait", compressor._later, "take"),
-        ("compact", cache.native, "compact"), ("ledger", cache.ledger, "refill"), ("all", compressor, "choose_again"), (LATE, compressor, "take_choice"),
+        ("compact", cache.native, "compact"), ("ledger", cache.ledger, "refill"), ("all", compressor, "choose_again"),
+        (LATE, compressor, "take_choice"),
     )  # fmt: skip
     plan = Recall.plan
     # as behind a question, where it is done twice
