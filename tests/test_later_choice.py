@@ -10,7 +10,7 @@ from test_recall import check, user
 
 from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.later_choice import LaterChoice
-from kvlocal.cache.recall import Choice
+from kvlocal.cache.recall import ChosenTokens
 from kvlocal.llama.errors import NativeError
 from kvlocal.policies.recall import Recall
 
@@ -158,6 +158,28 @@ def test_a_search_that_fails_ends_as_one_at_once_does(model, monkeypatch, unsupp
             check(cache, cache.archive) if cache.compressor.write_through(cache.ledger) else None
 
 
+def test_a_choice_that_has_no_room_any_more_never_takes_effect(model):
+    with opened(model) as cache:
+        cache.read([*user(20), *user(300, 1)])
+        answer(cache, 2)
+        ledger, choices = cache.ledger, cache.compressor.choices
+        many = np.broadcast_to(np.arange(ledger.n_tokens, dtype=np.int32), (*ledger.tokens.shape[:2], ledger.n_tokens))
+        cache.compressor._later.begin(ledger.n_tokens, lambda: ChosenTokens(ledger.n_tokens, many))
+        answer(cache, LATE)
+        assert cache.compressor.choices == choices and cache.compressor.tokens_before_choice(ledger) is None
+        cache.compressor.write_through(ledger)
+        check(cache, cache.archive)
+
+
+def test_a_failure_is_told_once(model):
+    later = LaterChoice()
+    later.begin(5, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        later.take()
+    assert later.age(9) is None
+    later.close()
+
+
 def test_closing_ends_the_thread(model):
     with opened(model) as cache:
         cache.read([*user(20), *user(300, 1)])
@@ -168,7 +190,7 @@ def test_closing_ends_the_thread(model):
 
 def test_what_has_come_since_joins_a_choice():
     tokens, scores = np.array([[[0, 2]]], np.int32), np.array([[[0.5, 0.25]]], np.float32)
-    later = Choice(3, tokens, scores, np.array([0.5, 0.0, 0.25])).with_new(5)
+    later = ChosenTokens(3, tokens, scores, np.array([0.5, 0.0, 0.25])).with_new(5)
     assert later.n_tokens == 5 and later.tokens.tolist() == [[[0, 2, 3, 4]]] and later.scores.tolist() == [[[0.5, 0.25, 0, 0]]]
     assert later.attention.tolist() == [0.5, 0, 0.25, 0, 0]
-    assert Choice(3, tokens).with_new(4).scores is None
+    assert ChosenTokens(3, tokens).with_new(4).scores is None

@@ -15,7 +15,7 @@ from kvlocal.cache.frames import first_position
 from kvlocal.cache.later_choice import LaterChoice
 from kvlocal.cache.ledger import Ledger
 from kvlocal.cache.memory import give_back
-from kvlocal.cache.recall import Choice, Recaller, Refill
+from kvlocal.cache.recall import ChosenTokens, Recaller, Refill
 from kvlocal.cache.score_sources import ScoreSources
 from kvlocal.errors import KvlocalError
 from kvlocal.llama.cells import NativeCache
@@ -189,11 +189,15 @@ class Compressor:
         return None if age is None else max(0, self.late - age)
 
     def take_choice(self, ledger: Ledger) -> None:
-        """After new tokens: the choice that was being found takes effect, if it is time."""
+        """After new tokens: the choice that was being found takes effect, if it is time. So many may have come at once, as of another text, that
+        there is no room for it beside them: then it never does.
+        """
         if self.tokens_before_choice(ledger) != 0:
             return
         started = time.perf_counter()
-        if choice := self._tried(self._later.take):
+        choice = self._tried(self._later.take)
+        if choice and choice.tokens.shape[-1] + ledger.n_tokens - choice.n_tokens < self.target(ledger) + self.stride:
+            self.before(ledger)
             self._carry_out(ledger, choice)
         self.seconds.recall += time.perf_counter() - started
 
@@ -231,7 +235,7 @@ class Compressor:
             self.give_up_archive(str(error))
             return None
 
-    def _carry_out(self, ledger: Ledger, choice: Choice) -> bool:
+    def _carry_out(self, ledger: Ledger, choice: ChosenTokens) -> bool:
         """Fills the cells with what was chosen and what has come since. False if the archive had to be given up: nothing has changed then."""
         recaller, choice = self.recaller, choice.with_new(ledger.n_tokens)
         assert recaller is not None

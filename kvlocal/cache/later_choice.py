@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from kvlocal.cache.recall import Choice
+from kvlocal.cache.recall import ChosenTokens
 
 
 class LaterChoice:
@@ -13,10 +13,10 @@ class LaterChoice:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._found: Future[Choice] | None = None
+        self._found: Future[ChosenTokens] | None = None
         self._begun_at = 0
 
-    def begin(self, n_tokens: int, find: Callable[[], Choice]) -> None:
+    def begin(self, n_tokens: int, find: Callable[[], ChosenTokens]) -> None:
         """Begins with it, when the conversation has so many tokens; one that was not taken is dropped."""
         self.drop()
         self._pool = self._pool or ThreadPoolExecutor(1, "kvlocal-choice")
@@ -26,12 +26,12 @@ class LaterChoice:
         """How many tokens have come since it was begun with; None without one."""
         return None if self._found is None else n_tokens - self._begun_at
 
-    def take(self) -> Choice:
-        """Waits for it. Whatever made it fail is raised. There must be one."""
+    def take(self) -> ChosenTokens:
+        """Waits for it; whatever made it fail is raised. There must be one, and is none then."""
         assert self._found is not None
-        found = self._found.result()
-        self._found = None
-        return found
+        wait([self._found])
+        found, self._found = self._found, None
+        return found.result()
 
     def drop(self) -> None:
         """Waits until nothing is looked through any more, and forgets the choice."""

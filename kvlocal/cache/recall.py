@@ -41,7 +41,7 @@ _NEAR = 64
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenTokens:
     """Tokens that each layer and head shall hold.
 
     n_tokens: how many there were in the conversation when it was asked for
@@ -55,13 +55,13 @@ class Choice:
     scores: npt.NDArray[np.float32] | None = None
     attention: npt.NDArray[np.float64] | None = None
 
-    def with_new(self, n_tokens: int) -> Choice:
+    def with_new(self, n_tokens: int) -> ChosenTokens:
         """The same, and all tokens that have come since, which nobody has looked at."""
         if n_tokens == self.n_tokens:
             return self
         shape = *self.tokens.shape[:2], n_tokens - self.n_tokens
         new = np.broadcast_to(np.arange(self.n_tokens, n_tokens, dtype=np.int32), shape)
-        return Choice(
+        return ChosenTokens(
             n_tokens,
             np.concatenate([self.tokens, new], axis=-1),
             None if self.scores is None else np.concatenate([self.scores, np.zeros(shape, np.float32)], axis=-1),
@@ -161,7 +161,7 @@ class Recaller:
             delta = positions - archive.positions[tokens]
             self._native.compact(tokens, np.arange(ledger.next_position - n, ledger.next_position), delta if delta.any() else None, archive.chunks())
 
-    def choice(self, ledger: Ledger, n_keep: int, policy: Policy, *, closely: bool = False, beside: bool = False) -> Callable[[], Choice]:
+    def choice(self, ledger: Ledger, n_keep: int, policy: Policy, *, closely: bool = False, beside: bool = False) -> Callable[[], ChosenTokens]:
         """What finds the n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`.
 
         closely: whether it may take longer, because much depends on it; what is chosen without, until `look_everywhere`, is from what this looked at
@@ -175,19 +175,19 @@ class Recaller:
         if closely:
             self.look_everywhere()
         if n_keep >= n_tokens:
-            every = Choice(n_tokens, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)))
+            every = ChosenTokens(n_tokens, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)))
             return lambda: every
         candidates_of = self._candidates(ledger, n_keep, _CLOSE if closely else _QUICK, beside)
         n_pinned = ledger.n_pinned
 
-        def find() -> Choice:
+        def find() -> ChosenTokens:
             candidates, scores = candidates_of()
             state = CacheState(candidates < n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
             keep = policy.plan(state, n_keep).keep
             attention = np.bincount(candidates.ravel(), scores.ravel(), n_tokens) / (shape[0] * shape[1])
             if closely:
                 self._near, self._n_asked = _most_looked_at(attention), n_tokens // CHUNK
-            return Choice(n_tokens, np.take_along_axis(candidates, keep, axis=-1), np.take_along_axis(scores, keep, axis=-1), attention)
+            return ChosenTokens(n_tokens, np.take_along_axis(candidates, keep, axis=-1), np.take_along_axis(scores, keep, axis=-1), attention)
 
         return find
 

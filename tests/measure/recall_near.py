@@ -18,7 +18,7 @@ import numpy as np
 from kvlocal.cache.archive import CHUNK
 from kvlocal.cache.frames import stretches
 from kvlocal.cache.ledger import Ledger
-from kvlocal.cache.recall import Choice
+from kvlocal.cache.recall import ChosenTokens
 from kvlocal.chat.config import SessionConfig
 from kvlocal.chat.session import ChatSession
 from kvlocal.conversations.dialogues import load
@@ -52,7 +52,7 @@ class Comparison:
             self.caught[name].append([])
         self.all_far.append([])
 
-    def choice(self, ledger: Ledger, n_keep: int, policy: Policy, *, closely: bool = False, beside: bool = False) -> Callable[[], Choice]:
+    def choice(self, ledger: Ledger, n_keep: int, policy: Policy, *, closely: bool = False, beside: bool = False) -> Callable[[], ChosenTokens]:
         recaller, choice = self._recaller, self._choose(ledger, n_keep, policy, closely=closely)()
         if closely or recaller._near is None or not self.all_far:
             return lambda: choice
