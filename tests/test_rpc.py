@@ -31,6 +31,7 @@ from kvlocal.llama.model import Model
 from kvlocal.llama.placement import ALL, Placement
 from kvlocal.llama.rpc import servers_of
 from kvlocal.llama.sampling import SamplingParams
+from kvlocal.policies.recall import Recall
 from kvlocal_cli.main import main
 
 pytestmark = pytest.mark.skipif(not device.on_cpu(), reason="has servers of its own")
@@ -69,6 +70,8 @@ def test_answers_are_those_of_this_machine(three_layers: Path, servers: list[Rpc
     """With recall, and with compression alone, whose kept keys move in one case."""
     config = replace(CONFIG, **options)
     with ggml_attention(), Model(three_layers) as model, ChatSession(model, config) as session:
+        # as where the cells are on a device
+        session.cache.compressor.late = Recall().late
         expected = answers(session)
         cells = session.cache.native.positions()
     with remote(three_layers, servers[:n_servers]) as model, ChatSession(model, config) as session:

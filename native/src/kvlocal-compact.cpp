@@ -89,8 +89,7 @@ struct input_block {
         std::vector<uint8_t> data;
     };
 
-    std::vector<input>      inputs;
-    ggml_backend_buffer_ptr buffer;
+    std::vector<input> inputs;
 
     template <typename T>
     ggml_tensor * add(ggml_context * ctx, ggml_type type, const std::vector<T> & values) {
@@ -104,7 +103,7 @@ struct input_block {
         return inputs.back().tensor;
     }
 
-    void upload(ggml_context * ctx, ggml_backend_buffer_type_t buft) {
+    void upload(const kvl_cache & cache, ggml_context * ctx, ggml_backend_buffer_type_t buft) {
         const size_t alignment = ggml_backend_buft_get_alignment(buft);
 
         size_t size = 0;
@@ -112,12 +111,9 @@ struct input_block {
             size += GGML_PAD(ggml_backend_buft_get_alloc_size(buft, in.tensor), alignment);
         }
 
-        buffer.reset(ggml_backend_buft_alloc_buffer(buft, size + alignment));
-        if (!buffer) {
-            throw kvl_error(KVL_ERR_MEMORY, "out of memory for the " + std::to_string(size) + " bytes that cells are moved by");
-        }
+        ggml_backend_buffer_t buffer = kvl_input_buffer(*cache.lctx, buft, size + alignment);
 
-        auto place = ggml_tallocr_new(buffer.get());
+        auto place = ggml_tallocr_new(buffer);
 
         for (const auto & in : inputs) {
             if (ggml_tallocr_alloc(&place, in.tensor) != GGML_STATUS_SUCCESS) {
@@ -135,7 +131,7 @@ struct input_block {
 
         ggml_tensor * block = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, all.size());
 
-        if (ggml_backend_tensor_alloc(buffer.get(), block, begin) != GGML_STATUS_SUCCESS) {
+        if (ggml_backend_tensor_alloc(buffer, block, begin) != GGML_STATUS_SUCCESS) {
             throw kvl_error(KVL_ERR_MEMORY, "a device has no memory for what cells are moved by");
         }
 
@@ -150,22 +146,6 @@ struct staged_move {
     std::vector<uint8_t> before;
     std::vector<uint8_t> after;
 };
-
-// a stream as n_rows rows of n_embd values of this type; t: the stream, or what was computed in its place
-ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t n_embd, int64_t n_rows) {
-    GGML_ASSERT(ggml_nbytes(t) == ggml_row_size(type, n_embd)*n_rows);
-
-    ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], 0);
-
-    res->type  = type;
-    res->ne[0] = n_embd;
-    res->ne[1] = n_rows;
-    res->nb[0] = ggml_type_size(type);
-    res->nb[1] = ggml_row_size(type, n_embd);
-    res->nb[2] = res->nb[3] = res->nb[1]*n_rows;
-
-    return res;
-}
 
 // builds the graph of one compaction; everything that can fail for want of memory or support does so before the graph runs
 struct compaction {
@@ -247,7 +227,7 @@ struct compaction {
 
         for (auto & [buft, inputs] : blocks) {
             if (!inputs.inputs.empty()) {
-                inputs.upload(graph.ctx(), buft);
+                inputs.upload(cache, graph.ctx(), buft);
             }
         }
 
@@ -354,7 +334,7 @@ private:
 
         const int64_t n_word = move.size/sizeof(float);
 
-        ggml_tensor * words = view_rows(ctx, move.stream, GGML_TYPE_F32, n_word, n_flat());
+        ggml_tensor * words = kvl_view_rows(ctx, move.stream, GGML_TYPE_F32, n_word, n_flat());
 
         if (!where.from.empty()) {
             if (!where.t_from) {
@@ -444,7 +424,7 @@ private:
 
         const std::vector<int32_t> from(rows.begin(), rows.end());
 
-        ggml_tensor * keys    = view_rows(ctx, k, type, cache.n_embd_head_k, n_flat());
+        ggml_tensor * keys    = kvl_view_rows(ctx, k, type, cache.n_embd_head_k, n_flat());
         ggml_tensor * rotated = ggml_get_rows(ctx, keys, input(GGML_TYPE_I32, from)); // F32 [n_embd_head_k, n]
 
         rotated = kvl_build_rotate(cache, ctx, rotated, input(GGML_TYPE_I32, by), hadamard, il);

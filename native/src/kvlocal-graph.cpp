@@ -7,20 +7,43 @@
 #include "llama-memory-hybrid.h"
 
 #include <algorithm>
+#include <map>
 #include <typeinfo>
 
 struct kvl_runtime {
     ggml_backend_sched_ptr sched;
 
     size_t n_nodes = 0;
+
+    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> inputs;
 };
 
-static ggml_backend_sched_t get_sched(llama_context & lctx, size_t n_nodes) {
+static std::shared_ptr<kvl_runtime> get_runtime(llama_context & lctx) {
     auto & runtime = kvl_access::runtime(lctx);
 
     if (!runtime) {
         runtime = std::make_shared<kvl_runtime>();
     }
+
+    return runtime;
+}
+
+ggml_backend_buffer_t kvl_input_buffer(llama_context & lctx, ggml_backend_buffer_type_t buft, size_t size) {
+    auto & buffer = get_runtime(lctx)->inputs[buft];
+
+    if (!buffer || ggml_backend_buffer_get_size(buffer.get()) < size) {
+        buffer.reset();
+        buffer.reset(ggml_backend_buft_alloc_buffer(buft, size));
+    }
+    if (!buffer) {
+        throw kvl_error(KVL_ERR_MEMORY, std::string("out of memory: ") + ggml_backend_buft_name(buft) + " has no " + std::to_string(size) + " bytes left");
+    }
+
+    return buffer.get();
+}
+
+static ggml_backend_sched_t get_sched(llama_context & lctx, size_t n_nodes) {
+    const auto runtime = get_runtime(lctx);
 
     if (runtime->n_nodes < n_nodes) {
         auto backends = kvl_access::backends(lctx);
@@ -342,6 +365,21 @@ std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_
     for (const auto & [pos, cell] : by_pos) {
         res.push_back((int32_t) cell);
     }
+
+    return res;
+}
+
+ggml_tensor * kvl_view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t n_embd, int64_t n_rows) {
+    GGML_ASSERT(ggml_nbytes(t) == ggml_row_size(type, n_embd)*n_rows);
+
+    ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], 0);
+
+    res->type  = type;
+    res->ne[0] = n_embd;
+    res->ne[1] = n_rows;
+    res->nb[0] = ggml_type_size(type);
+    res->nb[1] = ggml_row_size(type, n_embd);
+    res->nb[2] = res->nb[3] = res->nb[1]*n_rows;
 
     return res;
 }
