@@ -147,6 +147,22 @@ struct staged_move {
     std::vector<uint8_t> after;
 };
 
+// a stream as n_rows rows of n_embd values of this type; t: the stream, or what was computed in its place
+ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t n_embd, int64_t n_rows) {
+    GGML_ASSERT(ggml_nbytes(t) == ggml_row_size(type, n_embd)*n_rows);
+
+    ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], 0);
+
+    res->type  = type;
+    res->ne[0] = n_embd;
+    res->ne[1] = n_rows;
+    res->nb[0] = ggml_type_size(type);
+    res->nb[1] = ggml_row_size(type, n_embd);
+    res->nb[2] = res->nb[3] = res->nb[1]*n_rows;
+
+    return res;
+}
+
 // builds the graph of one compaction; everything that can fail for want of memory or support does so before the graph runs
 struct compaction {
     static constexpr size_t MAX_GROUPS = 6;
@@ -334,7 +350,7 @@ private:
 
         const int64_t n_word = move.size/sizeof(float);
 
-        ggml_tensor * words = kvl_view_rows(ctx, move.stream, GGML_TYPE_F32, n_word, n_flat());
+        ggml_tensor * words = view_rows(ctx, move.stream, GGML_TYPE_F32, n_word, n_flat());
 
         if (!where.from.empty()) {
             if (!where.t_from) {
@@ -424,7 +440,7 @@ private:
 
         const std::vector<int32_t> from(rows.begin(), rows.end());
 
-        ggml_tensor * keys    = kvl_view_rows(ctx, k, type, cache.n_embd_head_k, n_flat());
+        ggml_tensor * keys    = view_rows(ctx, k, type, cache.n_embd_head_k, n_flat());
         ggml_tensor * rotated = ggml_get_rows(ctx, keys, input(GGML_TYPE_I32, from)); // F32 [n_embd_head_k, n]
 
         rotated = kvl_build_rotate(cache, ctx, rotated, input(GGML_TYPE_I32, by), hadamard, il);

@@ -369,21 +369,6 @@ std::vector<int32_t> kvl_cells_by_position(const kvl_cache & cache, int32_t seq_
     return res;
 }
 
-ggml_tensor * kvl_view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t n_embd, int64_t n_rows) {
-    GGML_ASSERT(ggml_nbytes(t) == ggml_row_size(type, n_embd)*n_rows);
-
-    ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], 0);
-
-    res->type  = type;
-    res->ne[0] = n_embd;
-    res->ne[1] = n_rows;
-    res->nb[0] = ggml_type_size(type);
-    res->nb[1] = ggml_row_size(type, n_embd);
-    res->nb[2] = res->nb[3] = res->nb[1]*n_rows;
-
-    return res;
-}
-
 ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells) {
     GGML_ASSERT(stream->ne[0] == n_embd_head*n_head_kv);
 

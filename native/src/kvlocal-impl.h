@@ -176,9 +176,6 @@ ggml_tensor * kvl_build_k_rot(const kvl_cache & cache, ggml_context * ctx);
 // 3-d view of one stream's keys or values: [n_embd_head, n_cells, n_head_kv]
 ggml_tensor * kvl_view_heads(ggml_context * ctx, ggml_tensor * stream, int64_t n_embd_head, int64_t n_head_kv, int64_t n_cells);
 
-// a stream as n_rows rows of n_embd values of this type; t: the stream, or what was computed in its place
-ggml_tensor * kvl_view_rows(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t n_embd, int64_t n_rows);
-
 // memory of a device for what a graph is given; the next graph that asks has it, larger if need be
 ggml_backend_buffer_t kvl_input_buffer(llama_context & lctx, ggml_backend_buffer_type_t buft, size_t size);
 

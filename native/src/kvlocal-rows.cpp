@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 
 size_t kvl_row_size_k(const kvl_cache & cache) {
     return ggml_row_size(kvl_access::layers(*cache.kv)[0].k->type, cache.n_embd_head_k);
@@ -75,115 +74,35 @@ void kvl_check_rows(const kvl_cache & cache, const kvl_rows & rows) {
     }
 }
 
-namespace {
-
-// keys or values of one layer, and where they go
-struct stream_read {
-    ggml_tensor * stream;
-    int64_t       n_embd; // numbers of the row of one head
-    ggml_type     type;   // of a row there
-    uint8_t     * out;    // [n_head_kv, n]
-
-    size_t size() const { return ggml_row_size(stream->type, n_embd); }
-};
-
-// rows: of head h and number i as at(h, i) has them
-template <typename F>
-void convert_rows(const stream_read & read, int64_t n_head_kv, int64_t n, F && at) {
-    kvl_row_conversion convert(read.stream->type, read.type, read.n_embd);
-
-    const size_t size_out = ggml_row_size(read.type, read.n_embd);
-
-    uint8_t * out = read.out;
-
-    for (int64_t h = 0; h < n_head_kv; ++h) {
-        for (int64_t i = 0; i < n; ++i, out += size_out) {
-            convert(at(h, i), out);
-        }
-    }
-}
-
-// the cells from the first to the last that is asked for, if they are not in reach: one transfer takes less than one for each of them
-void read_stream(const stream_read & read, int64_t n_head_kv, const int32_t * cells, int64_t n) {
+// out: [n_head_kv, n] rows of type, n_embd numbers each
+static void read_stream(const ggml_tensor * stream, int64_t n_head_kv, int64_t n_embd, const int32_t * cells, int64_t n, std::vector<uint8_t> & staged, ggml_type type, uint8_t * out) {
     const auto [first, last] = std::minmax_element(cells, cells + n);
 
-    const size_t step  = read.stream->nb[1];
+    const size_t step  = stream->nb[1];
     const size_t begin = *first*step;
-    const size_t size  = read.size();
-
-    std::vector<uint8_t> staged;
 
     const uint8_t * data;
 
-    if (kvl_is_on_cpu(read.stream)) {
-        data = (const uint8_t *) read.stream->data + begin;
+    if (kvl_is_on_cpu(stream)) {
+        data = (const uint8_t *) stream->data + begin;
     } else {
+        // one transfer takes less than one for each cell
         staged.resize((*last - *first + 1)*step);
-        ggml_backend_tensor_get(read.stream, staged.data(), begin, staged.size());
+        ggml_backend_tensor_get(stream, staged.data(), begin, staged.size());
         data = staged.data();
     }
 
-    convert_rows(read, n_head_kv, n, [&](int64_t h, int64_t i) { return data + (cells[i] - *first)*step + h*size; });
-}
+    kvl_row_conversion convert(stream->type, type, n_embd);
 
-// the rows of several streams of one kind of memory, put together there: one transfer takes less than one for each stream
-void read_streams(const kvl_cache & cache, const std::vector<stream_read> & reads, const int32_t * cells, int64_t n) {
-    const int64_t n_flat = (int64_t) cache.kv->get_size()*cache.n_head_kv;
+    const size_t size     = ggml_row_size(stream->type, n_embd);
+    const size_t size_out = ggml_row_size(type, n_embd);
 
-    std::vector<int32_t> rows;
-    rows.reserve(cache.n_head_kv*n);
-
-    for (int64_t h = 0; h < cache.n_head_kv; ++h) {
-        for (int64_t i = 0; i < n; ++i) {
-            rows.push_back((int32_t) (cells[i]*cache.n_head_kv + h));
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        for (int64_t i = 0; i < n; ++i, out += size_out) {
+            convert(data + (cells[i] - *first)*step + h*size, out);
         }
     }
-
-    kvl_graph graph(cache, 6*reads.size() + 16);
-
-    auto * ctx = graph.ctx();
-
-    ggml_tensor * index = graph.input(GGML_TYPE_I32, rows.size());
-
-    std::vector<ggml_tensor *> parts;
-
-    for (const auto & read : reads) {
-        // as numbers of 32 bits, whatever they mean: every backend copies those as they are
-        ggml_tensor * words = kvl_view_rows(ctx, read.stream, GGML_TYPE_F32, read.size()/sizeof(float), n_flat);
-        ggml_tensor * found = ggml_get_rows(ctx, words, index);
-
-        parts.push_back(ggml_reshape_1d(ctx, found, ggml_nelements(found)));
-    }
-
-    // neighbours first, so that nothing is copied more often than there are levels
-    while (parts.size() > 1) {
-        std::vector<ggml_tensor *> pairs;
-
-        for (size_t i = 0; i < parts.size(); i += 2) {
-            pairs.push_back(i + 1 < parts.size() ? ggml_concat(ctx, parts[i], parts[i + 1], 0) : parts[i]);
-        }
-        parts = std::move(pairs);
-    }
-
-    graph.output(parts[0]);
-
-    std::vector<uint8_t> all(ggml_nbytes(parts[0]));
-
-    graph.run([&]() { ggml_backend_tensor_set(index, rows.data(), 0, ggml_nbytes(index)); });
-
-    ggml_backend_tensor_get(parts[0], all.data(), 0, all.size());
-
-    const uint8_t * data = all.data();
-
-    for (const auto & read : reads) {
-        const size_t size = read.size();
-
-        convert_rows(read, cache.n_head_kv, n, [&](int64_t h, int64_t i) { return data + (h*n + i)*size; });
-        data += cache.n_head_kv*n*size;
-    }
 }
-
-} // namespace
 
 void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cells, const kvl_rows & rows) {
     const uint32_t stream = cache.kv->get_stream(seq_id);
@@ -196,29 +115,14 @@ void kvl_read_cells(const kvl_cache & cache, int32_t seq_id, const int32_t * cel
 
     cache.lctx->synchronize();
 
-    std::map<ggml_backend_buffer_type_t, std::vector<stream_read>> elsewhere;
-
-    // what numbers of 32 bits can tell the place of
-    const bool is_small = (int64_t) cache.kv->get_size()*cache.n_head_kv <= INT32_MAX;
-
-    const auto add = [&](const stream_read & read) {
-        if (kvl_is_on_cpu(read.stream) || !is_small || read.size() % sizeof(float) != 0) {
-            read_stream(read, cache.n_head_kv, cells, rows.n_rows);
-        } else {
-            elsewhere[ggml_backend_buffer_get_type(read.stream->view_src->buffer)].push_back(read);
-        }
-    };
+    std::vector<uint8_t> staged;
 
     for (int32_t i = 0; i < cache.n_layer; ++i) {
         const auto & layer = kvl_access::layers(*cache.kv)[i];
 
-        add({ layer.k_stream[stream], cache.n_embd_head_k, type_k, rows.k[0] + i*n_k });
+        read_stream(layer.k_stream[stream], cache.n_head_kv, cache.n_embd_head_k, cells, rows.n_rows, staged, type_k, rows.k[0] + i*n_k);
         if (layer.v) {
-            add({ layer.v_stream[stream], cache.n_embd_row_v, type_v, rows.v[0] + i*n_v });
+            read_stream(layer.v_stream[stream], cache.n_head_kv, cache.n_embd_row_v, cells, rows.n_rows, staged, type_v, rows.v[0] + i*n_v);
         }
-    }
-
-    for (const auto & [buft, reads] : elsewhere) {
-        read_streams(cache, reads, cells, rows.n_rows);
     }
 }
