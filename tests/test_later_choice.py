@@ -2,15 +2,18 @@
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from recalling import CONFIG, session, tokens
 from test_recall import check, user
+from test_slots import together
 
 from kvlocal.cache.budgeted import BudgetedCache, Passage
 from kvlocal.cache.later_choice import LaterChoice
 from kvlocal.cache.recall import ChosenTokens
+from kvlocal.llama.context import Context
 from kvlocal.llama.errors import NativeError
 from kvlocal.policies.recall import Recall
 
@@ -105,6 +108,22 @@ def test_a_given_answer_is_read_as_one_that_is_generated(model):
             found.append(held(cache))
     # on the way a product of more tokens may be rounded otherwise
     assert found[0].shape == found[1].shape and (found[0] == found[1]).mean() > 0.95
+
+
+@pytest.mark.cpu_only  # where a row of a product is rounded the same whatever rows stand beside it
+def test_conversations_beside_each_other_choose_as_each_alone(model):
+    def converse(seed, make_context):
+        with BudgetedCache(model, CONFIG, make_context=make_context) as cache:
+            cache.compressor.late = LATE
+            cache.read([*user(20, seed), *user(300, seed + 1)])
+            answer(cache, 60, seed)
+            assert cache.compressor.choices > 5
+            return held(cache)
+
+    options = {"n_cells": CONFIG.budget + CONFIG.stride, "n_ubatch": CONFIG.n_ubatch, "n_recorded": 16}
+    tasks = [partial(lambda seed, slot: converse(seed, lambda *_, **__: slot), seed) for seed in range(3)]
+    for seed, found in enumerate(together(model, *tasks, **options)):
+        np.testing.assert_array_equal(found, converse(seed, Context))
 
 
 def test_what_goes_back_or_ends_meanwhile_drops_the_choice(model):

@@ -30,7 +30,7 @@ def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> d
     bench = [python, "-m", "kvlocal_cli", "bench", *measure, "--stock", stock, "--pairs", str(sizes.pairs)]
     with_policy = [*bench, "--policy", sizes.policy]
     return {
-        "suite": [python, "-m", "pytest", "-q", "-m", "device", "--device", "gpu", str(tests)],
+        "suite": [python, "-m", "pytest", "-q", "-m", "device", "--device", "gpu", "--numprocesses", "4", "--dist", "loadfile", str(tests)],
         "ring": [python, str(HERE / "ring_overhead.py"), *measure, "--stock", stock, "--gpu-layers", "-1"],
         "operations": [python, str(HERE / "cell_operations.py"), *measure, "--gpu-layers", "-1"],
         "decode": [*with_policy, "--only", "decode@8000,prefill@8000", "--json", str(target / "decode.json")],
