@@ -181,8 +181,7 @@ class BudgetedCache(ArchivedCells):
         """As `room`, for tokens of an answer that is given: no more than may come before the cells are chosen anew."""
         if not self.compressor.recaller:
             return self.room
-        ends = self._interval - self._since_choice, self.compressor.tokens_before_choice(self.ledger)
-        return min(self.room, *(n for n in ends if n))
+        return min(self.room, self._interval - self._since_choice, self.compressor.tokens_before_choice(self.ledger) or self.room)
 
     # what comes
 
