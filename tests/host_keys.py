@@ -9,8 +9,7 @@ from kvlocal.llama.cells import NativeCache
 
 def row_scores(native: NativeCache, chunks: list[np.ndarray], n_rows: int, n_query: int = 0, stretches: Any = None, **options: Any) -> np.ndarray:
     """HostQueries.row_scores, with queries that are copied for these stretches."""
-    queries = native.copy_queries(n_query, shifts=None if stretches is None else stretches[1])
-    return queries.row_scores(chunks, n_rows, stretches=stretches, **options)
+    return native.copy_queries(n_query, stretches=stretches).row_scores(chunks, n_rows, **options)
 
 
 def best_rows(
@@ -18,5 +17,4 @@ def best_rows(
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """HostQueries.best_rows, likewise."""
-    queries = native.copy_queries(n_query, every=every, shifts=None if stretches is None else stretches[1])
-    return queries.best_rows(chunks, boxes, n_rows, stretches=stretches, **options)
+    return native.copy_queries(n_query, every=every, stretches=stretches).best_rows(chunks, boxes, n_rows, **options)

@@ -346,13 +346,14 @@ def test_wrong_stretches_are_refused(model, tokens):
         assert error.value.code == lib.KVL_ERR_ARGUMENT
     with pytest.raises(ValueError, match="starts and shifts"):
         row_scores(chat.native, chunks, 60, stretches=([0, 1], [0]))
-    queries = chat.native.copy_queries(shifts=np.array([3]))
-    with pytest.raises(NativeError, match="not copied for keys that are moved by 4 positions"):
-        queries.row_scores(chunks, 60, stretches=([0], [4]))
+    queries = chat.native.copy_queries(stretches=([0], [3]))
     pointers, scores = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunks[0].ctypes.data)]), np.zeros((L, 3, 60), np.float32)
     for starts, shifts, n in ((ffi.NULL, ffi.new("int32_t[]", 1), 1), (ffi.new("int32_t[]", 1), ffi.NULL, 1), (ffi.NULL, ffi.NULL, -1)):
         out, f16 = chat.native._floats(scores), chat.native.layout().type_k
         assert lib.kvl_get_row_scores(queries._handle, 0, pointers, f16, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    start, shift = ffi.new("int32_t[]", 1), ffi.new("int32_t[]", [4])
+    assert lib.kvl_get_row_scores(queries._handle, 0, pointers, f16, 1, 64, start, shift, 1, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+    assert b"not copied for keys that are moved by 4 positions" in ffi.string(lib.kvl_last_error())
 
 
 def test_wrong_copies_of_queries_are_refused(model, tokens):

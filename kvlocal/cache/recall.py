@@ -239,19 +239,19 @@ class Recaller:
         last = max(first, (n_tokens - max(n_keep, self._window)) // BLOCK * BLOCK)
         n_blocks = -(-max(search.far * n_keep, search.least) // BLOCK)
         if n_blocks * BLOCK >= last - first:
-            queries = self._native.copy_queries(n_query, shifts=moved and moved[1], beside=beside)
-            return lambda: (every, queries.row_scores(keys, n_tokens, stretches=moved, types=types))
+            queries = self._native.copy_queries(n_query, stretches=moved, beside=beside)
+            return lambda: (every, queries.row_scores(keys, n_tokens, types=types))
         boxes = self._boxes.of(archive)
         where = self._chunks_to_search(len(keys), first, last, n_blocks)
         tokens = (where[:, None] * CHUNK + np.arange(CHUNK)).ravel()[: n_tokens - (len(keys) - len(where)) * CHUNK].astype(np.int32)
         n_left_out = last // CHUNK - int(np.count_nonzero(where < last // CHUNK))
         there = stretches(shifts[tokens]) if moved else None
-        queries = self._native.copy_queries(n_query, every=search.every, shifts=there and there[1], beside=beside)
+        queries = self._native.copy_queries(n_query, every=search.every, stretches=there, beside=beside)
 
         def best() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
             rows, scores = queries.best_rows(
                 [keys[i] for i in where], [boxes[i] for i in where], len(tokens),
-                first=first, last=last - n_left_out * CHUNK, n_blocks=n_blocks, stretches=there, types=types,
+                first=first, last=last - n_left_out * CHUNK, n_blocks=n_blocks, types=types,
             )  # fmt: skip
             return tokens[rows], scores
 

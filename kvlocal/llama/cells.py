@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvlocal.llama.errors import checked
-from kvlocal.llama.host_queries import HostQueries, check_chunks, pointers_to, shape_of_keys
+from kvlocal.llama.host_queries import HostQueries, Stretches, check_chunks, check_stretches, pointers_to, shape_of_keys
 from kvlocal.llama.layout import BLOCK, Layout
 from kvlocal.llama.library import load
 from kvlocal.llama.rows import Rows, RowTypes
@@ -110,19 +110,20 @@ class NativeCache:
         self._compute(self._lib.kvl_get_scores, n_query, flags, self._floats(out), *out.shape)
         return out
 
-    def copy_queries(self, n_query: int = 0, *, every: int = 1, shifts: np.ndarray | None = None, beside: bool = False) -> HostQueries:
+    def copy_queries(self, n_query: int = 0, *, every: int = 1, stretches: Stretches | None = None, beside: bool = False) -> HostQueries:
         """The last n_query recorded queries (0: all), to score keys in host memory with.
 
         every: each every-th of them, the last one among them
-        shifts: int [n], by how many positions the keys that they meet may be moved, besides 0
+        stretches: where the keys that they meet are at other positions than the queries expect, None for nowhere
         beside: what they compute is computed in the thread that asks for it, with half of the threads, while the context may decode; else it waits
             for its turn as what a context computes does
         """
-        wanted = np.ascontiguousarray([] if shifts is None else shifts, np.int32)
+        checked_stretches = check_stretches(stretches)
+        shifts = checked_stretches[1]
         out = self._ffi.new("struct kvl_queries **")
         flags = self._lib.KVL_BESIDE if beside else 0
-        self._compute(self._lib.kvl_copy_queries, n_query, every, flags, self._ints(wanted), len(wanted), out)
-        return HostQueries(self._ffi.gc(out[0], self._lib.kvl_free_queries), self.layout(), None if beside else self._call)
+        self._compute(self._lib.kvl_copy_queries, n_query, every, flags, self._ints(shifts), len(shifts), out)
+        return HostQueries(self._ffi.gc(out[0], self._lib.kvl_free_queries), self.layout(), checked_stretches, None if beside else self._call)
 
     def fill_boxes(self, keys: np.ndarray, blocks: range, boxes: np.ndarray, types: RowTypes | None = None) -> None:
         """Writes the boxes of these blocks of a chunk: the least and the largest number in each channel of the BLOCK keys of a block.

@@ -62,8 +62,8 @@ class Comparison:
         recaller._near = near
         shifts = recaller.positions(ledger, ledger.next_position) - recaller.archive.positions
         moved = stretches(shifts) if shifts.any() else None
-        queries = self._native.copy_queries(recaller._window, shifts=moved and moved[1])
-        scores = queries.row_scores(recaller.archive.key_chunks(), n_tokens, stretches=moved)
+        queries = self._native.copy_queries(recaller._window, stretches=moved)
+        scores = queries.row_scores(recaller.archive.key_chunks(), n_tokens)
         pinned = np.broadcast_to(np.arange(n_tokens) < ledger.n_pinned, scores.shape)
         exact = policy.plan(CacheState(pinned, np.full((*shape, 1), np.nan, np.float32), recaller._window, scores), n_keep).keep
         far = scores.copy()
