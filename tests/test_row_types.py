@@ -9,6 +9,7 @@ from host_keys import best_rows, row_scores
 from test_native import Chat, L, W, hadamard_matrix, reference_scores, rotate
 from test_rows import STEP, assert_same, boxed, chunks_of, everything, mixed, numbers, pick, supported
 
+from kvlocal.llama.c_arrays import ints
 from kvlocal.llama.cache_types import row_types
 from kvlocal.llama.context import KV_TYPES
 from kvlocal.llama.library import load
@@ -148,7 +149,7 @@ def test_types_that_rows_cannot_have_are_refused_and_change_nothing(model, token
     chat = Chat(model, tokens, n=60, n_cells=256)
     native, lib, ffi = chat.native, load().lib, load().ffi
     before, context = everything(native), native._context
-    cells, gather = native._ints(np.arange(60, dtype=np.int32)), native._ints(np.ascontiguousarray(chat.everywhere(np.arange(60)), np.int32))
+    cells, gather = ints(np.arange(60, dtype=np.int32)), ints(np.ascontiguousarray(chat.everywhere(np.arange(60)), np.int32))
     chunk = np.zeros((L, 3, 256, 128), np.uint8)
     keys, box = ffi.from_buffer("uint8_t[]", chunk), ffi.new("uint16_t[]", L * 3 * 2 * 64 * 16)
     pointers, boxes = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunk.ctypes.data)]), ffi.new("uint16_t *[]", [box])
@@ -191,7 +192,7 @@ def test_heads_that_are_no_whole_blocks_are_refused(tmp_path):
         for name in ("type_k", "type_v"):
             rows, *_pointers = chat.native._rows([everything(chat.native)])
             setattr(rows, name, load().llama_cpp.GGML_TYPE_Q8_0)
-            cells = chat.native._ints(np.arange(40, dtype=np.int32))
+            cells = ints(np.arange(40, dtype=np.int32))
             assert lib.kvl_read_rows(chat.native._context, 0, cells, rows, layout.n_layer, layout.n_head_kv, 40) == lib.KVL_ERR_ARGUMENT
             assert b"whole blocks" in load().ffi.string(lib.kvl_last_error())
         wide = in_type(chat, "f32")

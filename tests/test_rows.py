@@ -12,6 +12,7 @@ from host_keys import best_rows, row_scores
 from test_native import Chat, L, W, hadamard_matrix, reference_redundancy, reference_scores, rotate
 
 from kvlocal.doctor.diagnosis import diagnose
+from kvlocal.llama.c_arrays import floats, ints
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.context import KV_TYPES, Context
 from kvlocal.llama.errors import NativeError
@@ -349,7 +350,7 @@ def test_wrong_stretches_are_refused(model, tokens):
     queries = chat.native.copy_queries(stretches=([0], [3]))
     pointers, scores = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", chunks[0].ctypes.data)]), np.zeros((L, 3, 60), np.float32)
     for starts, shifts, n in ((ffi.NULL, ffi.new("int32_t[]", 1), 1), (ffi.new("int32_t[]", 1), ffi.NULL, 1), (ffi.NULL, ffi.NULL, -1)):
-        out, f16 = chat.native._floats(scores), chat.native.layout().type_k
+        out, f16 = floats(scores), chat.native.layout().type_k
         assert lib.kvl_get_row_scores(queries._handle, 0, pointers, f16, 1, 64, starts, shifts, n, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     start, shift = ffi.new("int32_t[]", 1), ffi.new("int32_t[]", [4])
     assert lib.kvl_get_row_scores(queries._handle, 0, pointers, f16, 1, 64, start, shift, 1, out, L, 3, 60) == lib.KVL_ERR_ARGUMENT
@@ -454,8 +455,8 @@ def test_wrong_rows_are_refused_and_change_nothing(model, tokens):
         assert error.value.code == lib.KVL_ERR_ARGUMENT
 
     def code(rows, flags=0, n_cells=60):
-        ints = native._ints(np.ascontiguousarray(good, np.int32))
-        result = lib.kvl_compact(native._context, 0, ints, native._ints(np.arange(60, dtype=np.int32)), ffi.NULL, rows, flags, L, 3, 60, n_cells)
+        gather = ints(np.ascontiguousarray(good, np.int32))
+        result = lib.kvl_compact(native._context, 0, gather, ints(np.arange(60, dtype=np.int32)), ffi.NULL, rows, flags, L, 3, 60, n_cells)
         assert result < 0 and ffi.string(lib.kvl_last_error())
         return result
 
@@ -466,11 +467,11 @@ def test_wrong_rows_are_refused_and_change_nothing(model, tokens):
         for name, value in change.items():
             setattr(rows, name, value)
         assert code(rows) == lib.KVL_ERR_ARGUMENT
-        assert lib.kvl_read_rows(native._context, 0, native._ints(np.arange(60, dtype=np.int32)), rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
+        assert lib.kvl_read_rows(native._context, 0, ints(np.arange(60, dtype=np.int32)), rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert code(ffi.NULL, flags=lib.KVL_LARGEST) == lib.KVL_ERR_ARGUMENT
     assert code(ffi.NULL, n_cells=59) == lib.KVL_ERR_STATE
     rows, *_pointers = native._rows([before])
-    cells = native._ints(good[0, 0].astype(np.int32))
+    cells = ints(good[0, 0].astype(np.int32))
     assert lib.kvl_read_rows(native._context, 0, ffi.NULL, rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     assert lib.kvl_read_rows(native._context, 7, cells, rows, L, 3, 60) == lib.KVL_ERR_ARGUMENT
     # read into one chunk of its own size alone

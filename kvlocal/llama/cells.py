@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from kvlocal.llama.c_arrays import floats, halves, ints, octets, pointers_to
 from kvlocal.llama.errors import checked
-from kvlocal.llama.host_queries import HostQueries, Stretches, check_chunks, check_stretches, pointers_to, shape_of_keys
+from kvlocal.llama.host_queries import HostQueries, Stretches, check_chunks, check_stretches, shape_of_keys
 from kvlocal.llama.layout import BLOCK, Layout
 from kvlocal.llama.library import load
 from kvlocal.llama.rows import Rows, RowTypes
@@ -34,12 +35,6 @@ class NativeCache:
     def _compute(self, function: Callable[..., int], *args: Any) -> None:
         self._call(lambda: checked(function(self._context, self._seq, *args)))
 
-    def _floats(self, array: np.ndarray) -> Any:
-        return self._ffi.from_buffer("float[]", array, require_writable=True)
-
-    def _ints(self, array: np.ndarray) -> Any:
-        return self._ffi.from_buffer("int32_t[]", array)
-
     def enable_ring(self, n_window: int) -> None:
         """Keeps the last n_window queries of every layer, for all sequences of the context; 0 switches that off. What was recorded is forgotten, in
         all sequences: a context does it once, when it is made.
@@ -59,13 +54,13 @@ class NativeCache:
     def layer_ids(self) -> np.ndarray:
         """Indices of the compressible layers in the model, int32 [L]."""
         ids = np.empty(self.layout().n_layer, np.int32)
-        checked(self._lib.kvl_get_layers(self._context, self._ints(ids), len(ids)))
+        checked(self._lib.kvl_get_layers(self._context, ints(ids), len(ids)))
         return ids
 
     def positions(self) -> np.ndarray:
         """Positions of the cells for the causal mask, -1 for holes, int32 [C]."""
         pos = np.empty(checked(self._lib.kvl_get_cells(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
-        checked(self._lib.kvl_get_cells(self._context, self._seq, self._ints(pos), len(pos)))
+        checked(self._lib.kvl_get_cells(self._context, self._seq, ints(pos), len(pos)))
         return pos
 
     def n_cells(self) -> int:
@@ -75,7 +70,7 @@ class NativeCache:
     def query_positions(self) -> np.ndarray:
         """Positions of the recorded queries, ascending, int32 [at most n_window]."""
         pos = np.empty(checked(self._lib.kvl_get_queries(self._context, self._seq, self._ffi.NULL, 0)), np.int32)
-        checked(self._lib.kvl_get_queries(self._context, self._seq, self._ints(pos), len(pos)))
+        checked(self._lib.kvl_get_queries(self._context, self._seq, ints(pos), len(pos)))
         return pos
 
     def ring_state(self) -> np.ndarray | None:
@@ -83,7 +78,7 @@ class NativeCache:
         if not self.layout().n_window:
             return None
         state = np.empty(checked(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.NULL, 0)), np.uint8)
-        checked(self._lib.kvl_ring_get_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+        checked(self._lib.kvl_ring_get_state(self._context, self._seq, octets(state), len(state)))
         return state
 
     def set_ring_state(self, state: np.ndarray | None) -> None:
@@ -91,7 +86,7 @@ class NativeCache:
         if state is None:
             return
         state = np.ascontiguousarray(state, np.uint8)
-        checked(self._lib.kvl_ring_set_state(self._context, self._seq, self._ffi.from_buffer("uint8_t[]", state), len(state)))
+        checked(self._lib.kvl_ring_set_state(self._context, self._seq, octets(state), len(state)))
 
     def _flags(self, portable: bool, largest: bool = False) -> int:
         return (self._lib.KVL_PORTABLE if portable else 0) | (self._lib.KVL_LARGEST if largest else 0)
@@ -107,7 +102,7 @@ class NativeCache:
         layout, n_cells = self.layout(), self.n_cells()
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
         flags = self._flags(portable, largest)
-        self._compute(self._lib.kvl_get_scores, n_query, flags, self._floats(out), *out.shape)
+        self._compute(self._lib.kvl_get_scores, n_query, flags, floats(out), *out.shape)
         return out
 
     def copy_queries(self, n_query: int = 0, *, every: int = 1, stretches: Stretches | None = None, beside: bool = False) -> HostQueries:
@@ -122,7 +117,7 @@ class NativeCache:
         shifts = checked_stretches[1]
         out = self._ffi.new("struct kvl_queries **")
         flags = self._lib.KVL_BESIDE if beside else 0
-        self._compute(self._lib.kvl_copy_queries, n_query, every, flags, self._ints(shifts), len(shifts), out)
+        self._compute(self._lib.kvl_copy_queries, n_query, every, flags, ints(shifts), len(shifts), out)
         return HostQueries(self._ffi.gc(out[0], self._lib.kvl_free_queries), self.layout(), checked_stretches, None if beside else self._call)
 
     def fill_boxes(self, keys: np.ndarray, blocks: range, boxes: np.ndarray, types: RowTypes | None = None) -> None:
@@ -136,16 +131,18 @@ class NativeCache:
         types = types or layout.row_types
         shape = shape_of_keys(layout, [keys], types)
         check_chunks([boxes], (*shape[:2], 2, layout.n_embd_head_k, shape[2] // BLOCK), np.dtype(np.float16))
-        out = self._ffi.cast("uint16_t *", self._ffi.from_buffer(boxes, require_writable=True))
-        data = self._ffi.from_buffer("uint8_t[]", keys)
-        checked(self._lib.kvl_get_boxes(self._context, data, types.k, shape[2], blocks.start, len(blocks), out, boxes.nbytes, *shape[:2]))
+        checked(
+            self._lib.kvl_get_boxes(
+                self._context, octets(keys), types.k, shape[2], blocks.start, len(blocks), halves(boxes), boxes.nbytes, *shape[:2]
+            )
+        )
 
     def attention_map(self, layers: list[int], n_query: int = 0) -> np.ndarray:
         """Softmax weights of the last n_query recorded queries (0: all), mean over the query heads, float32 [len(layers), n_query, C]."""
         n_query = n_query or len(self.query_positions())
         out = np.empty((len(layers), n_query, self.n_cells()), np.float32)
         chosen = np.asarray(layers, np.int32)
-        self._compute(self._lib.kvl_get_attention_map, n_query, self._ints(chosen), len(chosen), self._floats(out), out.shape[2])
+        self._compute(self._lib.kvl_get_attention_map, n_query, ints(chosen), len(chosen), floats(out), out.shape[2])
         return out
 
     def redundancy(self, portable: bool = False) -> np.ndarray:
@@ -155,13 +152,13 @@ class NativeCache:
         """
         layout, n_cells = self.layout(), self.n_cells()
         out = np.empty((layout.n_layer, layout.n_head_kv, n_cells), np.float32)
-        self._compute(self._lib.kvl_get_redundancy, self._flags(portable), self._floats(out), *out.shape)
+        self._compute(self._lib.kvl_get_redundancy, self._flags(portable), floats(out), *out.shape)
         return out
 
     def remove(self, cells: np.ndarray) -> None:
         """Frees these cells, int [n], for all heads, and leaves holes."""
         cells = np.ascontiguousarray(cells, np.int32)
-        checked(self._lib.kvl_remove_cells(self._context, self._seq, self._ints(cells), len(cells), self.n_cells()))
+        checked(self._lib.kvl_remove_cells(self._context, self._seq, ints(cells), len(cells), self.n_cells()))
 
     def compact(
         self,
@@ -191,12 +188,12 @@ class NativeCache:
             delta = np.ascontiguousarray(delta, np.int32)
             if delta.shape != gather.shape:
                 raise ValueError(f"delta must have the shape of gather, {gather.shape}, not {delta.shape}")
-            rotation = self._ints(delta)
+            rotation = ints(delta)
         chunks = [rows] if isinstance(rows, Rows) else list(rows or ())
         chunks = [Rows(np.ascontiguousarray(chunk.k), np.ascontiguousarray(chunk.v), chunk.types) for chunk in chunks if chunk.n]
         brought, *_pointers = self._rows(chunks) if chunks else [self._ffi.NULL]
         self._compute(
-            self._lib.kvl_compact, self._ints(gather), self._ints(positions), rotation, brought, self._flags(portable), *gather.shape, self.n_cells()
+            self._lib.kvl_compact, ints(gather), ints(positions), rotation, brought, self._flags(portable), *gather.shape, self.n_cells()
         )
 
     def read_rows(self, cells: np.ndarray, types: RowTypes | None = None) -> Rows:
@@ -207,7 +204,7 @@ class NativeCache:
         rows = Rows(np.empty((*shape, types.size_k), np.uint8), np.empty((*shape, types.size_v), np.uint8), types)
         if len(cells):
             filled, *_pointers = self._rows([rows])
-            self._compute(self._lib.kvl_read_rows, self._ints(cells), filled, *shape[:2], self.n_cells())
+            self._compute(self._lib.kvl_read_rows, ints(cells), filled, *shape[:2], self.n_cells())
         return rows
 
     def _rows(self, chunks: Sequence[Rows]) -> list[Any]:
@@ -236,21 +233,21 @@ class NativeCache:
         """Stored keys of a compressible layer, float32 [H, C, head size]."""
         layout = self.layout()
         out = np.empty((layout.n_head_kv, self.n_cells(), layout.n_embd_head_k), np.float32)
-        checked(self._lib.kvl_read_keys(self._context, self._seq, layer, self._floats(out), out.shape[1]))
+        checked(self._lib.kvl_read_keys(self._context, self._seq, layer, floats(out), out.shape[1]))
         return out
 
     def read_values(self, layer: int) -> np.ndarray:
         """Stored values of a compressible layer, float32 [H, C, head size]."""
         layout = self.layout()
         out = np.empty((layout.n_head_kv, self.n_cells(), layout.n_embd_head_v), np.float32)
-        checked(self._lib.kvl_read_values(self._context, self._seq, layer, self._floats(out), out.shape[1]))
+        checked(self._lib.kvl_read_values(self._context, self._seq, layer, floats(out), out.shape[1]))
         return out
 
     def read_queries(self, layer: int) -> np.ndarray:
         """Recorded queries of a compressible layer, float32 [n_query, query heads, head size], as query_positions() orders them."""
         layout = self.layout()
         out = np.empty((len(self.query_positions()), layout.n_head, layout.n_embd_head_k), np.float32)
-        checked(self._lib.kvl_read_queries(self._context, self._seq, layer, self._floats(out), out.shape[0]))
+        checked(self._lib.kvl_read_queries(self._context, self._seq, layer, floats(out), out.shape[0]))
         return out
 
     def kq_scale(self, layer: int) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvlocal.llama.c_arrays import floats, ints, pointers_to
 from kvlocal.llama.errors import checked
 from kvlocal.llama.layout import BLOCK, Layout
 from kvlocal.llama.library import load
@@ -53,7 +54,7 @@ class HostQueries:
         self._compute(
             self._lib.kvl_get_row_scores,
             self._lib.KVL_LARGEST if largest else 0, pointers_to(chunks), types.k, len(chunks), shape[2],
-            self._ints(self._starts), self._ints(self._shifts), len(self._starts), self._floats(out), *out.shape,
+            ints(self._starts), ints(self._shifts), len(self._starts), floats(out), *out.shape,
         )  # fmt: skip
         return out
 
@@ -89,7 +90,7 @@ class HostQueries:
         self._compute(
             self._lib.kvl_get_best_rows,
             n_bound, pointers_to(chunks), types.k, bounds, len(chunks), shape[2], n_rows,
-            self._ints(self._starts), self._ints(self._shifts), len(self._starts), first, last, self._ints(rows), self._floats(scores), *rows.shape,
+            ints(self._starts), ints(self._shifts), len(self._starts), first, last, ints(rows), floats(scores), *rows.shape,
         )  # fmt: skip
         del keep
         return rows, scores
@@ -103,12 +104,6 @@ class HostQueries:
         else:
             computed()
 
-    def _floats(self, array: np.ndarray) -> Any:
-        return self._ffi.from_buffer("float[]", array, require_writable=True)
-
-    def _ints(self, array: np.ndarray) -> Any:
-        return self._ffi.from_buffer("int32_t[]", array)
-
 
 def shape_of_keys(layout: Layout, chunks: Sequence[np.ndarray], types: RowTypes) -> tuple[int, ...]:
     """That of each chunk of keys in host memory, which are stored in these types; ValueError if they have another one."""
@@ -121,12 +116,6 @@ def check_chunks(chunks: Sequence[np.ndarray], shape: tuple[int, ...], dtype: np
     """Raises ValueError unless the native layer can read them where they are."""
     if any(chunk.shape != shape or chunk.dtype != dtype or not chunk.flags.c_contiguous for chunk in chunks):
         raise ValueError(f"chunks of such keys must be contiguous {dtype} {shape}")
-
-
-def pointers_to(arrays: Sequence[np.ndarray]) -> Any:
-    """A C array of pointers to the data of arrays, which must live as long as it."""
-    ffi = load().ffi
-    return ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", array.ctypes.data) for array in arrays])
 
 
 def check_stretches(stretches: Stretches | None) -> Stretches:
