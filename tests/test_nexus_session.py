@@ -145,7 +145,7 @@ def test_they_change_what_follows_and_the_adapter_is_off_again(model, nexus, pat
     np.testing.assert_array_equal(keys[0][:, :-n], keys[1][:, :-n])
 
 
-@pytest.mark.parametrize(("policy", "share"), [("nexus", 1.0), ("hybrid", 0.05)])
+@pytest.mark.parametrize(("policy", "share"), [("nexus", 1.0), ("hybrid", 0.05), ("recall", 0.05)])
 def test_raw_cells_go_and_nexus_cells_stay(model, nexus, policy, share):
     """All of them, where their share has room for eight turns."""
     with session(model, nexus, policy=policy, policy_args={"share": share}) as chat:
@@ -166,11 +166,12 @@ def test_raw_cells_go_and_nexus_cells_stay(model, nexus, policy, share):
         assert chat.cache.native.n_cells() == ledger.n_cells
 
 
-def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus):
+@pytest.mark.parametrize("policy", ["hybrid", "recall"])
+def test_undo_takes_the_tokens_of_the_turn_before_along(model, nexus, policy):
     """After /undo the chat is as it was, and the next logits are those of a chat in which nothing was taken back."""
     logits = []
     for takes_back in (False, True):
-        with session(model, nexus) as chat:
+        with session(model, nexus, policy=policy, policy_args={"share": 0.02}) as chat:
             chat.add_turn("user", "Name a bird.")
             chat.add_turn("assistant", "An owl.")
             if takes_back:
@@ -204,8 +205,29 @@ def test_old_ones_compete_when_their_share_is_full():
 
 
 def test_a_policy_that_needs_them_says_so(model):
-    with pytest.raises(SessionError, match="needs Nexus tokens"):
-        session(model, None)
+    for fields in ({}, {"policy": "recall", "policy_args": {"share": 0.02}}):
+        with pytest.raises(SessionError, match="needs Nexus tokens"):
+            session(model, None, **fields)
+    session(model, None, policy="recall").close()
+
+
+def test_in_a_long_conversation_the_newest_stay_beside_what_is_recalled(model, nexus):
+    """Also where only a part of the archive is looked through, and behind a question, where each head looks for what was asked."""
+    with session(model, nexus, policy="recall", policy_args={"share": 0.1}) as chat:
+        for i in range(14):
+            chat.add_turn("user", STORY * 9)
+            chat.add_turn("assistant", "I see.")
+        for i in range(12):
+            chat.add_turn("user", f"{i}?")
+            chat.add_turn("assistant", "Yes.")
+        chat.finish_turn()
+        chat.add_turn("user", "What did the keeper count?")
+        cache, ledger = chat.cache, chat.cache.ledger
+        assert ledger.n_tokens > 2500 and cache.compressor.choices > 10 and cache.compressor.n_recalled > 0
+        newest = np.flatnonzero(ledger.ids == NEXUS)[-10:]
+        assert newest[0] > ledger.n_tokens - cache.target
+        held = ledger.tokens[..., : ledger.n_cells]
+        assert all((held == token).any(axis=-1).all() for token in newest)
 
 
 def test_files_are_found_beside_the_model_and_refused_for_another(model, nexus, path, short_smollm2, gemma3, tmp_path, monkeypatch):
@@ -240,6 +262,7 @@ def test_the_commands_use_them_unless_told_otherwise(path, short_smollm2, gemma3
         return json.loads(out.read_text())["kv"]["nexus"]
 
     assert n_read(short_smollm2, "--archive", "off") > 0 and n_read(short_smollm2, "--nexus", str(path)) > 0
+    assert n_read(short_smollm2, "--policy-arg", "share=0.02") > 0
     assert n_read(short_smollm2) == n_read(short_smollm2, "--archive", "off", "--nexus", "off") == 0
     assert n_read(short_smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3, "--archive", "off") == 0
 

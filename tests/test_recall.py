@@ -96,7 +96,31 @@ def test_a_share_goes_by_blocks_and_the_rest_by_single_cells():
     assert {3, 12, 17, 22, 27} <= {*single}
 
 
-@pytest.mark.parametrize("wrong", [{"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}, {"again": -1}, {"whole": 1.5}, {"asked": -0.1}])
+@pytest.mark.parametrize("question", [False, True])
+def test_with_a_share_the_newest_nexus_tokens_stay(question):
+    """Each head keeps as many of its own as the share says, and chooses the rest as if these were pinned; what is pinned and the window stay in any case."""
+    rng = np.random.default_rng(3)
+    scores = rng.dirichlet(np.full(80, 0.1), (3, 4)).astype(np.float32)
+    is_nexus = rng.random(scores.shape) < 0.15
+    is_nexus[..., :3] = False
+    given = replace(state(scores, n_pinned=3, window=4), nexus=is_nexus)
+    for share, budget in ((0.1, 30), (0.3, 30), (1.0, 12)):
+        n_most = min(int(share * budget), budget - 4 - 3)
+        pinned = given.pinned.copy()
+        for place in np.ndindex(3, 4):
+            newest = np.flatnonzero(is_nexus[place])[-n_most:]
+            pinned[place][newest] = True
+        with_share, without = Recall(share=share, blocks=4), Recall(blocks=4)
+        if question:
+            with_share, without = with_share.for_question, without.for_question
+        keep = with_share.plan(given, budget).keep
+        np.testing.assert_array_equal(keep, without.plan(replace(given, pinned=pinned, nexus=None), budget).keep)
+        assert keep.shape[-1] == budget and np.take_along_axis(pinned, keep, -1).sum() == pinned.sum()
+        assert (keep[..., :3] == np.arange(3)).all() and (keep[..., -4:] == np.arange(76, 80)).all()
+        assert not question or with_share.needs == {"scores", "nexus"}
+
+
+@pytest.mark.parametrize("wrong", [{"share": 1.5}, {"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}, {"again": -1}, {"whole": 1.5}, {"asked": -0.1}])
 def test_impossible_hyper_parameters_are_refused(wrong):
     with pytest.raises(ValueError):
         Recall(**wrong)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from kvlocal.cache.archive import CHUNK, Archive, ArchiveFailed
 from kvlocal.cache.frames import Frame, stretches
 from kvlocal.cache.key_boxes import KeyBoxes
-from kvlocal.cache.ledger import Ledger
+from kvlocal.cache.ledger import NEXUS, Ledger
 from kvlocal.cache.marks import ArchivedMark
 from kvlocal.llama.cells import NativeCache
 from kvlocal.llama.layout import BLOCK
@@ -162,7 +162,8 @@ class Recaller:
             self._native.compact(tokens, np.arange(ledger.next_position - n, ledger.next_position), delta if delta.any() else None, archive.chunks())
 
     def choice(self, ledger: Ledger, n_keep: int, policy: Policy, *, closely: bool = False, beside: bool = False) -> Callable[[], ChosenTokens]:
-        """What finds the n_keep tokens of each layer and head that a policy wants which needs no more than scores, after `write_through`.
+        """What finds the n_keep tokens of each layer and head that a policy wants, after `write_through`. It may need scores and Nexus tokens; of
+        these the newest are candidates, and older ones where they are found as other tokens are.
 
         closely: whether it may take longer, because much depends on it; what is chosen without, until `look_everywhere`, is from what this looked at
         beside: what is returned may be called in another thread while the context decodes, as long as the archive stays as it is
@@ -178,11 +179,12 @@ class Recaller:
             every = ChosenTokens(n_tokens, np.broadcast_to(np.arange(n_tokens, dtype=np.int32), (*shape, n_tokens)))
             return lambda: every
         candidates_of = self._candidates(ledger, n_keep, _CLOSE if closely else _QUICK, beside)
-        n_pinned = ledger.n_pinned
+        n_pinned, is_nexus = ledger.n_pinned, ledger.ids == NEXUS if "nexus" in policy.needs else None
 
         def find() -> ChosenTokens:
             candidates, scores = candidates_of()
-            state = CacheState(candidates < n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores)
+            nexus = None if is_nexus is None else is_nexus[candidates]
+            state = CacheState(candidates < n_pinned, np.full((*shape, 1), np.nan, np.float32), self._window, scores, nexus=nexus)
             keep = policy.plan(state, n_keep).keep
             attention = np.bincount(candidates.ravel(), scores.ravel(), n_tokens) / (shape[0] * shape[1])
             if closely:

@@ -8,17 +8,19 @@ from typing import ClassVar
 import numpy as np
 
 from kvlocal.policies.base import CacheState, Plan, keep_best, needed
+from kvlocal.policies.nexus import Allotment
 from kvlocal.policies.scoring import Scores, check_kernel, check_weight, pooled
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(Allotment):
     """A share of the budget by age, the rest by attention.
 
     With an archive its candidates are all tokens of the conversation, and it chooses anew behind what the user says and every `refresh` tokens of an
     answer; without, it chooses among the cells that are left. The scores are SnapKV's (section 3), the split of the budget is StreamingLLM's window
-    beside it; choosing from an archive is what InfLLM and ArkVale do.
+    beside it; choosing from an archive is what InfLLM and ArkVale do. With a share there are Nexus tokens too, of which the newest stay.
 
+    The hyper-parameters are those of Allotment, whose share is 0 here, and these:
     recent: share of the budget for the newest cells
     asked: the same behind what the user says and at the beginning of an answer, in the heads that look for what was asked
     worth: attention that a head must win by that for it to be one of them
@@ -31,10 +33,10 @@ class Recall:
     whole: share of what is neither pinned nor among the newest that goes by blocks, the rest by single cells
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"scores"})
     evicts: ClassVar[bool] = True
     rotates: ClassVar[bool] = False
 
+    share: float = 0.0
     recent: float = 0.7
     asked: float = 0.3
     worth: float = 0.01
@@ -46,6 +48,7 @@ class Recall:
     whole: float = 0.5
 
     def __post_init__(self) -> None:
+        Allotment.__post_init__(self)
         check_weight("recent", self.recent)
         check_weight("asked", self.asked)
         check_weight("worth", self.worth)
@@ -56,15 +59,21 @@ class Recall:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"scores", "nexus"} if self.share else {"scores"})
+
+    @property
     def for_question(self) -> RecallForQuestion:
         """The choice when something was just asked."""
         return RecallForQuestion(self)
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         scores = pooled(needed(state.scores), state.window, self.pool)
+        if self.share:
+            state = self.standing(state, budget)
         n_recent = max(state.window, round(self.recent * budget))
         by_cell = _newest_first(scores, n_recent)
-        n_free = budget - n_recent - int(np.count_nonzero(state.pinned[0, 0, : scores.shape[-1] - n_recent]))
+        n_free = budget - n_recent - int(np.count_nonzero(state.pinned[..., : scores.shape[-1] - n_recent], axis=-1).max())
         n_single = max(0, n_free - round(self.whole * n_free))
         if self.blocks > 1 and n_single < n_free:
             by_block = _newest_first(in_blocks(scores, self.blocks), n_recent)
@@ -83,11 +92,14 @@ class RecallForQuestion:
     the last of the question do not look at them.
     """
 
-    needs: ClassVar[frozenset[str]] = Recall.needs
     evicts: ClassVar[bool] = True
     rotates: ClassVar[bool] = False
 
     usual: Recall
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.usual.needs
 
     def plan(self, state: CacheState, budget: int) -> Plan:
         scores = needed(state.scores)

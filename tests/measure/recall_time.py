@@ -1,21 +1,25 @@
 """What choosing the cells anew from an archive costs, beside the tokens of an answer.
 
     python tests/measure/recall_time.py --model smollm2-135m --threads 2 --tokens 1000,8000,100000
+    python tests/measure/recall_time.py --rpc 127.0.0.1:50052 --threads 1 --tokens 8000 --late 0,4
 
 A text of 2,000 tokens at most is read, and longer histories are that text again and again in the archive, at the positions they would have. Then
 tokens are decoded behind a close choice, and every `refresh` of them the cells are chosen anew. Milliseconds, the median, for each part of a choice,
 and the share of the time of an answer that choosing takes; where choices are late, as on a device, what is found meanwhile is no part of it, but what
-is waited for. With `--cpu` it is the time that this process computes, which other work on the machine
-does not lengthen; with one thread that is what the clock would say on a machine of its own.
+is waited for. What it wins to find them beside decoding shows in the time of a token with choosing, at `--late 0` and later. With `--cpu` it is the
+time that this process computes, which other work on the machine does not lengthen; with one thread that is what the clock would say on a machine of
+its own.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from kvlocal.cache.frames import first_position
 from kvlocal.hub.catalogue import DEFAULT_MODEL, resolve
 from kvlocal.llama.host_queries import HostQueries
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import ALL, Placement
 from kvlocal.llama.rows import Rows
 from kvlocal.policies import Recall
 
@@ -109,6 +114,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--data", type=Path, help="MT-Bench-101's file of dialogues; without it the tokens are any")
     parser.add_argument("--gpu-layers", type=int, default=0, help="-1 for all")
+    parser.add_argument("--rpc", default="", help="HOST:PORT of the server that holds all layers")
+    parser.add_argument("--late", default=str(Recall().late), help="tokens before a choice takes effect, where the cells are on a device")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tokens", default="1000,8000,100000")
     parser.add_argument("--answer", type=int, default=160)
@@ -122,10 +129,11 @@ def main() -> None:
     config = CacheConfig(
         budget=args.kv_budget, policy="recall", archive="ram", archive_ram=2**40, n_threads=args.threads, type_k=args.type, type_v=args.type
     )
-    with Model(resolve(args.model), n_gpu_layers=args.gpu_layers) as model:
+    placement = Placement(ALL if args.rpc else args.gpu_layers, rpc=tuple(args.rpc.split(",")) if args.rpc else ())
+    with Model(resolve(args.model), placement=placement) as model:
         text = text_of(model, args.data, READ + args.answer)
-        for n_tokens in map(int, args.tokens.split(",")):
-            with BudgetedCache(model, config, undo=False) as cache:
+        for n_tokens, late in itertools.product(map(int, args.tokens.split(",")), map(int, args.late.split(","))):
+            with BudgetedCache(model, replace(config, policy_args={"late": late}), undo=False) as cache:
                 cache.begin(30)
                 cache.read([Passage("user", text[: min(READ, n_tokens)])])
                 if n_tokens > READ:
@@ -149,7 +157,7 @@ def report(cache: BudgetedCache, answer: np.ndarray, n_tokens: int) -> None:
         cache.append(np.array([token]), "decode")
     compressor.chosen_at, started = 0, clock()
     compressor.choose_again(cache.ledger, Recall().refresh + 1, Recall().for_question, closely=True)
-    print(f"{n_tokens} tokens: a choice behind a question {1000 * (clock() - started):.0f} ms")
+    print(f"{n_tokens} tokens, choices late by {compressor.late}: a choice behind a question {1000 * (clock() - started):.0f} ms")
 
     def timed_plan(self: Recall, *args: Any) -> Any:
         started = clock()
@@ -171,8 +179,9 @@ def report(cache: BudgetedCache, answer: np.ndarray, n_tokens: int) -> None:
         Recall.plan = plan  # type: ignore[method-assign]
     choosing = (sum(times["all"]) + sum(times.pop(LATE, []))) / 1000
     decoding = clock() - started - choosing
-    print(f"{n_tokens} tokens: a token {1000 * decoding / len(answer):.1f} ms, a choice every {Recall().refresh} of them", end="; ")
-    print(f"share of choosing {choosing / (choosing + decoding):.3f}, {np.median(recalled):.0f} cells exchanged")
+    print(f"    a token {1000 * decoding / len(answer):.1f} ms, with choosing {1000 * (decoding + choosing) / len(answer):.1f}", end="; ")
+    share = choosing / (choosing + decoding)
+    print(f"a choice every {Recall().refresh} of them, share of choosing {share:.3f}, {np.median(recalled):.0f} cells exchanged")
     for name, values in times.items():
         print(f"    {name:22s} {statistics.median(values):8.2f} ms")
 
