@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from random_nexus import K, nexus_file
+from test_recall import check
 
 from kvlocal.batch.run import run_batch
 from kvlocal.cache.ledger import NEXUS
@@ -228,6 +229,26 @@ def test_in_a_long_conversation_the_newest_stay_beside_what_is_recalled(model, n
         assert newest[0] > ledger.n_tokens - cache.target
         held = ledger.tokens[..., : ledger.n_cells]
         assert all((held == token).any(axis=-1).all() for token in newest)
+
+
+def test_a_choice_that_is_being_found_takes_effect_past_nexus_tokens(model, nexus):
+    """Where it was begun with at the end of an answer, what takes effect behind the Nexus tokens keeps them, and the cells are what the archive has."""
+    with session(model, nexus, policy="recall", policy_args={"share": 0.05}, budget=96) as chat:
+        cache, ledger, compressor = chat.cache, chat.cache.ledger, chat.cache.compressor
+        compressor.late = 4
+        chat.add_turn("user", STORY * 12 + "What did he write?")
+        answer = model.tokenize(STORY, parse_special=False)
+        while compressor.tokens_before_choice(ledger) != 2:
+            cache.append(answer[:1], "decode")
+        cache.append_vectors(nexus.vectors(3), "nexus", nexus.adapter)
+        choices = compressor.choices
+        assert compressor.tokens_before_choice(ledger) == 0
+        cache.append(answer[:1], "decode")
+        assert compressor.choices == choices + 1 and compressor.tokens_before_choice(ledger) is None
+        newest = np.flatnonzero(ledger.ids == NEXUS)[-3:]
+        assert (ledger.tokens[..., : ledger.n_cells, None] == newest).any(axis=-2).all()
+        compressor.write_through(ledger)
+        check(cache, cache.archive)
 
 
 def test_files_are_found_beside_the_model_and_refused_for_another(model, nexus, path, short_smollm2, gemma3, tmp_path, monkeypatch):
