@@ -144,7 +144,8 @@ _OPTIONS = (
     click.option(
         "--policy", type=click.Choice(list(policies.POLICIES)),
         help="What to keep when the cache is over its budget.  "
-        f"[default: {_SESSION.policy}; without an archive {policies.WITHOUT_ARCHIVE} where there are Nexus tokens, else {policies.WITHOUT_NEXUS}]",
+        f"[default: {_SESSION.policy}, with share={policies.DEFAULT_SHARE} where there are Nexus tokens; without an archive "
+        f"{policies.WITHOUT_ARCHIVE} where there are some, else {policies.WITHOUT_NEXUS}]",
     ),
     click.option(
         "--policy-arg", "policy_args", multiple=True, callback=_parse_policy_args, metavar="NAME=VALUE",
@@ -251,6 +252,7 @@ class Loading:
     may_change_policy: whether the policy is a default, which a model that cannot recall, or one without Nexus tokens, has another of
     lora: adapters that it is used with
     may_pull: whether a model that is not here yet is fetched without a question
+    may_add_nexus: whether the policy, where it recalls, has Nexus tokens beside if there are some
     """
 
     where: Where
@@ -258,6 +260,7 @@ class Loading:
     may_change_policy: bool
     lora: Sequence[Lora] = ()
     may_pull: bool = False
+    may_add_nexus: bool = False
 
     def locate(self, name: str) -> Path:
         """The file of the model of that name or path, which is pulled if it is not here yet and the person agrees.
@@ -311,11 +314,15 @@ class Loading:
         return placement
 
     def _tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
-        if "nexus" not in policies.make(config.policy, config.policy_args).needs:
+        wants = "nexus" in policies.make(config.policy, config.policy_args).needs
+        may_have = self.may_add_nexus and config.policy == policies.DEFAULT_POLICY and "share" not in config.policy_args
+        if not (wants or may_have):
             return config, None
         with waiting("loading the Nexus tokens"):
             found = nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))
-        if found is None and self.may_change_policy:
+        if found and not wants:
+            config = replace(config, policy_args={**config.policy_args, "share": policies.DEFAULT_SHARE})
+        elif wants and found is None and self.may_change_policy:
             policies.make(policies.WITHOUT_NEXUS, config.policy_args)
             config = replace(config, policy=policies.WITHOUT_NEXUS)
         return config, found
@@ -365,10 +372,10 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             where = take_devices(others)
             kept_as = archive_ram, archive_dir, archive_type
             wants_archive = archive in ("ram", "disk") or kept_as != (None, None, None)
-            loading = Loading(where, nexus, policy is None and not wants_archive, lora, yes)
+            loading = Loading(where, nexus, policy is None and not wants_archive, lora, yes, may_add_nexus=policy is None)
             if policy is None:
-                # Nexus tokens are named to be used, and keys that always move cannot be looked up
-                recalls = archive in ("ram", "disk") or (archive is None and positions != "cache" and nexus in (None, OFF))
+                # keys that always move cannot be looked up
+                recalls = archive in ("ram", "disk") or (archive is None and positions != "cache")
                 policy = _SESSION.policy if recalls else _without_archive(nexus)
             policies.make(policy, policy_args)
             if kv_memory is not None and kv_budget is not None:

@@ -215,7 +215,7 @@ def test_a_policy_that_needs_them_says_so(model):
 def test_in_a_long_conversation_the_newest_stay_beside_what_is_recalled(model, nexus):
     """Also where only a part of the archive is looked through, and behind a question, where each head looks for what was asked."""
     with session(model, nexus, policy="recall", policy_args={"share": 0.1}) as chat:
-        for i in range(14):
+        for _ in range(14):
             chat.add_turn("user", STORY * 9)
             chat.add_turn("assistant", "I see.")
         for i in range(12):
@@ -232,7 +232,7 @@ def test_in_a_long_conversation_the_newest_stay_beside_what_is_recalled(model, n
 
 
 def test_a_choice_that_is_being_found_takes_effect_past_nexus_tokens(model, nexus):
-    """Where it was begun with at the end of an answer, what takes effect behind the Nexus tokens keeps them, and the cells are what the archive has."""
+    """Where it was begun with at the end of an answer, it keeps the Nexus tokens behind that, and the cells are what the archive has."""
     with session(model, nexus, policy="recall", policy_args={"share": 0.05}, budget=96) as chat:
         cache, ledger, compressor = chat.cache, chat.cache.ledger, chat.cache.compressor
         compressor.late = 4
@@ -282,10 +282,12 @@ def test_the_commands_use_them_unless_told_otherwise(path, short_smollm2, gemma3
         assert result.exit_code == 0, result.stderr
         return json.loads(out.read_text())["kv"]["nexus"]
 
-    assert n_read(short_smollm2, "--archive", "off") > 0 and n_read(short_smollm2, "--nexus", str(path)) > 0
-    assert n_read(short_smollm2, "--policy-arg", "share=0.02") > 0
-    assert n_read(short_smollm2) == n_read(short_smollm2, "--archive", "off", "--nexus", "off") == 0
-    assert n_read(short_smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3, "--archive", "off") == 0
+    for options in ([], ["--archive", "off"], ["--archive", "ram"], ["--nexus", str(path)], ["--policy-arg", "recent=0.6"]):
+        assert n_read(short_smollm2, *options) > 0, options
+    assert n_read(short_smollm2, "--policy", "recall", "--policy-arg", "share=0.02") > 0
+    for options in (["--nexus", "off"], ["--policy-arg", "share=0"], ["--policy", "recall"], ["--archive", "off", "--nexus", "off"]):
+        assert n_read(short_smollm2, *options) == 0, options
+    assert n_read(short_smollm2, "--policy", "kvzip-snapkv") == n_read(gemma3) == n_read(gemma3, "--archive", "off") == 0
 
 
 def test_an_adapter_of_another_model_is_refused(path, gemma3):

@@ -98,7 +98,7 @@ def test_a_share_goes_by_blocks_and_the_rest_by_single_cells():
 
 @pytest.mark.parametrize("question", [False, True])
 def test_with_a_share_the_newest_nexus_tokens_stay(question):
-    """Each head keeps as many of its own as the share says, and chooses the rest as if these were pinned; what is pinned and the window stay in any case."""
+    """Each head keeps as many of its own as the share says, and chooses the rest as if these were pinned."""
     rng = np.random.default_rng(3)
     scores = rng.dirichlet(np.full(80, 0.1), (3, 4)).astype(np.float32)
     is_nexus = rng.random(scores.shape) < 0.15
@@ -120,7 +120,9 @@ def test_with_a_share_the_newest_nexus_tokens_stay(question):
         assert not question or with_share.needs == {"scores", "nexus"}
 
 
-@pytest.mark.parametrize("wrong", [{"share": 1.5}, {"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}, {"again": -1}, {"whole": 1.5}, {"asked": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"share": 1.5}, {"recent": 1.5}, {"refresh": 0}, {"pool": 2}, {"blocks": 0}, {"again": -1}, {"whole": 1.5}, {"asked": -0.1}]
+)
 def test_impossible_hyper_parameters_are_refused(wrong):
     with pytest.raises(ValueError):
         Recall(**wrong)

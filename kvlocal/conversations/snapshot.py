@@ -290,7 +290,7 @@ def _made_with(model: Path, nexus: Path | None, signature: Mapping[str, Any]) ->
         "kvlocal": kvlocal.__version__,
         "llama.cpp": f"{library.bindings_version} {library.patch_level}",
         "model": _fingerprint(model),
-        "Nexus tokens": _fingerprint(nexus) if nexus else None,
+        "Nexus file": _fingerprint(nexus) if nexus else None,
         **signature,
     }
 

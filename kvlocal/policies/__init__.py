@@ -26,7 +26,10 @@ from kvlocal.policies.rkv import RKV
 from kvlocal.policies.snapkv import SnapKV
 from kvlocal.policies.streaming import Streaming
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "WITHOUT_ARCHIVE", "WITHOUT_NEXUS", "CacheState", "Plan", "Policy", "PolicyError", "Recall", "make"]
+__all__ = [
+    "DEFAULT_POLICY", "DEFAULT_SHARE", "POLICIES", "WITHOUT_ARCHIVE", "WITHOUT_NEXUS",
+    "CacheState", "Plan", "Policy", "PolicyError", "Recall", "make",
+]  # fmt: skip
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -45,6 +48,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 DEFAULT_POLICY = "recall"
+DEFAULT_SHARE = 0.02  # that the commands give it of Nexus tokens, where there are some for the model
 WITHOUT_ARCHIVE = "hybrid"  # the default of the commands where there is no archive, but Nexus tokens for the model
 WITHOUT_NEXUS = "kvzip-snapkv"  # and where there is neither
 
