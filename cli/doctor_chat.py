@@ -54,7 +54,7 @@ def describe_chat(
             "policy": loaded.config.policy,
             "policy_why": _why_policy(config.policy, loaded, is_default),
             "nexus": str(loaded.nexus.path) if loaded.nexus else None,
-            "nexus_why": _why_nexus(loaded, loading.nexus),
+            "nexus_why": _why_nexus(loaded, loading),
             **_device(library, loaded.model.placement),
             **_threads(config, machine),
         }
@@ -77,12 +77,15 @@ def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:
     return f"the model cannot recall, which {asked} needs, and {tokens}"
 
 
-def _why_nexus(loaded: Loaded, choice: str | None) -> str:
+def _why_nexus(loaded: Loaded, loading: Loading) -> str:
     if loaded.nexus:
-        return "as it is set" if choice else "the first file that fits the model, of those beside it, among the models and shipped"
-    if "nexus" in policies.make(loaded.config.policy, loaded.config.policy_args).needs:
-        return "as it is set" if choice == OFF else "no file fits the model"
-    return f"the policy {loaded.config.policy} uses none"
+        return "as it is set" if loading.nexus else "the first file that fits the model, of those beside it, among the models and shipped"
+    takes_what_there_is = loading.may_add_nexus and loaded.config.policy == policies.DEFAULT_POLICY
+    if not (takes_what_there_is or "nexus" in policies.make(loaded.config.policy, loaded.config.policy_args).needs):
+        return f"the policy {loaded.config.policy} uses none"
+    if loading.nexus == OFF:
+        return "as it is set"
+    return "beside adapters only a file that is named" if loaded.model.changed_by else "no file fits the model"
 
 
 def _device(library: dict[str, Any], placement: Placement) -> dict[str, str]:

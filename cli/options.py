@@ -315,7 +315,9 @@ class Loading:
 
     def _tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         wants = "nexus" in policies.make(config.policy, config.policy_args).needs
-        may_have = self.may_add_nexus and config.policy == policies.DEFAULT_POLICY and "share" not in config.policy_args
+        # beside adapters only a named file is used (nexus_for), and nobody misses what was not asked for
+        finds = self.nexus is not None or not model.changed_by
+        may_have = self.may_add_nexus and finds and config.policy == policies.DEFAULT_POLICY and "share" not in config.policy_args
         if not (wants or may_have):
             return config, None
         with waiting("loading the Nexus tokens"):

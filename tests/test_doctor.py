@@ -133,6 +133,17 @@ def test_no_such_model():
     assert "did you mean smollm2-135m?" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [("NEXUS", "", "no file fits the model"), ("NEXUS", "off", "as it is set"), ("POLICY", "recall", "the policy recall uses none")],
+)
+def test_why_a_chat_has_no_nexus_tokens(short_smollm2, monkeypatch, name, value, why):
+    if value:
+        monkeypatch.setenv(f"KVLOCAL_CHAT_{name}", value)
+    chat = json.loads(CliRunner().invoke(main, ["doctor", "--json", str(short_smollm2)]).stdout)["chat"]
+    assert (chat["policy"], chat["nexus"], chat["nexus_why"]) == ("recall", None, why)
+
+
 def test_why_a_chat_has_another_policy(smollm2, short_smollm2, monkeypatch):
     """A model that cannot recall, with Nexus tokens and without."""
     of = Attention.of

@@ -389,9 +389,10 @@ def test_a_nexus_file_is_used_beside_them_only_if_it_is_named(talker, adapter, t
         assert nexus_for(model, None, said.append) is None
         assert nexus_for(model, str(path), said.append).path == str(path)
     assert len(said) == 2 and "is left out: to use it all the same, name it with --nexus" in said[0] and "is not known" in said[1]
-    command = ["run", str(talker), "Name a tree.", "--max-tokens", "2", "--threads", "1", "--archive", "off", "--lora", f"{adapter}"]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0 and "is left out" in result.stderr
+    command = ["run", str(talker), "Name a tree.", "--max-tokens", "2", "--threads", "1", "--lora", f"{adapter}"]
+    for options, told in ((["--archive", "off"], "is left out"), (["--nexus", str(path)], "is not known"), ([], "")):
+        result = CliRunner().invoke(main, [*command, *options])
+        assert result.exit_code == 0 and (told in result.stderr if told else "nexus" not in result.stderr)
 
 
 def test_their_memory_is_counted(talker, adapter):
