@@ -22,6 +22,8 @@ from kvlocal.nexus.file import NexusError, NexusFile, WrongBase
 from kvlocal.nexus.tokens import NexusTokens
 from kvlocal.policies import make
 from kvlocal.policies.base import CacheState
+from kvlocal.serving.engine import Engine
+from kvlocal.serving.request import AnswerRequest
 from kvlocal_cli.main import main
 
 CONFIG = SessionConfig(
@@ -305,3 +307,18 @@ def test_a_batch_reads_them_beside_other_conversations(model, nexus):
     alone, together = (list(run_batch(lines, model, config, parallel=n, ordered=True, nexus=nexus)) for n in (1, 3))
     assert all(result.kv["nexus"] > 0 for result in alone)
     assert [(result.messages, result.kv) for result in alone] == [(result.messages, result.kv) for result in together]
+
+
+def test_a_served_conversation_goes_on_behind_them(model, nexus, tmp_path):
+    """What a client sends again is found in the cells, also by a server that starts again: Nexus tokens are not among what it counts."""
+    config = dataclasses.replace(CONFIG, policy="recall", policy_args={"share": 0.02}, system=None)
+    messages, known = [], 0
+    for _ in range(2):
+        with Engine(model, config, parallel=2, nexus=nexus, directory=tmp_path) as engine:
+            for _ in range(2):
+                messages.append({"role": "user", "content": STORY * 5})
+                *_, last = engine.submit(AnswerRequest("me", messages)).events()
+                assert last.error is None and last.usage.cached_tokens >= known
+                messages.append(last.message)
+                known = last.usage.prompt_tokens
+    assert known > 300

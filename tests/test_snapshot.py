@@ -95,13 +95,14 @@ KINDS = {
     "ratio": {"ratio": 0.6, "budget": 400},
     "nexus": {"policy": "hybrid", "budget": 192},
     "archive": {"policy": "recall", "archive": "ram"},
+    "archive, nexus": {"policy": "recall", "policy_args": {"share": 0.05}, "archive": "ram"},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_after_a_restore_are_those_without_the_interruption(model, nexus, snapshots, kind):
     """Also over compressions, before and after it, with a second read and with Nexus tokens."""
-    tokens = nexus if kind == "nexus" else None
+    tokens = nexus if "nexus" in kind else None
     with session(model, tokens, **KINDS[kind]) as through, session(model, tokens, **KINDS[kind]) as back:
         ask(through, ASKED[:3], lambda: snapshots.save(through))
         before = through.kv
