@@ -29,10 +29,13 @@ class Allotment:
     def standing(self, state: CacheState, budget: int) -> CacheState:
         """The state with the newest Nexus cells pinned, as far as their share of the budget goes."""
         nexus = needed(state.nexus)
-        # [L, H, C], how many there are from a cell on
-        n_newer = np.cumsum(nexus[..., ::-1], axis=-1)[..., ::-1]
+        # ascending, head by head; and how many there are of the same head from each on
+        cells, counts = np.flatnonzero(nexus), np.count_nonzero(nexus, axis=-1).ravel()
+        n_newer = np.repeat(np.cumsum(counts), counts) - np.arange(len(cells))
         room = min(self.share * budget, budget - state.window - state.pinned.sum(axis=-1).max())
-        return replace(state, pinned=state.pinned | nexus & (n_newer <= room))
+        pinned = state.pinned.copy()
+        pinned.reshape(-1)[cells[n_newer <= room]] = True
+        return replace(state, pinned=pinned)
 
 
 @dataclass(frozen=True)
