@@ -36,7 +36,7 @@ def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> d
         "decode": [*with_policy, "--only", "decode@8000,prefill@8000", "--json", str(target / "decode.json")],
         "chat": [*with_policy, "--only", "chat40,share", "--json", str(target / "chat.json")],
         "recall": [*bench, "--policy", "recall", "--only", "decode@8000,read@8000,chat40,share.recall", "--json", str(target / "recall.json")],
-        "choices": [python, str(HERE / "recall_time.py"), *measure, "--tokens", "8000,100000", "--late", "0,4", "--gpu-layers", "-1"],
+        "choices": [python, str(HERE / "recall_time.py"), *measure, "--tokens", "8000,100000", "--late", "0,4,8", "--gpu-layers", "-1"],
         "long": [python, str(HERE / "long_chat.py"), *measure, "--tokens", str(sizes.tokens), "--policy", sizes.policy, "--gpu-layers", "-1",
                  "--json", str(target / "long.json")],
         "lost": [python, str(HERE / "lost_gpu.py"), *measure],
