@@ -80,8 +80,7 @@ def _why_policy(asked: str, loaded: Loaded, is_default: bool) -> str:
 def _why_nexus(loaded: Loaded, loading: Loading) -> str:
     if loaded.nexus:
         return "as it is set" if loading.nexus else "the first file that fits the model, of those beside it, among the models and shipped"
-    takes_what_there_is = loading.may_add_nexus and loaded.config.policy == policies.DEFAULT_POLICY
-    if not (takes_what_there_is or "nexus" in policies.make(loaded.config.policy, loaded.config.policy_args).needs):
+    if not (loading.takes_nexus(loaded.config) or "nexus" in policies.make(loaded.config.policy, loaded.config.policy_args).needs):
         return f"the policy {loaded.config.policy} uses none"
     if loading.nexus == OFF:
         return "as it is set"

@@ -313,12 +313,15 @@ class Loading:
         memory_estimate.check(path, config, parallel, undo, instead_of, self.lora, placement)
         return placement
 
+    def takes_nexus(self, config: SessionConfig) -> bool:
+        """Whether nothing was said of Nexus tokens, and a conversation of this configuration has them if there are some."""
+        return self.may_add_nexus and config.policy == policies.DEFAULT_POLICY and "share" not in config.policy_args
+
     def _tokens(self, model: Model, config: SessionConfig) -> tuple[SessionConfig, NexusTokens | None]:
         wants = "nexus" in policies.make(config.policy, config.policy_args).needs
         # beside adapters only a named file is used (nexus_for), and nobody misses what was not asked for
         finds = self.nexus is not None or not model.changed_by
-        may_have = self.may_add_nexus and finds and config.policy == policies.DEFAULT_POLICY and "share" not in config.policy_args
-        if not (wants or may_have):
+        if not (wants or (finds and self.takes_nexus(config))):
             return config, None
         with waiting("loading the Nexus tokens"):
             found = nexus_for(model, self.nexus, lambda text: click.echo(f"kvlocal: {text}", err=True))

@@ -135,8 +135,9 @@ def test_no_such_model():
 
 @pytest.mark.parametrize(
     ("name", "value", "why"),
-    [("NEXUS", "", "no file fits the model"), ("NEXUS", "off", "as it is set"), ("POLICY", "recall", "the policy recall uses none")],
-)
+    [("NEXUS", "", "no file fits the model"), ("NEXUS", "off", "as it is set"), ("POLICY", "recall", "the policy recall uses none"),
+     ("POLICY_ARG", "share=0", "the policy recall uses none")],
+)  # fmt: skip
 def test_why_a_chat_has_no_nexus_tokens(short_smollm2, monkeypatch, name, value, why):
     if value:
         monkeypatch.setenv(f"KVLOCAL_CHAT_{name}", value)

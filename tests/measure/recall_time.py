@@ -34,6 +34,7 @@ from kvlocal.llama.host_queries import HostQueries
 from kvlocal.llama.model import Model
 from kvlocal.llama.placement import ALL, Placement
 from kvlocal.llama.rows import Rows
+from kvlocal.llama.rpc import servers_of
 from kvlocal.policies import Recall
 
 READ = 2000
@@ -129,7 +130,7 @@ def main() -> None:
     config = CacheConfig(
         budget=args.kv_budget, policy="recall", archive="ram", archive_ram=2**40, n_threads=args.threads, type_k=args.type, type_v=args.type
     )
-    placement = Placement(ALL if args.rpc else args.gpu_layers, rpc=tuple(args.rpc.split(",")) if args.rpc else ())
+    placement = Placement(ALL if args.rpc else args.gpu_layers, rpc=servers_of(args.rpc) if args.rpc else ())
     with Model(resolve(args.model), placement=placement) as model:
         text = text_of(model, args.data, READ + args.answer)
         for n_tokens, late in itertools.product(map(int, args.tokens.split(",")), map(int, args.late.split(","))):
