@@ -109,7 +109,7 @@ def students_of(names: Sequence[str], ratios: Sequence[float], stride: int, n_th
     for name in names:
         if policies.make(name).needs & {"nexus", "reread"} or name == "recall":
             raise KvlocalError(f"the policy {name} cannot be measured on tasks: choose one without an archive, a second read and Nexus tokens")
-        found |= {f"{name}@{ratio:g}": SessionConfig(policy=name, ratio=ratio, stride=stride, **always) for ratio in ratios}
+        found |= {f"{name}@{ratio:g}": SessionConfig(policy=name, ratio=ratio, stride=stride, read_stride=stride, **always) for ratio in ratios}
     return found
 
 

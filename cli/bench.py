@@ -97,9 +97,10 @@ def bench_command(
     if not settings.stock.is_dir():
         raise BenchmarkError(f"there is no stock llama.cpp in {stock}: run `make stock` in the source tree, or give its path as --stock")
     config = SessionConfig(type_k=settings.type_k, type_v=settings.type_v)
-    check_file(settings.model, config, where.placement)
+    read_stride = check_file(settings.model, config, where.placement).read_stride or settings.read_stride
     # stock llama.cpp holds everything, and both have the same layers there
-    settings = replace(settings, placement=where.of(settings.model, replace(config, policy="full"), undo=False))
+    placement = where.of(settings.model, replace(config, policy="full"), undo=False)
+    settings = replace(settings, placement=placement, read_stride=read_stride)
     if plot:
         check(plot)
         check_replaceable(plot, is_figure, "a figure", force=force)

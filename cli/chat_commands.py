@@ -164,6 +164,7 @@ def settings(chat: Chat) -> dict[str, Any]:
         "think": chat.view.think,
         "policy-args": dict(config.policy_args),
         "stride": config.stride,
+        "read-stride": config.slack,
         "ctk": config.type_k,
         "ctv": config.type_v,
         **({"lora": " ".join(map(str, loras))} if (loras := chat.session.model.adapters) else {}),
@@ -244,7 +245,7 @@ def _shown(name: str, value: Any) -> str:
 _SETTABLE: dict[str, Sequence[str]] = {
     **dict.fromkeys(_SAMPLING, ()), "max-tokens": (), "kv-budget": (), "policy": tuple(policies.POLICIES), "think": get_args(Think),
 }  # fmt: skip
-_FIXED = ("stride", "ctk", "ctv")
+_FIXED = ("stride", "read-stride", "ctk", "ctv")
 
 
 def _set_think(chat: Chat, value: str) -> None:

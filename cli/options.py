@@ -14,7 +14,7 @@ from kvlocal import policies
 from kvlocal.cache.archive import STORES, Store
 from kvlocal.cache.compression import Positions
 from kvlocal.cache.config import AUTO, DEFAULT_BUDGET, DEFAULT_FULL
-from kvlocal.cache.fitting import CannotRecall, check_file
+from kvlocal.cache.fitting import READ_STRIDE, CannotRecall, check_file
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor import memory_estimate
 from kvlocal.doctor.memory_limits import available_memory
@@ -154,6 +154,10 @@ _OPTIONS = (
     click.option(
         "--stride", type=click.IntRange(min=1), default=_SESSION.stride, show_default=True, metavar="N",
         help="Cells over the budget at which the cache is compressed.",
+    ),
+    click.option(
+        "--read-stride", type=click.IntRange(min=1), metavar="N",
+        help=f"The same while a text is read, at least --stride.  [default: --stride; up to {READ_STRIDE} where the cells are on a GPU]",
     ),
     click.option(
         "--positions", type=click.Choice(get_args(Positions)), default=_SESSION.positions, show_default=True,
@@ -352,6 +356,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         nexus: str | None,
         lora: tuple[Lora, ...],
         stride: int,
+        read_stride: int | None,
         positions: Positions,
         idle: str,
         archive: Store | None,
@@ -392,6 +397,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 policy=policy,
                 policy_args=policy_args,
                 stride=stride,
+                read_stride=read_stride,
                 positions=positions,
                 idle=idle == "on",
                 system=system,

@@ -8,6 +8,7 @@ from pathlib import Path
 import device
 import numpy as np
 import pytest
+from rpc_process import RpcServer
 from shallow_model import write_shallow_model
 
 from kvlocal.errors import KvlocalError
@@ -29,13 +30,18 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default=device.chosen(), help="where models are put: cpu, gpu or gpu:LAYERS  [default: KVLOCAL_TEST_DEVICE or cpu]")
+    parser.addoption("--device", default=device.chosen(), help="where models are put (device.py)  [default: KVLOCAL_TEST_DEVICE or cpu]")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only: what it tests exists on the CPU alone")
     config.addinivalue_line("markers", "device: what differs with the device that the models are on; -m device chooses these alone")
-    device.use(config.getoption("--device"))
+    where = config.getoption("--device")
+    if where == "rpc":
+        server = RpcServer()
+        config.add_cleanup(lambda: server.end() and None)
+        where += f":{server.address}"
+    device.use(where)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

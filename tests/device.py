@@ -1,6 +1,7 @@
 """Where the models of the tests are: on the CPU, or on the device that KVLOCAL_TEST_DEVICE or pytest's --device names.
 
-"cpu" is the default, "gpu" puts all layers and their cache on the GPU, "gpu:N" the last N layers only, "rpc:HOST:PORT,..." all on RPC servers.
+"cpu" is the default, "gpu" puts all layers and their cache on the GPU, "gpu:N" the last N layers only, "rpc:HOST:PORT,..." all on RPC servers, and
+"rpc" alone on one that is started for it (conftest.py).
 """
 
 import os
@@ -45,3 +46,8 @@ def tolerance(on_the_cpu: float, on_a_device: float) -> float:
     """How far a result may be from its reference: what is written where it is used for each of the two."""
     return on_the_cpu if on_cpu() else on_a_device
 
+
+def placement() -> Placement:
+    """Where the models of the tests are put."""
+    defaults = Model.__init__.__kwdefaults__
+    return defaults["placement"] or Placement(defaults["n_gpu_layers"])

@@ -1,5 +1,6 @@
 """kvlocal.benchmark: what is measured is what is meant, and processes end."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -326,6 +327,9 @@ def test_what_is_allocated_is_the_share_of_the_history_that_stays(short_smollm2)
     """Budget, stride and recorded queries together, where the stride is not most of it."""
     settings = BenchSettings(short_smollm2, short_smollm2)
     assert settings.budget(8000) == 1600 - 192 and settings.budget(1000) == 100
+    # where a device reads more at once
+    settings = dataclasses.replace(settings, read_stride=512)
+    assert settings.budget(8000) == 1600 - 64 - 512 and settings.budget(1000) == 100
 
 
 def test_stock_library_must_be_one(short_smollm2, tmp_path):

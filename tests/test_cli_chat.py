@@ -220,7 +220,7 @@ def test_what_set_shows_and_takes(chat):
     lines = ["/set temp 0.5", "/set", "/set temp 0", "/set", "/set repeat-penalty 1.3", "/set temp 0.5", "/set policy full", "/set", *wrong]
     result = chat("--no-transcript", "--verbose", stdin="\n".join(lines))
     assert re.findall(r"^repeat-penalty +(\S+)$", result.stdout, re.MULTILINE) == ["1.1", "1.0", "1.3"]
-    assert re.findall(r"^(\S+) .*\(as the chat began\)$", result.stdout, re.MULTILINE) == 3 * ["stride", "ctk", "ctv"]
+    assert re.findall(r"^(\S+) .*\(as the chat began\)$", result.stdout, re.MULTILINE) == 3 * ["stride", "read-stride", "ctk", "ctv"]
     assert re.search("^kv-budget: 8192, which goes with that policy$", result.stderr, re.MULTILINE)
     errors = [line for line in result.stderr.splitlines() if line.startswith("kvlocal: ")]
     assert [error.rpartition(": ")[2][:26] for error in errors] == [

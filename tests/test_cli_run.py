@@ -118,7 +118,8 @@ def test_what_json_tells_repeats_the_answer(kvlocal_run):
     assert used["budget"] == 1024 and used["repeat_penalty"] == 1.1 and used["seed"] == first["seed"] and not used["raw"]
     options = {"threads": "n_threads", "max-tokens": "max_tokens", "temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p",
                "repeat-penalty": "repeat_penalty", "seed": "seed", "policy": "policy", "archive": "archive", "kv-budget": "budget",
-               "stride": "stride", "positions": "positions", "ctk": "type_k", "ctv": "type_v", "gpu-layers": "gpu_layers"}  # fmt: skip
+               "stride": "stride", "read-stride": "read_stride", "positions": "positions", "ctk": "type_k",
+               "ctv": "type_v", "gpu-layers": "gpu_layers"}  # fmt: skip
     again = [f"--{option}={used[name]}" for option, name in options.items()] + [f"--stop={text}" for text in used["stop"]]
     second = json.loads(kvlocal_run("run", "--json", *again, "Tell me a story.").stdout)
     assert second["answer"] == first["answer"] and second["settings"] == used

@@ -332,7 +332,7 @@ def test_without_layers_on_a_gpu_nothing_is_sent_there(smollm2: Path, monkeypatc
     lib, seen = load().llama_cpp, []
     make = lib.llama_init_from_model
     monkeypatch.setattr(lib, "llama_init_from_model", lambda model, params: (seen.append(bool(params.op_offload)), make(model, params))[1])
-    with Model(smollm2, n_gpu_layers=n_gpu_layers) as model, Context(model, n_cells=256, n_ubatch=32):
+    with Model(smollm2, n_gpu_layers=n_gpu_layers, placement=None) as model, Context(model, n_cells=256, n_ubatch=32):
         assert seen == [offloads]
 
 

@@ -1,5 +1,6 @@
 """What does not go together with a model is refused from its file alone, and memory becomes cells and types."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -34,11 +35,6 @@ CPU = Placement()
 RECALL = {"policy": "recall", "archive": "ram"}
 
 
-def placement():
-    """Where the models of the tests are put."""
-    return Placement(Model.__init__.__kwdefaults__["n_gpu_layers"])
-
-
 def write_header(path, family="llama", *, head=64, sinks=0):
     """A file that says what a model is and has no weights, so that nothing can be done with it but to read that."""
     writer = GGUFWriter(path, family)
@@ -58,7 +54,7 @@ def write_header(path, family="llama", *, head=64, sinks=0):
 
 def refused(path, **changes):
     with pytest.raises(CacheError) as error:
-        check_file(path, SessionConfig(**changes), placement())
+        check_file(path, SessionConfig(**changes), device.placement())
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -66,14 +62,14 @@ def refused(path, **changes):
 def test_what_goes_together_is_not_refused(smollm2, tmp_path):
     for kind in KV_TYPES:
         if kind in ("f16", "f32") or device.on_cpu():
-            check_file(smollm2, SessionConfig(type_k=kind, type_v=kind), placement())
-    check_file(smollm2, SessionConfig(**RECALL), placement())
+            check_file(smollm2, SessionConfig(type_k=kind, type_v=kind), device.placement())
+    check_file(smollm2, SessionConfig(**RECALL), device.placement())
     # of what does not say what it is llama.cpp complains
     writer = GGUFWriter(tmp_path / "nothing.gguf", "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    check_file(tmp_path / "nothing.gguf", SessionConfig(**RECALL, type_k="q8_0"), placement())
+    check_file(tmp_path / "nothing.gguf", SessionConfig(**RECALL, type_k="q8_0"), device.placement())
 
 
 @pytest.mark.parametrize("changes", [
@@ -100,7 +96,7 @@ def test_files_that_say_nonsense_end_nothing(tmp_path, changes):
 
 def test_types_that_do_not_fit_the_heads(tmp_path):
     path = write_header(tmp_path / "phi.gguf", head=80)
-    check_file(path, SessionConfig(), placement())
+    check_file(path, SessionConfig(), device.placement())
     assert "the keys of phi.gguf have 80 numbers" in refused(path, type_k="q4_0") and "--ctk f16" in refused(path, type_k="q4_0")
     assert "the values of phi.gguf" in refused(path, type_v="iq4_nl") and "--ctv f16" in refused(path, type_v="iq4_nl")
     tiny = tmp_path / "tiny.gguf"
@@ -108,20 +104,20 @@ def test_types_that_do_not_fit_the_heads(tmp_path):
     assert f"{HEAD} numbers" in refused(tiny, type_k="q8_0")
     for kind in KV_TYPES:
         if kind in ("f16", "f32"):
-            check_file(path, SessionConfig(**RECALL, archive_type=kind), placement())
+            check_file(path, SessionConfig(**RECALL, archive_type=kind), device.placement())
             continue
         said = refused(path, **RECALL, archive_type=kind)
         assert f"the keys of phi.gguf have 80 numbers in each head, which is no multiple of the 32 that {kind}" in said
         assert "--archive-type f16" in said
-        check_file(path, SessionConfig(archive="off", archive_type=kind), placement())
+        check_file(path, SessionConfig(archive="off", archive_type=kind), device.placement())
 
 
 def test_an_archive_that_a_model_cannot_have(tmp_path):
     for path in (write_header(tmp_path / "capped.gguf", "gemma2"), write_header(tmp_path / "sinks.gguf", "gpt-oss", sinks=4)):
         assert "soft cap or attention sinks" in refused(path, **RECALL)
-        check_file(path, SessionConfig(archive="off"), placement())
+        check_file(path, SessionConfig(archive="off"), device.placement())
     # where some layers are plain the engine decides
-    check_file(write_header(tmp_path / "some.gguf", "gpt-oss", sinks=2), SessionConfig(**RECALL), placement())
+    check_file(write_header(tmp_path / "some.gguf", "gpt-oss", sinks=2), SessionConfig(**RECALL), device.placement())
 
 
 @pytest.mark.parametrize("option", [("--archive-ram", "100"), ("--archive-type", "f16"), ("--archive-dir", "."), ("--archive", "ram")])
@@ -136,7 +132,7 @@ def test_an_archive_that_was_asked_for_is_not_left_out_in_silence(tmp_path, opti
 def test_a_budget_beyond_the_trained_context(tmp_path):
     path = write_header(tmp_path / "short.gguf")
     assert "give at most 3968" in refused(path, budget=4096)
-    check_file(path, SessionConfig(budget=3968), placement())
+    check_file(path, SessionConfig(budget=3968), device.placement())
 
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -192,7 +188,7 @@ def test_memory_becomes_the_most_cells_that_fit(smollm2):
     with Model(smollm2) as model, ChatSession(model, config) as chat:
         used, kept = chat.cache.context.kv_bytes(), chat.config
         assert (kept.type_k, kept.type_v, kept.memory) == ("q8_0", "q8_0", None)
-        assert kept.budget == chat.kv.budget == 1536 - kept.stride and chat.kv.capacity == 1536
+        assert kept.budget == chat.kv.budget == 1536 - kept.slack and chat.kv.capacity == 1536
         # llama.cpp tells sizes in hundredths of a MiB
         assert used <= 20_000_000 * 1.001 and used / 1536 * (1536 + 256) > 20_000_000
         with ChatSession(model, SessionConfig(memory=20_000_000, n_threads=1)) as other:
@@ -203,13 +199,13 @@ def test_memory_becomes_the_most_cells_that_fit(smollm2):
 
 def test_types_that_memory_chooses(smollm2, tmp_path):
     def types(path, **changes):
-        config = fitted(path, SessionConfig(**{"type_k": "auto", "type_v": "auto"} | changes), placement())
-        return config.type_k, config.type_v, config.budget
+        config = fitted(path, SessionConfig(**{"type_k": "auto", "type_v": "auto"} | changes), device.placement())
+        return config.type_k, config.type_v, config.budget + config.slack
 
     # all that the model was trained for: 8192 cells of 23,040 bytes
-    assert types(smollm2, memory=8192 * 23_040) == ("f16", "f16", 8192 - 128)
-    assert types(smollm2, memory=8192 * 23_040 - 1) == ("q8_0", "q8_0", 8192 - 128)
-    assert types(smollm2, memory=10**12) == ("f16", "f16", 8192 - 128)
+    assert types(smollm2, memory=8192 * 23_040) == ("f16", "f16", 8192)
+    assert types(smollm2, memory=8192 * 23_040 - 1) == ("q8_0", "q8_0", 8192)
+    assert types(smollm2, memory=10**12) == ("f16", "f16", 8192)
     # what is given stays
     assert types(smollm2, memory=10**7, type_k="q4_0")[:2] == ("q4_0", "q8_0")
     assert types(smollm2, memory=10**7, type_v="f32")[:2] == ("q8_0", "f32")
@@ -262,7 +258,7 @@ def test_a_budget_and_memory_are_wrong_usage():
 def test_the_commands_take_memory(smollm2, tmp_path):
     def run(*words, stdin):
         env = {**os.environ, "KVLOCAL_STATE_DIR": str(tmp_path)}
-        options = ["--kv-memory", "20M", "--threads", "1", "--temp", "0", "--max-tokens", "4", "--nexus", "off"]
+        options = ["--kv-memory", "20M", "--threads", "1", "--temp", "0", "--max-tokens", "4", "--nexus", "off", "--read-stride", "128"]
         done = subprocess.run([sys.executable, "-m", "kvlocal_cli", *words, *options], input=stdin, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == ""
         return done.stdout
@@ -278,7 +274,7 @@ def test_a_line_of_a_batch_with_a_budget_of_its_own(smollm2):
     lines = [json.dumps({"messages": [{"role": "user", "content": "Hi"}]} | own).encode() for own in ({}, {"kv_budget": 96})]
     with Model(smollm2) as model:
         results = list(run_batch(lines, model, config, ordered=True))
-    assert [result.kv["budget"] for result in results] == [768 - 128, 96]
+    assert [result.kv["budget"] for result in results] == [768 - (128 if device.on_cpu() else 256), 96]
 
 
 def test_a_sliding_window_is_counted_as_if_it_were_none(tmp_path):
@@ -286,3 +282,22 @@ def test_a_sliding_window_is_counted_as_if_it_were_none(tmp_path):
     cell = 12 * 2 * (HEAD + HEAD) * 2
     with Model(tmp_path / "tiny.gguf") as tiny, BudgetedCache(tiny, CacheConfig(memory=512 * cell, policy="snapkv", stride=32)) as cache:
         assert cache.capacity == 512 and 0 < cache.context.kv_bytes() <= 512 * cell * 1.01
+
+
+@pytest.mark.device
+def test_devices_have_more_room_for_a_text_that_is_read(smollm2):
+    """Of the cells there are a third, at most 512; the CPU has a stride, as it is for an answer."""
+
+    def read_stride(**changes):
+        return fitted(smollm2, CacheConfig(**changes), device.placement()).slack
+
+    if device.on_cpu():
+        assert fitted(smollm2, CacheConfig(), device.placement()) == CacheConfig()
+        return
+    cases = ({}, {"budget": 4096}, {"budget": 512}, {"budget": 300}, {"ratio": 0.8}, {"memory": 768 * 23_040}, {"memory": 512 * 23_040})
+    assert [read_stride(**case) for case in cases] == [512, 512, 256, 128, 512, 256, 128]
+    # what is said, what the trained context leaves, and what no device computes
+    assert [read_stride(**case) for case in ({"read_stride": 128}, {"stride": 600}, {"budget": 8064})] == [128, 600, 128]
+    assert fitted(smollm2, CacheConfig(policy="full"), device.placement()).read_stride is None
+    here = dataclasses.replace(device.placement(), kv_offload=False)
+    assert fitted(smollm2, CacheConfig(), here).read_stride is None

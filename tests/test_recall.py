@@ -31,6 +31,9 @@ from kvlocal.policies.recall import Recall, in_blocks
 
 pytestmark = pytest.mark.device
 
+# on a device too
+AT_ONCE = replace(CONFIG, policy_args={"late": 0})
+
 
 @pytest.fixture(scope="module")
 def model(three_layers):
@@ -139,7 +142,7 @@ def test_scores_of_archived_keys_are_those_of_a_cache_that_holds_all(model):
             for options in ({}, {"n_query": 5}, {"n_query": 5, "largest": True}):
                 found = row_scores(cache.native, archive.key_chunks(), 300, **options)
                 # half precision in a device's products
-                np.testing.assert_allclose(found, cache.native.scores(**options), atol=device.tolerance(1e-6, 1e-4))
+                np.testing.assert_allclose(found, cache.native.scores(**options), atol=device.tolerance(1e-6, 2e-4))
             chunks = archive.key_chunks()
             for wrong in ((chunks, 513), (chunks, 3), (chunks, 0), ([], 1), (chunks, 300, -1)):
                 with pytest.raises(NativeError) as error:
@@ -172,8 +175,7 @@ def check(cache, archived):
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
 def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
     """Whatever left the cache before, after a choice each head holds what the policy wants of all tokens, bit for bit as it was computed."""
-    config = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram", type_k=kind, type_v=kind)
-    with BudgetedCache(model, config) as cache:
+    with BudgetedCache(model, replace(AT_ONCE, type_k=kind, type_v=kind)) as cache:
         cache.begin(8)
         for turn in range(5):
             cache.read(user(70, turn))
@@ -194,7 +196,7 @@ def test_cells_are_the_choice_from_the_whole_conversation(model, kind):
 
 
 def test_the_choice_is_made_behind_the_users_text_and_in_the_answer(model, monkeypatch):
-    with BudgetedCache(model, CONFIG) as cache:
+    with BudgetedCache(model, AT_ONCE) as cache:
         at = []
         choose = cache.compressor.choose_again
         monkeypatch.setattr(cache.compressor, "choose_again", lambda ledger, *rest: (at.append(ledger.n_tokens), choose(ledger, *rest))[1])
@@ -340,7 +342,7 @@ def test_an_answer_looks_on_in_what_its_question_looked_at(which, request, monke
     monkeypatch.setattr(recall, "_QUICK", recall._Search(1, 6 * BLOCK, 1))
     monkeypatch.setattr(recall, "_CLOSE", recall._Search(1, 64 * BLOCK, 1))
     monkeypatch.setattr(recall, "_NEAR", 2)
-    with BudgetedCache(request.getfixturevalue(which), CONFIG) as cache:
+    with BudgetedCache(request.getfixturevalue(which), AT_ONCE) as cache:
         cache.begin(8)
         for turn in range(20):
             cache.read(user(100, turn))

@@ -224,7 +224,7 @@ class SessionReader(Reader):
             "peak_cells": kv.peak_cells,
             "capacity": kv.capacity,
             "kv_bytes": cache.kv_bytes,
-            "until_compression": kv.budget + self._session.config.stride - kv.used,
+            "until_compression": max(1, kv.budget + self._session.config.stride - kv.used),
             "compressions": kv.compressions,
             "window": cache.layout.n_window,
         }

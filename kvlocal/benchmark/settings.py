@@ -30,6 +30,7 @@ class BenchSettings:
     cells: of the comparison at an equal number of cells
     turns, answer: of the whole chat: how many turns, and how many tokens each answer has
     placement: on which devices the model is put, of both
+    read_stride: what a session there may grow by while a text is read (kvlocal.cache.fitting)
     pairs: slices of each kind that are compared; the comparison at equal cells, where the difference is small, takes twice as many
     parts: a slice of decoding is done in this many pieces, in alternation
     piece: tokens that stock llama.cpp decodes in a piece; the session decodes its share of a stride
@@ -46,6 +47,7 @@ class BenchSettings:
     n_threads: int | None = None
     placement: Placement = _ALL
     stride: int = _SESSION.stride
+    read_stride: int = _SESSION.slack
     window: int = _SESSION.window
     n_ubatch: int = _SESSION.n_ubatch
     histories: tuple[int, ...] = (1000, 2000, 4000, 8000)
@@ -57,12 +59,12 @@ class BenchSettings:
     piece: int = 16
 
     def budget(self, history: int) -> int:
-        """Cells that stay of so many tokens: with the stride they grow by and the recorded queries they take (1 - ratio) of the history at most.
+        """Cells that stay of so many tokens: with those they grow by and the recorded queries they take (1 - ratio) of the history at most.
 
         A short history, as in a trial run, keeps what a system prompt and the windows need all the same.
         """
         room = round((1 - self.ratio) * history)
-        return max(room // 2, room - self.stride * 3 // 2, _LEAST)
+        return max(room // 2, room - self.read_stride - self.stride // 2, _LEAST)
 
     def session(self, budget: int, ratio: float | None) -> dict[str, Any]:
         """The fields of a SessionConfig."""
@@ -78,6 +80,7 @@ class BenchSettings:
 # The sizes of a run of a minute or so, which shows that everything works and measures nothing well.
 QUICK: dict[str, Any] = {
     "stride": 32,
+    "read_stride": 32,
     "n_ubatch": 64,
     "histories": (500,),
     "cells": 256,

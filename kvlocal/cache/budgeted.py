@@ -86,8 +86,8 @@ class BudgetedCache(ArchivedCells):
         self.model, self.config = model, fitted(model.path, config, model.placement)
         config = self.config
         self.policy = policies.make(config.policy, config.policy_args)
-        self.budget, self.capacity, _ = check_budget(model, config)
-        self._spare = spare
+        self.budget, self.capacity, evicts = check_budget(model, config)
+        self._spare, self._for_texts = spare, config.slack - config.stride if evicts else 0
         # only this policy has an archive (CacheConfig)
         self._recall = self.policy if isinstance(self.policy, policies.Recall) else policies.Recall()
         with ExitStack() as opened:
@@ -122,6 +122,7 @@ class BudgetedCache(ArchivedCells):
                 self.budget,
                 config.ratio,
                 config.stride,
+                config.slack,
                 config.window,
                 config.positions,
                 config.n_ubatch,
@@ -178,10 +179,11 @@ class BudgetedCache(ArchivedCells):
 
     @property
     def room_in_answer(self) -> int:
-        """As `room`, for tokens of an answer that is given: no more than may come before the cells are chosen anew."""
+        """As `room`, for tokens of an answer that is given: no more than may come before the cells are compressed or chosen anew."""
+        room = self.room if self.compressor.held else min(self.room, max(1, self.n_free - self._for_texts))
         if not self.compressor.recaller:
-            return self.room
-        return min(self.room, self._interval - self._since_choice, self.compressor.tokens_before_choice(self.ledger) or self.room)
+            return room
+        return min(room, self._interval - self._since_choice, self.compressor.tokens_before_choice(self.ledger) or room)
 
     # what comes
 
@@ -238,10 +240,8 @@ class BudgetedCache(ArchivedCells):
     def _room_at(self, start: int, parts: Sequence[Passage], ends: Sequence[int]) -> int:
         """How many of the tokens of parts, which end at `ends`, may be evaluated at once from `start` on.
 
-        Where there is an archive, an answer that is given is read as one that is generated; and what else comes finds its room at once.
+        An answer that is given is read as one that is generated; and where there is an archive, what else comes finds its room at once.
         """
-        if not self.compressor.recaller:
-            return self.room
         of_answer = 0
         for part, end in zip(parts, ends, strict=True):
             if end > start + of_answer:
@@ -250,7 +250,7 @@ class BudgetedCache(ArchivedCells):
                 of_answer = end - start
         if of_answer > self.room_in_answer:
             return self.room_in_answer
-        if self.n_free < min(max(ends, default=0) - start, self.context.n_ubatch):
+        if self.compressor.recaller and self.n_free < min(max(ends, default=0) - start, self.context.n_ubatch):
             self.compressor.compress(self.ledger)
         return self.room
 
@@ -324,7 +324,7 @@ class BudgetedCache(ArchivedCells):
             self._note(parts, tokens)
         else:
             self.ledger.append(tokens)
-        self._appended()
+        self._appended(reading=bool(parts) and all(part.role != "assistant" for part, _ in parts))
         self.compressor.take_choice(self.ledger)
         if self.compressor.recaller:
             self._since_choice += sum(n for part, n in parts if part.role == "assistant") if parts else len(tokens)
@@ -377,9 +377,9 @@ class BudgetedCache(ArchivedCells):
     def _count(self, phase: str, started: float) -> None:
         setattr(self.seconds, phase, getattr(self.seconds, phase) + time.perf_counter() - started)
 
-    def _appended(self) -> None:
+    def _appended(self, reading: bool = False) -> None:
         self.peak = max(self.peak, self.ledger.n_cells)
-        self.compressor.after_append(self.ledger)
+        self.compressor.after_append(self.ledger, reading)
 
     def _note(self, parts: Sequence[tuple[Passage, int]], ids: npt.NDArray[np.int32]) -> None:
         """Notes tokens that were evaluated in the ledger, the first of them from the first part, and so on."""
@@ -409,11 +409,12 @@ class BudgetedCache(ArchivedCells):
     @property
     def signature(self) -> dict[str, Any]:
         """All settings that decide what is in the cells besides the model and the tokens, as JSON can hold them."""
+        # read_stride is not among them: a conversation goes on where its cells lie elsewhere
         names = ("policy", "ratio", "positions", "stride", "window", "n_sink", "type_k", "type_v", "n_ubatch")
         own = self._archive_types == self.layout.row_types
         settings = {name: getattr(self.config, name) for name in names}
         settings |= {"archive": self.config.store != "off", "archive_type": None if own else self.config.archive_type}
-        return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity + self._spare}
+        return settings | {"policy_args": asdict(self.policy), "budget": self.budget, "cells": self.capacity - self._for_texts + self._spare}
 
     def snapshot(self) -> Arrays:
         """All that the tokens to come depend on, besides `signature`, the model and what is pinned; `resume` takes it.

@@ -64,6 +64,7 @@ class Compressor:
     budget: the most cells of each layer and head after a compression
     ratio: the share of the history to remove, as long as what stays is less than the budget; None for the budget alone
     stride: a compression is due when the cache has grown this many cells past the target
+    read_stride: the same while a text is read
     window: the most recent cells, which always stay
     positions: "original": keys keep the positions they were made for, to the end of the trained context; "cache": kept keys move to their
         place in the cache at every compression; "auto": as the policy says, and back to low positions when the trained context comes near
@@ -89,6 +90,7 @@ class Compressor:
     budget: int
     ratio: float | None
     stride: int
+    read_stride: int
     window: int
     positions: Positions
     n_batch: int
@@ -136,9 +138,12 @@ class Compressor:
             if not self._begin_frame(ledger, n):
                 self._compact(ledger, np.broadcast_to(np.arange(ledger.n_cells), ledger.pinned().shape), rotate=True)
 
-    def after_append(self, ledger: Ledger) -> None:
-        """After new tokens: compresses if it is due."""
-        if ledger.n_cells >= self.target(ledger) + self.stride:
+    def after_append(self, ledger: Ledger, reading: bool = False) -> None:
+        """After new tokens: compresses if it is due.
+
+        reading: they are of a text that is read, and no answer
+        """
+        if ledger.n_cells >= self.target(ledger) + (self.read_stride if reading else self.stride):
             self.compress(ledger)
 
     def compress(self, ledger: Ledger) -> None:
@@ -146,7 +151,7 @@ class Compressor:
         if ledger.n_cells <= self.target(ledger) or self.held or not self.policy.evicts:
             return
         self.before(ledger)
-        near_end = ledger.next_position + self.stride + 2 * self.n_batch > self.n_ctx_train
+        near_end = ledger.next_position + self.read_stride + 2 * self.n_batch > self.n_ctx_train
         if self.recaller:
             self.recaller.look_everywhere()
         if self._recall(ledger, self.target(ledger), self.policy):
@@ -257,7 +262,7 @@ class Compressor:
         if self.recaller is None:
             return False
         started = time.perf_counter()
-        room, least = max(n, 2 * (self.stride + 2 * self.n_batch)), max(ledger.n_cells, self.n_swa + 1)
+        room, least = max(n, 2 * (self.read_stride + 2 * self.n_batch)), max(ledger.n_cells, self.n_swa + 1)
         first = first_position(ledger.n_pinned, self.n_ctx_train, room, least)
         if first >= ledger.next_position:
             return True

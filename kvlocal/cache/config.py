@@ -38,6 +38,8 @@ class CacheConfig:
     policy, policy_args: what to keep (kvlocal.policies), and its hyper-parameters
     positions: where kept keys are rotated to (kvlocal.cache.compression.Compressor)
     stride: the cache may grow by this many cells before it is compressed again
+    read_stride: the same while a text is read, at least the stride; None for the stride, or where the cells lie on a device for what goes with that
+        (kvlocal.cache.fitting)
     window: the most recent cells, which always stay, and whose queries score the others
     n_sink: the first cells, which always stay
     type_k, type_v: types of the cache, of kvlocal.llama.context.KV_TYPES, or with memory AUTO
@@ -60,6 +62,7 @@ class CacheConfig:
     policy_args: Mapping[str, Any] = field(default_factory=dict)
     positions: Positions = "auto"
     stride: int = 128
+    read_stride: int | None = None
     window: int = 16
     n_sink: int = 4
     type_k: str = "f16"
@@ -72,7 +75,7 @@ class CacheConfig:
     archive_type: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "memory", "stride", "window", "n_ubatch", "n_threads"):
+        for name in ("budget", "memory", "stride", "read_stride", "window", "n_ubatch", "n_threads"):
             value = getattr(self, name)
             if value is not None and value != AUTO and value < 1:
                 raise CacheError(f"{name} is {value}: it must be at least 1")
@@ -80,6 +83,8 @@ class CacheConfig:
             raise CacheError("a budget of cells and memory for them are given: leave one of them out")
         if self.memory is None and AUTO in (self.type_k, self.type_v):
             raise CacheError("a cache of the type auto needs memory to choose by: name a type")
+        if self.read_stride is not None and self.read_stride < self.stride:
+            raise CacheError(f"the stride while a text is read is {self.read_stride}: it must be at least the stride of {self.stride}")
         if self.n_sink < 0:
             raise CacheError(f"n_sink is {self.n_sink}: it must be at least 0")
         if self.ratio is not None and not 0 <= self.ratio < 1:
@@ -109,6 +114,11 @@ class CacheConfig:
     def store(self) -> Store:
         """Where the archive is."""
         return self.archive or ("disk" if self._may_recall else "off")
+
+    @property
+    def slack(self) -> int:
+        """By how many cells the cache may grow past its budget where cells are ever removed."""
+        return self.read_stride or self.stride
 
     def with_policy(self, name: str, args: Mapping[str, Any]) -> Self:
         """The same with another policy. An archive goes if that does not recall, and stays away if there was to be none.
@@ -144,7 +154,7 @@ class Allocation(NamedTuple):
 def allocation(config: CacheConfig, n_ctx_train: int) -> Allocation:
     """How large a cache is made for a model that was trained on so many positions; a budget that is too large for it is left as it is."""
     evicts = policies.make(config.policy, config.policy_args).evicts
-    slack = config.stride if evicts else 0
+    slack = config.slack if evicts else 0
     default = DEFAULT_BUDGET if evicts and config.ratio is None else DEFAULT_FULL
     budget = config.budget or min(default, n_ctx_train - slack)
     return Allocation(budget, budget + slack, evicts)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvlocal import policies
-from kvlocal.cache.config import AUTO, CacheConfig, CacheError, check_allocation
+from kvlocal.cache.config import AUTO, CacheConfig, CacheError, allocation, check_allocation
 from kvlocal.gguf.attention import Attention, block_of
 from kvlocal.gguf.container import Container
 from kvlocal.llama.cache_types import device_without_attention, row_types
 from kvlocal.llama.context import CELL_BLOCK
+from kvlocal.llama.devices import devices_of
 from kvlocal.llama.layout import Layout
 from kvlocal.llama.placement import Placement
 from kvlocal.llama.rows import RowTypes
@@ -26,6 +27,10 @@ class CannotRecall(CacheError):
 
 # what `memory` chooses from: it holds about twice the cells of f16, at a small loss
 _SMALLER = "q8_0"
+# a device reads a micro-batch in little more than a token's time, and each compression takes as long as many of them: it has room for two
+READ_STRIDE = 512
+# of the trained context, most of which shall pass before keys are moved back
+_READ_SHARE = 8
 
 
 def check_file(path: Path, config: C, placement: Placement) -> C:
@@ -40,7 +45,7 @@ def check_file(path: Path, config: C, placement: Placement) -> C:
         ContainerError: the file cannot be read.
     """
     attention = Attention.of(Container(path))
-    config = _fitted(path, attention, config, placement)
+    config = _fitted(path, attention, config, placement, _reads_on_device(config, placement))
     if attention is None:
         return config
     check_allocation(attention.n_ctx_train, config)
@@ -74,7 +79,8 @@ def _check_blocks(path: Path, attention: Attention, kinds: Sequence[tuple[str, s
 
 
 def fitted(path: Path, config: C, placement: Placement) -> C:
-    """The configuration with as many cells as its memory holds in place of the memory, and with types in place of AUTO; as it is without memory.
+    """The configuration with as many cells as its memory holds in place of the memory, with types in place of AUTO, and with the stride while a text
+    is read that goes with the devices that the cells lie on.
 
     The type is f16 where that holds all that the model was trained for; else q8_0 where heads and devices take it: of f16, q8_0 and q4_0 at the same
     bytes it had the lowest KL to the full context (docs/results.md).
@@ -83,9 +89,13 @@ def fitted(path: Path, config: C, placement: Placement) -> C:
 
     Raises:
         CacheError: it holds too little, or nobody knows how much.
+        EngineError: there is no such device.
         ContainerError: the file cannot be read.
     """
-    return config if config.memory is None else _fitted(path, Attention.of(Container(path)), config, placement)
+    reads_on_device = _reads_on_device(config, placement)
+    if config.memory is None and not reads_on_device:
+        return config
+    return _fitted(path, Attention.of(Container(path)), config, placement, reads_on_device)
 
 
 def archive_types(config: CacheConfig, layout: Layout) -> RowTypes:
@@ -102,26 +112,52 @@ def archive_types(config: CacheConfig, layout: Layout) -> RowTypes:
         raise CacheError(f"an archive of the type {config.archive_type} cannot be made: {error}") from None
 
 
-def _fitted(path: Path, attention: Attention | None, config: C, placement: Placement) -> C:
-    if config.memory is None:
+def _fitted(path: Path, attention: Attention | None, config: C, placement: Placement, reads_on_device: bool) -> C:
+    if config.memory is not None:
+        return _in_memory(path, attention, config, config.memory, placement, reads_on_device)
+    if attention is None or not reads_on_device:
         return config
+    n_ctx_train = attention.n_ctx_train
+    # a budget that is given stays
+    most = n_ctx_train if config.budget is None else n_ctx_train - config.budget
+    return _with_read_stride(config, min(allocation(config, n_ctx_train).budget // 2, most), n_ctx_train)
+
+
+def _in_memory(path: Path, attention: Attention | None, config: C, memory: int, placement: Placement, reads_on_device: bool) -> C:
     if attention is None:
         raise CacheError(f"{path.name} does not say how much memory a cell takes: give a budget of cells instead of memory")
     kinds = [config.type_k, config.type_v]
     if AUTO in kinds:
         f16, smaller = ([given if given != AUTO else kind for given in kinds] for kind in ("f16", _SMALLER))
-        holds_all = config.memory // attention.cell_bytes(f16[0], f16[1]) >= attention.n_ctx_train
+        holds_all = memory // attention.cell_bytes(f16[0], f16[1]) >= attention.n_ctx_train
         kinds = smaller if not holds_all and _takes(attention, smaller, placement) else f16
     cell = attention.cell_bytes(kinds[0], kinds[1])
-    slack = config.stride if policies.make(config.policy, config.policy_args).evicts else 0
-    budget = min(config.memory // cell // CELL_BLOCK * CELL_BLOCK, attention.n_ctx_train) - slack
-    if budget < config.least_budget:
+    n_cells = min(memory // cell // CELL_BLOCK * CELL_BLOCK, attention.n_ctx_train)
+    if reads_on_device:
+        config = _with_read_stride(config, n_cells // 3, attention.n_ctx_train)
+    slack = config.slack if _evicts(config) else 0
+    if n_cells - slack < config.least_budget:
         need = -(-(config.least_budget + slack) // CELL_BLOCK) * CELL_BLOCK * cell
         raise CacheError(
-            f"{config.memory / 1e6:,.1f} MB are too little for the cache of {path.name} with {kinds[0]} keys and {kinds[1]} values: "
+            f"{memory / 1e6:,.1f} MB are too little for the cache of {path.name} with {kinds[0]} keys and {kinds[1]} values: "
             f"give at least {need / 1e6:,.1f} MB"
         )
-    return replace(config, memory=None, budget=budget, type_k=kinds[0], type_v=kinds[1])
+    return replace(config, memory=None, budget=n_cells - slack, type_k=kinds[0], type_v=kinds[1])
+
+
+def _evicts(config: CacheConfig) -> bool:
+    return policies.make(config.policy, config.policy_args).evicts
+
+
+def _reads_on_device(config: CacheConfig, placement: Placement) -> bool:
+    """Whether the stride while a text is read goes with devices, because cells lie on some and nobody said how large it is."""
+    return config.read_stride is None and _evicts(config) and placement.kv_offload and bool(devices_of(placement))
+
+
+def _with_read_stride(config: C, share: int, n_ctx_train: int) -> C:
+    """With the stride that devices have while a text is read: whole blocks of cells, of which so large a share may be for that."""
+    most = min(READ_STRIDE, share // CELL_BLOCK * CELL_BLOCK, n_ctx_train // _READ_SHARE)
+    return replace(config, read_stride=max(config.stride, most))
 
 
 def _takes(attention: Attention, kinds: list[str], placement: Placement) -> bool:

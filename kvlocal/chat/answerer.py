@@ -131,6 +131,7 @@ class Answerer:
         in_use = {
             "budget": allocation(self.config, self.model.n_ctx_train).budget,
             "archive": self.config.store,
+            "read_stride": self.config.slack,
             "n_threads": load().llama_cpp.llama_n_threads(self.cache.context.pointer),
             "seed": self.seed,
         }

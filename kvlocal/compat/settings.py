@@ -98,6 +98,8 @@ def session_config(
     config = SessionConfig(
         budget=n_cells - stride,
         stride=stride,
+        # no more cells than were asked for, whatever the device
+        read_stride=stride,
         n_ubatch=max(_DEFAULTS.window, min(n_batch, n_ubatch, n_cells)),
         n_threads=n_threads,
         type_k=_type("type_k", type_k),

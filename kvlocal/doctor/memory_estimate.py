@@ -269,8 +269,8 @@ def largest_budget(path: Path, config: SessionConfig, lora: Sequence[Lora] = (),
     if free.host is None or found is None:
         return None
     estimate, n_ctx_train = found
-    slack = config.stride if allocation(config, n_ctx_train).evicts else 0
-    return max(0, min(n_ctx_train, estimate.most_cells(free)) - slack)
+    asked = allocation(config, n_ctx_train)
+    return max(0, min(n_ctx_train, estimate.most_cells(free)) - (asked.n_cells - asked.budget))
 
 
 def _estimate(

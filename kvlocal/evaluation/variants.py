@@ -14,7 +14,7 @@ from kvlocal.errors import KvlocalError
 ALL = "all"
 
 # Fields of SessionConfig that a spec may set; the run sets the others.
-SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "n_sink": int, "archive": str, "archive_type": str}
+SESSION_FIELDS = {"positions": str, "window": int, "stride": int, "read_stride": int, "n_sink": int, "archive": str, "archive_type": str}
 
 
 class VariantError(KvlocalError):
@@ -79,7 +79,9 @@ class Variant:
     def config(self, base: SessionConfig) -> SessionConfig:
         """The configuration of a session of this variant."""
         changes: dict[str, Any] = {"ratio": self.ratio or None, "policy": self.policy, "policy_args": self.policy_args}
-        return dataclasses.replace(base, **changes, **self.fields)
+        config = dataclasses.replace(base, **changes, **self.fields)
+        # whatever device computes, a text is read alike
+        return dataclasses.replace(config, read_stride=config.slack)
 
 
 FULL = Variant("full", 0.0, "full")

@@ -108,7 +108,7 @@ def exact_cache(config: SessionConfig) -> SessionConfig:
     known = [name for name in policies.POLICIES if _is_recorded(policies.make(name))]
     if not _is_recorded(policies.make(config.policy, config.policy_args)):
         raise KvlocalError(f"answers under the policy {config.policy} depend on more than the cells that are kept: choose one of {', '.join(known)}")
-    return replace(config, positions="original", archive="off", idle=False)
+    return replace(config, positions="original", archive="off", idle=False, read_stride=config.slack)
 
 
 def _is_recorded(policy: Policy) -> bool:
