@@ -15,6 +15,8 @@ from kvlocal.llama.sampling import SamplingParams
 
 # one thread: two that wait for each other crawl when the machine is busy
 CONFIG = CacheConfig(budget=96, policy="recall", stride=32, n_ubatch=64, n_threads=1, archive="ram")
+# on a device too
+AT_ONCE = dataclasses.replace(CONFIG, policy_args={"late": 0})
 CHAT = SessionConfig(**vars(CONFIG), max_tokens=24, sampling=SamplingParams(temperature=0))
 STORY = "The keeper of the lighthouse wrote down the weather, the ships and the birds of every single day. "
 

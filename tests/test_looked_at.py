@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from host_keys import row_scores
-from recalling import CONFIG, tokens
+from recalling import AT_ONCE, CONFIG, tokens
 
 from kvlocal.cache.attention_of_answer import of_cells
 from kvlocal.cache.budgeted import BudgetedCache, Passage
@@ -86,7 +86,7 @@ def same(found, expected):
 
 
 def test_what_choices_saw_is_added_up_by_turns(model):
-    with BudgetedCache(model, CONFIG) as cache:
+    with BudgetedCache(model, AT_ONCE) as cache:
         cache.begin(5)
         watched = Watched(cache)
         cache.read([Passage("system", tokens(20)), *turn(100)])
@@ -112,7 +112,7 @@ def test_what_choices_saw_is_added_up_by_turns(model):
 
 
 def test_an_answer_that_is_taken_back_has_looked_at_nothing(model):
-    with BudgetedCache(model, CONFIG) as cache:
+    with BudgetedCache(model, AT_ONCE) as cache:
         cache.read([Passage("system", tokens(20)), *turn(150)])
         cache.mark()
         n = cache.ledger.n_tokens
@@ -133,7 +133,7 @@ def test_an_answer_that_is_taken_back_has_looked_at_nothing(model):
 
 
 def test_the_turns_that_matter_are_those_that_a_head_looked_at(model):
-    with BudgetedCache(model, CONFIG) as cache:
+    with BudgetedCache(model, AT_ONCE) as cache:
         for seed in range(1, 5):
             cache.read(turn(10, seed))
         looked = cache.compressor.looked

@@ -29,6 +29,7 @@ from kvlocal.gguf.container import Container
 from kvlocal.gguf.lora import flaw_of_adapter
 from kvlocal.llama.context import Context
 from kvlocal.llama.model import Model
+from kvlocal.llama.placement import Placement
 from kvlocal.llama.sampling import SamplingParams
 from kvlocal.nexus.discovery import nexus_for
 from kvlocal.nexus.tokens import NexusTokens
@@ -396,7 +397,7 @@ def test_a_nexus_file_is_used_beside_them_only_if_it_is_named(talker, adapter, t
 
 
 def test_their_memory_is_counted(talker, adapter):
-    config = fitted(talker, CONFIG, 0)
+    config = fitted(talker, CONFIG, Placement())
     base, lora = Container(talker), [Lora(adapter)] * 2
     with_them, without = (memory_estimate.MemoryEstimate.of(base, config, True, each) for each in (lora, ()))
     assert with_them.host.weights - without.host.weights == 2 * adapter.stat().st_size

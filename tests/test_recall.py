@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf_copy import Source, copy
 from host_keys import row_scores
-from recalling import CONFIG, rows_of, tokens
+from recalling import AT_ONCE, CONFIG, rows_of, tokens
 from shallow_model import write_shallow_model
 from test_native import hadamard_matrix, rotate
 from test_rows import STEP, numbers
@@ -30,9 +30,6 @@ from kvlocal.policies.base import CacheState
 from kvlocal.policies.recall import Recall, in_blocks
 
 pytestmark = pytest.mark.device
-
-# on a device too
-AT_ONCE = replace(CONFIG, policy_args={"late": 0})
 
 
 @pytest.fixture(scope="module")

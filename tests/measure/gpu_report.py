@@ -37,6 +37,7 @@ def pieces(model: str, stock: str, target: Path, sizes: argparse.Namespace) -> d
         "chat": [*with_policy, "--only", "chat40,share", "--json", str(target / "chat.json")],
         "recall": [*bench, "--policy", "recall", "--only", "decode@8000,read@8000,chat40,share.recall", "--json", str(target / "recall.json")],
         "choices": [python, str(HERE / "recall_time.py"), *measure, "--tokens", "8000,100000", "--late", "0,4,8", "--gpu-layers", "-1"],
+        "reading": [python, str(HERE / "read_time.py"), *measure, "--gpu-layers", "-1", "--again", "2"],
         "long": [python, str(HERE / "long_chat.py"), *measure, "--tokens", str(sizes.tokens), "--policy", sizes.policy, "--gpu-layers", "-1",
                  "--json", str(target / "long.json")],
         "lost": [python, str(HERE / "lost_gpu.py"), *measure],
@@ -53,7 +54,7 @@ def devices() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME[,NAME]", default="", help="suite, ring, operations, decode, chat, recall, choices, long, lost")
+    parser.add_argument("--only", metavar="NAME[,NAME]", default="", help="some of the pieces, which an unknown name lists")
     parser.add_argument("--again", action="store_true", help="also what has a result")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--shape", choices=SHAPES, help="measure a model of this shape with random weights, which is written first")
