@@ -257,6 +257,8 @@ def test_the_doctor_asks_them(three_layers: Path, servers: list[RpcServer]) -> N
     assert all(f"RPC server {address}" in done.stdout for address in addresses(servers))
     # and what the model takes there
     assert done.stdout.count("memory on RPC") == len(servers), done.stdout
+    # beside the cells for a text that is read there
+    assert f"{8192 - 512:,} cells" in done.stdout
     done = CliRunner().invoke(main, ["doctor", str(three_layers), "--rpc", f"127.0.0.1:{free_port()}"])
     assert done.exit_code == 1 and done.stdout.count("no RPC server") == 1
 

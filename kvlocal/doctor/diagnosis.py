@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import kvlocal
 from kvlocal.cache.config import allocation
+from kvlocal.cache.fitting import fitted
 from kvlocal.chat.config import SessionConfig
 from kvlocal.doctor.memory_estimate import Free, MemoryEstimate, largest_budget, layers_that_fit
 from kvlocal.doctor.memory_limits import available_memory
@@ -187,8 +188,8 @@ def _describe_places(path: Path, lora: Sequence[Lora], rpc: tuple[str, ...]) -> 
     Raises:
         EngineError: a server does not answer.
     """
-    config, whole = SessionConfig(), Placement(ALL, rpc=rpc)
-    used = devices_of(whole)
+    whole = Placement(ALL, rpc=rpc)
+    config, used = fitted(path, SessionConfig(), whole), devices_of(whole)
     placement = replace(whole, n_gpu_layers=layers_that_fit(path, config, whole, lora=lora) if used else 0)
     free = Free.now(used_devices(placement, used))
     container = Container(path)
