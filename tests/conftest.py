@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     where = config.getoption("--device")
     if where == "rpc":
         server = RpcServer()
-        config.add_cleanup(lambda: server.end() and None)
+        config.add_cleanup(server.end)
         where += f":{server.address}"
     device.use(where)
 
